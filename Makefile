@@ -1,0 +1,95 @@
+# One entry for people and for CI; `make` alone says what there is.
+# Needs git, make and a Python of 3.11 or newer; everything else goes into $(VENV).
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# The first interpreter that starts, is new enough and can make an environment; or PYTHON=… by hand.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+# Nothing we start tells anybody that it ran.
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench test-stores oracles lock golden deploy wheel clean
+
+help:  ## show this
+	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16 | sed 's/^/  make /'
+
+install: $(VENV)/installed  ## set up $(VENV) from requirements.lock (every target does it by itself)
+
+demo: install  ## five cycles on this machine: emulator, Prefect server, real weights; under two minutes
+	$(PY) -m examples.demo
+
+test: install  ## the whole suite; starts its own servers on loopback
+	$(PY) -m pytest
+
+check: install  ## ruff, format, mypy, the floors of the house
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest tests/test_architecture.py
+
+bench: install  ## the measured promises: encoder memory, rollout fan-out, cost of a cycle
+	$(PY) -m benchmarks.encode_memory
+	$(PY) -m benchmarks.fan_out
+	$(PY) -m benchmarks.cycle_overhead
+
+test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: ceph-mon ceph-osd radosgw)
+	HOTLOAD_S3_SERVER=radosgw $(PY) -m pytest -m stores
+
+oracles: .oracle-venv/installed  ## our bytes against the vendor's own package, in an environment of its own
+	.oracle-venv/bin/python -m pytest -c tests/oracles/pytest.ini tests/oracles
+
+lock: install  ## resolve pyproject.toml into requirements.lock; delete the file first to upgrade everything
+	$(VENV)/bin/uv pip compile pyproject.toml --extra flows --extra dev --quiet --no-config \
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--output-file requirements.lock
+
+golden: install  ## rebuild the golden files; fails if one of them changed
+	$(PY) -m tests.golden.rebuild
+	git diff --exit-code --stat tests/golden
+
+deploy: install  ## register the blocks and deploy the cycle to the Prefect server of your profile
+	for block in hot_load_service checkpoint_store rollout_client; do \
+		$(PY) -m prefect block register -m blocks.$$block || exit 1; done
+	$(PY) -m prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
+
+wheel: install  ## build the library and test it alone, without Prefect, outside this directory
+	rm -rf build dist
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PY) -m venv build/venv
+	build/venv/bin/python -m pip install --quiet --constraint requirements.lock \
+		numpy pandera polars pydantic zstandard hypothesis pytest pytest-asyncio pytest-timeout safetensors
+	build/venv/bin/python -m pip install --quiet --no-deps dist/*.whl
+	mkdir build/tests && cp -R tests/hotload tests/golden build/tests/
+	cd build/tests && ../venv/bin/pytest -c ../../pyproject.toml -o pythonpath= hotload
+
+clean:  ## remove what was built, measured and cached; the environments stay
+	rm -rf build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.oracle-venv/*' -prune \
+		-exec rm -rf {} +
+
+$(VENV)/locked: requirements.lock
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 that can make a virtual environment was found.' \
+		'Name one: make PYTHON=/path/to/python3 …' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/installed: $(VENV)/locked pyproject.toml
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+.oracle-venv/installed: tests/oracles/requirements.txt
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… oracles' >&2; exit 1; }
+	$(PYTHON) -m venv .oracle-venv
+	.oracle-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/oracles/requirements.txt
+	@touch $@

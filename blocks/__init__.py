@@ -1,0 +1,1 @@
+"""Configured doors to the world: the service, the checkpoint store, the rollout client."""

@@ -1,0 +1,202 @@
+"""The rollout client: samples answers from the service, with the one retry budget a request has
+(protocol §11-§15).
+
+httpx's interface on the aiohttp transport: httpx's own pool costs 10 ms of CPU a request at 64
+connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+from urllib.parse import urlsplit
+
+import httpx
+from httpx_aiohttp import AiohttpTransport
+from prefect.blocks.core import Block
+from pydantic import Field, SecretStr, field_validator
+
+from blocks.preflight import CheckLine
+from blocks.sampler import NO_ANSWER, Sampler, Sleep, head_of, names_in
+from hotload.concurrency import Window
+from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
+from hotload.spec import Sampling
+from hotload.wire import fireworks, inference
+
+CONNECT_TIMEOUT_SECONDS = 30.0
+CONNECTIONS = 256
+KEPT_CONNECTIONS = 64
+WARM_UP_WAIT_SECONDS = 10.0
+WARM_UP_TIMEOUT_SECONDS = 30.0
+CHECK_TIMEOUT_SECONDS = 10.0
+
+
+class RolloutClient(Block):
+    """Samples rollouts from an inference service."""
+
+    _block_type_name = "Hot-load rollout client"
+    _block_type_slug = "hot-load-rollout-client"
+
+    base_url: str | None = Field(
+        None, description="Origin of the API; empty: FIREWORKS_BASE_URL, then the vendor's."
+    )
+    account_id: str = Field(min_length=1, max_length=128)
+    model_id: str = Field(min_length=1, max_length=128)
+    deployment_id: str = Field(
+        min_length=1, max_length=128, description="The service, in the vendor's word."
+    )
+    api_key: SecretStr | None = Field(
+        None, description="Empty: the environment's FIREWORKS_API_KEY."
+    )
+    model_addressing: Literal["header", "deployment"] = Field(
+        "header", description="Model path and headers, or the service's own path as the model."
+    )
+    drain_timeout_seconds: int | None = Field(
+        None,
+        ge=1,
+        le=86_400,
+        description="How long a swap may hold a request; empty: the server's 90 s.",
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _origin(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.username
+            or parts.query
+        ):
+            raise ValueError("expected an http or https origin without credentials")
+        return url.rstrip("/")
+
+    @property
+    def model(self) -> str:
+        """What the body's `model` says (protocol §11)."""
+        if self.model_addressing == "deployment":
+            return fireworks.deployment_name(self.account_id, self.deployment_id)
+        return fireworks.model_name(self.account_id, self.model_id)
+
+    def _headers(self) -> dict[str, str]:
+        key = (
+            self.api_key.get_secret_value()
+            if self.api_key
+            else os.environ.get(fireworks.API_KEY_VARIABLE, "")
+        )
+        if not key:
+            reason = f"no API key: set the block's api_key or {fireworks.API_KEY_VARIABLE}"
+            raise ServiceRefusedError("rollouts", None, reason)
+        headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
+        if self.model_addressing == "header":
+            headers[fireworks.MODEL_HEADER] = fireworks.model_name(self.account_id, self.model_id)
+            headers[fireworks.DEPLOYMENT_HEADER] = fireworks.deployment_name(
+                self.account_id, self.deployment_id
+            )
+        if self.drain_timeout_seconds is not None:
+            headers[fireworks.DRAIN_TIMEOUT_HEADER] = str(self.drain_timeout_seconds)
+        return headers
+
+    def _http(
+        self, read_timeout_seconds: float, connections: int = CONNECTIONS
+    ) -> httpx.AsyncClient:
+        limits = httpx.Limits(
+            max_connections=max(connections, CONNECTIONS),
+            max_keepalive_connections=KEPT_CONNECTIONS,
+        )
+        environment_url = os.environ.get(fireworks.BASE_URL_VARIABLE)
+        return httpx.AsyncClient(
+            base_url=self.base_url or environment_url or fireworks.BASE_URL,
+            headers=self._headers(),
+            timeout=httpx.Timeout(CONNECT_TIMEOUT_SECONDS, read=read_timeout_seconds),
+            transport=AiohttpTransport(limits=limits),
+        )
+
+    @asynccontextmanager
+    async def session(
+        self,
+        sampling: Sampling,
+        *,
+        identity: str,
+        policy_version: int,
+        replica_count: int | None = None,
+        swap_timeout_seconds: float = 600.0,
+        sleep: Sleep = asyncio.sleep,
+    ) -> AsyncIterator[Sampler]:
+        """A sampler whose samples all share one window; leaves no connection open behind it.
+
+        Args:
+            identity: what the service was confirmed to serve.
+            replica_count: for the window's first size.
+            swap_timeout_seconds: what one sample may wait for swaps (`weight_sync_timeout`).
+            sleep: waits between attempts.
+
+        Raises:
+            ServiceRefusedError: no key is to be had.
+        """
+        window = Window(sampling.concurrency, replica_count=replica_count)
+        widest = max(window.size, sampling.concurrency.max_window)
+        async with self._http(sampling.sample_timeout, widest) as http:
+            yield Sampler(
+                http,
+                window,
+                sampling,
+                model=self.model,
+                identity=identity,
+                policy_version=policy_version,
+                swap_timeout_seconds=swap_timeout_seconds,
+                sleep=sleep,
+            )
+
+    async def warm_up(self, *, retries: int, sleep: Sleep = asyncio.sleep) -> bool:
+        """Whether a small request was answered within `retries` tries, 10 s apart (protocol §14).
+        Never fatal.
+
+        The first requests after a swap can be slow or fail while the replicas rebuild their memory.
+        """
+        for attempt in range(retries):
+            if attempt:
+                await sleep(WARM_UP_WAIT_SECONDS)
+            try:
+                await self._probe(WARM_UP_TIMEOUT_SECONDS)
+            except ServiceError:
+                continue
+            return True
+        return False
+
+    async def check(self) -> list[CheckLine]:
+        """Whether the service answers a small request, and what is missing if not (protocol §8,
+        §14).
+        """
+        try:
+            await self._probe(CHECK_TIMEOUT_SECONDS)
+        except ServiceError as error:
+            advice = "Check base_url, the three names and the key; right after a swap, wait"
+            return [CheckLine("inference", False, str(error), advice)]
+        return [CheckLine("inference", True, f"{self.model} answers")]
+
+    async def _probe(self, timeout_seconds: float) -> None:
+        """Send the request of protocol §14.
+
+        Raises:
+            ServiceRefusedError: 401, 402, 403, 404, 412, or no key.
+            ServiceUnavailableError: any other failure.
+        """
+        try:
+            async with asyncio.timeout(timeout_seconds), self._http(timeout_seconds) as http:
+                body = {"model": self.model, **inference.WARM_UP_BODY}
+                async with http.stream("POST", fireworks.COMPLETIONS_PATH, json=body) as response:
+                    head = await head_of(response)
+        except NO_ANSWER as error:
+            raise ServiceUnavailableError("warm-up", None, type(error).__name__) from None
+        if response.status_code == 200:
+            return
+        detail = names_in(head)
+        if response.status_code in (401, 402, 403, 404, 412):
+            raise ServiceRefusedError("warm-up", response.status_code, detail)
+        raise ServiceUnavailableError("warm-up", response.status_code, detail)

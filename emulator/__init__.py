@@ -1,0 +1,1 @@
+"""A local hot-load service: a bucket goes in, real weights are served."""

@@ -1,0 +1,1 @@
+"""Things to run and to read: a tiny trainer, rewards, the demo."""

@@ -1,0 +1,123 @@
+"""The demo's story: a first full, two deltas, a delta that one replica cannot merge, one more delta."""
+
+import json
+from pathlib import Path
+
+import httpx
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from blocks.rollout_client import RolloutClient
+from examples.tiny_trainer import TinyTrainer
+from flows.cycle import checkpoint_to_rollout
+from hotload.report import CycleReport, counts, megabytes
+from hotload.spec import CycleSpec
+
+VERSIONS = range(1, 6)
+TORN_VERSION = 4
+
+
+def write_checkpoints(directory: Path) -> list[Path]:
+    """The base model and five steps after it, each a whole checkpoint directory."""
+    trainer = TinyTrainer()
+    paths = [directory / f"{version:06d}" for version in (0, *VERSIONS)]
+    for path in paths:
+        trainer.save(path)
+        trainer.step()
+    return paths
+
+
+async def run_cycles(
+    demo: Path, service_url: str, checkpoints: list[Path], names: dict[str, str]
+) -> list[CycleReport]:
+    """Run one cycle per checkpoint after the base; a fault is set before the fourth."""
+    service = HotLoadService(base_url=service_url, api_key="demo", **names)
+    await service.save("demo", overwrite=True)
+    await CheckpointStore(url=(demo / "bucket").as_uri()).save("demo", overwrite=True)
+    client = RolloutClient(base_url=service_url, api_key="demo", **names)
+    await client.save("demo", overwrite=True)
+    problems = demo / "problems.jsonl"
+    problems.write_text("".join(problem_lines(12)))
+    reports = []
+    for version in VERSIONS:
+        if version == TORN_VERSION:
+            await break_next_merge(service_url)
+        spec = CycleSpec(
+            checkpoint=str(checkpoints[version]),
+            run_id="demo",
+            policy_version=version,
+            service="demo",
+            store="demo",
+            rollouts="demo",
+            work_dir=str(demo / "work"),
+            problems={"dataset": str(problems)},
+            readiness={"poll_interval_seconds": 0.1, "warmup_after_hotload": False},
+            sampling={"completions_per_prompt": 4, "max_completion_tokens": 16, "seed": 7},
+            reward={"name": "examples.rewards:letters"},
+        )
+        report = await checkpoint_to_rollout(spec)
+        reports.append(report)
+        print(f"demo: {line(report)}", flush=True)
+    return reports
+
+
+def problem_lines(count: int) -> list[str]:
+    """Sums as a JSON-lines problem file."""
+    return [
+        json.dumps({"id": f"sum-{n}", "prompt": f"What is {n} + {n + 3}? ", "answer": str(2 * n + 3)})
+        + "\n"
+        for n in range(count)
+    ]
+
+
+async def break_next_merge(service_url: str) -> None:
+    """Ask the emulator to let one replica fail its next merge."""
+    fault = {"fault": "torn_apply", "replica": 1, "count": 1}
+    async with httpx.AsyncClient() as client:
+        (await client.post(f"{service_url}/emulator/faults", json=fault)).raise_for_status()
+
+
+def line(report: CycleReport) -> str:
+    """One cycle in a line."""
+    snapshot = report.snapshot
+    return f"{snapshot.identity}  {snapshot.kind.value}  {report.seconds:.1f} s"
+
+
+HEADINGS = (
+    "identity", "kind", "bytes", "ratio", "encode", "upload", "converge", "rollouts", "total",
+    "replicas", "groups", "reward",
+)  # fmt: skip
+
+
+def table(reports: list[CycleReport]) -> str:
+    """All cycles for a person: one row each, with why it was full or a delta below."""
+    rows = [_cells(report) for report in reports]
+    widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
+    lines = ["", _row(HEADINGS, widths), "  ".join("─" * width for width in widths)]
+    for report, row in zip(reports, rows, strict=True):
+        rollouts = report.rollouts
+        lines += [_row(row, widths), f"    why      {report.snapshot.reason}"]
+        lines += [f"    samples  {counts(rollouts.samples_by_identity)}"]
+    return "\n".join([*lines, "", "Times in seconds; encode and upload are summed over shards.", ""])
+
+
+def _cells(report: CycleReport) -> tuple[str, ...]:
+    snapshot, rollouts, took = report.snapshot, report.rollouts, report.snapshot.seconds_by_stage
+    fell_back = "full (fallback)" if report.fallback_reason else snapshot.kind.value
+    mean = "–" if rollouts.mean_reward is None else f"{rollouts.mean_reward:.3f}"
+    return (
+        snapshot.identity,
+        fell_back,
+        megabytes(snapshot.size_bytes),
+        f"{snapshot.ratio:.1f}",
+        *(f"{took[stage]:.2f}" for stage in ("encode", "upload", "converge")),
+        f"{rollouts.seconds:.2f}",
+        f"{report.seconds:.2f}",
+        str(snapshot.replica_count),
+        str(rollouts.group_count),
+        mean,
+    )
+
+
+def _row(cells: tuple[str, ...], widths: list[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

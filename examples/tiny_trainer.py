@@ -1,0 +1,134 @@
+"""A trainer small enough for a laptop: real checkpoints, seeded updates, no deep-learning framework.
+
+It keeps fp32 master weights, moves them by Adam-sized steps whose signs are partly correlated in
+time, and writes them rounded to bf16, so that a step changes about as many elements as a step of
+reinforcement learning does. It does not learn: the demo is about the journey of the weights.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import serialize_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from hotload.local import read_checkpoint
+from hotload.manifests import build_index, build_spec
+from hotload.snapshot import CONFIG_FILE, INDEX_FILE, SPEC_FILE
+
+VOCABULARY = 512
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 128, 6, 8, 4, 16, 352
+LEARNING_RATE = 3e-6
+MOMENTUM = 0.9
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class TinyTrainer:
+    """fp32 master weights of a Llama-shaped model (about 1.4 million), and checkpoints of them."""
+
+    def __init__(self, seed: int = 7) -> None:
+        self._random = np.random.default_rng(seed)
+        self._masters = {name: self._first(name, shape) for name, shape in _shapes().items()}
+        self._moments = {name: np.zeros_like(w) for name, w in self._masters.items()}
+
+    def step(self) -> None:
+        """One update of Adam's size: each weight moves by about the learning rate."""
+        for name, weights in self._masters.items():
+            moment = self._moments[name]
+            moment *= MOMENTUM
+            moment += (1 - MOMENTUM) * self._random.standard_normal(weights.shape, np.float32)
+            scale = float(np.sqrt(np.mean(moment**2)))
+            weights -= np.float32(LEARNING_RATE / scale) * moment
+
+    def save(self, directory: Path) -> None:
+        """Write a checkpoint in HuggingFace layout, one layer a file, complete when this returns."""
+        directory.mkdir(parents=True)
+        files = {name: _file_of(name) for name in self._masters}
+        for file in sorted(set(files.values())):
+            tensors = {
+                name: {"dtype": "bfloat16", "shape": list(weights.shape), "data": bf16(weights)}
+                for name, weights in self._masters.items()
+                if files[name] == file
+            }
+            serialize_file(tensors, str(directory / file), {"format": "pt"})
+        shards = read_checkpoint(directory).shards
+        (directory / INDEX_FILE).write_bytes(build_index(shards))
+        (directory / SPEC_FILE).write_bytes(build_spec(shards))
+        (directory / CONFIG_FILE).write_text(json.dumps(CONFIG, indent=1))
+        _tokenizer().save(str(directory / "tokenizer.json"))
+        settings = {"chat_template": CHAT_TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+    def _first(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("norm.weight"):
+            return np.ones(shape, np.float32)
+        return np.float32(0.05) * self._random.standard_normal(shape, np.float32)
+
+
+def bf16(weights: np.ndarray) -> bytes:
+    """fp32 values as little-endian bf16 bytes, rounded to nearest even."""
+    bits = np.ascontiguousarray(weights, np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (rounded >> np.uint32(16)).astype("<u2").tobytes()
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (HIDDEN,),
+            f"{prefix}.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+            f"{prefix}.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+            f"{prefix}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+            f"{prefix}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+            f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
+            f"{prefix}.mlp.gate_proj.weight": (MLP, HIDDEN),
+            f"{prefix}.mlp.up_proj.weight": (MLP, HIDDEN),
+            f"{prefix}.mlp.down_proj.weight": (HIDDEN, MLP),
+        }
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def _file_of(name: str) -> str:
+    files = ["embed_tokens", *(f"layers.{layer}" for layer in range(LAYERS)), "norm", "lm_head"]
+    number = next(n for n, part in enumerate(files, start=1) if f"{part}." in f"{name}.")
+    return f"model-{number:05d}-of-{len(files):05d}.safetensors"
+
+
+def _tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sums = [f"What is {a} + {b}? The answer is {a + b}." for a in range(40) for b in range(40)]
+    tokenizer.train_from_iterator(sums, trainer)
+    return tokenizer

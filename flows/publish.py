@@ -1,0 +1,152 @@
+"""Publish: one snapshot from the checkpoint to every replica; and the full one when that failed."""
+
+from pathlib import Path
+from time import monotonic
+
+from prefect import flow
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
+from hotload.report import Carried, Published
+from hotload.snapshot import (
+    CheckpointContent,
+    SideFile,
+    SnapshotKind,
+    SnapshotPlan,
+    batches,
+)
+from hotload.spec import CycleSpec, LedgerReset
+from tasks.announce import hint_shards, reset_ledger, signal_snapshot
+from tasks.encode import EncodedBatch, encode_once
+from tasks.overlap import overlap
+from tasks.places import delta_dir, results_dir
+from tasks.plan import plan_fallback
+from tasks.progress import Progress
+from tasks.records import read_manifest
+from tasks.upload import upload_manifests, upload_once
+from tasks.wait import wait_until_ready
+
+# Every task run costs the server work (about 30 ms), so many shards share one.
+BATCHES = 25
+FULLS_TRIED = 2
+
+
+@flow(name="publish-snapshot", flow_run_name="{plan.kind.value}-{plan.identity}")
+async def publish_snapshot(
+    spec: CycleSpec,
+    content: CheckpointContent,
+    plan: SnapshotPlan,
+    lease_token: int,
+    expected_replica_count: int | None,
+) -> Published:
+    """Carry the planned snapshot to every replica.
+
+    Shards durable, then manifests, then the signal (design, rule 2). Every step finds what an
+    earlier run of it has done, so a killed publication goes on where it was.
+
+    Raises:
+        NeedsFullSnapshotError: a full snapshot under a new identity can still succeed.
+    """
+    service = await HotLoadService.load(spec.service)
+    store = await CheckpointStore.load(spec.store)
+    started = monotonic()
+    manifest = await read_manifest(store, plan.identity)
+    carried: list[Carried] = []
+    if manifest is None:
+        progress = await Progress.start(f"{plan.kind.value} {plan.identity}", content.size_bytes)
+        carried = await overlap(
+            _carry(spec, service, store, plan, batch, progress)
+            for batch in batches(content.shards, BATCHES)
+        )
+        shards = tuple(shard for batch in carried for shard in batch.shards)
+        manifest = await upload_manifests(spec, store, plan, content, shards)
+    published_at = monotonic()
+    warnings = await signal_snapshot(service, store, manifest, lease_token)
+    signalled_at = monotonic()
+    replica_count = await wait_until_ready(
+        service, manifest, spec.readiness, expected_replica_count
+    )
+    return Published(
+        identity=manifest.identity,
+        policy_version=manifest.policy_version,
+        kind=manifest.kind,
+        previous=manifest.previous,
+        reason=plan.reason,
+        size_bytes=manifest.size_bytes,
+        content_size_bytes=manifest.content_size_bytes,
+        replica_count=replica_count,
+        seconds_by_stage={
+            "encode": sum(batch.encode_seconds for batch in carried),
+            "verify": sum(batch.verify_seconds for batch in carried),
+            "upload": sum(batch.upload_seconds for batch in carried),
+            "publish": published_at - started,
+            "signal": signalled_at - published_at,
+            "converge": monotonic() - signalled_at,
+        },
+        hint_count=sum(batch.hint_count for batch in carried),
+        warnings=warnings,
+    )
+
+
+async def _carry(
+    spec: CycleSpec,
+    service: HotLoadService,
+    store: CheckpointStore,
+    plan: SnapshotPlan,
+    batch: tuple[SideFile, ...],
+    progress: Progress,
+) -> Carried:
+    """Encode, upload and hint one batch, while other batches are at other steps."""
+    if plan.kind is SnapshotKind.DELTA:
+        encoded = await encode_once(spec, service, plan, batch)
+        directory = delta_dir(spec, service) / plan.identity
+    else:
+        encoded = EncodedBatch.as_is(batch)
+        directory = Path(spec.checkpoint)
+    results = results_dir(spec, service)
+    uploaded = await upload_once(store, plan.identity, directory, encoded.shards, results)
+    hint_count = 0
+    if service.hint_body_template is not None:
+        hint_count = await hint_shards(service, store, plan, encoded.shards)
+    await progress.advance(sum(shard.size_bytes for shard in batch))
+    return Carried(
+        shards=encoded.shards,
+        encode_seconds=encoded.encode_seconds,
+        verify_seconds=encoded.verify_seconds,
+        upload_seconds=uploaded.seconds,
+        hint_count=hint_count,
+    )
+
+
+@flow(name="full-snapshot", flow_run_name="full-for-{spec.name}")
+async def full_snapshot(
+    spec: CycleSpec,
+    content: CheckpointContent,
+    reason: str,
+    lease_token: int,
+    expected_replica_count: int | None,
+) -> Published:
+    """The fallback: publish a full snapshot under a new identity because of `reason`.
+
+    The ladder of protocol §18: a full, one more full, and where the spec allows it a ledger reset
+    and a last full. A full that the service refuses by validation ends the ladder at once.
+
+    Raises:
+        FullSnapshotFailedError: the ladder has no more rungs.
+        SnapshotRejectedError: the service refuses the checkpoint itself.
+    """
+    may_reset = spec.snapshot.ledger_reset is LedgerReset.ON_FAILURE
+    for rung in range(FULLS_TRIED + may_reset):
+        service = await HotLoadService.load(spec.service)
+        store = await CheckpointStore.load(spec.store)
+        if rung == FULLS_TRIED:
+            await reset_ledger(service)
+        plan = await plan_fallback(spec, store, content, reason)
+        try:
+            return await publish_snapshot(
+                spec, content, plan, lease_token, expected_replica_count
+            )
+        except NeedsFullSnapshotError as error:
+            reason = str(error)
+    raise FullSnapshotFailedError(plan.identity, reason)

@@ -1,0 +1,42 @@
+"""Rollouts: every problem of this policy version sampled, scored and handed back."""
+
+from prefect import flow
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.rollout_client import RolloutClient
+from hotload.report import RolloutSummary
+from hotload.spec import CycleSpec
+from tasks.hand_back import find_rollout, hand_back
+from tasks.overlap import overlap
+from tasks.read_problems import plan_rollouts
+from tasks.roll_out import open_rollout, roll_out_chunk
+
+
+@flow(name="roll-out-and-score", flow_run_name="roll-out-{identity}")
+async def roll_out_and_score(
+    spec: CycleSpec, identity: str, replica_count: int | None = None
+) -> RolloutSummary:
+    """Sample the problems in chunks, score the groups, leave them as Parquet in the store.
+
+    Started again, it samples only the parts that are not in the store yet.
+
+    Args:
+        spec: what to sample, how, and what scores it.
+        identity: the snapshot every replica was seen to serve.
+        replica_count: replicas there are, for the first size of the window.
+
+    Raises:
+        InvalidProblemsError, RewardError: the caller's input; nothing was sampled.
+        ServiceRefusedError: no sample can succeed.
+        StoreError: the store refuses.
+    """
+    client = await RolloutClient.load(spec.rollouts)
+    store = await CheckpointStore.load(spec.store)
+    plan = await plan_rollouts(spec, identity)
+    if done := await find_rollout(store, plan):
+        return done
+    async with open_rollout(spec, plan, client, store, replica_count) as rollout:
+        numbers = range(len(plan.parts))
+        parts = await overlap(roll_out_chunk(rollout, number) for number in numbers)
+        rollout.log_window()
+    return await hand_back(store, plan, parts, rollout.seconds)

@@ -1,0 +1,1 @@
+"""hotload: values, decisions and bytes of a hot-load cycle, without any I/O."""

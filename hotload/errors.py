@@ -1,0 +1,227 @@
+"""Errors of hotload. The class says who must act next.
+
+HotLoadError
+├── InvalidCheckpointError (ValueError)       trainer: write the checkpoint again; we stop
+├── InvalidIdentityError (ValueError)         caller: choose another run, version or name; we stop
+│   └── IdentityConflictError                   the name is taken by other content
+├── InvalidProblemsError (ValueError)         caller: mend the problem file; we stop
+├── DeltaError (ValueError)                   these bytes are not the delta they claim to be; we stop
+│   └── ChecksumMismatchError                   a tensor is not what its Adler-32 says
+├── NeedsFullSnapshotError                    flow: publish a full snapshot; all that a flow catches
+│   ├── LayoutMismatchError                     keys, dtype, shape, shard map or side files changed
+│   ├── ChainBrokenError                        the service is not on `previous`
+│   ├── BaselineLostError                       the base is gone and cannot be rebuilt
+│   ├── LoadFailedError                         a replica reports an error for our identity
+│   └── ReadinessTimeoutError (TimeoutError)    replicas did not converge in time
+├── FullSnapshotFailedError                   operator: fulls were tried and failed; look at the replicas
+├── LeaseLostError                            nobody: another publisher holds the service; we stop
+├── RewardError                               caller: the reward function cannot be used; we stop
+├── StoreError (OSError)                      operator: bucket, path or rights are wrong; we stop
+│   └── StoreUnavailableError                   task: retry
+└── ServiceError                              carries status_code and the head of the body
+    ├── ServiceUnavailableError                 task: retry
+    ├── ServiceRefusedError                     operator: key, names or billing are wrong; we stop
+    ├── SnapshotRejectedError                   a signal was answered with a 4xx about the snapshot
+    └── ProtocolError                           provider: broke the wire format; we stop
+
+Operands are positional, plain and few, so that every error survives pickling; the sentence is made late.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hotload.shards import Finding
+
+
+class HotLoadError(Exception):
+    """Any error hotload raises on purpose."""
+
+
+class InvalidCheckpointError(HotLoadError, ValueError):
+    """The checkpoint breaks a layout rule; the findings say where, what and who must act."""
+
+    def __init__(self, findings: tuple[Finding, ...]) -> None:
+        super().__init__(findings)
+        self.findings = findings
+
+    def __str__(self) -> str:
+        shown = "\n".join(f"  {finding}" for finding in self.findings[:20])
+        more = f"\n  … and {len(self.findings) - 20} more" if len(self.findings) > 20 else ""
+        plural = "" if len(self.findings) == 1 else "s"
+        return f"checkpoint refused, {len(self.findings)} finding{plural}:\n{shown}{more}"
+
+
+class InvalidIdentityError(HotLoadError, ValueError):
+    """A name cannot serve as an identity."""
+
+    def __init__(self, identity: str, reason: str) -> None:
+        super().__init__(identity, reason)
+        self.identity, self.reason = identity, reason
+
+    def __str__(self) -> str:
+        return f"identity {self.identity[:160]!r} refused: {self.reason}"
+
+
+class IdentityConflictError(InvalidIdentityError):
+    """The same run and policy version was published before with other content."""
+
+
+class InvalidProblemsError(HotLoadError, ValueError):
+    """The problem file is empty or has a malformed row."""
+
+    def __init__(self, source: str, row: int, reason: str) -> None:
+        super().__init__(source, row, reason)
+        self.source, self.row, self.reason = source, row, reason
+
+    def __str__(self) -> str:
+        where = f"{self.source}, row {self.row}" if self.row else self.source
+        return f"problems refused: {where}: {self.reason}"
+
+
+class DeltaError(HotLoadError, ValueError):
+    """Bytes are not a delta that can be applied here."""
+
+    def __init__(self, subject: str, reason: str) -> None:
+        super().__init__(subject, reason)
+        self.subject, self.reason = subject, reason
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}"
+
+
+class ChecksumMismatchError(DeltaError):
+    """A decoded tensor has another checksum than the delta declares."""
+
+    def __init__(self, subject: str, expected: str, found: str) -> None:
+        HotLoadError.__init__(self, subject, expected, found)
+        self.subject, self.expected, self.found = subject, expected, found
+        self.reason = f"checksum is {found}, expected {expected}"
+
+
+class NeedsFullSnapshotError(HotLoadError):
+    """A delta cannot or may not be used; a full snapshot under a new identity can."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class LayoutMismatchError(NeedsFullSnapshotError):
+    """Target and base differ in more than tensor values."""
+
+
+class ChainBrokenError(NeedsFullSnapshotError):
+    """The service serves another identity than the one the delta follows."""
+
+    def __init__(self, previous: str, served: str) -> None:
+        HotLoadError.__init__(self, previous, served)
+        self.previous, self.served = previous, served
+        self.reason = f"delta follows {previous!r}, service serves {served}"
+
+
+class BaselineLostError(NeedsFullSnapshotError):
+    """The bytes of the served snapshot are neither on this machine nor rebuildable from the store."""
+
+    def __init__(self, identity: str, detail: str) -> None:
+        HotLoadError.__init__(self, identity, detail)
+        self.identity, self.detail = identity, detail
+        self.reason = f"baseline {identity!r} is lost: {detail}"
+
+
+class LoadFailedError(NeedsFullSnapshotError):
+    """The service refused the snapshot, or a replica reports an error for it."""
+
+    def __init__(self, identity: str, detail: str) -> None:
+        HotLoadError.__init__(self, identity, detail)
+        self.identity, self.detail = identity, detail
+        self.reason = f"load of {identity!r} failed: {detail}"
+
+
+class ReadinessTimeoutError(NeedsFullSnapshotError, TimeoutError):
+    """Replicas did not converge on an identity before the deadline."""
+
+    def __init__(self, identity: str, detail: str) -> None:
+        HotLoadError.__init__(self, identity, detail)
+        self.identity, self.detail = identity, detail
+        self.reason = f"{identity!r} is not served in time: {detail}"
+
+
+class FullSnapshotFailedError(HotLoadError):
+    """The last rung of the fallback ladder failed."""
+
+    def __init__(self, identity: str, detail: str) -> None:
+        super().__init__(identity, detail)
+        self.identity, self.detail = identity, detail
+
+    def __str__(self) -> str:
+        return f"full snapshot {self.identity!r} failed: {self.detail}; look at the replicas"
+
+
+class LeaseLostError(HotLoadError):
+    """Another publisher holds, or took over, the lease on this service."""
+
+    def __init__(self, holder: str, detail: str) -> None:
+        super().__init__(holder, detail)
+        self.holder, self.detail = holder, detail
+
+    def __str__(self) -> str:
+        return f"publisher lease is held by {self.holder!r}: {self.detail}"
+
+
+class RewardError(HotLoadError):
+    """A reward cannot be imported or does not have the expected form."""
+
+    def __init__(self, reward: str, reason: str) -> None:
+        super().__init__(reward, reason)
+        self.reward, self.reason = reward, reason
+
+    def __str__(self) -> str:
+        return f"reward {self.reward!r}: {self.reason}"
+
+
+class StoreError(HotLoadError, OSError):
+    """The object store refused an operation for good."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class StoreUnavailableError(StoreError):
+    """The object store failed in a way that may pass."""
+
+
+class ServiceError(HotLoadError):
+    """The hot-load service answered with an error, or not at all (`status_code` None)."""
+
+    def __init__(self, operation: str, status_code: int | None, detail: str) -> None:
+        super().__init__(operation, status_code, detail)
+        self.operation, self.status_code, self.detail = operation, status_code, detail
+
+    def __str__(self) -> str:
+        answer = "no answer" if self.status_code is None else f"HTTP {self.status_code}"
+        return f"{self.operation}: {answer}: {self.detail}"
+
+
+class ServiceUnavailableError(ServiceError):
+    """408, 429, 5xx or a transport error: the same call may succeed later."""
+
+
+class ServiceRefusedError(ServiceError):
+    """401, 402, 403 or 404: key, names or billing are wrong."""
+
+
+class SnapshotRejectedError(ServiceError):
+    """The signal was refused because of the snapshot or its metadata."""
+
+
+class ProtocolError(ServiceError):
+    """The answer is not of the documented form."""

@@ -1,0 +1,118 @@
+"""Failed attempts: what each means and how long to wait before the next (protocol §13).
+
+One loop with two budgets: seven attempts for what may pass, and seconds of waiting for a swap of
+weights, which is not the model's failure. Pure; randomness is a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+TRANSIENT_ATTEMPTS = 7
+FIRST_WAIT_SECONDS = 2.0
+LONGEST_WAIT_SECONDS = 30.0
+SWAP_WAIT_SECONDS = 5.0
+SWAP_TEXTS = ("deployment_scaling_up", "model_not_ready", "hot loading", "model not found")
+
+
+class Cause(StrEnum):
+    """Why a sample failed."""
+
+    REFUSED = "refused"  # the service will not take this request: bad or too large
+    TIMEOUT = "timeout"
+    OVERLOADED = "overloaded"
+    SERVER_ERROR = "server_error"
+    CONNECTION = "connection"
+    TRUNCATED = "truncated"  # the stream ended without a finish reason
+    MALFORMED = "malformed"  # the answer is not of the documented form
+    SWAP_TIMEOUT = "swap_timeout"  # the service went on swapping weights or scaling up
+    TOO_LONG = "too_long"  # more tokens than asked for, or than `max_seq_len`
+    MISSING_TOKEN_IDS = "missing_token_ids"
+    MISSING_LOGPROBS = "missing_logprobs"
+    REWARD_RAISED = "reward_raised"
+    REWARD_TIMEOUT = "reward_timeout"
+    REWARD_CRASHED = "reward_crashed"  # it took its process down
+    REWARD_NOT_A_NUMBER = "reward_not_a_number"
+
+
+class Action(Enum):
+    """What a fault asks for."""
+
+    RETRY = "retry"
+    WAIT_FOR_SWAP = "wait for swap"
+    FAIL_SAMPLE = "fail the sample"
+    STOP_RUN = "stop the run"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One failed attempt; `detail` never holds a prompt or a key."""
+
+    action: Action
+    cause: Cause
+    status_code: int | None
+    detail: str
+    retry_after_seconds: float | None = None
+
+
+def fault_of_status(
+    status_code: int, text: str, detail: str, retry_after_seconds: float | None = None
+) -> Fault:
+    """The fault of an error status, from outside a stream or in it.
+
+    Args:
+        text: the head of the body, searched for the signs of a swap.
+        detail: what of it may be shown.
+    """
+    action, cause = Action.STOP_RUN, Cause.REFUSED
+    if status_code in (400, 413, 422):
+        action = Action.FAIL_SAMPLE
+    elif status_code in (404, 425):
+        action, cause = Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT
+    elif status_code in (408, 504):
+        action, cause = Action.RETRY, Cause.TIMEOUT
+    elif status_code in (429, 503):
+        action, cause = Action.RETRY, Cause.OVERLOADED
+    elif status_code >= 500:
+        action, cause = Action.RETRY, Cause.SERVER_ERROR
+    if status_code == 503 and any(sign in text.casefold() for sign in SWAP_TEXTS):
+        action, cause = Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT
+    return Fault(action, cause, status_code, detail, retry_after_seconds)
+
+
+class RetryBudget:
+    """The waits between the attempts of one sample.
+
+    Args:
+        swap_timeout_seconds: waiting for swaps, in all.
+        uniform: a random number in [0, 1) per call.
+    """
+
+    def __init__(self, swap_timeout_seconds: float, uniform: Callable[[], float]) -> None:
+        self._swap_seconds_left = swap_timeout_seconds
+        self._uniform = uniform
+        self.transient_count = 0
+        """Attempts that failed and count among the seven."""
+
+    def wait_seconds(self, fault: Fault) -> float | None:
+        """Seconds to wait before the next attempt; `None` when there is none.
+
+        The server's Retry-After is a floor, itself capped at 30 s.
+        """
+        jitter = 0.5 + self._uniform()
+        floor = min(fault.retry_after_seconds or 0.0, LONGEST_WAIT_SECONDS)
+        if fault.action is Action.WAIT_FOR_SWAP:
+            if self._swap_seconds_left <= 0:
+                return None
+            wait = max(SWAP_WAIT_SECONDS * jitter, floor)
+            self._swap_seconds_left -= wait
+            return wait
+        if fault.action is not Action.RETRY:
+            return None
+        self.transient_count += 1
+        if self.transient_count >= TRANSIENT_ATTEMPTS:
+            return None
+        longest = FIRST_WAIT_SECONDS * 2 ** (self.transient_count - 1)
+        return max(min(longest, LONGEST_WAIT_SECONDS) * jitter, floor)

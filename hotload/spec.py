@@ -1,0 +1,273 @@
+"""What a user declares for one cycle. The Prefect UI shows these models as a form.
+
+Names and defaults are those of protocol §20; every field says its unit. Fields that mean something to a
+vendor-side trainer and nothing here are refused with the reason, so that a copied configuration cannot mislead.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import Any, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from hotload.snapshot import cycle_name
+
+TRAINER_OWNED = "your trainer owns its own training; remove the field"
+VENDOR_TRAINER = "it belongs to the vendor's own trainer, which does not run here; remove the field"
+REFUSED_FIELDS = {
+    "training_shape": VENDOR_TRAINER,
+    "training_shape_id": VENDOR_TRAINER,
+    "reference_trainer": VENDOR_TRAINER,
+    "ref_training_shape_id": VENDOR_TRAINER,
+    "job_id": VENDOR_TRAINER,
+    "policy_job_id": VENDOR_TRAINER,
+    "hot_load_trainer_job": "the bucket is yours: set the store's url instead",
+    "weight_sync_scope": "there is one service per cycle: choose it with `service`",
+    "reattach_settle_timeout_s": VENDOR_TRAINER,
+    "helm_args": "the service exists beforehand; hotload never creates one",
+    "extra_args": "the service exists beforehand; hotload never creates one",
+    "infra": "the service exists beforehand; hotload never creates one",
+    "weight_sync": "its settings are fields of `cadence` and `readiness` here",
+    "epochs": "one cycle samples one policy version; `prompt_groups_per_step` walks through the file",
+    "learning_rate": TRAINER_OWNED,
+    "optimizer": TRAINER_OWNED,
+    "loss": TRAINER_OWNED,
+    "kl_beta": TRAINER_OWNED,
+    "eps_clip": TRAINER_OWNED,
+    "max_head_offpolicy_versions": "a cycle samples the version it published and no other; remove the field",
+}
+REFUSED_PREFIXES = {"dcp_": VENDOR_TRAINER}
+
+
+class Declared(BaseModel):
+    """A frozen part of a cycle's declaration; unknown fields are refused, some with their reason."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_meaningless(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in data:
+                reason = REFUSED_FIELDS.get(name) or next(
+                    (why for prefix, why in REFUSED_PREFIXES.items() if str(name).startswith(prefix)),
+                    None,
+                )
+                if reason:
+                    raise ValueError(f"{name} has no meaning here: {reason}")
+        return data
+
+
+class Cadence(Declared):
+    """When to publish, and when a full snapshot is due."""
+
+    weight_sync_interval: int = Field(1, ge=0)
+    """Publish every N-th policy version; 0 publishes never. The first snapshot is always published."""
+    full_every: int = Field(20, ge=1, le=128)
+    """A full snapshot at least every N publications. The vendor advises 20 to 30."""
+    force_full: bool = False
+    """Publish a full snapshot this time, whatever the chain allows."""
+
+
+class LedgerReset(StrEnum):
+    """Whether the last rung of the fallback ladder may reset the service's ledger."""
+
+    NEVER = "never"
+    ON_FAILURE = "on_failure"
+
+
+class SnapshotOptions(Declared):
+    """How snapshots are encoded and checked."""
+
+    compression_format: Literal["arc_v2"] = "arc_v2"
+    """XOR and one zstd frame per tensor; the only format offered."""
+    checksum_format: Literal["alder32"] = "alder32"
+    """Adler-32 per tensor, in the spelling the service expects."""
+    zstd_level: int = Field(1, ge=1, le=3)
+    """zstd level of a frame. Higher is slower and, on deltas, hardly smaller."""
+    spec_dtype_style: Literal["torch", "safetensors"] = "torch"
+    """Spelling of dtypes in model.weight.spec.json: `bfloat16` or `BF16`."""
+    ledger_reset: LedgerReset = LedgerReset.NEVER
+    """Reset the service's ledger when two full snapshots have failed, then try one more."""
+
+
+class ReadinessPolicy(Declared):
+    """When a snapshot counts as served."""
+
+    weight_sync_timeout: float = Field(600, gt=0, le=86_400)
+    """Seconds from the signal until every replica must serve the snapshot."""
+    poll_interval_seconds: float = Field(5, gt=0, le=300)
+    """Seconds between two looks at the service's status."""
+    scale_up_timeout_seconds: float = Field(300, ge=0, le=86_400)
+    """Seconds to wait for a first replica before the first signal."""
+    min_ready_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the replicas that must serve the snapshot before rollouts begin. Below 1 is off-policy."""
+    replica_count: int | None = Field(None, ge=1, le=10_000)
+    """Replicas expected; empty asks the service's description."""
+    warmup_after_hotload: bool = True
+    """Send small requests after a load, since the first ones may be slow. Never fatal."""
+    warmup_max_retries: int = Field(10, ge=0, le=100)
+    """Warm-up requests at most."""
+
+
+class Concurrency(Declared):
+    """How many samples are in flight."""
+
+    mode: Literal["adaptive", "fixed"] = "adaptive"
+    """Adaptive grows and shrinks the window by the service's load; fixed keeps `initial_window`."""
+    initial_window: int | None = Field(None, ge=1, le=4096)
+    """Samples in flight at first; empty is 8 per replica."""
+    min_window: int = Field(1, ge=1, le=4096)
+    """The adaptive window never shrinks below this."""
+    max_window: int = Field(256, ge=1, le=4096)
+    """The adaptive window never grows beyond this."""
+    prefill_queue_target: float = Field(0.5, gt=0, le=60)
+    """Seconds a request should wait in the service's prefill queue."""
+    rollout_adjustment_interval: int = Field(32, ge=1, le=10_000)
+    """Completed attempts between two adjustments of the window."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "max_concurrency" in data:
+            rest = {name: value for name, value in data.items() if name != "max_concurrency"}
+            if rest:
+                raise ValueError("max_concurrency stands alone: it means mode=fixed with that window")
+            return {"mode": "fixed", "initial_window": data["max_concurrency"]}
+        return data
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min_window > self.max_window:
+            raise ValueError("min_window is above max_window")
+        return self
+
+
+class Sampling(Declared):
+    """How every problem is sampled."""
+
+    completions_per_prompt: int = Field(4, ge=1, le=1024)
+    """G: samples per problem."""
+    max_completion_tokens: int = Field(1024, ge=1, le=1_000_000)
+    """Tokens a sample may have at most."""
+    max_seq_len: int | None = Field(None, ge=2)
+    """Tokens of prompt and completion together at most; longer samples are dropped and counted."""
+    temperature: float = Field(1.0, ge=0, le=2)
+    """Sampling temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus share; 1 leaves the policy's distribution whole."""
+    top_k: int = Field(0, ge=0, le=100)
+    """Highest-ranked tokens to choose from; 0 is all."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Run seed; every sample's own seed is made from it, the problem, the policy version and its number."""
+    stop: tuple[str, ...] = Field((), max_length=4)
+    """Texts that end a sample; they are not returned."""
+    sample_timeout: float = Field(600, gt=0, le=86_400)
+    """Seconds to wait for the next bytes of a sample."""
+    concurrency: Concurrency = Concurrency()
+    """How many samples are in flight."""
+    problems_per_task: int = Field(64, ge=1, le=10_000)
+    """Problems one task samples; at least so many that a cycle has no more than 50 such tasks."""
+
+
+class Problems(Declared):
+    """Where the problems come from."""
+
+    dataset: str = Field(min_length=1)
+    """A JSON-lines file of `{"id", "prompt" or "messages", "answer"}`: absolute path or file:// URI."""
+    max_rows: int | None = Field(None, ge=1)
+    """Use the first N rows only."""
+    prompt_groups_per_step: int | None = Field(None, ge=1)
+    """P: problems per cycle. Each policy version takes the next P rows and begins again at the end;
+    empty is all rows every time."""
+
+
+class RewardSpec(Declared):
+    """What scores a sample."""
+
+    name: str = Field("exact_match", min_length=1, max_length=256)
+    """A built-in reward, or `package.module:function` of yours, called with (problem, trajectory)."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments for the reward."""
+    timeout_seconds: float = Field(10, gt=0, le=3600)
+    """Seconds one call may take; beyond, the sample is marked and its worker ended."""
+
+    @field_validator("name")
+    @classmethod
+    def _form(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?", name):
+            raise ValueError("expected a built-in name or `package.module:function`")
+        return name
+
+
+def local_path(uri: str) -> PurePosixPath:
+    """The absolute path named by a path or file:// URI.
+
+    A worker's working directory is a temporary clone, so relative paths are refused.
+
+    Raises:
+        ValueError: relative, or another scheme.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        uri = unquote(parts.path)
+    elif "://" in uri:
+        raise ValueError(f"{uri[:200]!r}: expected an absolute path or a file:// URI")
+    if not uri.startswith("/") or "\0" in uri:
+        raise ValueError(f"{uri[:200]!r}: expected an absolute path, not a relative one")
+    return PurePosixPath(uri)
+
+
+class CycleSpec(Declared):
+    """One policy version, from checkpoint to scored groups."""
+
+    checkpoint: str = Field(min_length=1)
+    """The directory the trainer wrote, complete: absolute path or file:// URI."""
+    run_id: str = Field(min_length=1, max_length=96)
+    """The training run; begins every identity this run publishes."""
+    policy_version: int = Field(ge=0, lt=10**9)
+    """The trainer's step; grows within a run and is never used for other weights."""
+    service: str = Field("default", min_length=1)
+    """Name of the `HotLoadService` block to load the weights into."""
+    store: str = Field("default", min_length=1)
+    """Name of the `CheckpointStore` block to publish through."""
+    rollouts: str = Field("default", min_length=1)
+    """Name of the `RolloutClient` block to sample with."""
+    work_dir: str = Field(min_length=1)
+    """A directory on this machine for the baseline and unfinished files; as large as two checkpoints."""
+    problems: Problems
+    """What to sample."""
+    cadence: Cadence = Cadence()
+    """When to publish, and when a full snapshot is due."""
+    snapshot: SnapshotOptions = SnapshotOptions()
+    """How snapshots are encoded and checked."""
+    readiness: ReadinessPolicy = ReadinessPolicy()
+    """When a snapshot counts as served."""
+    sampling: Sampling = Sampling()
+    """How every problem is sampled."""
+    reward: RewardSpec = RewardSpec()
+    """What scores a sample."""
+
+    @field_validator("checkpoint", "work_dir")
+    @classmethod
+    def _absolute(cls, uri: str) -> str:
+        return str(local_path(uri))
+
+    @field_validator("problems")
+    @classmethod
+    def _absolute_dataset(cls, problems: Problems) -> Problems:
+        return problems.model_copy(update={"dataset": str(local_path(problems.dataset))})
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        cycle_name(self.run_id, self.policy_version)
+        return self
+
+    @property
+    def name(self) -> str:
+        """`<run>-<version:06d>`: what the trainer calls this cycle."""
+        return cycle_name(self.run_id, self.policy_version)

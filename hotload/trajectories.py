@@ -1,0 +1,234 @@
+"""Problems, the trajectories sampled for them, and what is known about the weights behind each.
+
+A failed sample is a value, not an exception: it stays in its group, marked with its cause (design,
+rule 8). Axis letters: P problems, G samples of one problem, T completion tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NoReturn
+
+from hotload.errors import InvalidProblemsError
+
+DATASET_LIMIT_BYTES = 1 << 30
+ROW_LIMIT_BYTES = 8 << 20
+ID_LIMIT_CHARACTERS = 256
+TOKEN_ID_LIMIT = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A prompt and what scores its answers. Exactly one of `prompt` and `messages` is set."""
+
+    id: str
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    answer: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Weights(StrEnum):
+    """What the answer said about the weights that made a sample, against those it was sent to."""
+
+    EXPECTED = "expected"  # every chunk named the identity confirmed at dispatch
+    ASSUMED = "assumed"  # no chunk named any identity
+    STRADDLING = "straddling"  # more than one identity in one sample
+    OTHER = "other"  # one identity, and another than expected
+    NONE = "none"  # the sample failed before any token
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Which weights, replica and request made a sample (protocol §12).
+
+    `identity` is the one confirmed when the sample was dispatched; `observed` lists the distinct
+    identities its chunks named, in order; `last` is the one named last. Staleness is counted from
+    `identity`.
+    """
+
+    identity: str
+    request_id: str
+    session_id: str
+    attempts: int
+    observed: tuple[str, ...] = ()
+    last: str | None = None
+    replica: str | None = None
+    response_id: str | None = None
+
+    @property
+    def first(self) -> str | None:
+        """The identity named first; `None` where no chunk named one."""
+        return self.observed[0] if self.observed else None
+
+    @property
+    def weights(self) -> Weights:
+        """How the observed identities compare with the dispatched one."""
+        if len(self.observed) > 1:
+            return Weights.STRADDLING
+        if not self.observed:
+            return Weights.ASSUMED
+        return Weights.EXPECTED if self.observed[0] == self.identity else Weights.OTHER
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One sampled answer. `token_ids_T`, `sampling_logprobs_T` and `loss_mask_T` have the same
+    length.
+
+    Log-probabilities are natural, under the distribution really sampled. `failure` is the cause of
+    a failed sample, with `detail` for a reader; a failed sample may have kept its tokens. Latency
+    in seconds runs from the first attempt to the end, waits included.
+    """
+
+    problem_id: str
+    sample_number: int
+    seed: int
+    provenance: Provenance
+    latency_seconds: float
+    prompt_token_ids: tuple[int, ...] = ()
+    token_ids_T: tuple[int, ...] = ()
+    sampling_logprobs_T: tuple[float, ...] = ()
+    loss_mask_T: tuple[bool, ...] = ()
+    text: str = ""
+    finish_reason: str | None = None
+    cached_prompt_token_count: int = 0
+    failure: str | None = None
+    detail: str = ""
+
+    @property
+    def weights(self) -> Weights:
+        """What is known about the weights that made the tokens."""
+        return self.provenance.weights if self.token_ids_T else Weights.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryGroup:
+    """The G answers to one problem, failed ones included, in sample order."""
+
+    problem: Problem
+    trajectories_G: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group with a reward and an advantage per sample, `None` for a failed one."""
+
+    problem: Problem
+    trajectories_G: tuple[Trajectory, ...]
+    rewards_G: tuple[float | None, ...]
+    advantages_G: tuple[float | None, ...]
+
+
+def parse_problems(data: bytes, *, source: str) -> tuple[Problem, ...]:
+    """The problems of a JSON-lines file, one object a line; blank lines are skipped.
+
+    A row has `id` (text or integer), either `prompt` (text, or a list of token ids) or `messages`
+    (a chat), and usually `answer`; everything else is kept in `extra`.
+
+    Args:
+        source: the file's name, for the error.
+
+    Raises:
+        InvalidProblemsError: no row, a malformed row (rows count from 1), or an id used twice.
+    """
+    if len(data) > DATASET_LIMIT_BYTES:
+        raise InvalidProblemsError(source, 0, f"{len(data)} bytes; at most {DATASET_LIMIT_BYTES}")
+    problems: dict[str, Problem] = {}
+    for number, line in _lines(data):
+        problem = _parse_row(line, source, number)
+        if problem.id in problems:
+            raise InvalidProblemsError(source, number, f"id {problem.id!r} is used twice")
+        problems[problem.id] = problem
+    if not problems:
+        raise InvalidProblemsError(source, 0, "the file has no rows")
+    return tuple(problems.values())
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    start, number = 0, 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        number += 1
+        line = data[start:end].strip()
+        if line:
+            yield number, line
+        start = end + 1
+
+
+def _parse_row(line: bytes, source: str, number: int) -> Problem:
+    def refuse(reason: str) -> NoReturn:
+        raise InvalidProblemsError(source, number, reason) from None
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    if len(line) > ROW_LIMIT_BYTES:
+        refuse(f"{len(line)} bytes; a row has at most {ROW_LIMIT_BYTES}")
+    try:
+        row = json.loads(line, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        refuse(f"not JSON: {str(error)[:200]}")
+    if not isinstance(row, dict):
+        refuse(f"expected an object, found {type(row).__name__}")
+    name = row.pop("id", None)
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    if not isinstance(name, str) or not 0 < len(name) <= ID_LIMIT_CHARACTERS:
+        refuse(f"`id`: expected 1-{ID_LIMIT_CHARACTERS} characters or an integer")
+    if ("prompt" in row) == ("messages" in row):
+        refuse("expected exactly one of `prompt` and `messages`")
+    prompt, messages = row.pop("prompt", None), row.pop("messages", None)
+    if messages is not None:
+        if not _is_chat(messages):
+            refuse("`messages`: expected a list of objects, each with a `role`")
+        messages = tuple(messages)
+    elif isinstance(prompt, list):
+        if not prompt or not all(_is_token_id(token) for token in prompt):
+            refuse("`prompt`: expected text or a list of token ids")
+        prompt = tuple(prompt)
+    elif not isinstance(prompt, str) or not prompt:
+        refuse("`prompt`: expected text or a list of token ids")
+    return Problem(name, prompt, messages, row.pop("answer", None), row)
+
+
+def _is_token_id(token: Any) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < TOKEN_ID_LIMIT
+
+
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages)
+    )
+
+
+def problems_for(
+    problems: Sequence[Problem], policy_version: int, prompt_groups_per_step: int | None
+) -> tuple[Problem, ...]:
+    """The P problems of one policy version: the next P rows, beginning again at the end.
+
+    `None`, or more than there are, is every problem once.
+    """
+    total = len(problems)
+    if prompt_groups_per_step is None or prompt_groups_per_step >= total:
+        return tuple(problems)
+    start = policy_version * prompt_groups_per_step % total
+    return tuple(problems[(start + i) % total] for i in range(prompt_groups_per_step))
+
+
+def chunk(problems: Sequence[Problem], size: int) -> tuple[tuple[Problem, ...], ...]:
+    """The problems in runs of `size`, the last one shorter."""
+    return tuple(tuple(problems[i : i + size]) for i in range(0, len(problems), size))
+
+
+def sample_seed(run_seed: int, problem_id: str, policy_version: int, sample_number: int) -> int:
+    """The seed of one sample, in [0, 2**31): the same on every machine and after every restart."""
+    facts = json.dumps([run_seed, problem_id, policy_version, sample_number])
+    return int.from_bytes(hashlib.sha256(facts.encode()).digest()[:4], "big") & 0x7FFF_FFFF

@@ -1,0 +1,283 @@
+"""Inference on the wire: request bodies, server-sent events, answers (protocol §11, §12).
+
+The vendor's rules stand above the lines that obey them. JSON is decoded by the caller; this module
+reads values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hotload.faults import Action, Cause, Fault, fault_of_status
+from hotload.spec import Sampling
+from hotload.trajectories import TOKEN_ID_LIMIT, Problem
+from hotload.wire.fireworks import served_identity
+
+DONE = b"[DONE]"
+HEARTBEAT_EVENTS = frozenset({"ping", "heartbeat", "keepalive"})
+FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
+WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
+IDENTITY_LIMIT = 64
+"""Distinct identities kept of one answer."""
+
+
+def sample_body(problem: Problem, sampling: Sampling, *, model: str, seed: int) -> dict[str, Any]:
+    """The body of one sample, a completion or a chat; every default is sent (protocol §11).
+
+    An omitted temperature, top_p or top_k would let the model's generation_config truncate the
+    policy.
+    """
+    body: dict[str, Any] = {"model": model}
+    if problem.messages is not None:
+        body["messages"] = list(problem.messages)
+    else:
+        body["prompt"] = (
+            problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt or ())
+        )
+    body |= {
+        "n": 1,
+        "max_tokens": sampling.max_completion_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "logprobs": True,
+        "stream": True,
+        "perf_metrics_in_response": True,
+        "raw_output": True,
+        "context_length_exceeded_behavior": "error",
+        "seed": seed,
+    }
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    return body
+
+
+class EventStream:
+    """Server-sent events out of pieces cut anywhere: `data:` lines, comments, an optional event
+    name.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._data: list[bytes] = []
+        self._name = ""
+
+    def feed(self, piece: bytes) -> Iterator[tuple[str, bytes]]:
+        """The (event name, data) pairs that `piece` completes; the name is empty where none was
+        given.
+        """
+        if b"\n" not in piece:
+            self._pieces.append(piece)
+            return
+        if self._pieces:
+            piece = b"".join((*self._pieces, piece))
+        lines = piece.split(b"\n")
+        self._pieces = [lines.pop()]
+        for line in lines:
+            if line.endswith(b"\r"):
+                line = line[:-1]
+            if not line:
+                if self._data:
+                    yield self._name, b"\n".join(self._data)
+                    self._data = []
+                self._name = ""
+            elif line.startswith(b"data:"):
+                self._data.append(line[6:] if line.startswith(b"data: ") else line[5:])
+            elif line.startswith(b"event:"):
+                self._name = line[6:].strip().decode("utf-8", "replace")
+
+
+class Answer:
+    """One answer, put together from its chunks (or from the one body of a plain response).
+
+    Args:
+        sampling: what was asked for.
+        prompt: the token ids that were sent, where ids were sent.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: tuple[int, ...] | None) -> None:
+        self._max_tokens = sampling.max_completion_tokens
+        # protocol §12: `logprob` may stand in only where the whole, untempered policy was sampled.
+        self._is_plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1, 1, 0)
+        self._sent_prompt = prompt
+        self._model: object = None
+        self._texts: list[str] = []
+        self._content_ids: list[Any] = []
+        self._raw_ids: list[Any] = []
+        self._last_raw_ids: list[Any] = []
+        self._lacks_logprobs = False
+        self.is_done = False
+        """Whether the closing `[DONE]` was seen; a plain response is done by itself."""
+        self.observed: list[str] = []
+        self.last_identity: str | None = None
+        self.finish_reason: str | None = None
+        self.token_ids: tuple[int, ...] = ()
+        self.sampling_logprobs: list[Any] = []
+        self.prompt_token_ids: tuple[int, ...] = prompt or ()
+        self.prompt_token_count = self.cached_prompt_token_count = 0
+        self.prefill_queue_seconds: float | None = None
+        self.replica: str | None = None
+        self.response_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The answer's text so far."""
+        return "".join(self._texts)
+
+    def add(self, chunk: Any) -> Fault | None:
+        """Take one decoded chunk in; the fault, if it is or carries an error."""
+        try:
+            error = chunk.get("error")
+            if error:
+                return fault_in_stream(chunk)
+            self._add(chunk)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return malformed("a chunk is not of the documented form")
+        return None
+
+    def _add(self, chunk: Mapping[str, Any]) -> None:
+        model = chunk.get("model")
+        if model != self._model:
+            self._model = model
+            self._observe(model)
+        for choice in chunk.get("choices") or ():
+            message = choice.get("delta") or choice.get("message")
+            text = choice.get("text") if message is None else message.get("content")
+            if text:
+                self._texts.append(text)
+            logprobs = choice.get("logprobs")
+            if logprobs:
+                for entry in logprobs.get("content") or ():
+                    self._content_ids.append(entry.get("token_id"))
+                    value = entry.get("sampling_logprob")
+                    if value is None and self._is_plain:
+                        value = entry.get("logprob")
+                    self._lacks_logprobs |= value is None
+                    self.sampling_logprobs.append(value)
+            raw = choice.get("raw_output")
+            if raw or "token_ids" in choice:
+                self._add_raw(raw or {}, choice)
+            if choice.get("finish_reason"):
+                self.finish_reason = choice["finish_reason"]
+        usage = chunk.get("usage")
+        if usage:
+            self.prompt_token_count = int(usage.get("prompt_tokens") or 0)
+            details = usage.get("prompt_tokens_details") or {}
+            self.cached_prompt_token_count = int(details.get("cached_tokens") or 0)
+        metrics = chunk.get("perf_metrics")
+        if metrics:
+            self.add_metrics(metrics)
+
+    def _observe(self, model: object) -> None:
+        identity = served_identity(model)
+        if identity is None:
+            return
+        self.last_identity = identity[:256]
+        if self.last_identity not in self.observed and len(self.observed) < IDENTITY_LIMIT:
+            self.observed.append(self.last_identity)
+
+    def _add_raw(self, raw: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
+        ids = raw.get("completion_token_ids") or choice.get("token_ids")
+        if ids:
+            self._last_raw_ids = list(ids)
+            self._raw_ids += ids
+        prompt = raw.get("prompt_token_ids") or choice.get("prompt_token_ids")
+        if prompt:
+            self.prompt_token_ids = tuple(prompt)
+
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Take performance metrics in, from the last chunk or from headers, in either spelling
+        (protocol §12).
+        """
+
+        def find(name: str) -> Any:
+            for spelling in (name, f"fireworks-{name}"):
+                value = metrics.get(spelling)
+                if value is not None:
+                    return value
+            return None
+
+        queue, cached = find("prefill-queue-duration"), find("cached-prompt-tokens")
+        if queue is not None:
+            seconds = float(queue)
+            if math.isfinite(seconds) and seconds >= 0:
+                self.prefill_queue_seconds = seconds
+        if cached is not None and not self.cached_prompt_token_count:
+            self.cached_prompt_token_count = int(float(cached))
+        host = find("backend-host")
+        if host is not None:
+            self.replica = str(host)[:256]
+
+    def finish(self) -> Fault | None:
+        """Close the answer and settle its token ids; the fault, if it cannot be trained on.
+
+        An answer cut short before its `[DONE]` may be asked for again; one that was whole and lacks
+        something is a failed sample: ids are never made by tokenizing again (protocol §12).
+        """
+        if self.finish_reason is None:
+            return Fault(
+                Action.RETRY, Cause.TRUNCATED, 200, "the stream ended without a finish reason"
+            )
+        if self.finish_reason not in FINISH_REASONS:
+            return Fault(
+                Action.RETRY, Cause.SERVER_ERROR, 200, "the answer did not finish properly"
+            )
+        lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
+        count = len(self.sampling_logprobs)
+        ids = next(
+            (
+                ids
+                for ids in (self._last_raw_ids, self._raw_ids, self._content_ids)
+                if ids and len(ids) == count
+            ),
+            None,
+        )
+        if self._lacks_logprobs or (count == 0 and (self._raw_ids or self.text)):
+            return Fault(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
+        if ids is None and count:
+            detail = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
+            return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
+        if not all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in ids or ()):
+            return Fault(
+                lacking, Cause.MISSING_TOKEN_IDS, 200, "a token id is missing or not an id"
+            )
+        if not all(isinstance(value, (int, float)) for value in self.sampling_logprobs) or not (
+            math.isfinite(math.fsum(self.sampling_logprobs))
+        ):
+            return Fault(lacking, Cause.MISSING_LOGPROBS, 200, "a log-probability is not a number")
+        if self._sent_prompt is not None and self.prompt_token_ids != self._sent_prompt:
+            return malformed("the prompt's token ids came back changed", Action.FAIL_SAMPLE)
+        self.token_ids = tuple(ids or ())
+        if count > self._max_tokens:
+            detail = f"{count} tokens, {self._max_tokens} asked for"
+            return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
+        return None
+
+
+def malformed(detail: str, action: Action = Action.RETRY) -> Fault:
+    """The fault of an answer that is not of the documented form."""
+    return Fault(action, Cause.MALFORMED, 200, detail)
+
+
+def fault_in_stream(chunk: Mapping[str, Any]) -> Fault:
+    """The fault of an error inside a 200: its `status_code` or `status` counts; without one, 502
+    (protocol §12).
+    """
+    error = chunk.get("error")
+    places = (error, chunk) if isinstance(error, Mapping) else (chunk,)
+    codes = [place.get(name) for place in places for name in ("status_code", "status")]
+    code = next((code for code in codes if type(code) is int and 400 <= code <= 599), 502)
+    return fault_of_status(
+        code, str(chunk)[:2048], f"error inside the answer: {error_names(chunk)}"
+    )
+
+
+def error_names(body: Any) -> str:
+    """`code type` of an error body (protocol §3): never its message, which may quote the prompt."""
+    error = body.get("error", body) if isinstance(body, Mapping) else None
+    if not isinstance(error, Mapping):
+        return "no documented error body"
+    names = (error.get("code"), error.get("type"))
+    return " ".join(str(name)[:80] for name in names if name is not None) or "no code"

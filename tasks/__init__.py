@@ -1,0 +1,1 @@
+"""One verb a module; the only place that retries and caches."""

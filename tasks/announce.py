@@ -1,0 +1,68 @@
+"""Announce: hint each file as it arrives, signal the snapshot when it is whole (protocol §4, §6)."""
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from hotload.chain import may_signal
+from hotload.errors import LoadFailedError, SnapshotRejectedError
+from hotload.snapshot import Shard, SnapshotKind, SnapshotManifest, SnapshotPlan
+from tasks.lease import check_lease
+from tasks.records import mark_signalled
+from tasks.retrying import RETRIED
+
+
+@task(cache_policy=NO_CACHE, task_run_name="hint-{shards[0].file}")
+async def hint_shards(
+    service: HotLoadService, store: CheckpointStore, plan: SnapshotPlan, shards: tuple[Shard, ...]
+) -> int:
+    """How many of `shards` the service took early notice of. Best effort: never fails a cycle."""
+    taken = 0
+    for shard in shards:
+        taken += await service.hint(
+            identity=plan.identity,
+            file=shard.file,
+            uri=f"{store.url}/{plan.identity}/{shard.file}",
+            size_bytes=shard.size_bytes,
+            kind=plan.kind,
+            previous=plan.previous,
+        )
+    return taken
+
+
+@task(cache_policy=NO_CACHE, task_run_name="signal-{manifest.identity}", **RETRIED)
+async def signal_snapshot(
+    service: HotLoadService, store: CheckpointStore, manifest: SnapshotManifest, lease_token: int
+) -> tuple[str, ...]:
+    """Tell the service that the snapshot is whole; returns warnings.
+
+    The status is read first, also on a retry after an unclear answer, so a snapshot that the
+    service has accepted is not signalled twice (protocol §4). The lease is checked last of all.
+
+    Raises:
+        ChainBrokenError: it is a delta and a replica is not on its previous identity.
+        LoadFailedError: the service refuses the delta, or a replica reports an error for it.
+        SnapshotRejectedError: the service refuses the full snapshot itself.
+        LeaseLostError: another publisher has taken over.
+    """
+    if not may_signal(await service.observe(), manifest):
+        get_run_logger().info("%s was accepted before", manifest.identity)
+        return ()
+    await mark_signalled(store, manifest.identity)
+    await check_lease(store, lease_token)
+    try:
+        return await service.signal(manifest)
+    except SnapshotRejectedError as error:
+        if error.status_code == 409 and (await service.observe()).mentions(manifest.identity):
+            return ()
+        # 400 on a full is about its files, and the next full would have the same.
+        if manifest.kind is SnapshotKind.DELTA or error.status_code == 409:
+            raise LoadFailedError(manifest.identity, str(error)) from None
+        raise
+
+
+@task(cache_policy=NO_CACHE, **RETRIED)
+async def reset_ledger(service: HotLoadService) -> None:
+    """Make the service forget every hot-loaded snapshot; base weights answer until the next full."""
+    await service.reset_ledger()

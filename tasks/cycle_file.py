@@ -1,0 +1,67 @@
+"""Cycle files: a whole cycle in one YAML file, for a run from the shell.
+
+    blocks:                        # only what is not configured on the Prefect server
+      service:  {base_url: …, account_id: …, model_id: …, deployment_id: …}
+      store:    {url: …}
+      rollouts: {base_url: …, account_id: …, model_id: …, deployment_id: …}
+    cycle:                         # the fields of CycleSpec
+      checkpoint: /checkpoints/grpo7/000012
+      …
+
+Keys and credentials stay in the environment, or in blocks saved on the server.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+from prefect.blocks.core import Block
+from pydantic import ValidationError
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from blocks.rollout_client import RolloutClient
+from hotload.spec import CycleSpec
+
+BLOCKS: dict[str, type[Block]] = {
+    "service": HotLoadService,
+    "store": CheckpointStore,
+    "rollouts": RolloutClient,
+}
+LIMIT_BYTES = 1 << 20
+
+
+async def load_cycle_file(path: Path) -> CycleSpec:
+    """The cycle that a file declares, its inline blocks saved on the Prefect server.
+
+    An inline block is saved as `file-<run id>`, so it never replaces one a person has configured.
+
+    Raises:
+        ValueError: the file is not a cycle file; says which field, without its value.
+        OSError: the file cannot be read.
+    """
+    if path.stat().st_size > LIMIT_BYTES:
+        raise ValueError(f"{path} is larger than {LIMIT_BYTES} bytes: not a cycle file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("cycle"), dict):
+        raise ValueError(f"{path}: expected a mapping with `cycle:` and, if needed, `blocks:`")
+    inline = data.get("blocks") or {}
+    unknown = sorted((data.keys() - {"cycle", "blocks"}) | (set(inline) - BLOCKS.keys()))
+    if unknown:
+        known = ", ".join(BLOCKS)
+        raise ValueError(f"{path}: unknown {unknown}; expected cycle, and blocks {known}")
+    try:
+        spec = CycleSpec.model_validate(data["cycle"])
+        blocks = {kind: BLOCKS[kind].model_validate(inline[kind]) for kind in inline}
+    except ValidationError as error:
+        # Values may be secrets, so only the place and the rule are shown.
+        lines = error.errors(include_input=False, include_url=False, include_context=False)
+        told = [f"  {'.'.join(map(str, line['loc'])) or 'cycle'}: {line['msg']}" for line in lines]
+        raise ValueError("\n".join([f"{path} is refused:", *told])) from None
+    name = "file-" + re.sub(r"[^a-z0-9]+", "-", spec.run_id.lower()).strip("-")
+    for block in blocks.values():
+        await block.save(name, overwrite=True)
+    return spec.model_copy(update=dict.fromkeys(blocks, name))

@@ -1,0 +1,138 @@
+"""Encode: delta shards against the baseline, each decoded again before it may travel."""
+
+import asyncio
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.context import TaskRunContext
+
+from blocks.hot_load_service import HotLoadService
+from hotload.local import encode_file, sha256_file, verify_file
+from hotload.report import megabytes
+from hotload.snapshot import Record, Shard, SideFile, SnapshotPlan
+from hotload.spec import CycleSpec
+from tasks.places import baseline_dir, delta_dir, results_dir
+from tasks.validate import changed_since_validation
+
+# Two cores are what a shared machine has; numpy and zstd release the interpreter lock.
+ENCODERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
+
+
+class EncodedBatch(Record):
+    """Delta shards that lie finished and verified on this machine."""
+
+    shards: tuple[Shard, ...]
+    encode_seconds: float
+    verify_seconds: float
+
+    @classmethod
+    def as_is(cls, batch: tuple[SideFile, ...]) -> "EncodedBatch":
+        """The shards of a full snapshot: stored as the trainer wrote them."""
+        shards = tuple(
+            Shard(
+                file=shard.file,
+                size_bytes=shard.size_bytes,
+                sha256=shard.sha256,
+                content_size_bytes=shard.size_bytes,
+                content_sha256=shard.sha256,
+            )
+            for shard in batch
+        )
+        return cls(shards=shards, encode_seconds=0, verify_seconds=0)
+
+
+def encode_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Cache key: service, identity, previous, codec, and the digest of every shard's content."""
+    service, plan = parameters["service"], parameters["plan"]
+    facts = [
+        ["encode", 1, service.account_id, service.deployment_id],
+        [plan.identity, plan.previous, "arc_v2", parameters["spec"].snapshot.zstd_level],
+        [[shard.file, shard.sha256] for shard in parameters["batch"]],
+    ]
+    return "encode-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@task(
+    cache_key_fn=encode_key,
+    persist_result=True,
+    result_serializer="json",
+    task_run_name="encode-{batch[0].file}",
+)
+async def encode_shards(
+    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[SideFile, ...]
+) -> EncodedBatch:
+    """Delta shards of `batch` against the baseline of `plan.previous` (wire-format §2).
+
+    Every delta is decoded with its base and compared with the target bit for bit before it is
+    believed (protocol §18, self-check). Written to a temporary file and renamed.
+
+    Raises:
+        InvalidCheckpointError: the trainer changed a file since it was validated.
+    """
+    loop = asyncio.get_running_loop()
+    encoded = await loop.run_in_executor(ENCODERS, _encode, spec, service, plan, batch)
+    sent = sum(shard.size_bytes for shard in encoded.shards)
+    full = sum(shard.content_size_bytes for shard in encoded.shards)
+    get_run_logger().info("%s of %s in %d shards", megabytes(sent), megabytes(full), len(batch))
+    return encoded
+
+
+async def encode_once(
+    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[SideFile, ...]
+) -> EncodedBatch:
+    """`encode_shards`, or its cached result where the files it names are still what it says."""
+    encode = encode_shards.with_options(result_storage=results_dir(spec, service))
+    encoded = await encode(spec, service, plan, batch)
+    directory = delta_dir(spec, service) / plan.identity
+    if not await asyncio.to_thread(_lie_in, directory, encoded.shards):
+        encoded = await encode.with_options(refresh_cache=True)(spec, service, plan, batch)
+    return encoded
+
+
+def _encode(
+    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[SideFile, ...]
+) -> EncodedBatch:
+    base = baseline_dir(spec, service) / str(plan.previous)
+    target = Path(spec.checkpoint)
+    out = delta_dir(spec, service) / plan.identity
+    out.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    encode_seconds = verify_seconds = 0.0
+    for shard in batch:
+        start = monotonic()
+        delta = encode_file(
+            base / shard.file,
+            target / shard.file,
+            out / shard.file,
+            level=spec.snapshot.zstd_level,
+        )
+        encode_seconds += monotonic() - start
+        if delta.content_sha256 != shard.sha256:
+            raise changed_since_validation(shard.file, shard.sha256, delta.content_sha256)
+        start = monotonic()
+        verify_file(base / shard.file, out / shard.file, target / shard.file)
+        verify_seconds += monotonic() - start
+        shards.append(
+            Shard(
+                file=shard.file,
+                size_bytes=delta.size_bytes,
+                sha256=delta.sha256,
+                content_size_bytes=delta.content_size_bytes,
+                content_sha256=delta.content_sha256,
+            )
+        )
+    return EncodedBatch(
+        shards=tuple(shards), encode_seconds=encode_seconds, verify_seconds=verify_seconds
+    )
+
+
+def _lie_in(directory: Path, shards: tuple[Shard, ...]) -> bool:
+    return all(
+        (directory / shard.file).is_file() and sha256_file(directory / shard.file) == shard.sha256
+        for shard in shards
+    )

@@ -1,0 +1,79 @@
+"""Plan: read the truth from the replicas and the store, then let the library decide."""
+
+import asyncio
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from hotload.chain import ChainState, may_be_delta, plan_full, plan_next, read_chain
+from hotload.errors import BaselineLostError
+from hotload.layout import drift
+from hotload.local import read_checkpoint
+from hotload.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan, is_identity
+from hotload.spec import CycleSpec
+from tasks.baseline import hold_baseline
+from tasks.records import read_attempts, read_manifest
+from tasks.retrying import RETRIED
+
+# A service that took a signal just before a crash may need a moment to show it.
+UNCLEAR_POLLS = 3
+
+
+@task(cache_policy=NO_CACHE, **RETRIED)
+async def plan_snapshot(
+    spec: CycleSpec, service: HotLoadService, store: CheckpointStore, content: CheckpointContent
+) -> SnapshotPlan:
+    """What to publish next and why; the same again after a kill, another after a failure.
+
+    Raises:
+        IdentityConflictError: this run and version was published with other content.
+        InvalidIdentityError: the service already serves a later version of this run.
+    """
+    attempts = await read_attempts(store, spec.name)
+    for _ in range(UNCLEAR_POLLS):
+        status = await service.observe()
+        head = await _head(store, status.identities)
+        chain = read_chain(status, head, attempts)
+        if chain.state is not ChainState.UNCLEAR:
+            break
+        await asyncio.sleep(spec.readiness.poll_interval_seconds)
+    obstacle = None
+    if chain.head and may_be_delta(chain, attempts, spec):
+        obstacle = await _obstacle(spec, service, store, chain.head)
+    plan = plan_next(chain, attempts, spec, content, obstacle=obstacle)
+    get_run_logger().info("%s %s: %s", plan.kind.value, plan.identity, plan.reason)
+    return plan
+
+
+@task(cache_policy=NO_CACHE, **RETRIED)
+async def plan_fallback(
+    spec: CycleSpec, store: CheckpointStore, content: CheckpointContent, reason: str
+) -> SnapshotPlan:
+    """A full snapshot under an identity that no earlier attempt of this cycle has had."""
+    attempts = await read_attempts(store, spec.name)
+    plan = plan_full(attempts, spec, content, reason)
+    get_run_logger().warning("%s %s: %s", plan.kind.value, plan.identity, reason)
+    return plan
+
+
+async def _head(store: CheckpointStore, identities: tuple[str | None, ...]) -> SnapshotManifest | None:
+    """The manifest of the one identity that every replica serves, if it is ours."""
+    if len(identities) != 1 or identities[0] is None or not is_identity(identities[0]):
+        return None
+    return await read_manifest(store, identities[0])
+
+
+async def _obstacle(
+    spec: CycleSpec, service: HotLoadService, store: CheckpointStore, head: SnapshotManifest
+) -> str | None:
+    """Why a delta on `head` cannot be encoded: its bytes are lost, or more than values changed."""
+    try:
+        baseline = await hold_baseline(spec, service, store, head)
+    except BaselineLostError as error:
+        return str(error)
+    previous = await asyncio.to_thread(read_checkpoint, baseline)
+    target = await asyncio.to_thread(read_checkpoint, Path(spec.checkpoint))
+    return drift(previous, target)

@@ -1,0 +1,32 @@
+"""Preflight: is this the service the user means, and how many replicas are to be expected."""
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from hotload.errors import ServiceRefusedError
+from hotload.spec import CycleSpec
+from tasks.retrying import RETRIED
+
+
+@task(cache_policy=NO_CACHE, **RETRIED)
+async def preflight_service(
+    spec: CycleSpec, service: HotLoadService, store: CheckpointStore
+) -> int | None:
+    """How many replicas must serve a snapshot; None if nobody knows (protocol §5, §8).
+
+    Raises:
+        ServiceRefusedError: the service cannot be hot-loaded from this store; says why.
+    """
+    description = await service.describe()
+    logger = get_run_logger()
+    for line in service.preflight(description, store.url):
+        if not line.ok and line.stops:
+            raise ServiceRefusedError("preflight", 200, f"{line.name}: {line.found}. {line.advice}")
+        if not line.ok:
+            logger.warning("%s: %s. %s", line.name, line.found, line.advice)
+    expected = spec.readiness.replica_count or description.desired_replica_count
+    if expected is None:
+        logger.warning("how many replicas to expect is unknown: the list is believed complete")
+    return expected

@@ -1,0 +1,25 @@
+"""Progress: a bar in the Prefect UI for steps that take a person's patience."""
+
+from uuid import UUID
+
+from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
+
+
+class Progress:
+    """A bar over `total` bytes; one call to the server per finished batch, none for no work."""
+
+    def __init__(self, artifact_id: UUID, total: int) -> None:
+        self._artifact_id, self._total, self._done = artifact_id, max(total, 1), 0
+
+    @classmethod
+    async def start(cls, description: str, total: int) -> "Progress":
+        """Show the bar at zero."""
+        made = await acreate_progress_artifact(0.0, description=description)
+        if not isinstance(made, UUID):
+            raise TypeError(f"expected an artifact id, found {type(made).__name__}")
+        return cls(made, total)
+
+    async def advance(self, done: int) -> None:
+        """Move the bar by `done` bytes."""
+        self._done += done
+        await aupdate_progress_artifact(self._artifact_id, 100.0 * self._done / self._total)

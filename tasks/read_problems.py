@@ -1,0 +1,35 @@
+"""Read problems: what a cycle samples, planned before anything is sampled."""
+
+import asyncio
+from pathlib import Path
+
+from hotload.errors import InvalidProblemsError
+from hotload.parts import RolloutPlan, plan_rollout
+from hotload.spec import CycleSpec
+from hotload.trajectories import DATASET_LIMIT_BYTES, Problem, parse_problems
+
+
+def read_problems(dataset: str) -> tuple[Problem, ...]:
+    """The problems of a JSON-lines file on this machine.
+
+    Raises:
+        InvalidProblemsError: it cannot be read, is empty, or has a malformed row.
+    """
+    path = Path(dataset)
+    try:
+        if path.stat().st_size > DATASET_LIMIT_BYTES:
+            raise InvalidProblemsError(dataset, 0, f"larger than {DATASET_LIMIT_BYTES} bytes")
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidProblemsError(dataset, 0, f"cannot be read: {error.strerror}") from None
+    return parse_problems(data, source=dataset)
+
+
+async def plan_rollouts(spec: CycleSpec, identity: str) -> RolloutPlan:
+    """Which problems this policy version samples under `identity`, and in which parts.
+
+    Raises:
+        InvalidProblemsError: as `read_problems`.
+    """
+    problems = await asyncio.to_thread(read_problems, spec.problems.dataset)
+    return plan_rollout(spec, identity, problems)

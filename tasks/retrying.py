@@ -1,0 +1,31 @@
+"""The one retry rule: what may pass is tried again, everything else is somebody's to mend.
+
+protocol §4 and §13: 2^n seconds, capped at 30, about 300 seconds in all.
+"""
+
+from typing import Any
+
+from prefect.client.schemas.objects import State, TaskRun
+
+from hotload.errors import ServiceUnavailableError, StoreUnavailableError
+
+TRANSIENT = (ServiceUnavailableError, StoreUnavailableError)
+DELAYS_SECONDS = [2.0, 4.0, 8.0, 16.0] + [30.0] * 9
+
+
+async def is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether the failed attempt behind `state` may succeed when repeated."""
+    try:
+        await state.aresult()
+    except TRANSIENT:
+        return True
+    except Exception:  # noqa: BLE001 - the answer is "no", the error itself goes its own way
+        return False
+    return False
+
+
+RETRIED: dict[str, Any] = {
+    "retries": len(DELAYS_SECONDS),
+    "retry_delay_seconds": DELAYS_SECONDS,
+    "retry_condition_fn": is_transient,
+}

@@ -1,0 +1,128 @@
+"""Roll out: sample a chunk of problems, score it, hand its part back. All chunks share one
+window.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from time import monotonic
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.rollout_client import RolloutClient
+from blocks.sampler import Sampler
+from hotload.parts import PartPlan, RolloutPart, RolloutPlan
+from hotload.spec import CycleSpec
+from hotload.trajectories import ScoredGroup, TrajectoryGroup
+from tasks.hand_back import read_part, write_part
+from tasks.overlap import overlap
+from tasks.retrying import RETRIED
+from tasks.score import Scorer, open_scorer
+
+
+class Rollout:
+    """What the chunks of one rollout share: the sampler with its window, the scorer, the store."""
+
+    def __init__(
+        self, plan: RolloutPlan, sampler: Sampler, scorer: Scorer, store: CheckpointStore
+    ) -> None:
+        self.plan = plan
+        self._sampler = sampler
+        self._scorer = scorer
+        self._store = store
+        self._started = monotonic()
+        self._unwritten: dict[int, tuple[ScoredGroup, ...]] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds since sampling could begin."""
+        return monotonic() - self._started
+
+    async def carry(self, part: PartPlan) -> RolloutPart:
+        """Sample, score and write one part, or find that an earlier run has written it.
+
+        Called again after the store failed, it writes what it has and samples nothing twice.
+        """
+        groups = self._unwritten.get(part.number)
+        if groups is None:
+            if found := await read_part(self._store, self.plan, part):
+                return found
+            groups = await self._scorer.score(await self._sample(part))
+            self._unwritten[part.number] = groups
+        written = await write_part(self._store, self.plan, part, groups)
+        del self._unwritten[part.number]
+        return written
+
+    async def _sample(self, part: PartPlan) -> list[TrajectoryGroup]:
+        count = self._sampler.sampling.completions_per_prompt
+        samples = await overlap(
+            self._sampler.sample(problem, number)
+            for problem in part.problems
+            for number in range(count)
+        )
+        return [
+            TrajectoryGroup(problem, tuple(samples[i * count : (i + 1) * count]))
+            for i, problem in enumerate(part.problems)
+        ]
+
+    def log_window(self) -> None:
+        """Say what the window did, in the flow run's log."""
+        report = self._sampler.end_step()
+        get_run_logger().info(
+            "%d requests, window %d → %d, at most %d in flight, %d congested answers",
+            report.requests,
+            report.window,
+            report.window_after,
+            report.max_in_flight,
+            report.congestion_responses,
+        )
+
+
+@asynccontextmanager
+async def open_rollout(
+    spec: CycleSpec,
+    plan: RolloutPlan,
+    client: RolloutClient,
+    store: CheckpointStore,
+    replica_count: int | None,
+) -> AsyncIterator[Rollout]:
+    """What the chunks of `plan` share, for as long as they run in this event loop.
+
+    Args:
+        replica_count: for the window's first size; `None` is not known.
+
+    Raises:
+        RewardError: the reward cannot be used; nothing was sampled.
+        ServiceRefusedError: there is no API key.
+    """
+    async with (
+        open_scorer(spec.reward) as scorer,
+        client.session(
+            spec.sampling,
+            identity=plan.identity,
+            policy_version=plan.policy_version,
+            replica_count=replica_count,
+            swap_timeout_seconds=spec.readiness.weight_sync_timeout,
+        ) as sampler,
+    ):
+        yield Rollout(plan, sampler, scorer, store)
+
+
+# A retry writes the same samples again; the sampler's own budget is the only one that repeats a sample.
+@task(cache_policy=NO_CACHE, task_run_name="roll-out-{number}", **RETRIED)
+async def roll_out_chunk(rollout: Rollout, number: int) -> RolloutPart:
+    """One part of the rollout in the store, and the counts of what is in it.
+
+    Raises:
+        ServiceRefusedError: key, names or billing are wrong: no sample can succeed.
+        StoreError: the store refuses.
+    """
+    part = await rollout.carry(rollout.plan.parts[number])
+    get_run_logger().info(
+        "%d samples, %d failed, %d bytes",
+        part.sample_count,
+        sum(part.failed_samples.values()),
+        part.size_bytes,
+    )
+    return part

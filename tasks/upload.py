@@ -1,0 +1,139 @@
+"""Upload: shards first, then the files beside them, then our manifest (design, rule 2)."""
+
+import asyncio
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.local import sha256_file
+from hotload.report import megabytes
+from hotload.snapshot import (
+    CheckpointContent,
+    Record,
+    Shard,
+    SnapshotKind,
+    SnapshotManifest,
+    SnapshotPlan,
+)
+from hotload.spec import CycleSpec
+from tasks.records import write_manifest
+from tasks.retrying import RETRIED
+from tasks.validate import changed_since_validation
+
+# Read by whoever looks for a snapshot's names, so they follow everything they name.
+MANIFESTS_LAST = ("config.json", "model.weight.spec.json", "model.safetensors.index.json")
+
+
+class UploadedBatch(Record):
+    """Shards that lie whole in the store."""
+
+    shards: tuple[Shard, ...]
+    seconds: float
+
+
+def upload_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Cache key: store, identity, and the digest of every file as stored."""
+    facts = [
+        ["upload", 1, parameters["store"].url, parameters["identity"]],
+        [[shard.file, shard.sha256] for shard in parameters["shards"]],
+    ]
+    return "upload-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@task(
+    cache_key_fn=upload_key,
+    persist_result=True,
+    result_serializer="json",
+    task_run_name="upload-{shards[0].file}",
+    **RETRIED,
+)
+async def upload_shards(
+    store: CheckpointStore, identity: str, directory: str, shards: tuple[Shard, ...]
+) -> UploadedBatch:
+    """Put `shards` from `directory` under `identity`; each is whole in the store or not visible.
+
+    Raises:
+        InvalidCheckpointError: a file is not what its digest says.
+        StoreError: the store refuses.
+    """
+    start = monotonic()
+    for shard in shards:
+        path = Path(directory) / shard.file
+        await store.put_file(path, f"{identity}/{shard.file}")
+        # Hashed after it was read for the upload, so a change before or during it shows.
+        found = await asyncio.to_thread(sha256_file, path)
+        if found != shard.sha256:
+            raise changed_since_validation(shard.file, shard.sha256, found)
+    seconds = monotonic() - start
+    sent = sum(shard.size_bytes for shard in shards)
+    get_run_logger().info("%s in %.1f s, %d shards", megabytes(sent), seconds, len(shards))
+    return UploadedBatch(shards=shards, seconds=seconds)
+
+
+async def upload_once(
+    store: CheckpointStore,
+    identity: str,
+    directory: Path,
+    shards: tuple[Shard, ...],
+    results: Path,
+) -> UploadedBatch:
+    """`upload_shards`, or its cached result where the store still holds files of these sizes."""
+    upload = upload_shards.with_options(result_storage=results)
+    uploaded = await upload(store, identity, str(directory), shards)
+    sizes = await asyncio.gather(*(store.size(f"{identity}/{shard.file}") for shard in shards))
+    if any(size != shard.size_bytes for size, shard in zip(sizes, shards, strict=True)):
+        again = upload.with_options(refresh_cache=True)
+        uploaded = await again(store, identity, str(directory), shards)
+    return uploaded
+
+
+@task(cache_policy=NO_CACHE, task_run_name="manifests-{plan.identity}", **RETRIED)
+async def upload_manifests(
+    spec: CycleSpec,
+    store: CheckpointStore,
+    plan: SnapshotPlan,
+    content: CheckpointContent,
+    shards: tuple[Shard, ...],
+) -> SnapshotManifest:
+    """Put the files beside the shards, index last, then record the snapshot as published.
+
+    Raises:
+        InvalidCheckpointError: the trainer changed a file since it was validated.
+        StoreError: the store refuses.
+    """
+    order = {name: rank for rank, name in enumerate(MANIFESTS_LAST, start=1)}
+    for side_file in sorted(content.side_files, key=lambda one: (order.get(one.file, 0), one.file)):
+        path = Path(spec.checkpoint) / side_file.file
+        data = await asyncio.to_thread(path.read_bytes)
+        found = hashlib.sha256(data).hexdigest()
+        if found != side_file.sha256:
+            raise changed_since_validation(side_file.file, side_file.sha256, found)
+        await store.put_bytes(data, f"{plan.identity}/{side_file.file}")
+    is_delta = plan.kind is SnapshotKind.DELTA
+    manifest = SnapshotManifest(
+        identity=plan.identity,
+        run_id=spec.run_id,
+        policy_version=spec.policy_version,
+        kind=plan.kind,
+        previous=plan.previous,
+        anchor=plan.anchor,
+        chain_length=plan.chain_length,
+        attempt=plan.attempt,
+        reason=plan.reason,
+        content_sha256=content.sha256,
+        codec="arc_v2" if is_delta else "none",
+        checksum="adler32" if is_delta else "none",
+        shards=tuple(sorted(shards, key=lambda shard: shard.file)),
+        side_files=content.side_files,
+        created_at=datetime.now(UTC),
+    )
+    await write_manifest(store, manifest)
+    return manifest

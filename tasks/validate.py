@@ -1,0 +1,66 @@
+"""Validate: the trainer's checkpoint against every layout rule, and its digests."""
+
+import asyncio
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from hotload.errors import InvalidCheckpointError
+from hotload.layout import check_full, check_lora, refuse_errors
+from hotload.local import read_checkpoint, sha256_file
+from hotload.shards import Finding
+from hotload.snapshot import CheckpointContent, SideFile, SnapshotKind
+from hotload.spec import CycleSpec
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="validate-{spec.name}")
+async def validate_checkpoint(spec: CycleSpec) -> CheckpointContent:
+    """The checkpoint's files with their digests, if it breaks no rule of wire-format §6.
+
+    Reads every byte once; never cached, since only reading shows what the trainer wrote.
+
+    Raises:
+        InvalidCheckpointError: with one finding per broken rule.
+    """
+    content = await asyncio.to_thread(read_content, spec)
+    for warning in content.warnings:
+        get_run_logger().warning(warning)
+    return content
+
+
+def read_content(spec: CycleSpec) -> CheckpointContent:
+    """What `validate_checkpoint` yields; blocking."""
+    directory = Path(spec.checkpoint)
+    checkpoint = read_checkpoint(directory)
+    if checkpoint.is_lora:
+        findings = check_lora(checkpoint)
+    else:
+        findings = check_full(checkpoint, spec_dtype_style=spec.snapshot.spec_dtype_style)
+    warnings = refuse_errors(findings)
+    shards = tuple(
+        SideFile(
+            file=shard.file,
+            size_bytes=shard.size_bytes,
+            sha256=sha256_file(directory / shard.file),
+        )
+        for shard in checkpoint.shards
+    )
+    return CheckpointContent(
+        kind=SnapshotKind.LORA if checkpoint.is_lora else SnapshotKind.FULL,
+        shards=shards,
+        side_files=checkpoint.side_files,
+        warnings=tuple(str(finding) for finding in warnings),
+    )
+
+
+def changed_since_validation(file: str, expected: str, found: str) -> InvalidCheckpointError:
+    """The error for a file whose SHA-256 is no longer what validation read."""
+    finding = Finding(
+        "changed_while_read",
+        file,
+        None,
+        f"sha256 {found[:12]}…",
+        f"sha256 {expected[:12]}…, as validated: a published checkpoint stays as it is",
+    )
+    return InvalidCheckpointError((finding,))

@@ -1,0 +1,64 @@
+"""Stores of every kind with a directory of their own, and a server that answers anything."""
+
+import json
+import os
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from blocks.checkpoint_store import CheckpointStore
+from tests.blocks.peers import RawServer, answering
+
+KINDS = ("file", "memory", "s3", "gs", pytest.param("given", marks=pytest.mark.stores))
+# Where `make test-stores` says which store it started; AWS_ variables are removed from every test
+# run.
+GIVEN_URL, GIVEN_OPTIONS = "HOTLOAD_TEST_STORE_URL", "HOTLOAD_TEST_STORE_OPTIONS"
+
+
+def _bucket(kind: str, request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    if kind == "file":
+        return f"file://{request.getfixturevalue('tmp_path')}", {}
+    if kind == "memory":
+        return "memory://bucket", {}
+    if kind == "given":
+        if GIVEN_URL not in os.environ:
+            pytest.skip("no store given; `make test-stores` starts one")
+        return os.environ[GIVEN_URL], json.loads(os.environ.get(GIVEN_OPTIONS, "{}"))
+    server = request.getfixturevalue({"s3": "s3_server", "gs": "gcs_server"}[kind])
+    return server.url, dict(server.options)
+
+
+def make_store(kind: str, request: pytest.FixtureRequest) -> CheckpointStore:
+    """A store of `kind` with a fresh directory of its own in that kind's bucket."""
+    url, options = _bucket(kind, request)
+    url = f"{url}/{uuid.uuid4().hex}"
+    if kind == "file":
+        os.mkdir(url.removeprefix("file://"))
+    return CheckpointStore(url=url, options=options)
+
+
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest) -> CheckpointStore:
+    """The contract suite runs once per kind of store."""
+    return make_store(request.param, request)
+
+
+@pytest.fixture(params=["s3", pytest.param("given", marks=pytest.mark.stores)])
+def s3_store(request: pytest.FixtureRequest) -> CheckpointStore:
+    """A store that speaks S3."""
+    return make_store(request.param, request)
+
+
+@pytest.fixture
+def file_store(request: pytest.FixtureRequest) -> CheckpointStore:
+    """A store that is a directory."""
+    return make_store("file", request)
+
+
+@pytest.fixture
+async def raw_server() -> AsyncIterator[RawServer]:
+    """A hand-written HTTP server for answers no proper server gives."""
+    async with answering() as raw:
+        yield raw

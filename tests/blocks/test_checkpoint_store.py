@@ -1,0 +1,404 @@
+"""One contract for every kind of store, and what only some of them can do wrong."""
+
+# ruff: noqa: ASYNC110, ASYNC240 - the loop is the test's own: it may block, and wait for a thread
+
+import asyncio
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.errors import StoreError, StoreUnavailableError
+from tests.blocks.peers import RawServer, http, proxying
+
+SECRET = "s3cr3tAccessKeyForTests"
+# gcsfs hands aiohttp pieces of 16 MiB as bytes, on an event loop of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "shard.safetensors"
+    path.write_bytes(bytes(range(256)) * 4096)
+    return path
+
+
+async def test_a_put_file_comes_back_whole(
+    store: CheckpointStore, file: Path, tmp_path: Path
+) -> None:
+    await store.put_file(file, "id-1/shard.safetensors")
+    await store.get_file("id-1/shard.safetensors", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
+    assert await store.size("id-1/shard.safetensors") == file.stat().st_size
+
+
+async def test_a_put_replaces(store: CheckpointStore, file: Path) -> None:
+    await store.put_bytes(b"old", "a/x")
+    await store.put_file(file, "a/x")
+    assert await store.size("a/x") == file.stat().st_size
+
+
+async def test_a_file_of_many_parts_comes_back_whole(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    size = 33 << 20  # more than two parts of 16 MiB
+    large = tmp_path / "large"
+    large.write_bytes(b"\x07" * (size - 1) + b"\x09")
+    await store.put_file(large, "id-1/large")
+    await store.get_file("id-1/large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == large.read_bytes()
+
+
+async def test_an_empty_object_is_an_object(store: CheckpointStore, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    await store.put_file(tmp_path / "empty", "a/empty")
+    assert await store.size("a/empty") == 0
+    assert await store.read_bytes("a/empty", limit_bytes=10) == b""
+    await store.get_file("a/empty", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == b""
+
+
+async def test_create_writes_once(store: CheckpointStore) -> None:
+    assert await store.create_bytes(b"first", "_hotload/leases/1.json")
+    assert not await store.create_bytes(b"second", "_hotload/leases/1.json")
+    assert await store.read_bytes("_hotload/leases/1.json", limit_bytes=100) == b"first"
+
+
+async def test_one_of_many_creators_wins(
+    store: CheckpointStore, request: pytest.FixtureRequest
+) -> None:
+    if store.url.startswith("gs:"):
+        pytest.skip("the GCS emulator ignores ifGenerationMatch")
+    claims = [str(number).encode() for number in range(8)]
+    won = await asyncio.gather(*(store.create_bytes(claim, "lease") for claim in claims))
+    assert sum(won) == 1
+    assert await store.read_bytes("lease", limit_bytes=100) == claims[won.index(True)]
+
+
+async def test_a_read_is_bounded(store: CheckpointStore) -> None:
+    await store.put_bytes(b"12345", "a/x")
+    assert await store.read_bytes("a/x", limit_bytes=5) == b"12345"
+    with pytest.raises(StoreError, match="larger than 4 bytes"):
+        await store.read_bytes("a/x", limit_bytes=4)
+
+
+async def test_a_missing_object_is_an_error_to_read_and_no_size(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    await store.put_bytes(b"", "there")
+    assert await store.size("absent") is None
+    with pytest.raises(StoreError, match=r"absent: .*(does not exist|404)") as caught:
+        await store.read_bytes("absent", limit_bytes=10)
+    assert not isinstance(caught.value, StoreUnavailableError)
+    with pytest.raises(StoreError, match="does not exist"):
+        await store.get_file("absent", tmp_path / "back")
+    assert not list(tmp_path.glob("*back*"))
+
+
+async def test_names_are_direct_children(store: CheckpointStore) -> None:
+    for path in ("id-1/a", "id-1/b/c", "id-10/d", "e"):
+        await store.put_bytes(b"x", path)
+    assert await store.names("id-1") == ["a", "b"]
+    assert [name for name in await store.names("") if name != "_hotload"] == ["e", "id-1", "id-10"]
+    assert await store.names("absent") == []
+
+
+async def test_a_deleted_object_is_gone_and_may_be_deleted_again(store: CheckpointStore) -> None:
+    await store.put_bytes(b"x", "a/x")
+    await store.delete_file("a/x")
+    await store.delete_file("a/x")
+    assert await store.size("a/x") is None
+
+
+async def test_a_deleted_tree_leaves_its_neighbours(store: CheckpointStore) -> None:
+    for path in ("id-1/a", "id-1/b/c", "id-10/d", "id-1.json"):
+        await store.put_bytes(b"x", path)
+    await store.delete_tree("id-1")
+    await store.delete_tree("absent")
+    assert await store.names("id-1") == []
+    assert await store.size("id-10/d") == 1
+    assert await store.size("id-1.json") == 1
+
+
+@pytest.mark.parametrize("name", ["a b.json", "größe", "a%20b", "x[1]*.bin", "a+b=c&d", "tilde~"])
+async def test_unusual_names_are_kept(store: CheckpointStore, name: str) -> None:
+    await store.put_bytes(b"one", f"odd/{name}")
+    await store.put_bytes(b"two", "odd/plain")
+    assert await store.names("odd") == sorted([name, "plain"])
+    assert await store.read_bytes(f"odd/{name}", limit_bytes=10) == b"one"
+    await store.delete_tree("odd")
+    assert await store.names("odd") == []
+
+
+async def test_check_finds_nothing_missing_and_leaves_nothing(store: CheckpointStore) -> None:
+    await store.put_bytes(b"x", "there")
+    lines = await store.check()
+    assert [(line.name, line.ok) for line in lines] == [
+        (name, True) for name in ("bucket", "write", "read", "create once", "delete")
+    ]
+    assert await store.names("_hotload") == []
+
+
+BAD_PATHS = (
+    "",
+    "/a",
+    "a/",
+    "a//b",
+    "../a",
+    "a/../b",
+    "./a",
+    "a\\b",
+    "a\nb",
+    "a\x00",
+    "a#12",
+    "a?b",
+    "x" * 901,
+)
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
+async def test_a_path_that_leaves_the_store_is_refused(
+    file_store: CheckpointStore, path: str, tmp_path: Path
+) -> None:
+    for call in (
+        file_store.put_bytes(b"x", path),
+        file_store.create_bytes(b"x", path),
+        file_store.read_bytes(path, limit_bytes=1),
+        file_store.put_file(tmp_path / "x", path),
+        file_store.get_file(path, tmp_path / "y"),
+        file_store.size(path),
+        file_store.delete_file(path),
+        file_store.delete_tree(path),
+    ):
+        with pytest.raises(StoreError):
+            await call
+    assert await file_store.names("") == []
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("/data/store", "file:///data/store"),
+        ("file:///data/store", "file:///data/store"),
+        ("memory://x", "memory://x"),
+        ("s3://bucket/account/account-service", "s3://bucket/account/account-service"),
+        ("gs://bucket", "gs://bucket"),
+    ],
+)
+def test_urls_that_are_taken(url: str, kept: str) -> None:
+    assert CheckpointStore(url=url).url == kept
+    assert CheckpointStore(url=kept).url == kept
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "store", "/", "file://", "file://host/x", "s3://", "s3://b/", "s3://b/../c", "http://x/y",
+     "s3://key:secret@b/c", "gs://b//c", "s3://b?x=1"],
+)  # fmt: skip
+def test_urls_that_are_refused(url: str) -> None:
+    with pytest.raises(ValidationError):
+        CheckpointStore(url=url)
+
+
+def test_options_are_shown_nowhere() -> None:
+    store = CheckpointStore(url="s3://bucket", options={"key": "AKIA", "secret": SECRET})
+    shown = [repr(store), str(store), repr(store.model_dump()), store.model_dump_json()]
+    assert not [text for text in shown if SECRET in text]
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+async def test_a_missing_bucket_is_said_to_be_missing(
+    kind: str, request: pytest.FixtureRequest, file: Path
+) -> None:
+    server = request.getfixturevalue({"s3": "s3_server", "gs": "gcs_server"}[kind])
+    store = CheckpointStore(url=f"{kind}://no-such-bucket/x", options=dict(server.options))
+    for call in (
+        store.size("a"),
+        store.names(""),
+        store.delete_file("a"),
+        store.put_file(file, "a"),
+    ):
+        with pytest.raises(StoreError, match="not exist") as caught:
+            await call
+        assert not isinstance(caught.value, StoreUnavailableError)
+    (line,) = await store.check()
+    assert not line.ok
+    assert line.stops
+    assert "does not exist" in line.found
+
+
+async def test_a_missing_directory_is_not_created(tmp_path: Path) -> None:
+    store = CheckpointStore(url=str(tmp_path / "absent"))
+    with pytest.raises(StoreError, match="never creates"):
+        await store.put_bytes(b"x", "a")
+    (line,) = await store.check()
+    assert not line.ok
+    assert not (tmp_path / "absent").exists()
+
+
+async def test_a_vanished_source_leaves_nothing(
+    file_store: CheckpointStore, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError):
+        await file_store.put_file(tmp_path / "absent", "a/x")
+    assert await file_store.names("") == []
+
+
+async def test_unfinished_local_files_of_a_dead_process_are_removed(
+    file_store: CheckpointStore,
+) -> None:
+    await file_store.put_bytes(b"x", "id-1/a")
+    partial = Path(file_store.url.removeprefix("file://")) / "_hotload" / "partial"
+    (partial / "1-dead").write_bytes(b"half")
+    assert await file_store.names("_hotload") == []
+    assert await file_store.abort_orphaned_uploads() == 1
+    assert not list(partial.iterdir())
+    assert await file_store.size("id-1/a") == 1
+
+
+async def _unfinished_upload(store: CheckpointStore, path: str) -> None:
+    """What a killed uploader leaves behind: a multipart upload with one part."""
+    bucket, _, key = f"{store.url}/{path}".removeprefix("s3://").partition("/")
+    call = store._open()._filesystem.call_s3  # type: ignore[attr-defined]
+
+    def leave() -> None:
+        begun = call("create_multipart_upload", Bucket=bucket, Key=key)
+        call(
+            "upload_part",
+            Bucket=bucket,
+            Key=key,
+            PartNumber=1,
+            UploadId=begun["UploadId"],
+            Body=b"x",
+        )
+
+    await asyncio.to_thread(leave)
+
+
+async def test_orphaned_uploads_below_the_prefix_are_aborted(s3_store: CheckpointStore) -> None:
+    for path in ("id-1/a", "id-1/b", "id-10/c"):
+        await _unfinished_upload(s3_store, path)
+    assert await s3_store.abort_orphaned_uploads("id-1") == 2
+    assert await s3_store.abort_orphaned_uploads() == 1
+    assert await s3_store.abort_orphaned_uploads() == 0
+
+
+async def test_an_upload_that_is_cut_is_invisible_and_can_be_repeated(
+    s3_store: CheckpointStore, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(b"\x05" * (33 << 20))
+    options = dict(s3_store.options.get_secret_value())
+    async with proxying(options["endpoint_url"]) as proxy:
+        options["endpoint_url"] = proxy.address
+        store = CheckpointStore(url=s3_store.url, options=options)
+        proxy.cut_after = 20 << 20
+        with pytest.raises(StoreUnavailableError):
+            await store.put_file(large, "id-1/large")
+        assert await s3_store.size("id-1/large") is None
+        assert await s3_store.names("id-1") == []
+        proxy.cut_after = None
+        await store.put_file(large, "id-1/large")
+    assert await s3_store.size("id-1/large") == 33 << 20
+    await s3_store.abort_orphaned_uploads("id-1")
+    assert await s3_store.abort_orphaned_uploads("id-1") == 0
+
+
+async def test_a_cancelled_upload_is_invisible_and_its_own_process_keeps_what_it_uploads(
+    s3_store: CheckpointStore, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(b"\x05" * (33 << 20))
+    options = dict(s3_store.options.get_secret_value())
+    async with proxying(options["endpoint_url"]) as proxy:
+        options["endpoint_url"] = proxy.address
+        store = CheckpointStore(url=s3_store.url, options=options)
+        proxy.cut_after, proxy.stalls = 4 << 20, True
+        upload = asyncio.ensure_future(store.put_file(large, "id-1/large"))
+        await proxy.full.wait()
+        assert await s3_store.abort_orphaned_uploads() == 0
+        upload.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await upload
+        assert await s3_store.size("id-1/large") is None
+        assert await s3_store.abort_orphaned_uploads() == 1
+
+
+async def test_a_cancelled_local_copy_leaves_nothing(
+    file_store: CheckpointStore, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as out:
+        out.truncate(512 << 20)
+    upload = asyncio.ensure_future(file_store.put_file(large, "id-1/large"))
+    partial = Path(file_store.url.removeprefix("file://")) / "_hotload" / "partial"
+    while not (partial.is_dir() and list(partial.iterdir())):
+        await asyncio.sleep(0)
+    upload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    while list(partial.iterdir()):
+        await asyncio.sleep(0)
+    assert await file_store.size("id-1/large") is None
+
+
+def _remote(raw: RawServer) -> CheckpointStore:
+    options = {"endpoint_url": raw.address, "key": "AKIAFORTESTS", "secret": SECRET}
+    return CheckpointStore(url="s3://bucket/x", options=options)
+
+
+async def test_a_black_hole_holds_nobody_beyond_the_deadline(
+    raw_server: RawServer, file: Path
+) -> None:
+    raw_server.silent = True
+    with pytest.raises(StoreUnavailableError, match=r"not finished within 0\.5 s"):
+        await _remote(raw_server).put_file(file, "a", timeout_seconds=0.5)
+
+
+async def test_a_store_that_asks_for_patience_is_unavailable(
+    raw_server: RawServer, file: Path
+) -> None:
+    body = (
+        b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+    )
+    raw_server.answers = [http("503 Slow Down", body, "application/xml")]
+    options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+    store = _remote(raw_server)
+    store.options = type(store.options)({**store.options.get_secret_value(), **options})
+    with pytest.raises(StoreUnavailableError, match="HTTP 503 SlowDown"):
+        await store.put_file(file, "a")
+
+
+@pytest.mark.parametrize("body", [
+    f"<Error><Code>AccessDenied</Code><Message>not with {SECRET}</Message></Error>",
+    f"<Error><Code>{SECRET}</Code><Message>{SECRET}</Message></Error>",
+    f"<html>{SECRET}</html>",
+    "",
+])  # fmt: skip
+async def test_a_refusing_store_is_an_error_without_the_secret(
+    raw_server: RawServer, file: Path, body: str
+) -> None:
+    raw_server.answers = [http("403 Forbidden", body.encode(), "application/xml")]
+    store = _remote(raw_server)
+    for call in (
+        store.put_file(file, "a"),
+        store.size("a"),
+        store.names(""),
+        store.delete_tree("t"),
+    ):
+        with pytest.raises(StoreError, match=r"403|permission") as caught:
+            await call
+        assert not isinstance(caught.value, StoreUnavailableError)
+        assert SECRET not in f"{caught.value!r} {caught.value}"
+        assert caught.value.__suppress_context__
+        assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+    assert SECRET not in " ".join(map(str, await store.check()))
+
+
+async def test_options_the_client_does_not_know_are_an_error(raw_server: RawServer) -> None:
+    store = CheckpointStore(url="s3://bucket", options={"config_kwargs": {"nonsense": SECRET}})
+    with pytest.raises(StoreError) as caught:
+        await store.size("a")
+    assert SECRET not in str(caught.value)

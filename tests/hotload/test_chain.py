@@ -1,0 +1,277 @@
+"""plan_next, read_chain, may_signal and the transition table."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hotload.chain import (
+    TRANSITIONS,
+    Attempt,
+    Chain,
+    ChainEvent,
+    ChainState,
+    IllegalTransitionError,
+    advance,
+    may_be_delta,
+    may_signal,
+    plan_full,
+    plan_next,
+    read_chain,
+)
+from hotload.errors import (
+    ChainBrokenError,
+    IdentityConflictError,
+    InvalidIdentityError,
+    LoadFailedError,
+)
+from hotload.readiness import ReplicaStatus, ServiceStatus
+from hotload.snapshot import (
+    CheckpointContent,
+    SideFile,
+    SnapshotKind,
+    SnapshotManifest,
+    SnapshotPlan,
+)
+from hotload.spec import CycleSpec
+
+DIGEST = "ab" * 32
+CONTENT = CheckpointContent(
+    kind=SnapshotKind.FULL,
+    shards=(SideFile(file="a.safetensors", size_bytes=10, sha256=DIGEST),),
+    side_files=(),
+)
+OTHER_CONTENT = CheckpointContent(
+    kind=SnapshotKind.FULL,
+    shards=(SideFile(file="a.safetensors", size_bytes=10, sha256="cd" * 32),),
+    side_files=(),
+)
+ADAPTER = CheckpointContent(kind=SnapshotKind.LORA, shards=CONTENT.shards, side_files=())
+
+
+def spec(version: int = 5, **cadence: object) -> CycleSpec:
+    return CycleSpec.model_validate(
+        {
+            "checkpoint": "/c",
+            "run_id": "run",
+            "policy_version": version,
+            "work_dir": "/w",
+            "problems": {"dataset": "/p"},
+            "cadence": cadence,
+        }
+    )
+
+
+def manifest_of(
+    plan: SnapshotPlan, version: int = 4, content: CheckpointContent = CONTENT
+) -> SnapshotManifest:
+    is_delta = plan.kind is SnapshotKind.DELTA
+    return SnapshotManifest(
+        identity=plan.identity,
+        run_id="run",
+        policy_version=version,
+        kind=plan.kind,
+        previous=plan.previous,
+        anchor=plan.anchor,
+        chain_length=plan.chain_length,
+        attempt=plan.attempt,
+        reason=plan.reason,
+        content_sha256=content.sha256,
+        codec="arc_v2" if is_delta else "none",
+        checksum="adler32" if is_delta else "none",
+        shards=(),
+        side_files=(),
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+
+
+HEAD = manifest_of(plan_full([], spec(4), CONTENT, "first"))
+
+
+def serving(*identities: str | None, **fields: object) -> ServiceStatus:
+    return ServiceStatus(tuple(ReplicaStatus(True, one, **fields) for one in identities))
+
+
+def plan(chain: Chain, attempts: list[Attempt] | None = None, **changes: object) -> SnapshotPlan:
+    declared = changes.pop("spec", spec())
+    content = changes.pop("content", CONTENT)
+    return plan_next(chain, attempts or [], declared, content, obstacle=changes.pop("obstacle", None))
+
+
+CHAINED = read_chain(serving(HEAD.identity, HEAD.identity), HEAD, [])
+DELTA = plan(CHAINED)
+
+
+def test_the_first_snapshot_is_full() -> None:
+    first = plan(read_chain(serving(None, None), None, []))
+    assert first.kind is SnapshotKind.FULL
+    assert first.previous is None
+    assert (first.anchor, first.chain_length) == (first.identity, 0)
+
+
+def test_a_delta_follows_what_every_replica_serves() -> None:
+    assert DELTA.kind is SnapshotKind.DELTA
+    assert (DELTA.previous, DELTA.anchor) == (HEAD.identity, HEAD.identity)
+    assert DELTA.chain_length == 1
+    assert DELTA.identity.startswith("run-000005-")
+
+
+def test_the_same_facts_give_the_same_plan() -> None:
+    assert plan(CHAINED) == DELTA
+
+
+@pytest.mark.parametrize(
+    ("length", "full_every", "kind"),
+    [(18, 20, "delta"), (19, 20, "full"), (0, 1, "full"), (0, 2, "delta")],
+)
+def test_the_cadence_forces_a_full(length: int, full_every: int, kind: str) -> None:
+    head = HEAD if length == 0 else replace_chain(length)
+    chain = Chain(ChainState.CHAINED, head)
+    declared = spec(full_every=full_every)
+    assert plan(chain, spec=declared).kind == kind
+    assert may_be_delta(chain, [], declared) == (kind == "delta")
+
+
+def replace_chain(length: int) -> SnapshotManifest:
+    return manifest_of(replace(DELTA, chain_length=length))
+
+
+def test_force_full_says_so() -> None:
+    forced = plan(CHAINED, spec=spec(force_full=True))
+    assert (forced.kind, forced.reason) == (SnapshotKind.FULL, "force_full is set")
+
+
+def test_an_obstacle_forces_a_full_and_is_the_reason() -> None:
+    forced = plan(CHAINED, obstacle="shard files changed: x")
+    assert (forced.kind, forced.reason) == (SnapshotKind.FULL, "shard files changed: x")
+
+
+def test_an_adapter_is_never_a_delta() -> None:
+    assert plan(CHAINED, content=ADAPTER).kind is SnapshotKind.LORA
+
+
+@pytest.mark.parametrize(("version", "due"), [(4, True), (5, False), (8, True)])
+def test_versions_between_the_interval_plan_what_is_served(version: int, due: bool) -> None:
+    older = HEAD.model_copy(update={"policy_version": 0})
+    chain = Chain(ChainState.CHAINED, older)
+    planned = plan(chain, spec=spec(version, weight_sync_interval=4))
+    assert (planned.identity != HEAD.identity) == due
+
+
+def test_interval_zero_still_publishes_the_first() -> None:
+    declared = spec(weight_sync_interval=0)
+    assert plan(Chain(ChainState.NEED_FULL), spec=declared).kind is SnapshotKind.FULL
+    assert plan(CHAINED, spec=declared).identity == HEAD.identity
+
+
+def test_an_older_version_of_the_run_is_refused() -> None:
+    with pytest.raises(InvalidIdentityError, match="already serves version 4"):
+        plan(CHAINED, spec=spec(3))
+
+
+def test_other_content_under_the_same_version_is_refused() -> None:
+    published = manifest_of(DELTA, 5, OTHER_CONTENT)
+    with pytest.raises(IdentityConflictError, match="other content"):
+        plan(CHAINED, [Attempt(published, signalled=False)])
+
+
+def attempt(signalled: bool, planned: SnapshotPlan = DELTA) -> list[Attempt]:
+    return [Attempt(manifest_of(planned, 5), signalled)]
+
+
+def test_an_unsignalled_delta_is_resumed_while_the_replicas_stay() -> None:
+    attempts = attempt(signalled=False)
+    chain = read_chain(serving(HEAD.identity), HEAD, attempts)
+    assert plan(chain, attempts) == DELTA
+
+
+def test_an_unsignalled_delta_is_dropped_once_a_replica_has_left() -> None:
+    attempts = attempt(signalled=False)
+    chain = read_chain(serving(HEAD.identity, None), None, attempts)
+    again = plan(chain, attempts)
+    assert (again.kind, again.attempt) == (SnapshotKind.FULL, 1)
+    assert "left" in again.reason
+
+
+def test_a_delta_that_is_loading_is_waited_for() -> None:
+    attempts = attempt(signalled=True)
+    status = ServiceStatus(
+        (
+            ReplicaStatus(True, DELTA.identity),
+            ReplicaStatus(True, HEAD.identity, "downloading", DELTA.identity),
+        )
+    )
+    chain = read_chain(status, None, attempts)
+    assert chain.state is ChainState.LOADING
+    assert plan(chain, attempts) == DELTA
+
+
+def test_a_delta_that_is_served_is_adopted() -> None:
+    attempts = attempt(signalled=True)
+    chain = read_chain(serving(DELTA.identity, DELTA.identity), None, attempts)
+    assert chain.state is ChainState.CHAINED
+    assert plan(chain, attempts) == DELTA
+
+
+def test_a_delta_in_error_is_never_sent_again() -> None:
+    attempts = attempt(signalled=True)
+    status = serving(HEAD.identity, stage="error", target_identity=DELTA.identity)
+    again = plan(read_chain(status, HEAD, attempts), attempts)
+    assert (again.kind, again.attempt) == (SnapshotKind.FULL, 1)
+    assert again.identity != plan_full([], spec(), CONTENT, "").identity
+
+
+def test_a_delta_whose_signal_is_in_doubt_becomes_a_full() -> None:
+    attempts = attempt(signalled=True)
+    chain = read_chain(serving(HEAD.identity), HEAD, attempts)
+    assert chain.state is ChainState.UNCLEAR
+    assert plan(chain, attempts).kind is SnapshotKind.FULL
+
+
+def test_a_full_whose_signal_is_in_doubt_is_signalled_again() -> None:
+    full = plan_full([], spec(), CONTENT, "first")
+    attempts = attempt(signalled=True, planned=full)
+    chain = read_chain(serving(None), None, attempts)
+    assert chain.state is ChainState.UNCLEAR
+    assert plan(chain, attempts) == full
+
+
+def test_a_stale_error_about_another_identity_is_ignored() -> None:
+    status = serving(HEAD.identity, stage="error", target_identity="run-000003-00000000")
+    assert read_chain(status, HEAD, []).state is ChainState.CHAINED
+
+
+def test_a_delta_may_be_signalled_only_on_its_previous() -> None:
+    delta = manifest_of(DELTA, 5)
+    assert may_signal(serving(HEAD.identity, HEAD.identity), delta)
+    assert not may_signal(serving(HEAD.identity, DELTA.identity), delta)
+    with pytest.raises(ChainBrokenError, match="base weights on 1"):
+        may_signal(serving(HEAD.identity, None), delta)
+    with pytest.raises(ChainBrokenError):
+        may_signal(ServiceStatus(()), delta)
+    with pytest.raises(LoadFailedError):
+        may_signal(serving(HEAD.identity, stage="error", target_identity=DELTA.identity), delta)
+
+
+def test_a_full_may_be_signalled_on_anything() -> None:
+    assert may_signal(serving("someone-elses", None), HEAD)
+
+
+@given(st.sampled_from(ChainState), st.lists(st.sampled_from(ChainEvent), max_size=12))
+def test_advance_never_leaves_the_table(state: ChainState, events: list[ChainEvent]) -> None:
+    chain = Chain(state)
+    for event in events:
+        if (chain.state, event) in TRANSITIONS:
+            chain = advance(chain, event)
+            assert chain.state in ChainState
+        else:
+            with pytest.raises(IllegalTransitionError):
+                advance(chain, event)
+
+
+def test_no_delta_leaves_need_full_and_nothing_is_signalled_during_a_load() -> None:
+    signals = {ChainEvent.SIGNAL_DELTA, ChainEvent.SIGNAL_FULL}
+    assert (ChainState.NEED_FULL, ChainEvent.SIGNAL_DELTA) not in TRANSITIONS
+    assert not {event for state, event in TRANSITIONS if state is ChainState.LOADING} & signals

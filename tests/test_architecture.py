@@ -1,0 +1,223 @@
+"""The rules of the house that no linter knows, read from the syntax trees and from the classes."""
+
+import ast
+import importlib.metadata
+import inspect
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hotload import errors
+from hotload.errors import HotLoadError
+from hotload.shards import Finding
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("hotload", "emulator", "blocks", "tasks", "flows")
+FOLDERS = (*PACKAGES, "tests", "examples", "benchmarks", "deployments", "docs")
+TOUCH_FILES = {ROOT / "hotload" / "local.py", ROOT / "hotload" / "__main__.py"}
+
+
+def modules(*packages: str) -> list[Path]:
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), named(path))
+
+
+def calls(module: ast.Module) -> Iterator[tuple[str, int]]:
+    """Dotted text and line of every call."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node.lineno
+
+
+def is_task(node: ast.AST) -> bool:
+    """Whether a definition carries Prefect's task decorator."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    return any(re.match(r"task\b", ast.unparse(decorator)) for decorator in node.decorator_list)
+
+
+# Prefect loads a flow file as a top-level module with its folder first on the path.
+
+
+@pytest.mark.parametrize("path", modules("flows", "tasks"), ids=named)
+def test_no_stem_shadows_the_standard_library_or_an_installed_package(path: Path) -> None:
+    taken = sys.stdlib_module_names | importlib.metadata.packages_distributions().keys()
+    assert path.stem == "__init__" or path.stem not in taken - {"flows", "tasks"}
+    assert path.stem not in PACKAGES
+
+
+@pytest.mark.parametrize("path", modules("flows"), ids=named)
+def test_flows_hold_the_order_of_steps_and_nothing_else(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        assert not isinstance(node, ast.ClassDef), f"line {node.lineno}: a class"
+        if isinstance(node, ast.ExceptHandler):
+            caught = "" if node.type is None else ast.unparse(node.type)
+            assert caught == "NeedsFullSnapshotError", f"line {node.lineno}: catches {caught}"
+
+
+@pytest.mark.parametrize("path", modules(*PACKAGES), ids=named)
+def test_imports_are_absolute(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("package", ["emulator", "blocks", "tasks", "flows"])
+def test_packages_have_an_init_that_only_documents(package: str) -> None:
+    body = tree(ROOT / package / "__init__.py").body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+    assert isinstance(body[0].value, ast.Constant)
+
+
+def test_prefect_loads_the_same_flow_as_an_import() -> None:
+    from prefect.flows import load_flow_from_entrypoint
+
+    from flows.cycle import checkpoint_to_rollout
+
+    loaded = load_flow_from_entrypoint(f"{ROOT / 'flows' / 'cycle.py'}:checkpoint_to_rollout")
+    assert loaded.name == checkpoint_to_rollout.name
+    assert inspect.signature(loaded.fn) == inspect.signature(checkpoint_to_rollout.fn)
+
+
+# Who may do what.
+
+
+@pytest.mark.parametrize("path", modules("hotload"), ids=named)
+def test_the_library_opens_nothing_prints_nothing_and_asks_no_clock(path: Path) -> None:
+    if path in TOUCH_FILES:
+        return
+    forbidden = re.compile(
+        r"(open|print|input|exec|eval)$"
+        r"|(.*\.)?(datetime|date)\.(now|utcnow|today)$"
+        r"|.*\.(read_text|read_bytes|write_text|write_bytes|mkdir|unlink|sleep)$"
+    )
+    found = [f"line {line}: {text}" for text, line in calls(tree(path)) if forbidden.match(text)]
+    assert not found
+
+
+@pytest.mark.parametrize("path", modules("hotload", "blocks", "emulator", "flows"), ids=named)
+def test_only_tasks_retry(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.keyword):
+            assert node.arg not in {"retries", "retry_condition_fn"}, f"line {node.value.lineno}"
+
+
+@pytest.mark.parametrize("path", modules("tasks"), ids=named)
+def test_no_task_uses_another_task(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tasks."):
+            other = ROOT / f"{node.module}.py".replace(".", "/", str(node.module).count("."))
+            taken = {one.name for one in ast.walk(tree(other)) if is_task(one)}  # type: ignore[attr-defined]
+            assert not taken & {alias.name for alias in node.names}, f"line {node.lineno}"
+
+
+def test_the_floors_hold() -> None:
+    run = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_codec_user_pays_for_no_data_frame_and_no_engine() -> None:
+    script = (
+        "import sys, hotload, hotload.codec\n"
+        "heavy = {'polars', 'pandera', 'prefect', 'fsspec', 'httpx'} & set(sys.modules)\n"
+        "sys.exit(' '.join(sorted(heavy)) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("path", modules(*PACKAGES), ids=named)
+def test_what_is_public_has_a_docstring(path: Path) -> None:
+    module = tree(path)
+    assert ast.get_docstring(module), "the module"
+    for node in module.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"line {node.lineno}: {node.name}"
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    machine = re.compile(r"/(?:roo[t]|hom[e]|User[s]|wor[k]|op[t])/\w")
+    listed = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    found = []
+    for path in [*listed, *ROOT.glob("*"), *ROOT.glob(".ci/*")]:
+        if path.is_file() and path.suffix in {"", ".py", ".md", ".toml", ".yaml", ".yml", ".lock"}:
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                if machine.search(line):
+                    found.append(f"{named(path)}:{number}: {line.strip()[:120]}")
+    assert not found
+
+
+# Errors travel between processes.
+
+FINDING = Finding("dtype", "a.safetensors", "w", "F16", "BF16")
+EXAMPLES: dict[type[HotLoadError], HotLoadError] = {
+    type(error): error
+    for error in (
+        HotLoadError("why"),
+        errors.InvalidCheckpointError((FINDING,)),
+        errors.InvalidIdentityError("a/b", "it has a slash"),
+        errors.IdentityConflictError("run-000001-0123abcd", "other content"),
+        errors.InvalidProblemsError("problems.jsonl", 3, "no prompt"),
+        errors.DeltaError("a.safetensors, tensor w", "two frames"),
+        errors.ChecksumMismatchError("a.safetensors, tensor w", "1", "2"),
+        errors.NeedsFullSnapshotError("first snapshot"),
+        errors.LayoutMismatchError("dtype of w changed"),
+        errors.ChainBrokenError("run-000001-0123abcd", "run-000002-0123abcd"),
+        errors.BaselineLostError("run-000001-0123abcd", "no directory"),
+        errors.LoadFailedError("run-000001-0123abcd", "replica 2: merge failed"),
+        errors.ReadinessTimeoutError("run-000001-0123abcd", "2 of 3 replicas"),
+        errors.FullSnapshotFailedError("run-000001-0123abcd", "replica 2: no space"),
+        errors.LeaseLostError("host-7", "token 4 after 3"),
+        errors.RewardError("rewards:exact", "not a function"),
+        errors.StoreError("bucket/key", "access denied"),
+        errors.StoreUnavailableError("bucket/key", "connection reset"),
+        errors.ServiceError("signal", None, "refused"),
+        errors.ServiceUnavailableError("observe", 503, "busy"),
+        errors.ServiceRefusedError("observe", 401, "no key"),
+        errors.SnapshotRejectedError("signal", 400, "unknown previous"),
+        errors.ProtocolError("observe", 200, "not JSON"),
+    )
+}
+
+
+def error_classes(root: type[HotLoadError] = HotLoadError) -> list[type[HotLoadError]]:
+    below = [one for child in root.__subclasses__() for one in error_classes(child)]
+    return [root, *(one for one in below if one.__module__ == errors.__name__)]
+
+
+@pytest.mark.parametrize("error_class", sorted(set(error_classes()), key=lambda one: one.__name__))
+def test_every_error_survives_pickling(error_class: type[HotLoadError]) -> None:
+    assert error_class in EXAMPLES, "give it an example"
+    error = EXAMPLES[error_class]
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is error_class
+    assert copy.args == error.args
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+    assert error_class.__name__.endswith("Error")
+
+
+def test_the_drawn_tree_of_errors_is_the_real_one() -> None:
+    drawn = set(re.findall(r"\b\w+Error\b", errors.__doc__ or ""))
+    built_in = {"ValueError", "TimeoutError", "OSError"}
+    assert drawn - built_in == {one.__name__ for one in error_classes()}
