@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench test-stores oracles lock golden deploy wheel clean
+.PHONY: help install demo ui test check bench test-stores oracles lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -24,6 +24,9 @@ install: $(VENV)/installed  ## set up $(VENV) from requirements.lock (every targ
 
 demo: install  ## five cycles on this machine: emulator, Prefect server, real weights; under two minutes
 	$(PY) -m examples.demo
+
+ui: install  ## the flow runs of the last demo, in a browser
+	$(PY) -m examples.demo --ui
 
 test: install  ## the whole suite; starts its own servers on loopback
 	$(PY) -m pytest
@@ -41,7 +44,7 @@ bench: install  ## the measured promises: encoder memory, rollout fan-out, cost 
 	$(PY) -m benchmarks.cycle_overhead
 
 test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: ceph-mon ceph-osd radosgw)
-	HOTLOAD_S3_SERVER=radosgw $(PY) -m pytest -m stores
+	$(PY) -m tests.radosgw $(PY) -m pytest tests/blocks -m stores
 
 oracles: .oracle-venv/installed  ## our bytes against the vendor's own package, in an environment of its own
 	.oracle-venv/bin/python -m pytest -c tests/oracles/pytest.ini tests/oracles
@@ -53,20 +56,22 @@ lock: install  ## resolve pyproject.toml into requirements.lock; delete the file
 
 golden: install  ## rebuild the golden files; fails if one of them changed
 	$(PY) -m tests.golden.rebuild
-	git diff --exit-code --stat tests/golden
+	git diff --exit-code --stat -- tests/golden ':!*.py'
 
 deploy: install  ## register the blocks and deploy the cycle to the Prefect server of your profile
 	for block in hot_load_service checkpoint_store rollout_client; do \
 		$(PY) -m prefect block register -m blocks.$$block || exit 1; done
-	$(PY) -m prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
+	$(PY) -m prefect work-pool inspect hotload-process >/dev/null 2>&1 \
+		|| $(PY) -m prefect work-pool create hotload-process --type process
+	$(PY) -m prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --name process
 
 wheel: install  ## build the library and test it alone, without Prefect, outside this directory
 	rm -rf build dist
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(PY) -m venv build/venv
-	build/venv/bin/python -m pip install --quiet --constraint requirements.lock \
-		numpy pandera polars pydantic zstandard hypothesis pytest pytest-asyncio pytest-timeout safetensors
-	build/venv/bin/python -m pip install --quiet --no-deps dist/*.whl
+	sed -n 's/^\([a-z].*\) \\$$/\1/p' requirements.lock > build/versions.txt
+	build/venv/bin/python -m pip install --quiet --constraint build/versions.txt dist/*.whl \
+		hypothesis pytest pytest-asyncio pytest-timeout safetensors
 	mkdir build/tests && cp -R tests/hotload tests/golden build/tests/
 	cd build/tests && ../venv/bin/pytest -c ../../pyproject.toml -o pythonpath= hotload
 

@@ -329,8 +329,8 @@ def open_bucket(url: str, options: Mapping[str, Any]) -> Bucket:
         **options.get("config_kwargs", {}),
     }
     filesystem = _filesystem("s3", {**options, "config_kwargs": config})
-    # s3fs repeats what botocore has repeated; once more is kept for bodies that break off.
-    filesystem.retries = 2
+    # s3fs would repeat five times what botocore has repeated before.
+    filesystem.retries = 1
     return S3Bucket(filesystem, root)
 
 

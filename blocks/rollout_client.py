@@ -8,6 +8,7 @@ connections.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,10 +18,11 @@ from urllib.parse import urlsplit
 import httpx
 from httpx_aiohttp import AiohttpTransport
 from prefect.blocks.core import Block
-from pydantic import Field, SecretStr, field_validator
+from pydantic import ConfigDict, Field, SecretStr, field_validator
 
 from blocks.preflight import CheckLine
-from blocks.sampler import NO_ANSWER, Sampler, Sleep, head_of, names_in
+from blocks.sampler import Sampler, Sleep
+from blocks.wire import NO_ANSWER, Wire, head_of, names_in
 from hotload.concurrency import Window
 from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
 from hotload.spec import Sampling
@@ -35,31 +37,28 @@ CHECK_TIMEOUT_SECONDS = 10.0
 
 
 class RolloutClient(Block):
-    """Samples rollouts from an inference service."""
+    """Samples rollouts from the inference service whose weights are hot-loaded."""
 
-    _block_type_name = "Hot-load rollout client"
-    _block_type_slug = "hot-load-rollout-client"
+    _block_type_name = "Rollout Client"
+    _block_type_slug = "rollout-client"
+    _description = "Samples rollouts from an inference service, within an adaptive window."
 
-    base_url: str | None = Field(
-        None, description="Origin of the API; empty: FIREWORKS_BASE_URL, then the vendor's."
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    base_url: str | None = Field(None, examples=["https://api.fireworks.ai"])
+    """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
     account_id: str = Field(min_length=1, max_length=128)
+    """Account that owns model and service."""
     model_id: str = Field(min_length=1, max_length=128)
-    deployment_id: str = Field(
-        min_length=1, max_length=128, description="The service, in the vendor's word."
-    )
-    api_key: SecretStr | None = Field(
-        None, description="Empty: the environment's FIREWORKS_API_KEY."
-    )
-    model_addressing: Literal["header", "deployment"] = Field(
-        "header", description="Model path and headers, or the service's own path as the model."
-    )
-    drain_timeout_seconds: int | None = Field(
-        None,
-        ge=1,
-        le=86_400,
-        description="How long a swap may hold a request; empty: the server's 90 s.",
-    )
+    """The model as the service names it."""
+    deployment_id: str = Field(min_length=1, max_length=128)
+    """The service; the vendor calls it a deployment."""
+    api_key: SecretStr | None = None
+    """Empty takes FIREWORKS_API_KEY from the environment when it is needed."""
+    model_addressing: Literal["header", "deployment"] = "header"
+    """The model's path with headers that name the service, or the service's own path as model."""
+    drain_timeout_seconds: int | None = Field(None, ge=1, le=86_400)
+    """Seconds a swap of weights may hold a request; empty is the service's default, 90."""
 
     @field_validator("base_url")
     @classmethod
@@ -102,20 +101,19 @@ class RolloutClient(Block):
             headers[fireworks.DRAIN_TIMEOUT_HEADER] = str(self.drain_timeout_seconds)
         return headers
 
-    def _http(
+    @asynccontextmanager
+    async def _wire(
         self, read_timeout_seconds: float, connections: int = CONNECTIONS
-    ) -> httpx.AsyncClient:
+    ) -> AsyncIterator[Wire]:
+        origin = self.base_url or os.environ.get(fireworks.BASE_URL_VARIABLE) or fireworks.BASE_URL
         limits = httpx.Limits(
             max_connections=max(connections, CONNECTIONS),
             max_keepalive_connections=KEPT_CONNECTIONS,
         )
-        environment_url = os.environ.get(fireworks.BASE_URL_VARIABLE)
-        return httpx.AsyncClient(
-            base_url=self.base_url or environment_url or fireworks.BASE_URL,
-            headers=self._headers(),
-            timeout=httpx.Timeout(CONNECT_TIMEOUT_SECONDS, read=read_timeout_seconds),
-            transport=AiohttpTransport(limits=limits),
-        )
+        timeout = httpx.Timeout(CONNECT_TIMEOUT_SECONDS, read=read_timeout_seconds)
+        headers = self._headers()
+        async with AiohttpTransport(limits=limits) as transport:
+            yield Wire(transport, origin.rstrip("/"), headers, timeout)
 
     @asynccontextmanager
     async def session(
@@ -141,9 +139,9 @@ class RolloutClient(Block):
         """
         window = Window(sampling.concurrency, replica_count=replica_count)
         widest = max(window.size, sampling.concurrency.max_window)
-        async with self._http(sampling.sample_timeout, widest) as http:
+        async with self._wire(sampling.sample_timeout, widest) as wire:
             yield Sampler(
-                http,
+                wire,
                 window,
                 sampling,
                 model=self.model,
@@ -188,10 +186,15 @@ class RolloutClient(Block):
             ServiceUnavailableError: any other failure.
         """
         try:
-            async with asyncio.timeout(timeout_seconds), self._http(timeout_seconds) as http:
+            async with asyncio.timeout(timeout_seconds), self._wire(timeout_seconds) as wire:
                 body = {"model": self.model, **inference.WARM_UP_BODY}
-                async with http.stream("POST", fireworks.COMPLETIONS_PATH, json=body) as response:
+                response = await wire.post(
+                    fireworks.COMPLETIONS_PATH, json.dumps(body).encode(), []
+                )
+                try:
                     head = await head_of(response)
+                finally:
+                    await response.aclose()
         except NO_ANSWER as error:
             raise ServiceUnavailableError("warm-up", None, type(error).__name__) from None
         if response.status_code == 200:

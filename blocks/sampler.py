@@ -12,14 +12,14 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 
-import aiohttp
 import httpx
 import orjson
 
+from blocks.wire import NO_ANSWER, Wire, head_of, names_in
 from hotload.concurrency import Attempt, StepReport, Window
 from hotload.errors import ProtocolError, ServiceRefusedError
 from hotload.faults import Action, Cause, Fault, RetryBudget, fault_of_status
@@ -29,10 +29,8 @@ from hotload.wire import fireworks, inference
 
 Sleep = Callable[[float], Awaitable[None]]
 
-ERROR_BODY_LIMIT_BYTES = 64 << 10
 ANSWER_LIMIT_BYTES = 1 << 20
 ANSWER_LIMIT_BYTES_PER_TOKEN = 16 << 10
-NO_ANSWER = (httpx.HTTPError, aiohttp.ClientError, OSError)
 EVENT_STREAM = "text/event-stream"
 
 
@@ -54,14 +52,6 @@ class _Call:
         """The token ids that are sent, where ids are."""
         return self.problem.prompt if isinstance(self.problem.prompt, tuple) else None
 
-    def headers(self) -> dict[str, str]:
-        return {
-            "Content-Type": "application/json",
-            fireworks.REQUEST_ID_HEADER: self.request_id,
-            fireworks.SESSION_HEADER: self.session_id,
-            fireworks.AFFINITY_HEADER: self.session_id,
-        }
-
 
 class Sampler:
     """Samples under one identity, within one window.
@@ -71,7 +61,7 @@ class Sampler:
 
     def __init__(
         self,
-        http: httpx.AsyncClient,
+        wire: Wire,
         window: Window,
         sampling: Sampling,
         *,
@@ -84,7 +74,7 @@ class Sampler:
         self.sampling = sampling
         self.identity = identity
         self.policy_version = policy_version
-        self._http = http
+        self._wire = wire
         self._slots = _Slots(window)
         self._model = model
         self._swap_timeout_seconds = swap_timeout_seconds
@@ -168,14 +158,18 @@ class Sampler:
         return fault
 
     async def _exchange(self, call: _Call, answer: inference.Answer) -> Fault | None:
+        session = call.session_id.encode()
+        headers = [
+            (fireworks.REQUEST_ID_HEADER.encode(), call.request_id.encode()),
+            (fireworks.SESSION_HEADER.encode(), session),
+            (fireworks.AFFINITY_HEADER.encode(), session),
+        ]
         try:
-            async with self._http.stream(
-                "POST", call.path, content=call.body, headers=call.headers()
-            ) as response:
-                answer.response_id = _response_id(response)
-                if response.status_code != 200:
-                    return _fault_of_response(response, await head_of(response))
+            response = await self._wire.post(call.path, call.body, headers)
+            try:
                 return await self._read(response, answer)
+            finally:
+                await response.aclose()
         except httpx.ConnectTimeout as error:
             # The transport gives this name to every connection that broke before an answer.
             return _no_answer(Cause.CONNECTION, error)
@@ -185,13 +179,26 @@ class Sampler:
             return _no_answer(Cause.CONNECTION, error)
 
     async def _read(self, response: httpx.Response, answer: inference.Answer) -> Fault | None:
-        named = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # One pass over the raw headers: httpx searches all of them for every name.
+        headers = {
+            name.lower().decode("latin-1"): value.decode("latin-1")
+            for name, value in response.headers.raw
+        }
+        answer.response_id = next(
+            (headers[name][:256] for name in fireworks.RESPONSE_ID_HEADERS if headers.get(name)),
+            None,
+        )
+        if response.status_code != 200:
+            return _fault_of_status(response.status_code, headers, await head_of(response))
+        named = headers.get("content-type", "").partition(";")[0].strip().lower()
         if named not in (EVENT_STREAM, "application/json"):
             raise ProtocolError("sample", 200, f"expected {EVENT_STREAM}, found {named[:80]!r}")
         events = inference.EventStream()
         plain: list[bytes] = []
         size_bytes = 0
-        async for piece in response.aiter_bytes():
+        is_encoded = "content-encoding" in headers
+        pieces = response.aiter_bytes() if is_encoded else response.aiter_raw()
+        async for piece in pieces:
             size_bytes += len(piece)
             if size_bytes > self._answer_limit_bytes:
                 detail = f"more than {self._answer_limit_bytes} bytes"
@@ -209,7 +216,7 @@ class Sampler:
             if fault is not None:
                 return fault
         if answer.prefill_queue_seconds is None:
-            answer.add_metrics(response.headers)
+            answer.add_metrics(headers)
         return answer.finish()
 
     def _trajectory(
@@ -309,37 +316,12 @@ def _no_answer(cause: Cause, error: Exception) -> Fault:
     return Fault(Action.RETRY, cause, None, type(error).__name__)
 
 
-async def head_of(response: httpx.Response) -> bytes:
-    """The first 64 KiB of a body, decoded; the rest is not read."""
-    head = b""
-    async for piece in response.aiter_bytes():
-        head += piece
-        if len(head) >= ERROR_BODY_LIMIT_BYTES:
-            break
-    return head[:ERROR_BODY_LIMIT_BYTES]
-
-
-def names_in(body: bytes) -> str:
-    """`code type` of an error body, for a reader; other text is only said to be so (protocol
-    §3).
-    """
-    try:
-        return inference.error_names(orjson.loads(body))
-    except orjson.JSONDecodeError:
-        return "an empty body" if not body.strip() else "a body that is not JSON"
-
-
-def _response_id(response: httpx.Response) -> str | None:
-    ids = (response.headers.get(name) for name in fireworks.RESPONSE_ID_HEADERS)
-    return next((value[:256] for value in ids if value), None)
-
-
-def _fault_of_response(response: httpx.Response, body: bytes) -> Fault:
+def _fault_of_status(status_code: int, headers: Mapping[str, str], body: bytes) -> Fault:
     return fault_of_status(
-        response.status_code,
+        status_code,
         body[:2048].decode("utf-8", "replace"),
         names_in(body),
-        _retry_after(response.headers.get("retry-after"), response.headers.get("date")),
+        _retry_after(headers.get("retry-after"), headers.get("date")),
     )
 
 

@@ -68,9 +68,9 @@ def answer(error: BaseException) -> tuple[int | None, str]:
             if not isinstance(status, int) and code.isdigit():
                 status = int(code)
             return status, code if re.fullmatch(r"[A-Za-z][A-Za-z.]{0,63}", code) else ""
-        number = getattr(link, "code", None)  # gcsfs.retry.HttpError
-        if type(link).__name__ == "HttpError" and str(number).isdigit():
-            return int(str(number)), ""
+        if type(link).__name__ == "HttpError":  # gcsfs.retry
+            number = str(getattr(link, "code", None))
+            return int(number) if number.isdigit() else None, ""
     return None, ""
 
 

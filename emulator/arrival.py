@@ -32,7 +32,9 @@ class Load:
 class Disk:
     """One replica's directory: what it holds, and a place for what arrives."""
 
-    def __init__(self, directory: Path, hinted: Path, bucket: Bucket, faults: Faults, name: str) -> None:
+    def __init__(
+        self, directory: Path, hinted: Path, bucket: Bucket, faults: Faults, name: str
+    ) -> None:
         self._directory, self._hinted = directory, hinted
         self._bucket, self._faults, self._name = bucket, faults, name
         directory.mkdir(parents=True, exist_ok=True)
@@ -100,6 +102,11 @@ class Disk:
         for path in self._directory.glob("*/*"):
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def discard(self, load: Load) -> None:
+        """Remove what arrived of a load that failed."""
+        for place in ("arriving", "merging"):
+            shutil.rmtree(self._directory / place / load.identity, ignore_errors=True)
 
     def _corrupt(self, identity: str, path: Path) -> None:
         where = {"replica": self._name, "identity": identity, "file": path.name}

@@ -48,7 +48,7 @@ class Bucket:
             entries = self._fs.ls(self._path(identity), detail=True)
         except FileNotFoundError:
             entries = []
-        except Exception as error:  # noqa: BLE001 - every store raises classes of its own
+        except Exception as error:
             raise BucketError(f"the bucket cannot be listed: {type(error).__name__}") from error
         found: dict[str, int] = {}
         for entry in entries:
@@ -80,7 +80,7 @@ class Bucket:
             raise MissingObjectError(f"{file} of {identity!r} is not in the bucket") from None
         except BucketError:
             raise
-        except Exception as error:  # noqa: BLE001 - every store raises classes of its own
+        except Exception as error:
             raise BucketError(f"{file} cannot be read: {type(error).__name__}") from error
         return data
 
@@ -95,7 +95,7 @@ class Bucket:
             self._fs.get_file(f"{self._path(identity)}/{file}", str(target))
         except FileNotFoundError:
             raise MissingObjectError(f"{file} of {identity!r} is not in the bucket") from None
-        except Exception as error:  # noqa: BLE001 - every store raises classes of its own
+        except Exception as error:
             raise BucketError(f"{file} cannot be read: {type(error).__name__}") from error
 
     def _path(self, identity: str) -> str:

@@ -13,8 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-LOOP_PASSES = 12    # enough for an event to wake a task that wakes a task
+LOOP_PASSES = 12  # enough for an event to wake a task that wakes a task
 
 
 class Clock:

@@ -76,9 +76,7 @@ def prefill(
     return DecodedPrompt(ids, sampling, cached_count, held, echoed)
 
 
-def draw(
-    logits: npt.NDArray[np.float32], sampling: Sampling, rng: np.random.Generator
-) -> Token:
+def draw(logits: npt.NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> Token:
     """One token drawn from `logits` (`[vocab]`)."""
     raw = log_softmax(logits.astype(np.float64))
     top = _top(raw, sampling.top_logprobs)

@@ -45,9 +45,7 @@ FAULTS: Mapping[str, FaultKind] = {
     "hang": FaultKind(
         "take the request and never answer, until the fault is removed", {"operation": "inference"}
     ),
-    "disconnect": FaultKind(
-        "begin an answer and close the connection", {"operation": "inference"}
-    ),
+    "disconnect": FaultKind("begin an answer and close the connection", {"operation": "inference"}),
     "truncate_stream": FaultKind(
         "end a stream without finish_reason; abrupt=true breaks the connection too",
         {"after_tokens": 1, "abrupt": False},
@@ -101,7 +99,6 @@ class Fault:
         """As `GET /emulator/faults` shows it."""
         return {
             "number": self.number,
-            "fault": self.name,
             "left": self.left,
             "after": self.after,
             "replica": self.replica,
@@ -140,12 +137,14 @@ class Faults:
         given = {k: v for k, v in order.items() if k not in SELECTORS and k != "fault"}
         for key, value in given.items():
             if key not in known:
-                raise InvalidFaultError(f"{name} takes {', '.join((*known, *SELECTORS))}, not {key}")
+                raise InvalidFaultError(
+                    f"{name} takes {', '.join((*known, *SELECTORS))}, not {key}"
+                )
             _check_type(name, key, value, known[key])
         for key in ("count", "after"):
             if key in selectors and (type(selectors[key]) is not int or selectors[key] < 0):
                 raise InvalidFaultError(f"{name}: {key} is a count")
-        parameters = {**known, **given}
+        parameters = {"fault": name, **known, **given}  # never empty: true where a fault strikes
         if parameters.get("operation", OPERATIONS[0]) not in OPERATIONS:
             raise InvalidFaultError(f"{name}: operation is one of {', '.join(OPERATIONS)}")
         if name == "late_object" and "count" not in selectors:
@@ -201,13 +200,13 @@ class Faults:
                 return fault.parameters
         return None
 
-    def shows(self, name: str, **where: str | None) -> bool:
-        """Whether a fault would strike here; nothing is counted."""
+    def peek(self, name: str, **where: str | None) -> Mapping[str, Any] | None:
+        """As `take`, with nothing counted."""
         with self._lock:
-            return any(
-                fault.left != 0 and not fault.after and _matches(fault, name, where)
-                for fault in self._faults
-            )
+            for fault in self._faults:
+                if fault.left != 0 and not fault.after and _matches(fault, name, where):
+                    return fault.parameters
+        return None
 
 
 def read_plan(path: Path) -> tuple[Mapping[str, Any], ...]:

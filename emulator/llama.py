@@ -18,7 +18,7 @@ from emulator.engine import UnsupportedModelError
 
 Floats = npt.NDArray[np.float32]
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-PREFILL_POSITIONS = 512    # at once: bounds the attention scores of a long prompt
+PREFILL_POSITIONS = 512  # at once: bounds the attention scores of a long prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +113,18 @@ class KeyValueCache:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block's weights, transposed for `x @ w`; q, k, v and gate, up side by side."""
+    """One block's weights, transposed for `x @ w`; q, k, v and gate, up side by side.
+
+    `qk_norm` is `[query and key heads, head_dim]`."""
 
     input_norm: Floats
     qkv: Floats
     qkv_bias: Floats | None
-    q_norm: Floats | None
-    k_norm: Floats | None
+    qk_norm: Floats | None
     output: Floats
     post_norm: Floats
     gate_up: Floats
+    inner_size: int
     down: Floats
 
 
@@ -141,7 +143,9 @@ class LlamaWeights:
         self.vocab_size, self.context_length = self.shape.vocab_size, self.shape.context_length
         left = dict(tensors)
         shape = self.shape
-        self._embedding = _take(left, "model.embed_tokens.weight", shape.vocab_size, shape.hidden_size)
+        self._embedding = _take(
+            left, "model.embed_tokens.weight", shape.vocab_size, shape.hidden_size
+        )
         self._layers = [self._layer(left, f"model.layers.{i}.") for i in range(shape.layer_count)]
         self._norm = _take(left, "model.norm.weight", shape.hidden_size)
         head = left.pop("lm_head.weight", None)
@@ -179,37 +183,42 @@ class LlamaWeights:
         cache.reserve(count)
         start, end = cache.length, cache.length + count
         angles = np.arange(start, end, dtype=np.float32)[:, None] * self._frequencies
-        cosine, sine = np.cos(angles), np.sin(angles)
+        cosine, sine = np.cos(angles)[:, None], np.sin(angles)[:, None]
         hidden_T = self._embedding[np.asarray(ids)]
         mask = None
         if count > 1:
             mask = np.triu(np.full((count, end), -np.inf, np.float32), k=start + 1)
-        queries = shape.head_count * shape.head_dim
-        keys = queries + shape.key_value_head_count * shape.head_dim
-        group = shape.head_count // shape.key_value_head_count
+        heads, dim, half = shape.head_count, shape.head_dim, shape.head_dim // 2
+        rotated = heads + shape.key_value_head_count  # query heads and key heads, turned together
+        group = heads // shape.key_value_head_count
+        scale = np.float32(dim**-0.5)
         for layer, store in zip(self._layers, cache.store, strict=True):
             qkv = self._rms(hidden_T, layer.input_norm) @ layer.qkv
             if layer.qkv_bias is not None:
                 qkv += layer.qkv_bias
-            q = qkv[:, :queries].reshape(count, shape.head_count, shape.head_dim)
-            k = qkv[:, queries:keys].reshape(count, shape.key_value_head_count, shape.head_dim)
-            v = qkv[:, keys:].reshape(count, shape.key_value_head_count, shape.head_dim)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)
-            q, k = _rotate(q, cosine, sine), _rotate(k, cosine, sine)
-            store[0, :, start:end] = k.transpose(1, 0, 2)
-            store[1, :, start:end] = v.transpose(1, 0, 2)
-            grouped = q.transpose(1, 0, 2).reshape(-1, group * count, shape.head_dim)
+            qkv = qkv.reshape(count, -1, dim)
+            turning = qkv[:, :rotated]
+            if layer.qk_norm is not None:
+                turning = self._rms(turning, layer.qk_norm)
+            # Rotary positions in Hugging Face's half-split layout.
+            first, second = turning[:, :, :half], turning[:, :, half:]
+            turned = np.concatenate(
+                [first * cosine - second * sine, second * cosine + first * sine], axis=2
+            )
+            store[0, :, start:end] = turned[:, heads:].transpose(1, 0, 2)
+            store[1, :, start:end] = qkv[:, rotated:].transpose(1, 0, 2)
+            grouped = turned[:, :heads].transpose(1, 0, 2).reshape(-1, group * count, dim)
             scores = grouped @ store[0, :, :end].transpose(0, 2, 1)
-            scores *= np.float32(shape.head_dim**-0.5)
+            scores *= scale
             if mask is not None:
                 scores = (scores.reshape(-1, group, count, end) + mask).reshape(scores.shape)
-            scores -= scores.max(axis=-1, keepdims=True)
+            scores -= np.maximum.reduce(scores, axis=2, keepdims=True)
             np.exp(scores, out=scores)
-            scores /= scores.sum(axis=-1, keepdims=True)
-            mixed = (scores @ store[1, :, :end]).reshape(shape.head_count, count, shape.head_dim)
-            hidden_T = hidden_T + mixed.transpose(1, 0, 2).reshape(count, queries) @ layer.output
-            gate, up = np.split(self._rms(hidden_T, layer.post_norm) @ layer.gate_up, 2, axis=1)
+            scores /= np.add.reduce(scores, axis=2, keepdims=True)
+            mixed = (scores @ store[1, :, :end]).reshape(heads, count, dim)
+            hidden_T = hidden_T + mixed.transpose(1, 0, 2).reshape(count, -1) @ layer.output
+            both = self._rms(hidden_T, layer.post_norm) @ layer.gate_up
+            gate, up = both[:, : layer.inner_size], both[:, layer.inner_size :]
             hidden_T = hidden_T + (gate / (1.0 + np.exp(-gate)) * up) @ layer.down
         cache.length = end
         if not all_positions:
@@ -217,9 +226,12 @@ class LlamaWeights:
         return self._rms(hidden_T, self._norm) @ self._head
 
     def _rms(self, values: Floats, weight: Floats) -> Floats:
-        mean = np.square(values).mean(axis=-1, keepdims=True)
+        # The reduction itself: `mean` costs more than the forward of a small matrix.
+        mean = np.add.reduce(values * values, axis=-1, keepdims=True)
+        mean /= np.float32(values.shape[-1])
         mean += np.float32(self.shape.norm_epsilon)
-        return values / np.sqrt(mean) * weight
+        np.sqrt(mean, out=mean)
+        return values / mean * weight
 
     def _layer(self, left: dict[str, Floats], prefix: str) -> Layer:
         shape = self.shape
@@ -236,10 +248,14 @@ class LlamaWeights:
             biases = np.concatenate(
                 [_take(left, f"{attention}{name}.bias", size) for name, size in sizes.items()]
             )
-        q_norm = k_norm = None
+        qk_norm = None
         if f"{attention}q_norm.weight" in left:
-            q_norm = _take(left, f"{attention}q_norm.weight", shape.head_dim)
-            k_norm = _take(left, f"{attention}k_norm.weight", shape.head_dim)
+            counts = {"q_norm": shape.head_count, "k_norm": shape.key_value_head_count}
+            norms = [
+                np.tile(_take(left, f"{attention}{name}.weight", shape.head_dim), (count, 1))
+                for name, count in counts.items()
+            ]
+            qk_norm = np.concatenate(norms)
         gate = _take(left, f"{mlp}gate_proj.weight", None, shape.hidden_size)
         up = _take(left, f"{mlp}up_proj.weight", len(gate), shape.hidden_size)
         down = _take(left, f"{mlp}down_proj.weight", shape.hidden_size, len(gate))
@@ -248,11 +264,11 @@ class LlamaWeights:
             input_norm=_take(left, f"{prefix}input_layernorm.weight", shape.hidden_size),
             qkv=np.ascontiguousarray(np.concatenate(qkv).T),
             qkv_bias=biases,
-            q_norm=q_norm,
-            k_norm=k_norm,
+            qk_norm=qk_norm,
             output=np.ascontiguousarray(output.T),
             post_norm=_take(left, f"{prefix}post_attention_layernorm.weight", shape.hidden_size),
             gate_up=np.ascontiguousarray(np.concatenate([gate, up]).T),
+            inner_size=len(gate),
             down=np.ascontiguousarray(down.T),
         )
 
@@ -265,14 +281,7 @@ def _take(left: dict[str, Floats], name: str, *expected: int | None) -> Floats:
         size is None or size == found for size, found in zip(expected, tensor.shape, strict=True)
     )
     if not matches:
-        raise UnsupportedModelError(f"tensor {name!r} has shape {tensor.shape}, expected {expected}")
+        raise UnsupportedModelError(
+            f"tensor {name!r} has shape {tensor.shape}, expected {expected}"
+        )
     return tensor
-
-
-def _rotate(values: Floats, cosine: Floats, sine: Floats) -> Floats:
-    """Rotary positions in Hugging Face's half-split layout; `values` is `[T, heads, head_dim]`."""
-    first, second = np.split(values, 2, axis=-1)
-    cosine, sine = cosine[:, None], sine[:, None]
-    return np.concatenate(
-        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
-    )

@@ -21,8 +21,8 @@ from hotload.errors import ChainBrokenError, DeltaError, InvalidCheckpointError
 from hotload.readiness import BASE_WEIGHTS
 from hotload.snapshot import SnapshotKind
 
-LOOKS = 3               # a file that is not visible is looked for so often
-SPREAD = 0.5            # replica i takes 1 + i/2 times as long for each state
+LOOKS = 3  # a file that is not visible is looked for so often
+SPREAD = 0.5  # replica i takes 1 + i/2 times as long for each state
 Result = TypeVar("Result")
 
 
@@ -87,6 +87,10 @@ class Replica:
         self.loading = load.identity
         self._begin(self._load(load))
 
+    def refuse(self, load: Load, reason: str) -> None:
+        """Show an error for a load that was never begun."""
+        self._fail(load, DeltaError(load.identity, reason))
+
     def restart(self, loads: list[Load], *, on_base: bool) -> None:
         """Go down at once, drop everything, come back with `loads` replayed, or on base weights."""
         self.stop()
@@ -112,10 +116,9 @@ class Replica:
         self.gate.set()
 
     def stop(self) -> None:
-        """Cancel what is loading."""
-        if self._task is not None:
+        """Cancel what is loading; its thread, if one runs, is waited for by whatever begins next."""
+        if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
-            self._task = None
 
     def leave(self) -> None:
         """A request ended here."""
@@ -158,47 +161,48 @@ class Replica:
         try:
             await self._state()
             if faults.take("restart_to_base", replica=self.name, identity=load.identity):
-                self._task = None
+                self._log(load, "error", "restarted")
+                self._around.on_failed(self.name, load.identity, "restarted")
                 self.restart([], on_base=True)
                 return
             self.stage = "downloading"
             await self._lag(load.identity)
             await self._state()
-            await self._arrive(load, is_replay=False)
-            weights = await self._weights()
+            arrived = await self._arrive(load)
+            weights = await self._weights(load, arrived)
+            await self._keep(load, arrived, "applied")
             await self._swap(weights, load)
         except Exception as error:  # noqa: BLE001 - a replica outlives whatever it is told to load
             self._fail(load, error)
         else:
             self._around.on_served(self.name, load.identity)
-        finally:
-            self.loading = None
+        self.loading = None
 
     async def _come_back(self, loads: list[Load]) -> None:
+        await self._in_thread(self._disk.forget_others)
         await self._state()
         served: Load | None = None
         try:
             for load in loads:
                 self.stage, self.target = "downloading", load.identity
                 await self._state()
-                await self._arrive(load, is_replay=True)
+                arrived = await self._arrive(load)
+                weights = await self._weights(load, arrived)
+                await self._keep(load, arrived, "replayed")
+                self._serve(load, weights)
                 served = load
-                if load.kind is SnapshotKind.LORA:
-                    self.adapters = {load.identity: "loaded"}
-                else:
-                    self.current, self.adapters = load.identity, {}
             self.stage = "completed" if loads else "idle"
         except Exception as error:  # noqa: BLE001 - it then serves what it got so far
             self._fail(load, error)
-        self.weights = await self._weights()
         self.readiness, self.is_down = True, False
         if served is not None:
             self._around.on_served(self.name, served.identity)
 
-    async def _arrive(self, load: Load, *, is_replay: bool) -> None:
-        """Hold the snapshot's bytes; on an error the old ones are held on, a delta's base torn."""
-        if load.kind is SnapshotKind.DELTA and (self._is_torn or self._held is None):
-            raise DeltaError(load.identity, "the base is torn; a full snapshot is needed")
+    async def _arrive(self, load: Load) -> Path:
+        """The checkpoint or adapter as a directory of this replica's own, not yet kept.
+
+        A delta that cannot be merged leaves the base torn: later deltas fail until a full arrives.
+        """
         for look in range(LOOKS):
             try:
                 arrived = await self._in_thread(self._disk.fetch, load)
@@ -207,90 +211,90 @@ class Replica:
                 if look + 1 == LOOKS:
                     raise
                 await self._state()
-        if load.kind is SnapshotKind.DELTA:
-            if self._held is None or self._held.name != load.previous:
-                held = self._held.name if self._held else BASE_WEIGHTS
-                raise ChainBrokenError(str(load.previous), held)
-            try:
-                arrived = await self._in_thread(self._disk.merge, load, arrived, self._held)
-            except (DeltaError, InvalidCheckpointError, OSError):
-                self._is_torn = True
-                raise
-        else:
-            # Everything must be readable before the old bytes are let go.
-            is_full = load.kind is SnapshotKind.FULL
-            directory = arrived if is_full else self._held or self._around.base.directory
-            adapter = None if is_full else arrived
-            await self._in_thread(self._around.engine.load, directory, adapter)
+        if load.kind is not SnapshotKind.DELTA:
+            return arrived
+        if self._is_torn:
+            raise DeltaError(load.identity, "the base is torn; a full snapshot is needed")
+        if self._held is None or self._held.name != load.previous:
+            held = self._held.name if self._held else BASE_WEIGHTS
+            raise ChainBrokenError(str(load.previous), held)
+        try:
+            return await self._in_thread(self._disk.merge, load, arrived, self._held)
+        except (DeltaError, InvalidCheckpointError, OSError):
+            self._is_torn = True
+            raise
+
+    async def _weights(self, load: Load, arrived: Path) -> Any:
+        if load.kind is not SnapshotKind.LORA:
+            return await self._in_thread(self._around.engine.load, arrived, None)
+        under = self._held or self._around.base.directory
+        return await self._in_thread(self._around.engine.load, under, arrived)
+
+    async def _keep(self, load: Load, arrived: Path, result: str) -> None:
         kept = await self._in_thread(self._disk.keep, load, arrived)
         if load.kind is SnapshotKind.LORA:
             self._adapter = kept
         else:
             self._held, self._adapter, self._is_torn = kept, None, False
         await self._in_thread(self._disk.forget_others, self._held, self._adapter)
-        self._log(load, "replayed" if is_replay else "applied", None)
-
-    async def _weights(self) -> Any:
-        if self._held is None and self._adapter is None:
-            return self._around.base_weights
-        directory = self._held or self._around.base.directory
-        return await self._in_thread(self._around.engine.load, directory, self._adapter)
+        self._log(load, result, None)
 
     async def _swap(self, weights: Any, load: Load) -> None:
         """From old weights to new: unready meanwhile; ASYNC pauses requests, SYNC drains them (§9)."""
         clock = self._around.clock
         self.readiness = False
         self.gate.clear()
-        try:
-            while self._around.config.transition == "SYNC" and self.in_flight:
-                self._drained.clear()
-                with clock.resting():
-                    await self._drained.wait()
-            await self._state()
-            fault = self._around.faults.take(
-                "slow_swap", replica=self.name, identity=load.identity
-            )
-            await clock.sleep(float(fault["seconds"]) if fault else 0.0)
-            self.weights = weights
-            if load.kind is SnapshotKind.LORA:
-                self.adapters = {load.identity: "loaded"}
-            else:
-                self.current, self.adapters = load.identity, {}
-            self.prompt_cache.swap(load.reset_prompt_cache)
-            self.stage = "completed"
-        finally:
-            self.readiness = True
-            self.gate.set()
+        while self._around.config.transition == "SYNC" and self.in_flight:
+            self._drained.clear()
+            with clock.resting():
+                await self._drained.wait()
+        await self._state()
+        fault = self._around.faults.take("slow_swap", replica=self.name, identity=load.identity)
+        await clock.sleep(float(fault["seconds"]) if fault else 0.0)
+        self._serve(load, weights)
+        self.stage, self.readiness = "completed", True
+        self.gate.set()
+
+    def _serve(self, load: Load, weights: Any) -> None:
+        self.weights = weights
+        if load.kind is SnapshotKind.LORA:
+            self.adapters = {load.identity: "loaded"}
+        else:
+            self.current, self.adapters = load.identity, {}
+        self.prompt_cache.swap(load.reset_prompt_cache)
 
     async def _lag(self, identity: str) -> None:
         faults, where = self._around.faults, {"replica": self.name, "identity": identity}
-        while self._is_held_back(where):
+        while True:
+            fault = faults.peek("lagging_replica", **where)
+            if fault is not None and fault["seconds"] is not None:
+                faults.take("lagging_replica", **where)
+                return await self._around.clock.sleep(float(fault["seconds"]))
+            if fault is None and not (self._index and faults.peek("first_ready_only", **where)):
+                return None
             faults.changed.clear()
             with self._around.clock.resting():
                 await faults.changed.wait()
-        fault = faults.take("lagging_replica", **where)
-        if fault is not None and fault["seconds"] is not None:
-            await self._around.clock.sleep(float(fault["seconds"]))
-
-    def _is_held_back(self, where: dict[str, str]) -> bool:
-        faults = self._around.faults
-        if self._index and faults.shows("first_ready_only", **where):
-            return True
-        return faults.shows("lagging_replica", seconds=None, **where)
 
     async def _state(self) -> None:
         seconds = self._around.config.seconds_per_state * self._slowness
         await self._around.clock.sleep(seconds)
 
     async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._around.threads, work, *arguments)
+        running = asyncio.get_running_loop().run_in_executor(self._around.threads, work, *arguments)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # The thread cannot be stopped; what begins next must not meet it in the same directory.
+            await asyncio.wait([running])
+            raise
 
     def _fail(self, load: Load, error: Exception) -> None:
         detail = f"{type(error).__name__}: {error}"[:500]
         self.stage, self.target = "error", load.identity
         if load.kind is SnapshotKind.LORA:
             self.adapters[load.identity] = "failed"
+        self._disk.discard(load)
         self._log(load, "error", detail)
         self._around.on_failed(self.name, load.identity, detail)
 

@@ -96,7 +96,13 @@ class StubEngine:
         return StubWeights(shape.vocab_size, shape.context_length)
 
     def prefill(
-        self, weights: StubWeights, ids: Sequence[int], sampling: Sampling, cache: Any, *, echo: bool
+        self,
+        weights: StubWeights,
+        ids: Sequence[int],
+        sampling: Sampling,
+        cache: Any,
+        *,
+        echo: bool,
     ) -> StubPrompt:
         """The prompt counted."""
         cached_count = 0 if cache is None or echo else cache.length

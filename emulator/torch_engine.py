@@ -27,7 +27,9 @@ class TorchCache:
     @property
     def size_bytes(self) -> int:
         """Bytes held."""
-        layers = [(layer.keys, layer.values) for layer in self.store.layers if layer.keys is not None]
+        layers = [
+            (layer.keys, layer.values) for layer in self.store.layers if layer.keys is not None
+        ]
         return sum(part.nbytes for pair in layers for part in pair)
 
     def prefix(self, length: int) -> TorchCache:
@@ -59,7 +61,7 @@ class TorchWeights:
         import torch
 
         if cache.length == 0 and len(cache.store.layers):
-            cache.store = self.empty_cache().store    # cropped to nothing
+            cache.store = self.empty_cache().store  # cropped to nothing
         with torch.inference_mode():
             output = self._model(
                 torch.tensor([list(ids)]),
@@ -98,7 +100,9 @@ class TorchEngine:
             scale = adapter_scale(read_json(adapter / ADAPTER_CONFIG_FILE))
             for name, (down, up) in adapter_pairs(read_tensors(adapter)).items():
                 if name not in tensors:
-                    raise UnsupportedModelError(f"adapter tensor for {name!r} does not fit the model")
+                    raise UnsupportedModelError(
+                        f"adapter tensor for {name!r} does not fit the model"
+                    )
                 tensors[name] = tensors[name] + scale * torch.from_numpy(up @ down)
         try:
             missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -109,4 +113,3 @@ class TorchEngine:
         if unexpected or set(missing) - tied:
             raise UnsupportedModelError(f"tensors missing {missing}, unexpected {unexpected}")
         return TorchWeights(model.eval(), int(raw.get("max_position_embeddings", 2048)))
-

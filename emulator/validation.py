@@ -6,7 +6,7 @@ Written from the contract, not from the client's checks: the two are meant to fi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,7 @@ def check_full(
                 raise InvalidSnapshotError(f"{told} {list(expected)}")
 
 
-def check_config(
-    config: Mapping[str, Any], base: Mapping[str, Any], ignored: list[str]
-) -> None:
+def check_config(config: Mapping[str, Any], base: Mapping[str, Any], ignored: list[str]) -> None:
     """Return if `config` is the base model's, but for ignored keys and `quantization_config`."""
     ignoring = {*ignored, "quantization_config"}
     lacking = base.keys() - config.keys() - ignoring
@@ -119,9 +117,7 @@ def check_config(
             raise InvalidSnapshotError(f"Config value mismatch for {key}")
 
 
-def check_lora(
-    bucket: Bucket, identity: str, files: Mapping[str, int], base: BaseModel
-) -> None:
+def check_lora(bucket: Bucket, identity: str, files: Mapping[str, int], base: BaseModel) -> None:
     """Return if the adapter `identity` names `base` and holds readable weights.
 
     Raises:
@@ -156,10 +152,14 @@ def _check_spec(spec: Mapping[str, Any], headers: Mapping[str, ShardHeader]) -> 
         tensor = tensors[name]
         torch_name = TORCH_DTYPES.get(tensor.dtype, tensor.dtype)
         if not isinstance(entry, dict) or entry.get("shape") != list(tensor.shape):
-            raise InvalidSnapshotError(f"{SPEC_FILE}: tensor {name!r}: shape differs from the shard")
+            raise InvalidSnapshotError(
+                f"{SPEC_FILE}: tensor {name!r}: shape differs from the shard"
+            )
         # Which of the three spellings the service reads is in no public source.
         if entry.get("dtype") not in (tensor.dtype, torch_name, f"torch.{torch_name}"):
-            raise InvalidSnapshotError(f"{SPEC_FILE}: tensor {name!r}: dtype differs from the shard")
+            raise InvalidSnapshotError(
+                f"{SPEC_FILE}: tensor {name!r}: dtype differs from the shard"
+            )
 
 
 def _document(bucket: Bucket, identity: str, files: Mapping[str, int], name: str) -> dict[str, Any]:

@@ -109,7 +109,9 @@ def adapter_pairs(tensors: Mapping[str, Floats]) -> dict[str, tuple[Floats, Floa
         stem = name.removeprefix("base_model.model.")
         for part in ("lora_A", "lora_B"):
             if f".{part}." in stem:
-                pairs.setdefault(stem.replace(f".{part}.", ".").replace("default.", ""), {})[part] = tensor
+                pairs.setdefault(stem.replace(f".{part}.", ".").replace("default.", ""), {})[
+                    part
+                ] = tensor
                 break
         else:
             raise UnsupportedModelError(f"adapter tensor {name!r} is not LoRA")

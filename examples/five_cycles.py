@@ -13,14 +13,15 @@ from flows.cycle import checkpoint_to_rollout
 from hotload.report import CycleReport, counts, megabytes
 from hotload.spec import CycleSpec
 
-VERSIONS = range(1, 6)
+CYCLES = 5
 TORN_VERSION = 4
+PROBLEMS = 12
 
 
-def write_checkpoints(directory: Path) -> list[Path]:
-    """The base model and five steps after it, each a whole checkpoint directory."""
+def write_checkpoints(directory: Path, count: int = CYCLES) -> list[Path]:
+    """The base model and `count` steps after it, each a whole checkpoint directory."""
     trainer = TinyTrainer()
-    paths = [directory / f"{version:06d}" for version in (0, *VERSIONS)]
+    paths = [directory / f"{version:06d}" for version in range(count + 1)]
     for path in paths:
         trainer.save(path)
         trainer.step()
@@ -28,37 +29,47 @@ def write_checkpoints(directory: Path) -> list[Path]:
 
 
 async def run_cycles(
-    demo: Path, service_url: str, checkpoints: list[Path], names: dict[str, str]
+    root: Path, service_url: str, checkpoints: list[Path], names: dict[str, str]
 ) -> list[CycleReport]:
-    """Run one cycle per checkpoint after the base; a fault is set before the fourth."""
-    service = HotLoadService(base_url=service_url, api_key="demo", **names)
-    await service.save("demo", overwrite=True)
-    await CheckpointStore(url=(demo / "bucket").as_uri()).save("demo", overwrite=True)
-    client = RolloutClient(base_url=service_url, api_key="demo", **names)
-    await client.save("demo", overwrite=True)
-    problems = demo / "problems.jsonl"
-    problems.write_text("".join(problem_lines(12)))
+    """One cycle per checkpoint after the base; a replica's merge is broken before the fourth."""
+    await declare_blocks(service_url, (root / "bucket").as_uri(), names)
     reports = []
-    for version in VERSIONS:
+    for version in range(1, len(checkpoints)):
         if version == TORN_VERSION:
             await break_next_merge(service_url)
-        spec = CycleSpec(
-            checkpoint=str(checkpoints[version]),
-            run_id="demo",
-            policy_version=version,
-            service="demo",
-            store="demo",
-            rollouts="demo",
-            work_dir=str(demo / "work"),
-            problems={"dataset": str(problems)},
-            readiness={"poll_interval_seconds": 0.1, "warmup_after_hotload": False},
-            sampling={"completions_per_prompt": 4, "max_completion_tokens": 16, "seed": 7},
-            reward={"name": "examples.rewards:letters"},
-        )
-        report = await checkpoint_to_rollout(spec)
+        report = await checkpoint_to_rollout(spec_of(root, checkpoints, version))
         reports.append(report)
-        print(f"demo: {line(report)}", flush=True)
+        how = "full, after a fallback" if report.fallback_reason else report.snapshot.kind.value
+        print(f"demo: {report.snapshot.identity}  {how}  {report.seconds:.1f} s", flush=True)
     return reports
+
+
+async def declare_blocks(service_url: str, bucket: str, names: dict[str, str]) -> None:
+    """Save the three blocks that the cycles name."""
+    await HotLoadService(base_url=service_url, api_key="local-demo-key", **names).save("demo", overwrite=True)
+    await CheckpointStore(url=bucket).save("demo", overwrite=True)
+    await RolloutClient(base_url=service_url, api_key="local-demo-key", **names).save("demo", overwrite=True)
+
+
+def spec_of(root: Path, checkpoints: list[Path], version: int) -> CycleSpec:
+    """The cycle of one checkpoint."""
+    problems = root / "problems.jsonl"
+    problems.write_text("".join(problem_lines(PROBLEMS)))
+    return CycleSpec.model_validate(
+        {
+            "checkpoint": str(checkpoints[version]),
+            "run_id": "demo",
+            "policy_version": version,
+            "service": "demo",
+            "store": "demo",
+            "rollouts": "demo",
+            "work_dir": str(root / "work"),
+            "problems": {"dataset": str(problems)},
+            "readiness": {"poll_interval_seconds": 0.1, "warmup_after_hotload": False},
+            "sampling": {"completions_per_prompt": 4, "max_completion_tokens": 16, "seed": 7},
+            "reward": {"name": "examples.rewards:letters"},
+        }
+    )
 
 
 def problem_lines(count: int) -> list[str]:
@@ -72,15 +83,9 @@ def problem_lines(count: int) -> list[str]:
 
 async def break_next_merge(service_url: str) -> None:
     """Ask the emulator to let one replica fail its next merge."""
-    fault = {"fault": "torn_apply", "replica": 1, "count": 1}
+    fault = {"fault": "torn_apply", "replica": "replica-1", "count": 1}
     async with httpx.AsyncClient() as client:
         (await client.post(f"{service_url}/emulator/faults", json=fault)).raise_for_status()
-
-
-def line(report: CycleReport) -> str:
-    """One cycle in a line."""
-    snapshot = report.snapshot
-    return f"{snapshot.identity}  {snapshot.kind.value}  {report.seconds:.1f} s"
 
 
 HEADINGS = (

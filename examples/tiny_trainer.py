@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import serialize_file
+from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hotload.local import read_checkpoint
@@ -68,12 +68,18 @@ class TinyTrainer:
         directory.mkdir(parents=True)
         files = {name: _file_of(name) for name in self._masters}
         for file in sorted(set(files.values())):
-            tensors = {
-                name: {"dtype": "bfloat16", "shape": list(weights.shape), "data": bf16(weights)}
-                for name, weights in self._masters.items()
-                if files[name] == file
+            # numpy has no bf16: the library is told the type of arrays that hold its bits.
+            rounded = {n: bf16(w) for n, w in self._masters.items() if files[n] == file}
+            specs = {
+                name: TensorSpec(
+                    dtype="bfloat16",
+                    shape=list(bits.shape),
+                    data_ptr=bits.ctypes.data,
+                    data_len=bits.nbytes,
+                )
+                for name, bits in rounded.items()
             }
-            serialize_file(tensors, str(directory / file), {"format": "pt"})
+            serialize_file(specs, str(directory / file), {"format": "pt"})
         shards = read_checkpoint(directory).shards
         (directory / INDEX_FILE).write_bytes(build_index(shards))
         (directory / SPEC_FILE).write_bytes(build_spec(shards))
@@ -88,11 +94,11 @@ class TinyTrainer:
         return np.float32(0.05) * self._random.standard_normal(shape, np.float32)
 
 
-def bf16(weights: np.ndarray) -> bytes:
-    """fp32 values as little-endian bf16 bytes, rounded to nearest even."""
+def bf16(weights: np.ndarray) -> np.ndarray:
+    """The bits of fp32 values rounded to bf16, nearest even, as little-endian u16 of that shape."""
     bits = np.ascontiguousarray(weights, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (rounded >> np.uint32(16)).astype("<u2").tobytes()
+    return (rounded >> np.uint32(16)).astype("<u2")
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:

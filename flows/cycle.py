@@ -5,6 +5,10 @@ checkpoint → validate → plan → encode → upload → hint → signal → w
 Run it locally with `python -m flows.cycle cycle.yaml`; trigger and schedule it as README.md shows.
 """
 
+import argparse
+import asyncio
+import sys
+from pathlib import Path
 from time import monotonic
 
 from prefect import flow
@@ -15,16 +19,17 @@ from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from flows.publish import full_snapshot, publish_snapshot
 from flows.rollouts import roll_out_and_score
-from hotload.errors import NeedsFullSnapshotError
+from hotload.errors import HotLoadError, NeedsFullSnapshotError
 from hotload.report import CycleReport
 from hotload.spec import CycleSpec
 from tasks.baseline import keep_baseline
 from tasks.conclude import conclude_cycle, find_report
+from tasks.cycle_file import load_cycle_file
 from tasks.lease import publisher_lease
-from tasks.overlap import overlap
+from tasks.overlap import both
 from tasks.plan import plan_snapshot
 from tasks.preflight import preflight_service
-from tasks.validate import validate_checkpoint
+from tasks.validate import validate_checkpoint, validate_rollouts
 from tasks.wait import wait_for_replicas
 
 
@@ -47,6 +52,7 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
     service = await HotLoadService.load(spec.service)
     store = await CheckpointStore.load(spec.store)
     content = await validate_checkpoint(spec)
+    await validate_rollouts(spec)
     if report := await find_report(store, spec, content):
         return Completed(name="AlreadyDone", message="this cycle has ended before", data=report)
 
@@ -61,11 +67,9 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
             fallback = str(reason)
             published = await full_snapshot(spec, content, fallback, lease.token, expected)
 
-        rollouts, _ = await overlap(
-            [
-                roll_out_and_score(spec, published.identity),
-                keep_baseline(spec, service, store, published.identity),
-            ]
+        rollouts, _ = await both(
+            roll_out_and_score(spec, published.identity, published.replica_count),
+            keep_baseline(spec, service, store, published.identity),
         )
         due = published.policy_version == spec.policy_version
         report = CycleReport(
@@ -82,6 +86,11 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
     if fallback:
         return Completed(name="CompletedByFallback", message=fallback, data=report)
     return report
+
+
+async def run_cycle_file(path: Path) -> CycleReport:
+    """The report of the cycle that a file declares; see `tasks/cycle_file.py` for its form."""
+    return await checkpoint_to_rollout(await load_cycle_file(path))
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from tasks.hand_back import find_rollout, hand_back
 from tasks.overlap import overlap
 from tasks.read_problems import plan_rollouts
 from tasks.roll_out import open_rollout, roll_out_chunk
+from tasks.warm_up import warm_up
 
 
 @flow(name="roll-out-and-score", flow_run_name="roll-out-{identity}")
@@ -35,6 +36,7 @@ async def roll_out_and_score(
     plan = await plan_rollouts(spec, identity)
     if done := await find_rollout(store, plan):
         return done
+    await warm_up(client, spec.readiness)
     async with open_rollout(spec, plan, client, store, replica_count) as rollout:
         numbers = range(len(plan.parts))
         parts = await overlap(roll_out_chunk(rollout, number) for number in numbers)

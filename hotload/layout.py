@@ -161,6 +161,18 @@ def check_delta_shard(delta: ShardHeader, base: ShardHeader) -> Iterator[Finding
             )
 
 
+def refuse_errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The warnings among the findings.
+
+    Raises:
+        InvalidCheckpointError: with the findings that are errors, if there are any.
+    """
+    findings = tuple(findings)
+    if errors := tuple(finding for finding in findings if finding.severity == "error"):
+        raise InvalidCheckpointError(errors)
+    return findings
+
+
 def parse_adler32(text: str | None) -> int | None:
     """The checksum a delta declares; None unless written exactly in decimal (wire-format §2).
 

@@ -127,18 +127,6 @@ class Checkpoint:
         return ADAPTER_CONFIG_FILE in self.documents
 
 
-def refuse_errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The warnings among the findings.
-
-    Raises:
-        InvalidCheckpointError: with the findings that are errors, if there are any.
-    """
-    findings = tuple(findings)
-    if errors := tuple(finding for finding in findings if finding.severity == "error"):
-        raise InvalidCheckpointError(errors)
-    return findings
-
-
 def header_size(prefix: bytes, *, file: str, size_bytes: int) -> int:
     """How many leading bytes of the file `read_header` needs, the 8-byte prefix included.
 

@@ -112,8 +112,8 @@ def _encode(
             level=spec.snapshot.zstd_level,
         )
         encode_seconds += monotonic() - start
-        if delta.content_sha256 != shard.sha256:
-            raise changed_since_validation(shard.file, shard.sha256, delta.content_sha256)
+        if delta.target_sha256 != shard.sha256:
+            raise changed_since_validation(shard.file, shard.sha256, delta.target_sha256)
         start = monotonic()
         verify_file(base / shard.file, out / shard.file, target / shard.file)
         verify_seconds += monotonic() - start

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 import threading
 from queue import SimpleQueue
 from typing import Any, BinaryIO
@@ -67,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -109,7 +109,7 @@ async def open_rollout(
         yield Rollout(plan, sampler, scorer, store)
 
 
-# A retry writes the same samples again; the sampler's own budget is the only one that repeats a sample.
+# A retry writes what was sampled; only the sampler's own budget repeats a request.
 @task(cache_policy=NO_CACHE, task_run_name="roll-out-{number}", **RETRIED)
 async def roll_out_chunk(rollout: Rollout, number: int) -> RolloutPart:
     """One part of the rollout in the store, and the counts of what is in it.

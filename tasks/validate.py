@@ -12,6 +12,8 @@ from hotload.local import read_checkpoint, sha256_file
 from hotload.shards import Finding
 from hotload.snapshot import CheckpointContent, SideFile, SnapshotKind
 from hotload.spec import CycleSpec
+from tasks.read_problems import read_problems
+from tasks.score import open_scorer
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="validate-{spec.name}")
@@ -27,6 +29,21 @@ async def validate_checkpoint(spec: CycleSpec) -> CheckpointContent:
     for warning in content.warnings:
         get_run_logger().warning(warning)
     return content
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="problems-{spec.name}")
+async def validate_rollouts(spec: CycleSpec) -> int:
+    """How many problems there are, once they and the reward are known to be usable.
+
+    Looked at before anything is published, so that a typing mistake costs no upload.
+
+    Raises:
+        InvalidProblemsError: the problem file cannot be read, is empty, or has a malformed row.
+        RewardError: the reward cannot be imported.
+    """
+    problems = await asyncio.to_thread(read_problems, spec.problems.dataset)
+    async with open_scorer(spec.reward):
+        return len(problems)
 
 
 def read_content(spec: CycleSpec) -> CheckpointContent:

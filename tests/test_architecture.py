@@ -59,12 +59,14 @@ def test_no_stem_shadows_the_standard_library_or_an_installed_package(path: Path
 
 
 @pytest.mark.parametrize("path", modules("flows"), ids=named)
-def test_flows_hold_the_order_of_steps_and_nothing_else(path: Path) -> None:
-    for node in ast.walk(tree(path)):
-        assert not isinstance(node, ast.ClassDef), f"line {node.lineno}: a class"
-        if isinstance(node, ast.ExceptHandler):
-            caught = "" if node.type is None else ast.unparse(node.type)
-            assert caught == "NeedsFullSnapshotError", f"line {node.lineno}: catches {caught}"
+def test_flows_define_no_class_and_catch_one_error(path: Path) -> None:
+    for part in tree(path).body:
+        is_command_line = isinstance(part, ast.FunctionDef) and part.name == "main"
+        for node in ast.walk(part):
+            assert not isinstance(node, ast.ClassDef), f"line {node.lineno}: a class"
+            if isinstance(node, ast.ExceptHandler) and not is_command_line:
+                caught = "" if node.type is None else ast.unparse(node.type)
+                assert caught == "NeedsFullSnapshotError", f"line {node.lineno}: catches {caught}"
 
 
 @pytest.mark.parametrize("path", modules(*PACKAGES), ids=named)

@@ -226,34 +226,43 @@ class Answer:
             )
         lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
         count = len(self.sampling_logprobs)
-        ids = next(
-            (
-                ids
-                for ids in (self._last_raw_ids, self._raw_ids, self._content_ids)
-                if ids and len(ids) == count
-            ),
-            None,
-        )
         if self._lacks_logprobs or (count == 0 and (self._raw_ids or self.text)):
             return Fault(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
-        if ids is None and count:
+        ids = self._ids(count)
+        if ids is None:
             detail = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
             return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
-        if not all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in ids or ()):
-            return Fault(
-                lacking, Cause.MISSING_TOKEN_IDS, 200, "a token id is missing or not an id"
-            )
         if not all(isinstance(value, (int, float)) for value in self.sampling_logprobs) or not (
             math.isfinite(math.fsum(self.sampling_logprobs))
         ):
             return Fault(lacking, Cause.MISSING_LOGPROBS, 200, "a log-probability is not a number")
         if self._sent_prompt is not None and self.prompt_token_ids != self._sent_prompt:
             return malformed("the prompt's token ids came back changed", Action.FAIL_SAMPLE)
-        self.token_ids = tuple(ids or ())
+        self.token_ids = ids
         if count > self._max_tokens:
             detail = f"{count} tokens, {self._max_tokens} asked for"
             return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
         return None
+
+    def _ids(self, count: int) -> tuple[int, ...] | None:
+        """The ids of `count` tokens: those beside the log-probabilities, or else the raw output's.
+
+        The raw output may come at once or in pieces, and may end with the stop token.
+        """
+        raws = [raw for raw in (self._last_raw_ids, self._raw_ids) if len(raw) >= count]
+        if None not in self._content_ids:
+            ids = self._content_ids
+            if self._raw_ids and all(raw[:count] != ids for raw in raws):
+                return None
+        elif raws and len(raws[0]) == count:
+            ids = raws[0]
+        elif len(self._raw_ids) == count:
+            ids = self._raw_ids
+        else:
+            return None
+        if not all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in ids):
+            return None
+        return tuple(ids)
 
 
 def malformed(detail: str, action: Action = Action.RETRY) -> Fault:

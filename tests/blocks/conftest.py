@@ -11,10 +11,9 @@ import pytest
 from blocks.checkpoint_store import CheckpointStore
 from tests.blocks.peers import RawServer, answering
 
-KINDS = ("file", "memory", "s3", "gs", pytest.param("given", marks=pytest.mark.stores))
-# Where `make test-stores` says which store it started; AWS_ variables are removed from every test
-# run.
+# Where `make test-stores` says which store it started; every test run removes AWS_ variables.
 GIVEN_URL, GIVEN_OPTIONS = "HOTLOAD_TEST_STORE_URL", "HOTLOAD_TEST_STORE_OPTIONS"
+GIVEN = [pytest.param("given", marks=pytest.mark.stores)] if GIVEN_URL in os.environ else []
 
 
 def _bucket(kind: str, request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
@@ -23,8 +22,6 @@ def _bucket(kind: str, request: pytest.FixtureRequest) -> tuple[str, dict[str, A
     if kind == "memory":
         return "memory://bucket", {}
     if kind == "given":
-        if GIVEN_URL not in os.environ:
-            pytest.skip("no store given; `make test-stores` starts one")
         return os.environ[GIVEN_URL], json.loads(os.environ.get(GIVEN_OPTIONS, "{}"))
     server = request.getfixturevalue({"s3": "s3_server", "gs": "gcs_server"}[kind])
     return server.url, dict(server.options)
@@ -39,16 +36,22 @@ def make_store(kind: str, request: pytest.FixtureRequest) -> CheckpointStore:
     return CheckpointStore(url=url, options=options)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["file", "memory", "s3", "gs", *GIVEN])
 def store(request: pytest.FixtureRequest) -> CheckpointStore:
     """The contract suite runs once per kind of store."""
     return make_store(request.param, request)
 
 
-@pytest.fixture(params=["s3", pytest.param("given", marks=pytest.mark.stores)])
+@pytest.fixture(params=["s3", *GIVEN])
 def s3_store(request: pytest.FixtureRequest) -> CheckpointStore:
     """A store that speaks S3."""
     return make_store(request.param, request)
+
+
+@pytest.fixture
+def gs_store(request: pytest.FixtureRequest) -> CheckpointStore:
+    """A store that speaks GCS."""
+    return make_store("gs", request)
 
 
 @pytest.fixture

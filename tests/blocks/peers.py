@@ -109,8 +109,10 @@ def http(
     return f"{head}Connection: close\r\n{extra}\r\n".encode() + body
 
 
-async def _read_request(reader: asyncio.StreamReader) -> bytes:
+async def _read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
     head = await reader.readuntil(b"\r\n\r\n")
+    if b"100-continue" in head:
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     for line in head.lower().split(b"\r\n"):
         if line.startswith(b"content-length:"):
             return head + await reader.readexactly(int(line.partition(b":")[2]))
@@ -123,11 +125,13 @@ async def answering() -> AsyncIterator[RawServer]:
     raw = RawServer()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        raw.requests.append(await _read_request(reader))
+        raw.requests.append(await _read_request(reader, writer))
         if raw.silent:
             await reader.read()
             return
         answer = raw.answers.pop(0) if len(raw.answers) > 1 else raw.answers[0]
+        if raw.requests[-1].startswith(b"HEAD "):
+            answer = answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
         writer.write(answer)
         await writer.drain()
         while raw.endless:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import StoreError, StoreUnavailableError
-from tests.blocks.peers import RawServer, http, proxying
+from tests.blocks.peers import Proxy, RawServer, http, proxying
 
 SECRET = "s3cr3tAccessKeyForTests"
 # gcsfs hands aiohttp pieces of 16 MiB as bytes, on an event loop of its own.
@@ -285,15 +285,23 @@ async def test_orphaned_uploads_below_the_prefix_are_aborted(s3_store: Checkpoin
     assert await s3_store.abort_orphaned_uploads() == 0
 
 
+def _through(store: CheckpointStore, proxy: Proxy) -> CheckpointStore:
+    """The same store, reached through a proxy and without patience."""
+    options = {
+        **store.options.get_secret_value(),
+        "endpoint_url": proxy.address,
+        "config_kwargs": {"retries": {"total_max_attempts": 1}},
+    }
+    return CheckpointStore(url=store.url, options=options)
+
+
 async def test_an_upload_that_is_cut_is_invisible_and_can_be_repeated(
     s3_store: CheckpointStore, tmp_path: Path
 ) -> None:
     large = tmp_path / "large"
     large.write_bytes(b"\x05" * (33 << 20))
-    options = dict(s3_store.options.get_secret_value())
-    async with proxying(options["endpoint_url"]) as proxy:
-        options["endpoint_url"] = proxy.address
-        store = CheckpointStore(url=s3_store.url, options=options)
+    async with proxying(s3_store.options.get_secret_value()["endpoint_url"]) as proxy:
+        store = _through(s3_store, proxy)
         proxy.cut_after = 20 << 20
         with pytest.raises(StoreUnavailableError):
             await store.put_file(large, "id-1/large")
@@ -306,15 +314,31 @@ async def test_an_upload_that_is_cut_is_invisible_and_can_be_repeated(
     assert await s3_store.abort_orphaned_uploads("id-1") == 0
 
 
+async def test_an_upload_to_gcs_that_is_cut_is_invisible_and_can_be_repeated(
+    gs_store: CheckpointStore, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(b"\x05" * (33 << 20))
+    options = gs_store.options.get_secret_value()
+    async with proxying(options["endpoint_url"]) as proxy:
+        cut = CheckpointStore(url=gs_store.url, options={**options, "endpoint_url": proxy.address})
+        proxy.cut_after = 20 << 20
+        with pytest.raises(StoreUnavailableError):
+            await cut.put_file(large, "id-1/large", timeout_seconds=2)
+        assert proxy.full.is_set()
+        assert await gs_store.size("id-1/large") is None
+        proxy.cut_after = None
+        await cut.put_file(large, "id-1/large")
+    assert await gs_store.size("id-1/large") == 33 << 20
+
+
 async def test_a_cancelled_upload_is_invisible_and_its_own_process_keeps_what_it_uploads(
     s3_store: CheckpointStore, tmp_path: Path
 ) -> None:
     large = tmp_path / "large"
     large.write_bytes(b"\x05" * (33 << 20))
-    options = dict(s3_store.options.get_secret_value())
-    async with proxying(options["endpoint_url"]) as proxy:
-        options["endpoint_url"] = proxy.address
-        store = CheckpointStore(url=s3_store.url, options=options)
+    async with proxying(s3_store.options.get_secret_value()["endpoint_url"]) as proxy:
+        store = _through(s3_store, proxy)
         proxy.cut_after, proxy.stalls = 4 << 20, True
         upload = asyncio.ensure_future(store.put_file(large, "id-1/large"))
         await proxy.full.wait()
@@ -376,7 +400,7 @@ async def test_a_store_that_asks_for_patience_is_unavailable(
     f"<Error><Code>{SECRET}</Code><Message>{SECRET}</Message></Error>",
     f"<html>{SECRET}</html>",
     "",
-])  # fmt: skip
+], ids=["message", "code", "html", "nothing"])  # fmt: skip
 async def test_a_refusing_store_is_an_error_without_the_secret(
     raw_server: RawServer, file: Path, body: str
 ) -> None:

@@ -34,9 +34,7 @@ MODELS = {
         tie_word_embeddings=True,
         rms_norm_eps=1e-5,
     ),
-    "qwen2": transformers.Qwen2Config(
-        **COMMON, num_key_value_heads=1, tie_word_embeddings=True
-    ),
+    "qwen2": transformers.Qwen2Config(**COMMON, num_key_value_heads=1, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(
         **COMMON, num_key_value_heads=2, head_dim=6, tie_word_embeddings=False
     ),

@@ -1,0 +1,293 @@
+"""The hot-load service: where snapshots are announced and their loading watched (protocol
+§2-§8)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Literal
+
+from prefect.blocks.core import Block
+from pydantic import ConfigDict, Field, JsonValue, PrivateAttr, SecretStr, field_validator
+
+from blocks.control_calls import advice_for, ask, check_key, check_origin, parse_json, raise_for
+from blocks.preflight import CheckLine, service_lines
+from hotload.errors import (
+    ProtocolError,
+    ServiceError,
+    ServiceRefusedError,
+    ServiceUnavailableError,
+    SnapshotRejectedError,
+)
+from hotload.readiness import ServiceDescription, ServiceStatus
+from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.wire import fireworks
+
+POST_TIMEOUT_SECONDS = 60.0
+GET_TIMEOUT_SECONDS = 30.0
+HINT_TIMEOUT_SECONDS = 10.0
+PROBE_TIMEOUT_SECONDS = 10.0
+DESCRIPTION_LIMIT_BYTES = 1 << 20
+RESOURCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+logger = logging.getLogger(__name__)
+
+
+class HotLoadService(Block):
+    """An inference service whose weights are replaced while it serves."""
+
+    _block_type_name = "Hot-Load Service"
+    _block_type_slug = "hot-load-service"
+    _description = "An inference service that loads new weights while it serves."
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    account_id: str = Field(pattern=RESOURCE_ID, max_length=128)
+    """Account that owns model and service."""
+    model_id: str = Field(pattern=RESOURCE_ID, max_length=128)
+    """The base model, as the service names it."""
+    deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
+    """The service; the vendor calls it a deployment. It exists beforehand, hot-loading switched
+    on."""
+    base_url: str | None = Field(None, examples=[fireworks.BASE_URL])
+    """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
+    api_key: SecretStr | None = None
+    """Empty takes FIREWORKS_API_KEY from the environment when it is needed. An inference-only key
+    is not enough."""
+    base_model: str | None = Field(None, examples=["accounts/fireworks/models/qwen3-8b"])
+    """Resource name of the model the service was made with; the preflight warns when it is
+    another."""
+    hot_load_transition_type: Literal["ASYNC", "SYNC"] | None = None
+    """How the service is expected to swap weights; the preflight warns when it does otherwise."""
+    reset_prompt_cache: Literal["all", "new_session", "none"] = "all"
+    """Whose cached prompts are recomputed after a load: everybody's, those of new sessions,
+    nobody's."""
+    extra_fields_ignore: tuple[str, ...] = ()
+    """Top-level keys of config.json the service leaves out when it compares snapshot and base."""
+    hint_body_template: dict[str, JsonValue] | None = None
+    """JSON to post for each uploaded file, with {identity} {file} {uri} {size} {kind} {previous}
+    filled in. Empty sends no hints."""
+
+    _knows_prompt_cache: bool = PrivateAttr(default=True)
+    _takes_hints: bool = PrivateAttr(default=True)
+
+    @field_validator("base_url")
+    @classmethod
+    def _origin(cls, url: str | None) -> str | None:
+        return None if url is None else check_origin(url)
+
+    async def observe(self) -> ServiceStatus:
+        """What every replica serves and does now; empty while the service scales up (protocol §5).
+
+        Raises:
+            ServiceUnavailableError: no answer, or none that is JSON: gateways do that now and then.
+            ServiceRefusedError: the key, a name or the account is wrong.
+            ProtocolError: JSON of another form.
+        """
+        limit = fireworks.STATUS_LIMIT_BYTES
+        data = await self._get("observe", fireworks.HOT_LOAD_PATH, limit, self._names())
+        return fireworks.parse_status(parse_json("observe", data, ServiceUnavailableError))
+
+    async def signal(self, manifest: SnapshotManifest) -> tuple[str, ...]:
+        """Say that a snapshot is whole and is to be loaded; returns warnings (protocol §4).
+
+        The answer's body is never read. If the service does not know `reset_prompt_cache`, the
+        signal is repeated once without it, and the field is left out for as long as this block
+        lives.
+
+        Raises:
+            ServiceUnavailableError: whether it was accepted is unclear: observe before repeating.
+            ServiceRefusedError: the key, a name or the account is wrong.
+            SnapshotRejectedError: the service refuses the snapshot; carries its text.
+        """
+        status, text = await self._signal(manifest)
+        if self._knows_prompt_cache and fireworks.refuses_prompt_cache_field(status, text):
+            self._knows_prompt_cache = False
+            status, text = await self._signal(manifest)
+        raise_for(status, "signal", text, SnapshotRejectedError)
+        if self.reset_prompt_cache == "all" or self._knows_prompt_cache:
+            return ()
+        return (
+            "the service does not know reset_prompt_cache: "
+            f"its default, all, is in force instead of {self.reset_prompt_cache}",
+        )
+
+    async def hint(
+        self,
+        *,
+        identity: str,
+        file: str,
+        uri: str,
+        size_bytes: int,
+        kind: SnapshotKind,
+        previous: str | None,
+    ) -> bool:
+        """Tell the service that one file has arrived; whether it took notice (protocol §6).
+
+        Best effort: never raises, never repeats, and stops for good at the first 4xx.
+        """
+        if self.hint_body_template is None or not self._takes_hints:
+            return False
+        values = {
+            "identity": identity,
+            "file": file,
+            "uri": uri,
+            "size": size_bytes,
+            "kind": kind.value,
+            "previous": previous or "",
+        }
+        body = fireworks.hint_body(self.hint_body_template, values)
+        try:
+            status, text = await self._ask(
+                "hint", "POST", fireworks.HINT_PATH, HINT_TIMEOUT_SECONDS, self._names(), body
+            )
+            raise_for(status, "hint", text, ServiceRefusedError)
+        except ServiceError as error:
+            code = error.status_code
+            if isinstance(error, ServiceRefusedError) or (code is not None and 400 <= code < 500):
+                self._takes_hints = False
+                logger.warning("no more hints to this service: %s", error)
+            else:
+                logger.info("the hint for %s was lost: %s", file, error)
+            return False
+        return True
+
+    async def reset_ledger(self) -> None:
+        """Make the service forget every hot-loaded snapshot; base weights answer (protocol §7).
+
+        Raises:
+            ServiceUnavailableError, ServiceRefusedError: as `observe`.
+        """
+        path = fireworks.ledger_path(self.account_id, self.deployment_id)
+        status, text = await self._ask("reset_ledger", "DELETE", path, POST_TIMEOUT_SECONDS)
+        raise_for(status, "reset_ledger", text, ServiceRefusedError)
+
+    async def describe(self) -> ServiceDescription:
+        """The service as its control plane describes it (protocol §8).
+
+        Raises:
+            ServiceUnavailableError: no answer.
+            ServiceRefusedError: there is no such service, or the key may not ask.
+            ProtocolError: the answer is not JSON, or not an object.
+        """
+        path = fireworks.deployment_path(self.account_id, self.deployment_id)
+        data = await self._get("describe", path, DESCRIPTION_LIMIT_BYTES)
+        return fireworks.parse_description(parse_json("describe", data, ProtocolError))
+
+    def preflight(self, description: ServiceDescription, bucket_url: str | None) -> list[CheckLine]:
+        """Whether the service can be hot-loaded from `bucket_url`, line by line (protocol §8)."""
+        return service_lines(
+            description,
+            bucket_url=bucket_url,
+            base_model=self.base_model,
+            transition_type=self.hot_load_transition_type,
+        )
+
+    async def probe(self) -> bool:
+        """Whether the service answers a very small completion within 10 s (protocol §8, §14)."""
+        body = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
+        body["model"] = fireworks.model_name(self.account_id, self.model_id)
+        try:
+            status, _ = await self._ask(
+                "probe",
+                "POST",
+                fireworks.COMPLETIONS_PATH,
+                PROBE_TIMEOUT_SECONDS,
+                self._names(),
+                body,
+            )
+        except ServiceError:
+            return False
+        return status == 200
+
+    async def check(self, bucket_url: str | None = None) -> list[CheckLine]:
+        """Whether the key works, the service answers, and can be hot-loaded; one line per question.
+
+        Never raises for the service's sake. `bucket_url` is the store's, compared when given.
+        """
+        try:
+            self._key("check")
+        except ServiceRefusedError as error:
+            return [CheckLine("key", False, error.detail, KEY_ADVICE)]
+        lines = [CheckLine("key", True, "there is one")]
+        try:
+            status = await self.observe()
+            lines.append(CheckLine("status", True, status.describe()))
+        except ServiceError as error:
+            lines.append(CheckLine("status", False, str(error), advice_for(error)))
+        try:
+            description = await self.describe()
+        except ServiceError as error:
+            return [*lines, CheckLine("description", False, str(error), advice_for(error))]
+        lines += self.preflight(description, bucket_url)
+        if description.state == "CREATING":
+            answers = await self.probe()
+            found = "answers a request" if answers else "does not answer requests yet"
+            lines.append(CheckLine("inference", answers, found, "Wait until it does", stops=False))
+        return lines
+
+    async def _signal(self, manifest: SnapshotManifest) -> tuple[int, str]:
+        policy = self.reset_prompt_cache if self._knows_prompt_cache else "all"
+        body = fireworks.signal_body(
+            manifest, reset_prompt_cache=policy, extra_fields_ignore=self.extra_fields_ignore
+        )
+        return await self._ask(
+            "signal", "POST", fireworks.HOT_LOAD_PATH, POST_TIMEOUT_SECONDS, self._names(), body
+        )
+
+    async def _get(
+        self, operation: str, path: str, limit_bytes: int, headers: dict[str, str] | None = None
+    ) -> str:
+        status, text = await self._ask(
+            operation, "GET", path, GET_TIMEOUT_SECONDS, headers, limit_bytes=limit_bytes
+        )
+        raise_for(status, operation, text, ServiceRefusedError)
+        return text
+
+    async def _ask(
+        self,
+        operation: str,
+        method: str,
+        path: str,
+        timeout_seconds: float,
+        headers: dict[str, str] | None = None,
+        body: object = None,
+        *,
+        limit_bytes: int = 0,
+    ) -> tuple[int, str]:
+        url = self._url(operation) + path
+        key = self._key(operation)
+        return await ask(
+            operation,
+            method,
+            url,
+            key=key,
+            headers=headers or {},
+            body=body,
+            timeout_seconds=timeout_seconds,
+            limit_bytes=limit_bytes,
+        )
+
+    def _url(self, operation: str) -> str:
+        if self.base_url:
+            return self.base_url
+        try:
+            return check_origin(os.environ.get(fireworks.BASE_URL_VARIABLE) or fireworks.BASE_URL)
+        except ValueError as error:
+            reason = f"{fireworks.BASE_URL_VARIABLE}: {error}"
+            raise ServiceRefusedError(operation, None, reason) from None
+
+    def _names(self) -> dict[str, str]:
+        return {
+            fireworks.MODEL_HEADER: fireworks.model_name(self.account_id, self.model_id),
+            fireworks.DEPLOYMENT_HEADER: fireworks.deployment_name(
+                self.account_id, self.deployment_id
+            ),
+        }
+
+    def _key(self, operation: str) -> str:
+        from_block = self.api_key.get_secret_value() if self.api_key else ""
+        return check_key(from_block or os.environ.get(fireworks.API_KEY_VARIABLE, ""), operation)
+
+
+KEY_ADVICE = "Put a key with control rights into the block, or into the environment"

@@ -1,0 +1,60 @@
+"""Refusals, and the two shapes their bodies have (protocol §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+CONTROL_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 413: 3, 429: 8, 500: 13, 503: 14}
+CODES = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHORIZED",
+    402: "PAYMENT_REQUIRED",
+    403: "FORBIDDEN",
+    404: "NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED",
+    409: "CONFLICT",
+    413: "REQUEST_TOO_LARGE",
+    425: "HOT_LOAD_IN_PROGRESS",
+    429: "RATE_LIMIT_EXCEEDED",
+    503: "SERVICE_UNAVAILABLE",
+}
+
+
+class RefusedError(Exception):
+    """A request is answered with `status_code` and `message`."""
+
+    def __init__(self, status_code: int, message: str, code: str | None = None) -> None:
+        super().__init__(status_code, message, code)
+        self.status_code, self.message = status_code, message
+        self.code = code or CODES.get(status_code, "INTERNAL")
+
+    def __str__(self) -> str:
+        return self.message
+
+    def body(self) -> dict[str, Any]:
+        """The gateway's error body, also a chunk inside a stream."""
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        return {"error": {"message": self.message, "code": self.code, "type": kind}}
+
+    def control_body(self) -> dict[str, Any]:
+        """The control plane's error body."""
+        code = CONTROL_CODES.get(self.status_code, 2)
+        return {"code": code, "message": self.message, "details": []}
+
+    def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
+        """The answer at `path`: control-plane shape below /v1, the gateway's elsewhere."""
+        body = self.control_body() if path.startswith("/v1/") else self.body()
+        return json_response(body, self.status_code, headers)
+
+
+def json_response(
+    body: object, status_code: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """`body` as JSON."""
+    return Response(
+        orjson.dumps(body), status_code, dict(headers or {}), media_type="application/json"
+    )

@@ -1,0 +1,427 @@
+"""The service's block over HTTP: against the emulator, and answers no service should give."""
+
+# ruff: noqa: ASYNC110 - the service says nothing by itself, it must be asked again
+
+import asyncio
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from blocks.hot_load_service import HotLoadService
+from emulator.server import RunningEmulator, serve
+from emulator.settings import EmulatorConfig
+from hotload.errors import (
+    ProtocolError,
+    ServiceError,
+    ServiceRefusedError,
+    ServiceUnavailableError,
+    SnapshotRejectedError,
+)
+from hotload.local import open_shard
+from hotload.manifests import build_index, build_spec
+from hotload.readiness import ServiceDescription
+from hotload.snapshot import INDEX_FILE, SPEC_FILE, SnapshotKind, SnapshotManifest
+from tests.blocks.peers import RawServer, http
+
+KEY = "fw_s3cr3tServiceKeyForTests"
+MODEL = Path(__file__).parents[1] / "emulator" / "fixtures" / "llama"
+NAMES = {"account_id": "local", "model_id": "policy", "deployment_id": "rollouts"}
+HINT = {"identity": "id-1", "file": "a.safetensors", "uri": "s3://b/id-1/a.safetensors",
+        "size_bytes": 7, "kind": SnapshotKind.FULL, "previous": None}  # fmt: skip
+
+
+def block(address: str, **fields: Any) -> HotLoadService:
+    return HotLoadService(base_url=address, api_key=KEY, **NAMES, **fields)
+
+
+def manifest(identity: str, *, previous: str | None = None) -> SnapshotManifest:
+    return SnapshotManifest(
+        identity=identity,
+        run_id="run",
+        policy_version=1,
+        kind=SnapshotKind.DELTA if previous else SnapshotKind.FULL,
+        previous=previous,
+        anchor=previous or identity,
+        chain_length=1 if previous else 0,
+        attempt=0,
+        reason="test",
+        content_sha256="0" * 64,
+        codec="arc_v2" if previous else "none",
+        checksum="adler32" if previous else "none",
+        shards=(),
+        side_files=(),
+        created_at=datetime(2026, 8, 1, tzinfo=UTC),
+    )
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., RunningEmulator]]:
+    """Starts an emulator over a bucket that holds the base model as snapshot id-1."""
+    bucket = tmp_path / "bucket"
+    shutil.copytree(MODEL, bucket / "id-1")
+    with open_shard(MODEL / "model.safetensors") as shard:
+        (bucket / "id-1" / INDEX_FILE).write_bytes(build_index([shard.header]))
+        (bucket / "id-1" / SPEC_FILE).write_bytes(build_spec([shard.header]))
+    running: list[RunningEmulator] = []
+
+    def begin(**settings: Any) -> RunningEmulator:
+        config = EmulatorConfig(
+            bucket=f"file://{bucket}",
+            base_model=MODEL,
+            **{"engine": "stub", "replica_count": 1, "api_key": KEY, **settings},
+        )
+        running.append(serve(config))
+        return running[-1]
+
+    yield begin
+    for emulator in running:
+        emulator.stop()
+
+
+async def test_a_signalled_snapshot_is_served(start: Callable[..., RunningEmulator]) -> None:
+    service = block(start().url)
+    assert (await service.observe()).describe() == "base weights on 1"
+    assert await service.signal(manifest("id-1")) == ()
+    while not (await service.observe()).serves_everywhere("id-1"):
+        await asyncio.sleep(0.01)
+    await service.reset_ledger()
+    while (await service.observe()).serves_everywhere("id-1"):
+        await asyncio.sleep(0.01)
+
+
+async def test_a_delta_on_what_is_not_served_is_rejected_with_the_text(
+    start: Callable[..., RunningEmulator],
+) -> None:
+    with pytest.raises(SnapshotRejectedError) as caught:
+        await block(start().url).signal(manifest("id-1", previous="id-0"))
+    assert caught.value.status_code == 400
+    assert "id-0" in caught.value.detail
+
+
+async def test_an_unknown_cache_field_is_dropped_once_and_remembered(
+    start: Callable[..., RunningEmulator],
+) -> None:
+    service = block(start(reject_reset_prompt_cache=True).url, reset_prompt_cache="none")
+    warnings = await service.signal(manifest("id-1"))
+    assert warnings == (
+        "the service does not know reset_prompt_cache: "
+        "its default, all, is in force instead of none",
+    )
+    assert await service.signal(manifest("id-1")) == warnings
+
+
+async def test_the_cache_policy_is_sent_where_it_is_known(
+    start: Callable[..., RunningEmulator],
+) -> None:
+    service = block(start().url, reset_prompt_cache="new_session", extra_fields_ignore=["x"])
+    assert await service.signal(manifest("id-1")) == ()
+
+
+async def test_the_description_is_that_of_the_emulator(
+    start: Callable[..., RunningEmulator], tmp_path: Path
+) -> None:
+    description = await block(start(replica_count=2).url).describe()
+    assert description.bucket_url == f"file://{tmp_path}/bucket"
+    assert description.hot_load_enabled
+    assert description.desired_replica_count == 2
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 500])
+async def test_hints_go_out_until_the_first_4xx(
+    start: Callable[..., RunningEmulator], status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    emulator = start(hint_status_code=status)
+    service = block(emulator.url, hint_body_template={"snapshot": "{identity}", "size": "{size}"})
+    with caplog.at_level(logging.INFO, "blocks.hot_load_service"):
+        taken = [await service.hint(**HINT) for _ in range(3)]
+    assert taken == [status == 200] * 3
+    warned = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == (1 if 400 <= status < 500 else 0)
+    assert KEY not in caplog.text
+
+
+async def test_no_template_sends_no_hint(raw_server: RawServer) -> None:
+    assert not await block(raw_server.address).hint(**HINT)
+    assert raw_server.requests == []
+
+
+async def test_a_wrong_key_stops(start: Callable[..., RunningEmulator]) -> None:
+    service = HotLoadService(base_url=start().url, api_key="another-key", **NAMES)
+    for call in (
+        service.observe(),
+        service.signal(manifest("id-1")),
+        service.describe(),
+        service.reset_ledger(),
+    ):
+        with pytest.raises(ServiceRefusedError) as caught:
+            await call
+        assert caught.value.status_code == 401
+
+
+async def test_wrong_names_stop(start: Callable[..., RunningEmulator]) -> None:
+    service = HotLoadService(
+        base_url=start().url, api_key=KEY, **{**NAMES, "deployment_id": "absent"}
+    )
+    for call in (service.observe(), service.describe()):
+        with pytest.raises(ServiceRefusedError) as caught:
+            await call
+        assert caught.value.status_code == 404
+
+
+async def test_check_has_nothing_to_say_about_a_good_service(
+    start: Callable[..., RunningEmulator], tmp_path: Path
+) -> None:
+    lines = await block(start().url).check(f"file://{tmp_path}/bucket")
+    assert [str(line) for line in lines if not line.ok] == []
+    assert [line.name for line in lines][:3] == ["key", "status", "hot load"]
+
+
+async def test_check_says_what_is_missing(
+    start: Callable[..., RunningEmulator], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulator = start()
+    missing = [
+        line.name for line in await block(emulator.url).check("s3://elsewhere") if not line.ok
+    ]
+    assert missing == ["bucket"]
+    wrong = HotLoadService(base_url=emulator.url, api_key="another-key", **NAMES)
+    lines = await wrong.check()
+    assert [(line.name, line.ok, line.stops) for line in lines] == [
+        ("key", True, True), ("status", False, True), ("description", False, True),
+    ]  # fmt: skip
+    assert "inference-only" in lines[1].advice
+    (line,) = await HotLoadService(base_url=emulator.url, **NAMES).check()
+    assert "FIREWORKS_API_KEY" in line.found
+    monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
+    assert (await HotLoadService(base_url=emulator.url, **NAMES).check())[0].ok
+
+
+GOOD = ServiceDescription(
+    name="accounts/local/deployments/rollouts",
+    base_model="accounts/vendor/models/base",
+    state="READY",
+    hot_load_enabled=True,
+    bucket_url="s3://bucket/x",
+    bucket_type="S3",
+    transition_type="ASYNC",
+    desired_replica_count=3,
+    min_replica_count=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name", "stops"),
+    [
+        ({}, None, False),
+        ({"hot_load_enabled": False}, "hot load", True),
+        ({"bucket_url": "s3://bucket/y"}, "bucket", True),
+        ({"bucket_url": None}, "bucket", True),
+        ({"bucket_type": "FW_HOSTED"}, "bucket type", True),
+        ({"bucket_type": "ANYTHING"}, None, False),
+        ({"transition_type": "SYNC"}, "transition", False),
+        ({"base_model": "accounts/vendor/models/other"}, "base model", False),
+        ({"min_replica_count": 0}, "minimum replicas", False),
+        ({"min_replica_count": None}, "minimum replicas", False),
+        ({"state": "CREATING"}, "state", False),
+        ({"state": "FAILED"}, "state", True),
+        ({"state": "DELETED"}, "state", True),
+        ({"state": "UPDATING"}, None, False),
+        ({"state": None}, None, False),
+    ],
+)
+def test_preflight_rows(changed: dict[str, Any], name: str | None, stops: bool) -> None:
+    service = block(
+        "http://localhost", hot_load_transition_type="ASYNC", base_model=GOOD.base_model
+    )
+    fields = {field: getattr(GOOD, field) for field in GOOD.__slots__} | changed
+    lines = service.preflight(ServiceDescription(**fields), "s3://bucket/x")
+    found = [(line.name, line.stops) for line in lines if not line.ok]
+    assert found == ([(name, stops)] if name else [])
+    assert all(line.advice for line in lines if not line.ok)
+
+
+async def test_a_service_being_created_is_probed(raw_server: RawServer) -> None:
+    created = {"name": "x", "state": "CREATING", "enableHotLoad": True, "minReplicaCount": 1}
+    raw_server.answers = [
+        http("200 OK", b'{"replicas": []}'),
+        http("200 OK", json.dumps(created).encode()),
+        http("503 Service Unavailable"),
+    ]
+    lines = {line.name: line for line in await block(raw_server.address).check()}
+    assert not lines["state"].ok
+    assert not lines["state"].stops
+    assert not lines["inference"].ok
+    assert b'"prompt":[1,2]' in raw_server.requests[-1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (http("200 OK", b"<html>gateway</html>", "text/html"), ServiceUnavailableError),
+        (http("200 OK", b""), ServiceUnavailableError),
+        (http("200 OK", b"\xff\xfe"), ServiceUnavailableError),
+        (http("200 OK", b"[" * 100_000), ServiceUnavailableError),
+        (b"", ServiceUnavailableError),
+        (b"garbage\r\n\r\n", ServiceUnavailableError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", ServiceUnavailableError),
+        (http("200 OK", b"x", extra="Content-Encoding: gzip\r\n"), ServiceUnavailableError),
+        (http("200 OK", b"{}"), ProtocolError),
+        (http("200 OK", b'{"replicas": {}}'), ProtocolError),
+        (http("200 OK", b'{"replicas": [1]}'), ProtocolError),
+        (http("302 Found", extra="Location: http://elsewhere/\r\n"), ProtocolError),
+        (http("400 Bad Request", b"{}"), ServiceRefusedError),
+        (http("401 Unauthorized", b""), ServiceRefusedError),
+        (http("402 Payment Required"), ServiceRefusedError),
+        (http("403 Forbidden"), ServiceRefusedError),
+        (http("404 Not Found", b"<html>nothing here</html>", "text/html"), ServiceRefusedError),
+        (http("408 Request Timeout"), ServiceUnavailableError),
+        (http("429 Too Many Requests"), ServiceUnavailableError),
+        (http("500 Internal Server Error"), ServiceUnavailableError),
+        (http("503 Service Unavailable"), ServiceUnavailableError),
+    ],
+    ids=lambda value: value[:60].decode("latin-1") if isinstance(value, bytes) else "",
+)
+async def test_what_a_status_may_be(
+    raw_server: RawServer, answer: bytes, error: type[ServiceError]
+) -> None:
+    raw_server.answers = [answer]
+    with pytest.raises(ServiceError) as caught:
+        await block(raw_server.address).observe()
+    assert type(caught.value) is error
+    assert len(raw_server.requests) == 1
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+
+
+async def test_an_empty_replica_list_is_a_status(raw_server: RawServer) -> None:
+    raw_server.answers = [http("200 OK", b'{"replicas": []}')]
+    assert (await block(raw_server.address).observe()).replicas == ()
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        ("400 Bad Request", SnapshotRejectedError),
+        ("409 Conflict", SnapshotRejectedError),
+        ("422 Unprocessable Entity", SnapshotRejectedError),
+        ("401 Unauthorized", ServiceRefusedError),
+        ("404 Not Found", ServiceRefusedError),
+        ("429 Too Many Requests", ServiceUnavailableError),
+        ("502 Bad Gateway", ServiceUnavailableError),
+    ],
+)
+async def test_what_a_signal_may_be_answered(
+    raw_server: RawServer, status: str, error: type[ServiceError]
+) -> None:
+    raw_server.answers = [http(status, b"Extra base model config options: rope")]
+    with pytest.raises(ServiceError, match="Extra base model config options: rope") as caught:
+        await block(raw_server.address).signal(manifest("id-1"))
+    assert type(caught.value) is error
+
+
+async def test_the_body_of_a_good_signal_is_not_read(raw_server: RawServer) -> None:
+    raw_server.answers, raw_server.endless = [http("200 OK", b"x" * 10)], b""
+    assert await block(raw_server.address).signal(manifest("id-1", previous="id-0")) == ()
+    head, _, body = raw_server.requests[0].partition(b"\r\n\r\n")
+    assert b"fireworks-model: accounts/local/models/policy" in head
+    assert b"fireworks-deployment: accounts/local/deployments/rollouts" in head
+    assert json.loads(body) == {
+        "identity": "id-1",
+        "incremental_snapshot_metadata": {
+            "previous_snapshot_identity": "id-0",
+            "compression_format": "arc_v2",
+            "checksum_format": "alder32",
+        },
+    }
+
+
+async def test_an_endless_answer_ends(raw_server: RawServer) -> None:
+    raw_server.answers = [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"]
+    raw_server.endless = b" " * 65536
+    with pytest.raises(ProtocolError, match="larger than 8388608 bytes"):
+        await block(raw_server.address).observe()
+    raw_server.answers = [b"HTTP/1.1 500 Oops\r\n\r\n"]
+    with pytest.raises(ServiceUnavailableError) as caught:
+        await block(raw_server.address).observe()
+    assert len(str(caught.value)) < 3000
+
+
+async def test_silence_ends(raw_server: RawServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blocks.hot_load_service.GET_TIMEOUT_SECONDS", 0.2)
+    raw_server.silent = True
+    with pytest.raises(ServiceUnavailableError, match="observe: no answer"):
+        await block(raw_server.address).observe()
+
+
+async def test_a_refused_connection_is_unavailable() -> None:
+    with pytest.raises(ServiceUnavailableError):
+        await block("http://127.0.0.1:1").observe()
+
+
+@pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized", "400 Bad Request", "500 Oops"])
+async def test_a_key_that_the_server_repeats_is_shown_nowhere(
+    raw_server: RawServer, status: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    told = f'{{"error": "Bearer {KEY} is wrong", "at": "{"x" * 2000}{KEY}"}}'
+    raw_server.answers = [http(status, told.encode())]
+    service = block(raw_server.address, hint_body_template={"f": "{file}"})
+    shown = [repr(service), str(service), repr(service.model_dump()), service.model_dump_json()]
+    for call in (service.observe(), service.signal(manifest("id-1")), service.describe()):
+        try:
+            shown.append(repr(await call))
+        except ServiceError as error:
+            shown += [str(error), repr(error), repr(error.__cause__)]
+            shown += [] if error.__suppress_context__ else [repr(error.__context__)]
+    await service.hint(**HINT)
+    shown += [str(line) for line in await service.check()]
+    assert KEY not in " ".join(shown)
+    assert KEY not in caplog.text
+    assert raw_server.requests[0].count(f"Bearer {KEY}".encode()) == 1
+
+
+async def test_a_key_in_a_replica_is_masked_before_it_is_parsed(raw_server: RawServer) -> None:
+    told = {"replicas": [{"readiness": True, "note": KEY}]}
+    raw_server.answers = [http("200 OK", json.dumps(told).encode())]
+    (replica,) = (await block(raw_server.address).observe()).replicas
+    assert KEY not in replica.raw
+    assert "****" in replica.raw
+
+
+@pytest.mark.parametrize("key", ["line\nend", "sp ace", "schlüssel", "tab\t"])
+async def test_a_key_that_cannot_be_sent_is_refused_unseen(raw_server: RawServer, key: str) -> None:
+    service = HotLoadService(base_url=raw_server.address, api_key=key, **NAMES)
+    with pytest.raises(ServiceRefusedError, match="characters") as caught:
+        await service.observe()
+    assert key not in str(caught.value)
+
+
+async def test_the_environment_names_service_and_key(
+    raw_server: RawServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIREWORKS_BASE_URL", raw_server.address)
+    monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
+    raw_server.answers = [http("200 OK", b'{"replicas": []}')]
+    assert (await HotLoadService(**NAMES).observe()).replicas == ()
+    monkeypatch.setenv("FIREWORKS_BASE_URL", "nonsense")
+    with pytest.raises(ServiceRefusedError, match="FIREWORKS_BASE_URL"):
+        await HotLoadService(**NAMES).observe()
+
+
+@pytest.mark.parametrize("url", ["", "ftp://x", "https://", "https://u:p@x", "https://x?y=1", "x"])
+def test_addresses_that_are_refused(url: str) -> None:
+    with pytest.raises(ValidationError):
+        block(url)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "a\r\nx: y"])
+def test_names_that_would_change_a_request_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        HotLoadService(**{**NAMES, "account_id": name})

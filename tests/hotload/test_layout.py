@@ -1,0 +1,709 @@
+"""Client checks of wire-format §6: a good snapshot passes, each broken rule has its own finding."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from hashlib import sha256
+
+import pytest
+
+from hotload.errors import InvalidCheckpointError
+from hotload.layout import (
+    check_delta,
+    check_full,
+    check_lora,
+    drift,
+    parse_adler32,
+    refuse_errors,
+)
+from hotload.manifests import TORCH_DTYPES, build_index, build_spec
+from hotload.shards import DTYPE_BITS, Checkpoint, Finding, ShardHeader, TensorInfo
+from hotload.snapshot import SideFile
+
+CONFIG = {"model_type": "llama", "hidden_size": 8, "rope_theta": 10000.0, "use_cache": True}
+TENSORS = {
+    "model-00001.safetensors": {"model.embed_tokens.weight": ("BF16", (16, 8))},
+    "model-00002.safetensors": {
+        "model.layers.0.self_attn.q_proj.weight": ("BF16", (8, 8)),
+        "model.layers.0.input_layernorm.weight": ("BF16", (8,)),
+    },
+    "model-00003.safetensors": {"model.layers.1.mlp.gate.scalar": ("F32", ())},
+    "model-00004.safetensors": {"model.norm.weight": ("BF16", (8,))},
+    "model-00005.safetensors": {"lm_head.weight": ("BF16", (16, 8))},
+}
+Layout = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
+
+
+def header(
+    file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], **metadata: str
+) -> ShardHeader:
+    entries, end = [], 0
+    for name, (dtype, shape) in tensors.items():
+        start, bits = end, DTYPE_BITS[dtype]
+        for size in shape:
+            bits *= size
+        end = start + bits // 8
+        entries.append(TensorInfo(name, dtype, shape, start, end))
+    return ShardHeader(file, tuple(entries), metadata, 512, 512 + end)
+
+
+def side(file: str, data: bytes = b"{}") -> SideFile:
+    return SideFile(file=file, size_bytes=len(data), sha256=sha256(data).hexdigest())
+
+
+def checkpoint(layout: Layout = TENSORS, **documents: object) -> Checkpoint:
+    """A checkpoint of these tensors; `config`, `index`, `spec` and `adapter` replace a document."""
+    shards = tuple(header(file, tensors) for file, tensors in layout.items())
+    names = {
+        "config": "config.json",
+        "index": "model.safetensors.index.json",
+        "spec": "model.weight.spec.json",
+        "adapter": "adapter_config.json",
+    }
+    values = {
+        "config": CONFIG,
+        "index": json.loads(build_index(shards)),
+        "spec": json.loads(build_spec(shards)),
+        **documents,
+    }
+    data = {
+        names[key]: value if isinstance(value, bytes) else json.dumps(value).encode()
+        for key, value in values.items()
+        if value is not None
+    }
+    sides = [side(file, text) for file, text in data.items()] + [side("tokenizer.json", b"{}")]
+    return Checkpoint(shards, data, tuple(sides))
+
+
+def rules(findings: tuple[Finding, ...], severity: str = "error") -> set[str]:
+    assert all(finding.file and finding.found and finding.expected for finding in findings)
+    return {finding.rule for finding in findings if finding.severity == severity}
+
+
+def edited(layout: Layout, change: Callable[[dict], object]) -> dict:
+    copy = {file: dict(tensors) for file, tensors in layout.items()}
+    change(copy)
+    return copy
+
+
+def index_with(**changes: object) -> dict:
+    index = json.loads(build_index(checkpoint().shards))
+    index["weight_map"] |= changes
+    return index
+
+
+def spec_with(name: str, entry: object) -> dict:
+    spec = json.loads(build_spec(checkpoint().shards))
+    spec["tensor_map"][name] = entry
+    return spec
+
+
+# Full snapshots
+
+
+def test_a_good_checkpoint_has_no_finding() -> None:
+    good = checkpoint()
+    shapes = {tensor.name: tensor.shape for _, tensor in good.tensors}
+    assert check_full(good) == ()
+    assert check_full(good, base_config=CONFIG, base_shapes=shapes) == ()
+
+
+@pytest.mark.parametrize("document", ["config", "index", "spec"])
+def test_a_missing_document_is_refused(document: str) -> None:
+    assert rules(check_full(checkpoint(**{document: None}))) == {"missing_file"}
+
+
+@pytest.mark.parametrize("document", ["config", "index", "spec"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"\xff", b'{"a":1,"a":2}', b"[" * 9000], ids=repr)
+def test_a_document_that_is_no_json_object_is_refused(document: str, data: bytes) -> None:
+    assert rules(check_full(checkpoint(**{document: data}))) == {"json"}
+
+
+@pytest.mark.parametrize(
+    ("document", "value", "rule"),
+    [
+        ("index", {}, "weight_map"),
+        ("index", {"weight_map": []}, "weight_map"),
+        ("spec", {}, "tensor_map"),
+        ("spec", {"tensor_map": None}, "tensor_map"),
+    ],
+)
+def test_a_manifest_without_its_map_is_refused(document: str, value: object, rule: str) -> None:
+    assert rules(check_full(checkpoint(**{document: value}))) == {rule}
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../model.safetensors", "a/b.safetensors", "a\\b.safetensors", "", "..", 3, None, ["x"]],
+)
+def test_a_shard_name_that_is_a_path_is_refused(file: object) -> None:
+    findings = check_full(checkpoint(index=index_with(**{"lm_head.weight": file})))
+    assert "file_name" in rules(findings)
+
+
+def test_a_shard_that_is_no_safetensors_file_is_refused() -> None:
+    findings = check_full(checkpoint(index=index_with(**{"lm_head.weight": "pytorch_model.bin"})))
+    assert "file_name" in rules(findings)
+
+
+def test_a_listed_file_that_is_missing_is_named_with_a_tensor() -> None:
+    good = checkpoint()
+    findings = check_full(replace(good, shards=good.shards[:-1]))
+    (finding,) = [finding for finding in findings if finding.rule == "missing_shard"]
+    assert (finding.file, finding.tensor) == ("model-00005.safetensors", "lm_head.weight")
+
+
+def test_a_stray_shard_is_refused() -> None:
+    good = checkpoint()
+    stray = header("model-99999.safetensors", {"model.layers.7.weight": ("BF16", (2,))})
+    findings = check_full(replace(good, shards=(*good.shards, stray)))
+    assert rules(findings) == {"stray_shard"}
+
+
+def test_a_mapped_tensor_that_its_shard_lacks_is_refused() -> None:
+    findings = check_full(
+        checkpoint(index=index_with(**{"model.layers.0.b": "model-00002.safetensors"}))
+    )
+    assert rules(findings) == {"missing_tensor", "spec_missing"}
+
+
+def test_a_tensor_the_index_does_not_name_is_refused() -> None:
+    index = index_with()
+    del index["weight_map"]["model.layers.0.input_layernorm.weight"]
+    assert rules(check_full(checkpoint(index=index))) == {"unindexed_tensor", "spec_extra"}
+
+
+def test_a_tensor_in_two_shards_is_refused() -> None:
+    layout = edited(
+        TENSORS,
+        lambda files: files["model-00004.safetensors"].update(files["model-00005.safetensors"]),
+    )
+    findings = check_full(checkpoint(layout, index=index_with()))
+    assert "duplicate_tensor" in rules(findings)
+
+
+def test_an_index_without_tensors_is_refused() -> None:
+    assert rules(check_full(checkpoint({}))) == {"empty_index"}
+
+
+@pytest.mark.parametrize(
+    "shape", [[8], [16, 9], [8, 16], [16.0, 8], [True, 8], "16,8", None, [[16], 8]], ids=str
+)
+def test_a_spec_shape_that_differs_from_the_header_is_refused(shape: object) -> None:
+    spec = spec_with("lm_head.weight", {"shape": shape, "dtype": "bfloat16"})
+    (finding,) = check_full(checkpoint(spec=spec))
+    assert finding.rule == "spec_shape"
+    assert finding.tensor == "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float16", "BFLOAT16", "F16", "torch.float32", "torch.BF16", "", None, ["bfloat16"]],
+    ids=str,
+)
+def test_a_spec_dtype_that_differs_from_the_header_is_refused(dtype: object) -> None:
+    spec = spec_with("lm_head.weight", {"shape": [16, 8], "dtype": dtype})
+    assert rules(check_full(checkpoint(spec=spec))) == {"spec_dtype"}
+
+
+@pytest.mark.parametrize("entry", [{}, {"shape": [16, 8]}, [], None, "x"], ids=str)
+def test_a_spec_entry_without_shape_and_dtype_is_refused(entry: object) -> None:
+    spec = spec_with("lm_head.weight", entry)
+    expected = {"spec_missing"} if entry is None else {"spec_entry"}
+    assert rules(check_full(checkpoint(spec=spec))) <= {"spec_entry"} | expected
+
+
+@pytest.mark.parametrize("spelling", ["bfloat16", "torch.bfloat16", "BF16"])
+@pytest.mark.parametrize("style", ["torch", "safetensors"])
+def test_three_dtype_spellings_pass_and_another_than_configured_warns(
+    spelling: str, style: str
+) -> None:
+    spec = json.loads(build_spec(checkpoint().shards, style))  # type: ignore[arg-type]
+    spec["tensor_map"]["lm_head.weight"]["dtype"] = spelling
+    findings = check_full(checkpoint(spec=spec), spec_dtype_style=style)  # type: ignore[arg-type]
+    is_configured = spelling == {"torch": "bfloat16", "safetensors": "BF16"}[style]
+    assert rules(findings) == set()
+    assert rules(findings, "warning") == (set() if is_configured else {"spec_spelling"})
+
+
+def test_every_dtype_has_a_spelling_that_passes() -> None:
+    for dtype in DTYPE_BITS:
+        layout = {"m.safetensors": {"model.layers.0.weight": (dtype, (4, 2))}}
+        findings = check_full(checkpoint(layout))
+        assert not rules(findings) & {"spec_dtype", "spec_shape", "spec_spelling"}, dtype
+    assert len(set(TORCH_DTYPES.values())) == len(TORCH_DTYPES) == len(DTYPE_BITS) - 2
+
+
+@pytest.mark.parametrize(
+    ("tensors", "errors", "warnings"),
+    [
+        (["model.layers.0.a", "model.layers.0.b"], set(), set()),
+        (["model.layers.0.experts.3.w", "model.layers.0.experts.4.w"], set(), set()),
+        (["model.layers.0.a", "model.layers.1.a"], {"one_layer"}, set()),
+        (["model.layers.1.a", "model.layers.10.a"], {"one_layer"}, set()),
+        (["transformer.h.0.a", "transformer.h.1.a"], {"one_layer"}, set()),
+        (["model.layers.0.a", "visual.blocks.0.a"], {"one_layer"}, set()),
+        (["model.layers.0.a", "model.embed_tokens.weight"], {"one_layer"}, set()),
+        (["model.embed_tokens.weight", "model.norm.weight"], {"one_layer"}, set()),
+        (["model.norm.weight", "lm_head.weight"], {"one_layer"}, set()),
+        (["lm_head.weight", "lm_head.bias"], set(), set()),
+        (["model.norm.weight", "model.norm.bias"], set(), set()),
+        (["model.layers.0.a", "model.rotary.inv_freq"], set(), {"one_layer"}),
+        (["visual.patch_embed.proj.weight", "visual.merger.weight"], set(), set()),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else None,
+)
+def test_one_layer_per_file(tensors: list[str], errors: set[str], warnings: set[str]) -> None:
+    layout = {"m.safetensors": dict.fromkeys(tensors, ("BF16", (2,)))}
+    findings = check_full(checkpoint(layout))
+    assert rules(findings) == errors
+    assert rules(findings, "warning") == warnings
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "severity"),
+    [
+        (4_499_999_999, None),
+        (4_500_000_000, "warning"),
+        (5_000_000_000, "warning"),
+        (5_000_000_001, "error"),
+    ],
+)
+def test_shards_stay_under_five_gigabytes(size_bytes: int, severity: str | None) -> None:
+    good = checkpoint()
+    large = replace(good.shards[0], size_bytes=size_bytes)
+    findings = check_full(replace(good, shards=(large, *good.shards[1:])))
+    assert [(f.rule, f.severity) for f in findings] == (
+        [("shard_size", severity)] if severity else []
+    )
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_mp_rank_00.safetensors",
+        "mp_rank_00.safetensors",
+        "model-tp1.safetensors",
+        "tp_rank_03.safetensors",
+        "model.TP-0.safetensors",
+        "tp.safetensors",
+    ],
+)
+def test_names_of_tensor_parallel_shards_are_refused(file: str) -> None:
+    assert rules(check_full(checkpoint({file: TENSORS["model-00001.safetensors"]}))) == {
+        "tensor_parallel"
+    }
+
+
+@pytest.mark.parametrize(
+    "file", ["http.safetensors", "output-0.safetensors", "model-tpl.safetensors"]
+)
+def test_names_that_merely_contain_the_letters_pass(file: str) -> None:
+    assert check_full(checkpoint({file: TENSORS["model-00001.safetensors"]})) == ()
+
+
+def test_an_adapter_config_in_a_full_is_refused() -> None:
+    assert rules(check_full(checkpoint(adapter={}))) == {"adapter_in_full"}
+
+
+def test_weights_in_a_foreign_format_are_a_warning() -> None:
+    good = checkpoint()
+    findings = check_full(replace(good, side_files=(*good.side_files, side("optimizer.pt"))))
+    assert rules(findings, "warning") == {"foreign_weights"}
+
+
+# config.json against the base model
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        ({**CONFIG, "hidden_size": 16}, "config_value"),
+        ({**CONFIG, "hidden_size": 8.0}, "config_type"),
+        ({**CONFIG, "use_cache": 1}, "config_type"),
+        ({**CONFIG, "rope_theta": None}, "config_type"),
+        (
+            {key: CONFIG[key] for key in ("model_type", "hidden_size", "use_cache")},
+            "extra_base_config",
+        ),
+        ({**CONFIG, "step": 7}, "extra_config"),
+    ],
+    ids=["value", "float", "bool", "null", "lacking", "extra"],
+)
+def test_a_config_that_differs_from_the_base_is_refused(config: dict, rule: str) -> None:
+    findings = check_full(checkpoint(config=config), base_config=CONFIG)
+    assert rules(findings) == {rule}
+    assert "extra_fields_ignore" in findings[0].expected
+    ignored = ["hidden_size", "use_cache", "rope_theta", "step"]
+    assert (
+        check_full(checkpoint(config=config), base_config=CONFIG, extra_fields_ignore=ignored) == ()
+    )
+
+
+def test_key_order_and_non_finite_numbers_make_no_difference() -> None:
+    config = {"limits": [0.0, float("inf"), float("nan")], "nested": {"a": 1, "b": 2}}
+    other = {"nested": {"b": 2, "a": 1}, "limits": [0.0, float("inf"), float("nan")]}
+    assert check_full(checkpoint(config=config), base_config=other) == ()
+
+
+def test_quantization_config_may_be_extra_and_a_changed_one_warns() -> None:
+    quantized = {**CONFIG, "quantization_config": {"quant_method": "fp8"}}
+    extra = check_full(checkpoint(config=quantized), base_config=CONFIG)
+    assert rules(extra) == set()
+    left_out = check_full(checkpoint(), base_config=quantized)
+    assert rules(left_out) == set()
+    assert rules(left_out, "warning") == {"quantization_differs"}
+
+
+# Tensor set against the base model
+
+
+def shapes_of(layout: Layout) -> dict[str, tuple[int, ...] | None]:
+    return {name: shape for tensors in layout.values() for name, (_, shape) in tensors.items()}
+
+
+def test_a_tensor_the_base_has_and_the_snapshot_lacks_is_refused() -> None:
+    base = shapes_of(TENSORS) | {"model.layers.2.a": (3,)}
+    (finding,) = check_full(checkpoint(), base_shapes=base)
+    assert (finding.rule, finding.tensor) == ("missing_tensor", "model.layers.2.a")
+
+
+def test_a_tensor_the_base_does_not_have_is_refused() -> None:
+    base = shapes_of(TENSORS)
+    del base["lm_head.weight"]
+    assert rules(check_full(checkpoint(), base_shapes=base)) == {"extra_tensor"}
+
+
+def test_a_shape_of_another_size_than_the_base_is_refused_where_it_is_known() -> None:
+    base = shapes_of(TENSORS) | {"lm_head.weight": (32, 8)}
+    assert rules(check_full(checkpoint(), base_shapes=base)) == {"base_shape"}
+    assert check_full(checkpoint(), base_shapes=base | {"lm_head.weight": None}) == ()
+
+
+@pytest.mark.parametrize(
+    "config", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}]
+)
+def test_a_tied_head_may_be_missing_on_either_side(config: dict) -> None:
+    without = edited(TENSORS, lambda files: files.pop("model-00005.safetensors"))
+    assert check_full(checkpoint(without, config=config), base_shapes=shapes_of(TENSORS)) == ()
+    copied = check_full(checkpoint(config=config), base_shapes=shapes_of(without))
+    assert rules(copied) == set()
+    assert rules(copied, "warning") == {"tied_head"}
+
+
+def test_an_untied_head_may_not_be_missing() -> None:
+    without = edited(TENSORS, lambda files: files.pop("model-00005.safetensors"))
+    config = {**CONFIG, "tie_word_embeddings": False}
+    findings = check_full(checkpoint(without, config=config), base_shapes=shapes_of(TENSORS))
+    assert rules(findings) == {"missing_tensor"}
+
+
+# Quantized snapshots
+
+WEIGHT = "model.layers.0.mlp.up.weight"
+QUANTIZED = {**CONFIG, "quantization_config": {"quant_method": "fp8"}}
+
+
+def quantized(weight: tuple[str, tuple[int, ...]], scale: str | None, name: str = WEIGHT) -> Layout:
+    tensors = {name: weight} | ({scale: ("F32", (1, 1))} if scale else {})
+    return {"m.safetensors": tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "scale"),
+    [
+        (WEIGHT, "F8_E4M3", f"{WEIGHT}_scale_inv"),
+        (WEIGHT, "F8_E5M2", f"{WEIGHT}_scale"),
+        (WEIGHT, "F4", f"{WEIGHT}_scale"),
+        (f"{WEIGHT}_packed", "I32", f"{WEIGHT}_scale"),
+        ("model.layers.0.up.qweight", "I32", "model.layers.0.up.scales"),
+        ("model.layers.0.experts.up_blocks", "U8", "model.layers.0.experts.up_scales"),
+    ],
+)
+def test_a_quantized_tensor_needs_its_scale_and_a_quantization_config(
+    name: str, dtype: str, scale: str
+) -> None:
+    whole, alone = quantized((dtype, (4, 4)), scale, name), quantized((dtype, (4, 4)), None, name)
+    assert check_full(checkpoint(whole, config=QUANTIZED)) == ()
+    assert rules(check_full(checkpoint(alone, config=QUANTIZED))) == {"missing_scale"}
+    assert rules(check_full(checkpoint(whole))) == {"quantization_config"}
+
+
+def test_a_scale_that_the_spec_lacks_is_refused() -> None:
+    layout = quantized(("F8_E4M3", (4, 4)), f"{WEIGHT}_scale_inv")
+    spec = {"tensor_map": {WEIGHT: {"shape": [4, 4], "dtype": "float8_e4m3fn"}}}
+    assert rules(check_full(checkpoint(layout, config=QUANTIZED, spec=spec))) == {"spec_missing"}
+
+
+@pytest.mark.parametrize("settings", [{}, [], "fp8", {"quant_method": 8}], ids=str)
+def test_a_quantization_config_without_method_is_refused(settings: object) -> None:
+    layout = quantized(("F8_E4M3", (4, 4)), f"{WEIGHT}_scale")
+    config = {**CONFIG, "quantization_config": settings}
+    assert rules(check_full(checkpoint(layout, config=config))) == {"quantization_config"}
+
+
+def test_a_quantization_config_without_quantized_tensors_warns() -> None:
+    findings = check_full(checkpoint(config=QUANTIZED))
+    assert rules(findings) == set()
+    assert rules(findings, "warning") == {"quantization_config"}
+
+
+def test_scales_and_packing_do_not_count_against_the_base() -> None:
+    plain = {WEIGHT: (4, 4)}
+    packed = quantized(("I32", (4, 1)), f"{WEIGHT}_scale", f"{WEIGHT}_packed")
+    assert check_full(checkpoint(packed, config=QUANTIZED), base_shapes=plain) == ()
+    full = {"m.safetensors": {WEIGHT: ("BF16", (4, 4))}}
+    base = {f"{WEIGHT}_packed": (4, 1), f"{WEIGHT}_scale": (1, 1)}
+    assert check_full(checkpoint(full), base_shapes=base) == ()
+
+
+# LoRA snapshots
+
+ADAPTER = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "accounts/a/models/m"}
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+PAIR = {f"{Q}.lora_A.weight": ("BF16", (4, 8)), f"{Q}.lora_B.weight": ("BF16", (8, 4))}
+
+
+def adapter(
+    tensors: Mapping = PAIR, config: object = ADAPTER, file: str = "adapter_model.safetensors"
+) -> Checkpoint:
+    return checkpoint({file: tensors}, adapter=config, config=None, index=None, spec=None)
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "adapter_model-00001-of-00002.safetensors"]
+)
+def test_a_good_adapter_has_no_finding(file: str) -> None:
+    assert check_lora(adapter(file=file), base_model="accounts/a/models/m") == ()
+    assert check_lora(adapter(file=file)) == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        (None, "missing_file"),
+        (b"{", "json"),
+        ({**ADAPTER, "base_model_name_or_path": "other"}, "base_model"),
+        ({**ADAPTER, "base_model_name_or_path": None}, "base_model"),
+        ({key: ADAPTER[key] for key in ("peft_type", "r")}, "base_model"),
+        ({**ADAPTER, "peft_type": "IA3"}, "peft_type"),
+        ({**ADAPTER, "r": 0}, "rank"),
+        ({**ADAPTER, "r": True}, "rank"),
+    ],
+    ids=str,
+)
+def test_an_adapter_config_that_breaks_a_rule_is_refused(config: object, rule: str) -> None:
+    assert rules(check_lora(adapter(config=config), base_model="accounts/a/models/m")) == {rule}
+
+
+def test_adapter_weights_have_to_be_there_in_a_known_file() -> None:
+    empty = checkpoint({}, adapter=ADAPTER, config=None, index=None, spec=None)
+    assert rules(check_lora(empty)) == {"missing_adapter"}
+    assert rules(check_lora(adapter(file="weights.safetensors"))) == {
+        "missing_adapter",
+        "stray_shard",
+    }
+
+
+def test_a_pickled_adapter_is_a_warning() -> None:
+    empty = checkpoint({}, adapter=ADAPTER, config=None, index=None, spec=None)
+    pickled = replace(empty, side_files=(*empty.side_files, side("adapter_model.bin")))
+    assert [(f.rule, f.severity) for f in check_lora(pickled)] == [("pickle", "warning")]
+
+
+def test_an_adapter_matrix_needs_its_partner_and_one_rank() -> None:
+    down = {f"{Q}.lora_A.weight": ("BF16", (4, 8))}
+    assert rules(check_lora(adapter(down))) == {"lora_pair"}
+    assert rules(check_lora(adapter({**PAIR, f"{Q}.lora_B.weight": ("BF16", (8, 5))}))) == {
+        "lora_rank"
+    }
+
+
+# Delta snapshots
+
+
+def delta_of(full: Checkpoint) -> Checkpoint:
+    shards = tuple(
+        header(
+            shard.file,
+            {tensor.name: ("U8", (21,)) for tensor in shard.tensors},
+            **{tensor.name: "478807142" for tensor in shard.tensors},
+        )
+        for shard in full.shards
+    )
+    return replace(full, shards=shards)
+
+
+def test_a_good_delta_has_no_finding() -> None:
+    assert check_delta(delta_of(checkpoint()), checkpoint()) == ()
+
+
+def changed_shard(delta: Checkpoint, tensors: Mapping, **metadata: str) -> Checkpoint:
+    return replace(
+        delta, shards=(header("model-00001.safetensors", tensors, **metadata), *delta.shards[1:])
+    )
+
+
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda d: replace(d, shards=d.shards[1:]), "missing_shard"),
+        (lambda d: replace(d, shards=(*d.shards, header("z.safetensors", {}))), "stray_shard"),
+        (lambda d: changed_shard(d, {}), "missing_tensor"),
+        (
+            lambda d: changed_shard(
+                d, {EMBED: ("U8", (21,)), "x": ("U8", (9,))}, **{EMBED: "1", "x": "1"}
+            ),
+            "extra_tensor",
+        ),
+        (lambda d: changed_shard(d, {EMBED: ("I8", (21,))}, **{EMBED: "1"}), "payload"),
+        (lambda d: changed_shard(d, {EMBED: ("U8", (3, 7))}, **{EMBED: "1"}), "payload"),
+        (lambda d: changed_shard(d, {EMBED: ("U8", (21,))}), "checksum"),
+        (lambda d: changed_shard(d, {EMBED: ("U8", (21,))}, **{EMBED: "1c8a0466"}), "checksum"),
+        (
+            lambda d: replace(d, documents={**d.documents, "adapter_config.json": b"{}"}),
+            "adapter_in_delta",
+        ),
+        (lambda d: replace(d, side_files=d.side_files[1:]), "side_file"),
+        (lambda d: replace(d, side_files=(*d.side_files, side("new.json"))), "side_file"),
+        (
+            lambda d: replace(d, side_files=(*d.side_files[:-1], side("tokenizer.json", b"[]"))),
+            "side_file",
+        ),
+    ],
+)
+def test_a_delta_that_breaks_a_rule_is_refused(change: Callable, rule: str) -> None:
+    findings = check_delta(change(delta_of(checkpoint())), checkpoint())
+    assert rules(findings) == {rule}
+    assert {finding.who for finding in findings} == {"publisher"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("1", 1),
+        ("478807142", 478807142),
+        ("4294967295", 4294967295),
+        ("4294967296", None),
+        ("01", None),
+        ("+1", None),
+        ("-1", None),
+        (" 1", None),
+        ("1 ", None),
+        ("1_0", None),
+        ("1c8a0466", None),
+        ("", None),
+        ("٣", None),
+        ("1\n", None),
+        (None, None),
+        ("9" * 5000, None),
+    ],
+    ids=ascii,
+)
+def test_a_checksum_is_read_only_in_its_exact_decimal_form(
+    text: str | None, value: int | None
+) -> None:
+    assert parse_adler32(text) == value
+
+
+# Drift
+
+
+def test_equal_layouts_do_not_drift_whatever_their_metadata() -> None:
+    other = checkpoint()
+    renamed = tuple(
+        replace(shard, metadata={"step": "7"}, data_start=640) for shard in other.shards
+    )
+    assert drift(checkpoint(), replace(other, shards=renamed)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda f: f.pop("model-00005.safetensors"),
+            "shard files changed: model-00005.safetensors",
+        ),
+        (
+            lambda f: f["model-00004.safetensors"].update(b=("F32", ())),
+            "tensors of model-00004.safetensors changed: b",
+        ),
+        (
+            lambda f: f["model-00004.safetensors"].update({"model.norm.weight": ("F32", (8,))}),
+            "model.norm.weight in model-00004.safetensors changed from BF16 [8] to F32 [8]",
+        ),
+        (
+            lambda f: f["model-00004.safetensors"].update({"model.norm.weight": ("BF16", (2, 4))}),
+            "model.norm.weight in model-00004.safetensors changed from BF16 [8] to BF16 [2, 4]",
+        ),
+        (
+            lambda f: f.update(
+                {"model-00002.safetensors": dict(reversed(f["model-00002.safetensors"].items()))}
+            ),
+            "order of tensors in model-00002.safetensors changed",
+        ),
+        (
+            lambda f: f["model-00004.safetensors"].update(f.pop("model-00005.safetensors")),
+            "shard files changed: model-00005.safetensors",
+        ),
+    ],
+)
+def test_a_changed_layout_forces_a_full_and_says_why(change: Callable, reason: str) -> None:
+    assert drift(checkpoint(), checkpoint(edited(TENSORS, change))) == reason
+
+
+@pytest.mark.parametrize("document", ["config", "index", "spec"])
+def test_a_changed_document_forces_a_full(document: str) -> None:
+    changed = checkpoint()
+    values = {name: json.loads(data) | {"new": 1} for name, data in changed.documents.items()}
+    names = {
+        "config": "config.json",
+        "index": "model.safetensors.index.json",
+        "spec": "model.weight.spec.json",
+    }
+    other = checkpoint(**{document: values[names[document]]})
+    assert drift(checkpoint(), other) == f"files beside the shards changed: {names[document]}"
+
+
+def test_a_changed_or_missing_tokenizer_forces_a_full() -> None:
+    good = checkpoint()
+    for sides in ((*good.side_files[:-1], side("tokenizer.json", b"[]")), good.side_files[:-1]):
+        assert (
+            drift(good, replace(good, side_files=sides))
+            == "files beside the shards changed: tokenizer.json"
+        )
+
+
+def test_long_lists_are_told_short() -> None:
+    many = {f"m{i}.safetensors": {f"model.layers.{i}.a": ("U8", (1,))} for i in range(9)}
+    assert drift(checkpoint({}), checkpoint(many)) == (
+        "shard files changed: m0.safetensors, m1.safetensors, m2.safetensors and 6 more"
+    )
+
+
+# Renders and refusals
+
+
+def test_index_and_spec_are_of_the_documented_form() -> None:
+    shards = checkpoint().shards
+    index = json.loads(build_index(reversed(shards)))
+    assert index["weight_map"]["lm_head.weight"] == "model-00005.safetensors"
+    assert index["metadata"]["total_size"] == sum(s.size_bytes - s.data_start for s in shards)
+    assert build_index(shards) == build_index(reversed(shards))
+    spec = json.loads(build_spec(shards))
+    assert spec["tensor_map"]["model.layers.1.mlp.gate.scalar"] == {"shape": [], "dtype": "float32"}
+    tagged = json.loads(build_spec(shards, "safetensors"))
+    assert tagged["tensor_map"]["lm_head.weight"] == {"shape": [16, 8], "dtype": "BF16"}
+
+
+def test_errors_stop_and_warnings_come_back() -> None:
+    warning = Finding("a", "f", None, "x", "y", severity="warning")
+    error = Finding("b", "f", None, "x", "y")
+    assert refuse_errors([warning]) == (warning,)
+    with pytest.raises(InvalidCheckpointError) as caught:
+        refuse_errors([warning, error])
+    assert caught.value.findings == (error,)

@@ -1,0 +1,389 @@
+"""Files: read with bounds, written whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import hotload
+from hotload.errors import (
+    ChecksumMismatchError,
+    DeltaError,
+    InvalidCheckpointError,
+    LayoutMismatchError,
+)
+from hotload.layout import check_delta, check_full, drift
+from hotload.local import (
+    apply_file,
+    copy_file,
+    digest_checkpoint,
+    encode_file,
+    open_shard,
+    read_checkpoint,
+    remove_leftovers,
+    remove_tree,
+    replace_directory,
+    sha256_file,
+    verify_file,
+    write_atomic,
+)
+from hotload.manifests import build_index, build_spec
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+V0, V1, DELTA = (GOLDEN / f"{name}.safetensors" for name in ("v0", "v1", "delta"))
+NAMES = ("model.embed_tokens.weight", "model.layers.0.a", "model.norm.weight")
+
+
+def write_checkpoint(directory: Path, step: float = 0.0) -> Path:
+    """A small checkpoint of three fp16 shards, every 50th value moved by `step`."""
+    directory.mkdir()
+    generator = np.random.default_rng(1)
+    for number, name in enumerate(NAMES):
+        values = generator.standard_normal((40, 10)).astype(np.float16)
+        values.reshape(-1)[::50] += np.float16(step)
+        save_file({name: values}, directory / f"model-{number}.safetensors", {"format": "pt"})
+    shards = []
+    for path in sorted(directory.iterdir()):
+        with open_shard(path) as shard:
+            shards.append(shard.header)
+    (directory / "model.safetensors.index.json").write_bytes(build_index(shards))
+    (directory / "model.weight.spec.json").write_bytes(build_spec(shards))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def rule(caught: pytest.ExceptionInfo[InvalidCheckpointError]) -> list[tuple[str, str, str]]:
+    return [(found.rule, found.file, found.who) for found in caught.value.findings]
+
+
+def in_child(script: str, *arguments: Path) -> str:
+    """What the script prints in a process of its own."""
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(hotload.__file__).parents[1],
+    )
+    return finished.stdout
+
+
+# Reading
+
+
+def test_a_checkpoint_is_read_whole(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "c")
+    checkpoint = read_checkpoint(directory)
+    assert [shard.file for shard in checkpoint.shards] == [
+        f"model-{i}.safetensors" for i in range(3)
+    ]
+    assert check_full(checkpoint) == ()
+    sides = {side.file: side for side in checkpoint.side_files}
+    assert sorted(sides) == [
+        "config.json",
+        "model.safetensors.index.json",
+        "model.weight.spec.json",
+        "tokenizer.json",
+    ]
+    for name, found in sides.items():
+        data = (directory / name).read_bytes()
+        assert (found.size_bytes, found.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert checkpoint.documents.get(name, data) == data
+
+
+def test_every_file_is_digested_once(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "c")
+    told: list[int] = []
+    digests = digest_checkpoint(directory, on_bytes=told.append)
+    files = sorted(path.name for path in directory.iterdir())
+    assert list(digests) == files
+    assert sum(told) == sum((directory / name).stat().st_size for name in files)
+    assert digests == {
+        name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in files
+    }
+
+
+def test_hidden_files_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "c")
+    expected = read_checkpoint(directory), digest_checkpoint(directory)
+    (directory / ".env").write_text("SECRET=1")
+    (directory / ".cache").mkdir()
+    (directory / ".model-0.safetensors.12345678.partial").write_bytes(b"half")
+    assert (read_checkpoint(directory), digest_checkpoint(directory)) == expected
+
+
+@pytest.mark.parametrize("name", ["missing", "a-file"])
+def test_a_directory_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a-file").write_bytes(b"")
+    for read in (read_checkpoint, digest_checkpoint):
+        with pytest.raises(InvalidCheckpointError) as caught:
+            read(tmp_path / name)
+        assert rule(caught) == [("missing_directory", str(tmp_path / name), "trainer")]
+
+
+def test_all_findings_come_at_once(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "c")
+    (directory / "checkpoint-7").mkdir()
+    (directory / "link.json").symlink_to("/etc/hostname")
+    (directory / "dangling.safetensors").symlink_to("nowhere")
+    os.mkfifo(directory / "pipe.safetensors")
+    (directory / "new\nline.json").write_bytes(b"")
+    (directory / "bad.safetensors").write_bytes(b"12345678{}")
+    with pytest.raises(InvalidCheckpointError) as caught:
+        read_checkpoint(directory)
+    assert sorted(rule(caught)) == sorted(
+        [
+            ("not_a_file", "checkpoint-7", "trainer"),
+            ("not_a_file", "link.json", "trainer"),
+            ("not_a_file", "dangling.safetensors", "trainer"),
+            ("not_a_file", "pipe.safetensors", "trainer"),
+            ("file_name", r"'new\nline.json'", "trainer"),
+            ("header_too_large", "bad.safetensors", "trainer"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("cut", [0, 7, 40, 115])
+def test_a_truncated_shard_is_refused(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "m.safetensors").write_bytes(V0.read_bytes()[:cut])
+    with pytest.raises(InvalidCheckpointError) as caught:
+        read_checkpoint(tmp_path)
+    assert rule(caught) == [("truncated", "m.safetensors", "trainer")]
+
+
+def test_a_shard_cut_while_it_is_open_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(V0.read_bytes())
+    with open_shard(path) as shard:
+        os.truncate(path, 110)
+        with pytest.raises(InvalidCheckpointError) as caught:
+            shard.read_into(shard.header.data_start, memoryview(bytearray(12)))
+    assert rule(caught) == [("truncated", "m.safetensors", "trainer")]
+
+
+def test_a_document_of_a_gigabyte_is_refused_unread(tmp_path: Path) -> None:
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(InvalidCheckpointError) as caught:
+        read_checkpoint(tmp_path)
+    assert rule(caught) == [("document_size", "config.json", "trainer")]
+
+
+@pytest.mark.parametrize(
+    "read", [sha256_file, lambda path: copy_file(path, path.with_name("copy"))]
+)
+def test_a_missing_file_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pytest.raises(InvalidCheckpointError) as caught:
+        read(tmp_path / "missing")
+    assert rule(caught) == [("missing_file", "missing", "trainer")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_the_system_will_not_open_is_for_the_operator(tmp_path: Path) -> None:
+    name = "x" * 300
+    with pytest.raises(InvalidCheckpointError) as caught:
+        sha256_file(tmp_path / name)
+    assert rule(caught) == [("unreadable", name, "operator")]
+
+
+# Encoding and applying files
+
+
+def test_a_step_travels_as_a_delta(tmp_path: Path) -> None:
+    base, target = write_checkpoint(tmp_path / "base"), write_checkpoint(tmp_path / "target", 0.5)
+    before, after = read_checkpoint(base), read_checkpoint(target)
+    assert drift(before, after) is None
+    delta = tmp_path / "delta"
+    delta.mkdir()
+    restored = tmp_path / "restored"
+    restored.mkdir()
+    for shard in before.shards:
+        stats = encode_file(base / shard.file, target / shard.file, delta / shard.file)
+        assert stats.sha256 == sha256_file(delta / shard.file)
+        assert stats.size_bytes == (delta / shard.file).stat().st_size
+        assert stats.base_sha256 == sha256_file(base / shard.file)
+        assert stats.content_sha256 == stats.target_sha256 == sha256_file(target / shard.file)
+        assert stats.changed_element_count == 8
+        verify_file(base / shard.file, delta / shard.file, target / shard.file)
+        digest = apply_file(base / shard.file, delta / shard.file, restored / shard.file)
+        assert digest == stats.content_sha256 == sha256_file(restored / shard.file)
+    for side in before.side_files:
+        copy_file(base / side.file, delta / side.file)
+    assert check_delta(read_checkpoint(delta), before) == ()
+    for number, name in enumerate(NAMES):
+        file = f"model-{number}.safetensors"
+        np.testing.assert_array_equal(
+            load_file(restored / file)[name], load_file(target / file)[name]
+        )
+        assert load_file(delta / file)[name].dtype == np.uint8
+
+
+def test_a_shard_may_be_replaced_by_its_successor(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    copy_file(V0, path)
+    apply_file(path, DELTA, path)
+    assert path.read_bytes() == V1.read_bytes()
+
+
+def test_a_delta_that_is_no_shard_is_our_fault_not_the_trainers(tmp_path: Path) -> None:
+    (tmp_path / "d.safetensors").write_bytes(b"garbage!")
+    with pytest.raises(DeltaError, match="header_too_large"):
+        apply_file(V0, tmp_path / "d.safetensors", tmp_path / "out")
+    with pytest.raises(DeltaError, match="header_too_large"):
+        verify_file(V0, tmp_path / "d.safetensors", V1)
+
+
+@pytest.mark.parametrize(
+    ("write", "error"),
+    [
+        (lambda out: apply_file(V1, DELTA, out), ChecksumMismatchError),
+        (
+            lambda out: apply_file(V0, GOLDEN / "hostile" / "delta-two-frames.safetensors", out),
+            DeltaError,
+        ),
+        (lambda out: apply_file(V0.with_name("no"), DELTA, out), InvalidCheckpointError),
+        (lambda out: encode_file(V0, V0.with_name("no"), out), InvalidCheckpointError),
+        (lambda out: encode_file(V0, DELTA, out), LayoutMismatchError),
+        (lambda out: copy_file(V0.with_name("no"), out), InvalidCheckpointError),
+    ],
+)
+@pytest.mark.parametrize("old", [None, b"what was there"])
+def test_nothing_half_written_remains(
+    tmp_path: Path, write: Callable[[Path], object], error: type[Exception], old: bytes | None
+) -> None:
+    out = tmp_path / "out.safetensors"
+    if old is not None:
+        out.write_bytes(old)
+    with pytest.raises(error):
+        write(out)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([old] if old else [])
+
+
+def test_an_interrupt_leaves_no_half_file(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(9 << 20))
+
+    def interrupt(size_bytes: int) -> None:
+        assert len(list(tmp_path.iterdir())) == 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copy_file(source, tmp_path / "copy", on_bytes=interrupt)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from hotload.local import write_atomic
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_atomic(Path(sys.argv[1]), bytes(100_000))
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path) -> None:
+    found = in_child(LIMITED, tmp_path / "out")
+    assert int(found) == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hotload.local import copy_file
+source, out = map(Path, sys.argv[1:])
+copy_file(source, out, on_bytes=lambda size: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_kill_leaves_the_old_file_and_leftovers_that_can_be_swept(tmp_path: Path) -> None:
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    source.write_bytes(V1.read_bytes())
+    out.write_bytes(V0.read_bytes())
+    root = Path(hotload.__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", KILLED, source, out], check=False, cwd=root)
+    assert killed.returncode == -9
+    assert out.read_bytes() == V0.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3
+    assert len(read_checkpoint(tmp_path).shards) == 2
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [out, source]
+
+
+def test_write_atomic_replaces_and_honours_the_umask(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    (tmp_path / "plain").write_bytes(b"")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_copies_carry_their_digest(tmp_path: Path) -> None:
+    assert copy_file(V0, tmp_path / "copy") == hashlib.sha256(V0.read_bytes()).hexdigest()
+    assert (tmp_path / "copy").read_bytes() == V0.read_bytes()
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_directory_takes_the_place_of_another(tmp_path: Path, existing: bool) -> None:
+    staged, final = tmp_path / "staged", tmp_path / "final"
+    staged.mkdir()
+    (staged / "new").write_bytes(b"1")
+    if existing:
+        final.mkdir()
+        (final / "old").write_bytes(b"0")
+    replace_directory(staged, final)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert [path.name for path in final.iterdir()] == ["new"]
+
+
+def test_remove_tree_takes_files_directories_links_and_nothing(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (tmp_path / "link").symlink_to(kept)
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    (tmp_path / "file").write_bytes(b"")
+    for name in ("link", "tree", "file", "nothing"):
+        remove_tree(tmp_path / name)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from hotload.local import encode_file, verify_file
+
+def memory(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+base, target, out = map(Path, sys.argv[1:])
+start = memory("VmRSS")
+encode_file(base, target, out)
+verify_file(base, out, target)
+print(memory("VmHWM") - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
+    values = np.random.default_rng(6).integers(0, 256, 192 << 20, np.uint8)
+    save_file({"w": values}, tmp_path / "base.safetensors")
+    values[::997] ^= 1
+    save_file({"w": values}, tmp_path / "target.safetensors")
+    paths = (tmp_path / f"{name}.safetensors" for name in ("base", "target", "out"))
+    found = in_child(MEASURED, *paths)
+    assert int(found) < 48 << 10  # KiB; the tensor has 192 MiB

@@ -1,0 +1,216 @@
+"""Tables keep their schemas, and a rollout's plan says what a part holds."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import polars as pl
+import pytest
+from pandera.errors import SchemaErrors
+
+from hotload.advantages import advantages
+from hotload.errors import StoreError
+from hotload.frames import (
+    check_ledger,
+    check_rollouts,
+    check_tensors,
+    ledger_frame,
+    part_facts,
+    rollouts_frame,
+    tensors_frame,
+)
+from hotload.parts import RolloutManifest, RolloutPart, plan_rollout, summarize
+from hotload.shards import ShardHeader, TensorInfo
+from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.spec import CycleSpec
+from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory
+
+SHA = "0" * 64
+
+
+def sample(number: int, *observed: str, failure: str | None = None) -> Trajectory:
+    origin = Provenance("now", f"r{number}", "s", 1, observed, observed[-1] if observed else None)
+    tokens = () if failure else (5, 6)
+    return Trajectory(
+        problem_id="p",
+        sample_number=number,
+        seed=number,
+        provenance=origin,
+        latency_seconds=0.5,
+        prompt_token_ids=(1,),
+        token_ids_T=tokens,
+        sampling_logprobs_T=(-0.5,) * len(tokens),
+        loss_mask_T=(True,) * len(tokens),
+        text="ab",
+        finish_reason="stop",
+        failure=failure,
+    )
+
+
+def group(*samples: Trajectory, problem_id: str = "p") -> ScoredGroup:
+    rewards = tuple(None if each.failure else float(each.sample_number) for each in samples)
+    samples = tuple(replace(each, problem_id=problem_id) for each in samples)
+    return ScoredGroup(Problem(problem_id, "x"), samples, rewards, advantages(rewards))
+
+
+GROUPS = [
+    group(sample(0, "now"), sample(1, "old", "now"), sample(2, failure="timeout")),
+    group(sample(0), sample(1, "old"), problem_id="q"),
+]
+
+
+def facts(frame: pl.DataFrame) -> RolloutPart:
+    return part_facts(frame, file="part-00000.parquet", size_bytes=9, sha256=SHA, digest=SHA)
+
+
+def test_rollouts_and_what_they_come_to() -> None:
+    frame = check_rollouts(rollouts_frame(GROUPS, policy_version=4))
+    assert frame["reward"].to_list() == [0.0, 1.0, None, 0.0, 1.0]
+    assert frame["token_ids"].to_list() == [[5, 6], [5, 6], [], [5, 6], [5, 6]]
+    assert frame["weights"].to_list() == ["expected", "straddling", "none", "assumed", "other"]
+    part = facts(frame)
+    assert part.failed_samples == {"timeout": 1}
+    assert part.samples_by_identity == {
+        "now": 1,
+        "old → now": 1,
+        "now (assumed)": 1,
+        "old": 1,
+    }
+    assert (part.group_count, part.sample_count, part.completion_token_count) == (2, 5, 8)
+    summary = summarize("now", [part, part], parts_uri="file:///x", seconds=2.0)
+    assert (summary.group_count, summary.sample_count, summary.mean_reward) == (4, 10, 0.5)
+    assert summary.failed_samples == {"timeout": 2}
+    assert summarize("now", [], parts_uri="", seconds=0).mean_reward is None
+
+
+def test_an_empty_part_keeps_the_schema() -> None:
+    frame = check_rollouts(rollouts_frame([], policy_version=0))
+    assert facts(frame).reward_sum == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (pl.lit(1.0).alias("sampling_logprobs"), "sampling_logprobs"),
+        (pl.lit(None, pl.String).alias("failure"), "failure says why"),
+        (pl.lit(float("nan")).alias("reward"), "finite"),
+        (pl.lit("sure").alias("weights"), "weights"),
+        (pl.lit(0, pl.Int32).alias("sample_number"), "twice"),
+        (pl.lit(-1.0).alias("latency_seconds"), "latency_seconds"),
+        (pl.col("token_ids").list.head(1), "differ in length"),
+        (pl.lit(1).alias("more"), "more"),
+    ],
+)
+def test_rollouts_that_break_the_schema(change: pl.Expr, told: str) -> None:
+    frame = rollouts_frame(GROUPS, policy_version=4).with_columns(change)
+    with pytest.raises(SchemaErrors, match=told):
+        check_rollouts(frame)
+
+
+def test_tensors() -> None:
+    tensors = (TensorInfo("a", "BF16", (2, 3), 0, 12), TensorInfo("b", "F32", (), 12, 16))
+    frame = tensors_frame([ShardHeader("x.safetensors", tensors, {}, 100, 116)])
+    assert check_tensors(frame)["shape"].to_list() == [[2, 3], []]
+    with pytest.raises(SchemaErrors, match="twice"):
+        check_tensors(pl.concat([frame, frame]))
+    with pytest.raises(SchemaErrors, match="before start"):
+        check_tensors(frame.with_columns(end=pl.lit(0, pl.Int64), start=pl.lit(1, pl.Int64)))
+
+
+def test_ledger() -> None:
+    def manifest(version: int) -> SnapshotManifest:
+        return SnapshotManifest(
+            identity=f"run-{version:06d}-00000000",
+            run_id="run",
+            policy_version=version,
+            kind=SnapshotKind.FULL,
+            previous=None,
+            anchor=f"run-{version:06d}-00000000",
+            chain_length=0,
+            attempt=0,
+            reason="start",
+            content_sha256=SHA,
+            codec="none",
+            checksum="none",
+            shards=(),
+            side_files=(),
+            created_at=datetime(2026, 1, 1 + version, tzinfo=UTC),
+        )
+
+    frame = check_ledger(ledger_frame([manifest(2), manifest(1)]))
+    assert frame["policy_version"].to_list() == [1, 2]
+    with pytest.raises(SchemaErrors, match="identity"):
+        check_ledger(ledger_frame([manifest(1), manifest(1)]))
+    with pytest.raises(SchemaErrors, match="only a delta"):
+        check_ledger(frame.with_columns(kind=pl.lit("delta")))
+
+
+def spec(**changes: object) -> CycleSpec:
+    fields: dict[str, object] = {
+        "checkpoint": "/c",
+        "work_dir": "/w",
+        "run_id": "run",
+        "policy_version": 3,
+        "problems": {"dataset": "/d", "prompt_groups_per_step": 4},
+        "sampling": {"problems_per_task": 3},
+    }
+    return CycleSpec.model_validate(fields | changes)
+
+
+PROBLEMS = [Problem(str(i), "x") for i in range(10)]
+
+
+def test_the_plan_of_a_rollout() -> None:
+    plan = plan_rollout(spec(), "run-000003-00000000", PROBLEMS)
+    assert [[problem.id for problem in part.problems] for part in plan.parts] == [
+        ["2", "3", "4"],
+        ["5"],
+    ]
+    assert plan.path(plan.parts[1].file) == (
+        "_hotload/rollouts/run-000003-00000000/part-00001.parquet"
+    )
+    earlier = plan_rollout(spec(), "run-000002-00000000", PROBLEMS)
+    assert earlier.directory == "_hotload/rollouts/run-000002-00000000/000003"
+    many = [Problem(str(i), "x") for i in range(1001)]
+    dataset = {"dataset": "/d"}
+    assert len(plan_rollout(spec(problems=dataset), "i", many).parts) <= 50
+    few = plan_rollout(spec(problems={**dataset, "max_rows": 2}), "i", many)
+    assert [len(part.problems) for part in few.parts] == [2]
+
+
+def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
+    plan = plan_rollout(spec(), "i", PROBLEMS)
+
+    def digest(**changes: object) -> str:
+        return plan_rollout(spec(**changes), "i", PROBLEMS).parts[0].digest
+
+    pace = {"problems_per_task": 3, "sample_timeout": 9, "concurrency": {"max_concurrency": 2}}
+    assert digest(sampling=pace) == plan.parts[0].digest
+    for changes in (
+        {"sampling": {"problems_per_task": 3, "seed": 1}},
+        {"sampling": {"problems_per_task": 3, "completions_per_prompt": 5}},
+        {"reward": {"name": "contains"}},
+        {"policy_version": 4},
+    ):
+        assert digest(**changes) != plan.parts[0].digest
+    other = [replace(problem, answer="y") for problem in PROBLEMS]
+    assert plan_rollout(spec(), "i", other).parts[0].digest != plan.parts[0].digest
+
+
+def test_the_manifest_there_and_back() -> None:
+    part = facts(rollouts_frame(GROUPS, policy_version=4))
+    manifest = RolloutManifest(
+        identity="now",
+        policy_version=4,
+        digest=SHA,
+        parts=(part,),
+        summary=summarize("now", [part], parts_uri="file:///x", seconds=1.0),
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    assert RolloutManifest.parse(manifest.render(), path="p") == manifest
+    for data in (
+        b"",
+        b"{}",
+        manifest.render().replace(b'"schema_number": 1', b'"schema_number": 2'),
+    ):
+        with pytest.raises(StoreError, match="not a rollout manifest"):
+            RolloutManifest.parse(data, path="p")

@@ -1,0 +1,228 @@
+"""The publisher's lease on real stores and real processes."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import textwrap
+import uuid
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.errors import LeaseLostError, StoreError
+from hotload.lease import LEASES, Lease, Process, lease_path
+from tasks.lease import check_lease, is_running, publisher_lease, this_process
+
+ELSEWHERE = Process(host="another host", pid=1, started="1")
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    if request.param == "file":
+        return CheckpointStore(url=str(tmp_path))
+    if request.param == "memory":
+        return CheckpointStore(url=f"memory://{uuid.uuid4().hex}")
+    server = request.getfixturevalue("s3_server")
+    return CheckpointStore(url=f"{server.url}/{uuid.uuid4().hex}", options=dict(server.options))
+
+
+def stored_lease(token: int, *, seconds_left: float, process: Process = ELSEWHERE) -> Lease:
+    now = datetime.now(UTC)
+    return Lease(
+        token=token,
+        nonce=uuid.uuid4().hex,
+        holder="other-000001",
+        process=process,
+        renewed_at=now,
+        expires_at=now + timedelta(seconds=seconds_left),
+    )
+
+
+async def read(store: CheckpointStore, token: int) -> Lease:
+    return Lease.parse(await store.read_bytes(lease_path(token), limit_bytes=9999), token=token)
+
+
+async def test_tokens_grow_and_old_leases_are_removed(store: CheckpointStore) -> None:
+    for expected in (1, 2, 3):
+        async with publisher_lease(store, "run-000001") as lease:
+            assert lease.token == expected
+            await lease.check()
+            await check_lease(store, lease.token)
+        assert await store.names(LEASES) == [f"{expected:010d}.json"]
+        assert (await read(store, expected)).released
+
+
+async def test_a_second_live_publisher_is_refused_by_name(store: CheckpointStore) -> None:
+    async with publisher_lease(store, "run-000001") as first:
+        with pytest.raises(LeaseLostError, match=r"held by 'run-000001': process \d+ holds it"):
+            async with publisher_lease(store, "run-000002"):
+                pass
+        await first.check()
+
+
+async def test_of_many_at_once_one_publishes(store: CheckpointStore) -> None:
+    inside = 0
+    release = asyncio.Event()
+
+    async def publish(number: int) -> None:
+        nonlocal inside
+        async with publisher_lease(store, f"run-{number:06d}"):
+            inside += 1
+            await release.wait()
+
+    cycles = [asyncio.ensure_future(publish(number)) for number in range(6)]
+    done, waiting = set[asyncio.Future[None]](), set(cycles)
+    while len(done) < 5:
+        finished, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        done |= finished
+    assert inside == 1
+    assert all(isinstance(cycle.exception(), LeaseLostError) for cycle in done)
+    release.set()
+    await asyncio.gather(*waiting)
+
+
+async def test_one_that_waits_gets_it_when_it_is_given_back(store: CheckpointStore) -> None:
+    entered = asyncio.Event()
+
+    async def second() -> int:
+        entered.set()
+        async with publisher_lease(store, "run-000002", wait_seconds=15) as lease:
+            return lease.token
+
+    async with publisher_lease(store, "run-000001"):
+        waiting = asyncio.ensure_future(second())
+        await entered.wait()
+    assert await waiting == 2
+
+
+async def test_an_expired_holder_elsewhere_is_taken_over_and_learns_it(
+    store: CheckpointStore,
+) -> None:
+    other = stored_lease(41, seconds_left=-1)
+    await store.put_bytes(other.render(), other.path)
+    async with publisher_lease(store, "run-000001") as lease:
+        assert lease.token == 42
+
+
+async def test_an_unexpired_holder_elsewhere_is_not(store: CheckpointStore) -> None:
+    other = stored_lease(41, seconds_left=60)
+    await store.put_bytes(other.render(), other.path)
+    with pytest.raises(LeaseLostError, match="on another host"):
+        async with publisher_lease(store, "run-000001"):
+            pass
+
+
+async def test_one_that_was_taken_over_may_not_signal_and_does_not_renew(
+    store: CheckpointStore,
+) -> None:
+    async with publisher_lease(store, "run-000001", ttl_seconds=0.4) as lease:
+        other = stored_lease(lease.token + 1, seconds_left=60)
+        await store.put_bytes(other.render(), other.path)
+        with pytest.raises(LeaseLostError, match=r"'other-000001': token 2 has taken over"):
+            await lease.check()
+    assert await read(store, 2) == other
+    assert not (await read(store, 1)).released
+
+
+async def test_a_lease_is_renewed_while_it_is_held(store: CheckpointStore) -> None:
+    async with publisher_lease(store, "run-000001", ttl_seconds=4) as lease:
+        first = await read(store, lease.token)
+        again = first
+        while again.renewed_at == first.renewed_at:
+            await asyncio.sleep(0.05)
+            again = await read(store, lease.token)
+        assert again.expires_at > first.expires_at
+        await lease.check()
+
+
+async def test_a_lease_that_was_not_renewed_in_time_is_lost(tmp_path: Path) -> None:
+    store = CheckpointStore(url=str(tmp_path))
+    async with publisher_lease(store, "run-000001") as lease:
+        mine = await read(store, lease.token)
+        past = mine.model_copy(update={"expires_at": mine.renewed_at - timedelta(seconds=1)})
+        await store.put_bytes(past.render(), mine.path)
+        with pytest.raises(LeaseLostError, match="expired"):
+            await lease.check()
+
+
+async def test_a_token_of_another_process_is_not_ours(tmp_path: Path) -> None:
+    store = CheckpointStore(url=str(tmp_path))
+    other = stored_lease(3, seconds_left=60)
+    await store.put_bytes(other.render(), other.path)
+    with pytest.raises(LeaseLostError, match="does not hold token 3"):
+        await check_lease(store, 3)
+
+
+async def test_an_unreadable_lease_stops_everybody(tmp_path: Path) -> None:
+    store = CheckpointStore(url=str(tmp_path))
+    await store.put_bytes(b"not json", lease_path(5))
+    with pytest.raises(StoreError, match="not a lease"):
+        async with publisher_lease(store, "run-000001"):
+            pass
+
+
+async def test_an_error_inside_gives_the_lease_back(tmp_path: Path) -> None:
+    store = CheckpointStore(url=str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        async with publisher_lease(store, "run-000001") as lease:
+            raise ZeroDivisionError
+    assert (await read(store, lease.token)).released
+
+
+async def test_unfinished_uploads_of_earlier_publishers_are_removed(tmp_path: Path) -> None:
+    store = CheckpointStore(url=str(tmp_path))
+    await store.put_bytes(b"x", "a")
+    (tmp_path / "_hotload/partial/1-dead").write_bytes(b"half")
+    async with publisher_lease(store, "run-000001"):
+        assert not (tmp_path / "_hotload/partial/1-dead").exists()
+
+
+HOLDER = """
+    import asyncio, sys
+    from blocks.checkpoint_store import CheckpointStore
+    from tasks.lease import publisher_lease
+
+    async def main():
+        async with publisher_lease(CheckpointStore(url=sys.argv[1]), "killed-000001"):
+            print("holding", flush=True)
+            await asyncio.Event().wait()
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.timeout(60)
+async def test_a_killed_publisher_on_this_host_is_taken_over_at_once(tmp_path: Path) -> None:
+    store = CheckpointStore(url=str(tmp_path))
+    program = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)]
+    holder = subprocess.Popen(program, stdout=subprocess.PIPE)  # noqa: ASYNC220 - does not wait
+    try:
+        assert holder.stdout is not None
+        assert await asyncio.to_thread(holder.stdout.readline) == b"holding\n"
+        with pytest.raises(LeaseLostError, match="killed-000001"):
+            async with publisher_lease(store, "run-000002"):
+                pass
+        # Not reaped yet, so the process is a zombie: still listed, no longer alive.
+        holder.send_signal(signal.SIGKILL)
+        assert await asyncio.to_thread(holder.stdout.read) == b""
+        killed = (await read(store, 1)).process
+        while is_running(killed):  # noqa: ASYNC110 - nothing announces the death of a process
+            await asyncio.sleep(0)
+        async with publisher_lease(store, "run-000002") as lease:
+            assert lease.token == 2
+        holder.wait()
+        assert is_running(killed) is False
+    finally:
+        holder.kill()
+        holder.wait()
+        if holder.stdout is not None:
+            holder.stdout.close()
+
+
+def test_this_process_runs_and_one_with_its_number_and_another_start_does_not() -> None:
+    me = this_process()
+    assert is_running(me)
+    assert not is_running(me.model_copy(update={"started": "1"}))

@@ -1,0 +1,157 @@
+"""Chunks of problems to parts in a store, resumed and refused, on a scripted inference server."""
+
+import hashlib
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import polars as pl
+import pytest
+from prefect.logging import disable_run_logger
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.errors import InvalidProblemsError, ServiceRefusedError, StoreError
+from hotload.parts import RolloutManifest, RolloutPart, RolloutPlan
+from hotload.report import RolloutSummary
+from hotload.spec import CycleSpec
+from tasks.hand_back import find_rollout, hand_back
+from tasks.overlap import overlap
+from tasks.read_problems import plan_rollouts, read_problems
+from tasks.roll_out import open_rollout, roll_out_chunk
+from tests.blocks.scripted_inference import GOOD, IDENTITY, Script, client, http
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    (tmp_path / "store").mkdir()
+    return CheckpointStore(url=f"file://{tmp_path}/store")
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> CycleSpec:
+    dataset = tmp_path / "problems.jsonl"
+    rows = ({"id": i, "prompt": f"problem {i}", "answer": "ab"} for i in range(5))
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return CycleSpec.model_validate(
+        {
+            "checkpoint": str(tmp_path),
+            "work_dir": str(tmp_path),
+            "run_id": "run",
+            "policy_version": 3,
+            "problems": {"dataset": str(dataset)},
+            "sampling": {
+                "completions_per_prompt": 2,
+                "problems_per_task": 2,
+                "concurrency": {"mode": "fixed", "initial_window": 1},
+            },
+        }
+    )
+
+
+@asynccontextmanager
+async def served(*replies: bytes) -> AsyncIterator[Script]:
+    async with Script(*replies).running() as script:
+        yield script
+
+
+async def roll_out(
+    spec: CycleSpec, store: CheckpointStore, script: Script
+) -> tuple[RolloutPlan, list[RolloutPart]]:
+    plan = await plan_rollouts(spec, IDENTITY)
+    with disable_run_logger():
+        async with open_rollout(spec, plan, client(script.port), store, 3) as rollout:
+            parts = await overlap(
+                roll_out_chunk.fn(rollout, number) for number in range(len(plan.parts))
+            )
+    return plan, parts
+
+
+async def whole(spec: CycleSpec, store: CheckpointStore, script: Script) -> RolloutSummary:
+    plan, parts = await roll_out(spec, store, script)
+    return await hand_back.fn(store, plan, parts, 1.5)
+
+
+async def test_parts_and_then_the_manifest(spec: CycleSpec, store: CheckpointStore) -> None:
+    async with served(http(b"", 400), http(GOOD)) as script:
+        summary = await whole(spec, store, script)
+    assert len(script.requests) == 10
+    assert (summary.group_count, summary.sample_count) == (5, 10)
+    assert summary.failed_samples == {"refused": 1}
+    assert summary.mean_reward == 1.0
+    assert summary.samples_by_identity == {IDENTITY: 9}
+    assert summary.completion_token_count == 18
+    assert summary.parts_uri == f"{store.url}/_hotload/rollouts/{IDENTITY}"
+    directory = f"_hotload/rollouts/{IDENTITY}"
+    data = await store.read_bytes(f"{directory}/manifest.json", limit_bytes=1 << 20)
+    manifest = RolloutManifest.parse(data, path="manifest.json")
+    assert manifest.summary == summary
+    assert await store.names(directory) == [
+        "manifest.json",
+        *(part.file for part in manifest.parts),
+    ]
+    rows = 0
+    for part in manifest.parts:
+        data = await store.read_bytes(f"{directory}/{part.file}", limit_bytes=1 << 20)
+        assert hashlib.sha256(data).hexdigest() == part.sha256
+        frame = pl.read_parquet(io.BytesIO(data))
+        rows += frame.height
+        assert frame.height == part.sample_count
+    assert rows == 10
+    assert all("problem" not in json.dumps(part.model_dump()) for part in manifest.parts)
+
+
+async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: CheckpointStore) -> None:
+    async with served(http(GOOD)) as script:
+        plan, parts = await roll_out(spec, store, script)
+        assert await find_rollout(store, plan) is None
+        await store.put_bytes(b"damaged", plan.path(plan.parts[1].file))
+        again, found = await roll_out(spec, store, script)
+        assert len(script.requests) == 10 + 4
+        assert again == plan
+        assert (found[0], found[2]) == (parts[0], parts[2])
+        summary = await hand_back.fn(store, plan, found, 1.0)
+        assert await find_rollout(store, plan) == summary
+
+        other = spec.model_copy(update={"sampling": spec.sampling.model_copy(update={"seed": 9})})
+        replanned = await plan_rollouts(other, IDENTITY)
+        assert await find_rollout(store, replanned) is None
+        await roll_out(other, store, script)
+        assert len(script.requests) == 14 + 10
+
+
+async def test_a_failed_write_costs_no_sample(
+    spec: CycleSpec, store: CheckpointStore, tmp_path: Path
+) -> None:
+    plan = await plan_rollouts(spec, IDENTITY)
+    in_the_way = tmp_path / "store" / "_hotload" / "rollouts"
+    with disable_run_logger():
+        async with (
+            served(http(GOOD)) as script,
+            open_rollout(spec, plan, client(script.port), store, None) as rollout,
+        ):
+            script.on_request = lambda: (
+                in_the_way.parent.mkdir(exist_ok=True),
+                in_the_way.touch(),
+            )
+            with pytest.raises(StoreError):
+                await roll_out_chunk.fn(rollout, 0)
+            in_the_way.unlink()
+            part = await roll_out_chunk.fn(rollout, 0)
+            assert len(script.requests) == part.sample_count == 4
+
+
+async def test_a_refused_key_stops_everything(spec: CycleSpec, store: CheckpointStore) -> None:
+    async with served(http(GOOD), http(b"", 401)) as script:
+        with pytest.raises(ServiceRefusedError):
+            await roll_out(spec, store, script)
+        assert len(script.requests) < 10
+    assert await store.names("_hotload/rollouts") == []
+
+
+def test_problem_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InvalidProblemsError, match="No such file"):
+        read_problems(str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(InvalidProblemsError, match="directory"):
+        read_problems(str(tmp_path))
