@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
-
-# One thread per matrix product: small matrices are slower with more, and two are computed at once.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from emulator.faults import FAULTS, InvalidFaultError, read_plan
 from emulator.server import run

@@ -45,6 +45,8 @@ def create_app(config: EmulatorConfig) -> Starlette:
             await service.stop()
 
     routes = [
+        Route(COMPLETIONS_PATH, infer, methods=["POST"]),
+        Route(CHAT_PATH, infer, methods=["POST"]),
         Route(HOT_LOAD_PATH, control.signal, methods=["POST"]),
         Route(HOT_LOAD_PATH, control.status, methods=["GET"]),
         Route(HINT_PATH, control.hint, methods=["POST"]),
@@ -54,8 +56,6 @@ def create_app(config: EmulatorConfig) -> Starlette:
         Route(DEPLOYMENT, control.change_deployment, methods=["PATCH", "DELETE"]),
         Route(DEPLOYMENTS, control.create_deployment, methods=["POST"]),
         Route(ACCOUNTS_PATH, control.list_accounts, methods=["GET"]),
-        Route(COMPLETIONS_PATH, infer, methods=["POST"]),
-        Route(CHAT_PATH, infer, methods=["POST"]),
         Route("/emulator/faults", extensions.add_faults, methods=["POST"]),
         Route("/emulator/faults", extensions.list_faults, methods=["GET"]),
         Route("/emulator/faults", extensions.clear_faults, methods=["DELETE"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,8 +78,14 @@ def prefill(
 
 
 def draw(logits: npt.NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> Token:
-    """One token drawn from `logits` (`[vocab]`)."""
+    """One token drawn from `logits` (`[vocab]`).
+
+    Raises:
+        FloatingPointError: the logits are not numbers, as with weights that are not.
+    """
     raw = log_softmax(logits.astype(np.float64))
+    if not math.isfinite(raw.max()):
+        raise FloatingPointError("the logits are not finite")
     top = _top(raw, sampling.top_logprobs)
     if sampling.temperature == 0.0:
         best = int(raw.argmax())
@@ -109,8 +116,9 @@ def truncated(raw: Doubles, sampling: Sampling) -> Doubles:
 
 def log_softmax(values: Doubles) -> Doubles:
     """Log-probabilities of `values` (`[vocab]`), -inf where a value is."""
-    shifted = values - values.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    with np.errstate(invalid="ignore"):
+        shifted = values - values.max()
+        return shifted - np.log(np.exp(shifted).sum())
 
 
 def _observed(token: int, logits: npt.NDArray[np.float32], top_logprobs: int) -> Token:

@@ -226,4 +226,7 @@ class Generation:
         if self._service.around.engine.is_inline:
             return work(*arguments)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._service.compute_threads, work, *arguments)
+        try:
+            return await loop.run_in_executor(self._service.compute_threads, work, *arguments)
+        except FloatingPointError as error:
+            raise RefusedError(500, str(error)) from None

@@ -118,15 +118,19 @@ async def _whole(
 async def _chunks(
     first: Piece, rest: AsyncIterator[Piece], writer: Writer
 ) -> AsyncIterator[tuple[bytes, int]]:
-    """Events with the number of tokens in them."""
-    yield _event(writer.chunk(first)), len(first.tokens)
+    """Events with the number of tokens in them; what belongs together comes together."""
+    head = _event(writer.chunk(first))
     try:
         async for piece in rest:
-            yield _event(writer.chunk(piece)), len(piece.tokens)
+            event = head + _event(writer.chunk(piece))
+            head = b"" if piece.tokens else event
+            if piece.tokens:
+                yield event + (b"" if writer.left else DONE), len(piece.tokens)
     except RefusedError as error:
-        yield _error_event(error.status_code, error.body()), 0
+        yield head + _error_event(error.status_code, error.body()), 0
         return
-    yield DONE, 0
+    if head:
+        yield head + DONE, 0
 
 
 async def _broken(
@@ -139,9 +143,7 @@ async def _broken(
     count = 0
     async for event, token_count in chunks:
         count += token_count
-        if spoilt is not None and count > spoilt["after_tokens"]:
-            break
-        if spoilt is not None and event is DONE:
+        if spoilt is not None and (count > spoilt["after_tokens"] or event.endswith(DONE)):
             break
         yield event
     else:
@@ -182,7 +184,7 @@ class EventStream(Response):
                 if event is None or gone.done():
                     return
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-                is_whole = event is DONE
+                is_whole = event.endswith(DONE)
             await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()

@@ -21,6 +21,7 @@ class Written:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    contents: list[dict[str, Any]] = field(default_factory=list)
     echoed: list[Token] = field(default_factory=list)
     echoed_text: str = ""
     finish_reason: str | None = None
@@ -41,7 +42,7 @@ class Writer:
         self._generation, self._id = generation, response_id
         self._created = int(time.time())
         self.choices: dict[int, Written] = {}
-        self._left = len(request.prompts) * request.n
+        self.left = len(request.prompts) * request.n
 
     def take(self, piece: Piece) -> Written:
         """Add a piece to what its choice has."""
@@ -53,22 +54,28 @@ class Writer:
             written.text += piece.text
         written.tokens += piece.tokens
         written.offsets += piece.offsets
+        if self._request.logprobs == "content":
+            shift = len(written.echoed_text)
+            written.contents += [
+                self._content(token, offset + shift)
+                for token, offset in zip(piece.tokens, piece.offsets, strict=True)
+            ]
         if piece.finish_reason is not None:
             written.finish_reason = piece.finish_reason
-            self._left -= 1
+            self.left -= 1
         return written
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """A chunk of a stream; the last one carries usage and metrics."""
         written, request = self.take(piece), self._request
-        shift = len(written.echoed_text)
         choice: dict[str, Any] = {"index": piece.index}
         if request.is_chat:
             delta: dict[str, Any] = {"content": piece.text}
             choice["delta"] = {"role": "assistant", **delta} if piece.prompt is not None else delta
         else:
             choice["text"] = piece.text
-        choice["logprobs"] = self._logprobs(piece.echoed + piece.tokens, piece.offsets, shift)
+        since = len(written.tokens) - len(piece.tokens)
+        choice["logprobs"] = self._logprobs(written, since, piece.echoed)
         choice["finish_reason"] = piece.finish_reason
         body = self._body("chunk", piece.served, [choice])
         if request.wants_ids:
@@ -77,7 +84,7 @@ class Writer:
                 choice["prompt_token_ids"] = piece.prompt
         if piece.finish_reason is not None and request.wants_raw:
             choice["raw_output"] = self._raw(written)
-        if not self._left:
+        if not self.left:
             body["usage"] = self.usage()
             if request.wants_metrics:
                 body["perf_metrics"] = self.metrics()
@@ -88,15 +95,13 @@ class Writer:
         request = self._request
         choices = []
         for index, written in sorted(self.choices.items()):
-            shift = len(written.echoed_text)
             choice: dict[str, Any] = {"index": index}
             text = written.echoed_text + written.text
             if request.is_chat:
                 choice["message"] = {"role": "assistant", "content": text}
             else:
                 choice["text"] = text
-            tokens = written.echoed + written.tokens
-            choice["logprobs"] = self._logprobs(tokens, written.offsets, shift)
+            choice["logprobs"] = self._logprobs(written, 0, written.echoed)
             choice["finish_reason"] = written.finish_reason
             if request.wants_ids:
                 choice["token_ids"] = [token.id for token in written.tokens]
@@ -162,45 +167,44 @@ class Writer:
             "prompt_fragments": [self._tokens.decode(written.prompt, skip_special=False)],
             "prompt_token_ids": written.prompt,
             "completion_token_ids": [token.id for token in written.tokens],
-            "completion_logprobs": self._logprobs(written.tokens, written.offsets, 0),
+            "completion_logprobs": self._logprobs(written, 0, []),
         }
 
-    def _logprobs(self, tokens: list[Token], offsets: list[int], shift: int) -> object:
-        """In the form asked for. Echoed tokens come first and have no offsets of their own."""
+    def _logprobs(self, written: Written, since: int, echoed: list[Token]) -> object:
+        """Echoed tokens, then the choice's from number `since` on, in the form asked for."""
         form = self._request.logprobs
         if form is None:
             return None
-        places = [0] * (len(tokens) - len(offsets)) + [offset + shift for offset in offsets]
         if form == "content":
-            return {"content": list(map(self._content, tokens, places))}
-        name = self._tokens.name
+            return {"content": [self._content(t, 0) for t in echoed] + written.contents[since:]}
+        tokens, shift = echoed + written.tokens[since:], len(written.echoed_text)
+        offsets = [0] * len(echoed) + [at + shift for at in written.offsets[since:]]
         return {
-            "tokens": [name(token.id) for token in tokens],
+            "tokens": [self._name(token.id) for token in tokens],
             "token_ids": [token.id for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{name(i): value for i, value in token.top} for token in tokens],
-            "text_offset": places,
+            "top_logprobs": [{self._name(i): value for i, value in token.top} for token in tokens],
+            "text_offset": offsets,
         }
 
     def _content(self, token: Token, offset: int) -> dict[str, Any]:
-        name = self._tokens.name(token.id)
+        name, data = self._tokens.name(token.id)
         entry: dict[str, Any] = {
             "token": name,
-            "bytes": list(name.encode()),
+            "bytes": data,
             "token_id": token.id,
             "logprob": token.logprob,
             "sampling_logprob": token.sampling_logprob,
             "text_offset": offset,
-            "top_logprobs": [
-                {
-                    "token": (other := self._tokens.name(i)),
-                    "token_id": i,
-                    "logprob": value,
-                    "bytes": list(other.encode()),
-                }
-                for i, value in token.top
-            ],
+            "top_logprobs": [self._alternative(i, value) for i, value in token.top],
         }
         if self._request.wants_routing:
             entry["routing_matrix"] = token.routing
         return entry
+
+    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
+        name, data = self._tokens.name(token)
+        return {"token": name, "bytes": data, "token_id": token, "logprob": logprob}
+
+    def _name(self, token: int) -> str:
+        return self._tokens.name(token)[0]

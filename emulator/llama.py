@@ -172,10 +172,12 @@ class LlamaWeights:
         Returns:
             `[T, vocab]` with `all_positions`, else `[1, vocab]` of the last position.
         """
-        parts = [
-            self._forward(ids[start : start + PREFILL_POSITIONS], cache, all_positions)
-            for start in range(0, len(ids), PREFILL_POSITIONS)
-        ]
+        # Weights may be any bytes: what overflows or is no number shows in the logits.
+        with np.errstate(over="ignore", invalid="ignore"):
+            parts = [
+                self._forward(ids[start : start + PREFILL_POSITIONS], cache, all_positions)
+                for start in range(0, len(ids), PREFILL_POSITIONS)
+            ]
         return np.concatenate(parts) if all_positions and len(parts) > 1 else parts[-1]
 
     def _forward(self, ids: Sequence[int], cache: KeyValueCache, all_positions: bool) -> Floats:
@@ -227,7 +229,7 @@ class LlamaWeights:
 
     def _rms(self, values: Floats, weight: Floats) -> Floats:
         # The reduction itself: `mean` costs more than the forward of a small matrix.
-        mean = np.add.reduce(values * values, axis=-1, keepdims=True)
+        mean: Floats = np.add.reduce(values * values, axis=-1, keepdims=True)
         mean /= np.float32(values.shape[-1])
         mean += np.float32(self.shape.norm_epsilon)
         np.sqrt(mean, out=mean)

@@ -27,7 +27,9 @@ from emulator.validation import BaseModel, InvalidSnapshotError, check_full, che
 from hotload.shards import plain_name
 from hotload.snapshot import ADAPTER_CONFIG_FILE, SnapshotKind, check_identity
 
-COMPUTE_THREADS = 2
+# Small matrix products hold the interpreter: two threads answered a fifth slower than one. Large ones are
+# spread over the cores by the matrix library itself.
+COMPUTE_THREADS = 1
 SESSION_LIMIT = 50_000
 RECORD_LIMIT = 10_000
 REQUEST_LIMIT = 100_000

@@ -31,7 +31,7 @@ class UntokenizableError(ValueError):
     """Text came in, and the base model brings no tokenizer, or its template refuses the messages."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: methods remember their results
 class Tokens:
     """A model's tokenizer, chat template, stop ids and sampling defaults."""
 
@@ -103,18 +103,21 @@ class Tokens:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
-    def name(self, token: int) -> str:
-        """One token as text, for log-probability lists."""
-        if self.tokenizer is None:
-            return f"token_id:{token}"
+    def name(self, token: int) -> tuple[str, list[int]]:
+        """One token as text and as bytes, for log-probability lists."""
         return self._name(token)
 
     @lru_cache(maxsize=65536)  # noqa: B019 - lives as long as the emulator
-    def _name(self, token: int) -> str:
-        return self.decode([token], skip_special=False)
+    def _name(self, token: int) -> tuple[str, list[int]]:
+        name = f"token_id:{token}"
+        if self.tokenizer is not None:
+            name = self.decode([token], skip_special=False)
+        return name, list(name.encode())
 
-    def __hash__(self) -> int:
-        return id(self)
+    @lru_cache(maxsize=65536)  # noqa: B019 - lives as long as the emulator
+    def short(self, *ids: int) -> str:
+        """Text of a few tokens, remembered."""
+        return self.decode(ids)
 
 
 class TextStream:
@@ -122,28 +125,26 @@ class TextStream:
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
+        # Decoding begins at the last token whose text is out already: spaces and merges stay right.
         self._ids: list[int] = []
-        self._start = self._read = 0
+        self._told = ""
 
     def add(self, token: int) -> str:
         """The text that `token` completes."""
         if self._tokens.tokenizer is None:
             return ""
         self._ids.append(token)
-        # Decoding from a little earlier keeps spaces and merges right.
-        before = self._tokens.decode(self._ids[self._start : self._read])
-        after = self._tokens.decode(self._ids[self._start :])
-        if len(after) <= len(before) or after.endswith(REPLACEMENT):
+        text = self._tokens.short(*self._ids)
+        if len(text) <= len(self._told) or text.endswith(REPLACEMENT):
             return ""
-        self._start, self._read = self._read, len(self._ids)
-        return after[len(before) :]
+        new = text[len(self._told) :]
+        self._ids = [token]
+        self._told = self._tokens.short(token)
+        return new
 
     def rest(self) -> str:
         """What is left at the end, cut characters included."""
-        if self._tokens.tokenizer is None:
-            return ""
-        before = self._tokens.decode(self._ids[self._start : self._read])
-        return self._tokens.decode(self._ids[self._start :])[len(before) :]
+        return self._tokens.short(*self._ids)[len(self._told) :]
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The demo's story: a first full, two deltas, a delta that one replica cannot merge, one more delta."""
+"""The demo's story: a first full, two deltas, a delta that one replica cannot merge, one more
+delta."""
 
 import json
 from pathlib import Path
@@ -46,9 +47,13 @@ async def run_cycles(
 
 async def declare_blocks(service_url: str, bucket: str, names: dict[str, str]) -> None:
     """Save the three blocks that the cycles name."""
-    await HotLoadService(base_url=service_url, api_key="local-demo-key", **names).save("demo", overwrite=True)
+    await HotLoadService(base_url=service_url, api_key="local-demo-key", **names).save(
+        "demo", overwrite=True
+    )
     await CheckpointStore(url=bucket).save("demo", overwrite=True)
-    await RolloutClient(base_url=service_url, api_key="local-demo-key", **names).save("demo", overwrite=True)
+    await RolloutClient(base_url=service_url, api_key="local-demo-key", **names).save(
+        "demo", overwrite=True
+    )
 
 
 def spec_of(root: Path, checkpoints: list[Path], version: int) -> CycleSpec:
@@ -75,7 +80,9 @@ def spec_of(root: Path, checkpoints: list[Path], version: int) -> CycleSpec:
 def problem_lines(count: int) -> list[str]:
     """Sums as a JSON-lines problem file."""
     return [
-        json.dumps({"id": f"sum-{n}", "prompt": f"What is {n} + {n + 3}? ", "answer": str(2 * n + 3)})
+        json.dumps(
+            {"id": f"sum-{n}", "prompt": f"What is {n} + {n + 3}? ", "answer": str(2 * n + 3)}
+        )
         + "\n"
         for n in range(count)
     ]
@@ -103,7 +110,9 @@ def table(reports: list[CycleReport]) -> str:
         rollouts = report.rollouts
         lines += [_row(row, widths), f"    why      {report.snapshot.reason}"]
         lines += [f"    samples  {counts(rollouts.samples_by_identity)}"]
-    return "\n".join([*lines, "", "Times in seconds; encode and upload are summed over shards.", ""])
+    return "\n".join(
+        [*lines, "", "Times in seconds; encode and upload are summed over shards.", ""]
+    )
 
 
 def _cells(report: CycleReport) -> tuple[str, ...]:

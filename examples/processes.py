@@ -1,4 +1,4 @@
-"""The two servers of the demo and the benchmarks, as child processes on loopback that never outlive us."""
+"""The two servers of the demo and the benchmarks: child processes that never outlive us."""
 
 import os
 import signal
@@ -40,7 +40,8 @@ def prefect_server(home: Path) -> Iterator[str]:
         PREFECT_HOME=str(home),
         PREFECT_API_URL=api,
         PREFECT_SERVER_ANALYTICS_ENABLED="false",
-        PREFECT_LOGGING_LEVEL="WARNING",
+        # The UI has every line; the terminal is for the demo's own.
+        PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL",
         DO_NOT_TRACK="1",
     )
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]

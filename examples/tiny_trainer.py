@@ -1,4 +1,5 @@
-"""A trainer small enough for a laptop: real checkpoints, seeded updates, no deep-learning framework.
+"""A trainer small enough for a laptop: real checkpoints, seeded updates, no deep-learning
+framework.
 
 It keeps fp32 master weights, moves them by Adam-sized steps whose signs are partly correlated in
 time, and writes them rounded to bf16, so that a step changes about as many elements as a step of
@@ -64,7 +65,8 @@ class TinyTrainer:
             weights -= np.float32(LEARNING_RATE / scale) * moment
 
     def save(self, directory: Path) -> None:
-        """Write a checkpoint in HuggingFace layout, one layer a file, complete when this returns."""
+        """Write a checkpoint in HuggingFace layout, one layer a file, complete when this
+        returns."""
         directory.mkdir(parents=True)
         files = {name: _file_of(name) for name in self._masters}
         for file in sorted(set(files.values())):

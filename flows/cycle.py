@@ -12,8 +12,6 @@ from pathlib import Path
 from time import monotonic
 
 from prefect import flow
-from prefect.client.schemas.objects import State
-from prefect.states import Completed
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
@@ -23,7 +21,7 @@ from hotload.errors import HotLoadError, NeedsFullSnapshotError
 from hotload.report import CycleReport
 from hotload.spec import CycleSpec
 from tasks.baseline import keep_baseline
-from tasks.conclude import conclude_cycle, find_report
+from tasks.conclude import conclude_cycle, find_report, named
 from tasks.cycle_file import load_cycle_file
 from tasks.lease import publisher_lease
 from tasks.overlap import both
@@ -39,7 +37,7 @@ from tasks.wait import wait_for_replicas
     persist_result=True,
     result_serializer="json",
 )
-async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleReport]:
+async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
     """Carry one checkpoint to scored rollouts.
 
     Safe to kill anywhere and to start again: the replicas and the store say what is done. A cycle
@@ -51,10 +49,10 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
     started = monotonic()
     service = await HotLoadService.load(spec.service)
     store = await CheckpointStore.load(spec.store)
-    content = await validate_checkpoint(spec)
+    content = await validate_checkpoint(spec, service)
     await validate_rollouts(spec)
     if report := await find_report(store, spec, content):
-        return Completed(name="AlreadyDone", message="this cycle has ended before", data=report)
+        return named("AlreadyDone", "this cycle has ended before", report)
 
     async with publisher_lease(store, spec.name) as lease:
         expected = await preflight_service(spec, service, store)
@@ -84,7 +82,7 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
         )
         await conclude_cycle(store, report)
     if fallback:
-        return Completed(name="CompletedByFallback", message=fallback, data=report)
+        return named("CompletedByFallback", fallback, report)
     return report
 
 

@@ -144,9 +144,7 @@ async def full_snapshot(
             await reset_ledger(service)
         plan = await plan_fallback(spec, store, content, reason)
         try:
-            return await publish_snapshot(
-                spec, content, plan, lease_token, expected_replica_count
-            )
+            return await publish_snapshot(spec, content, plan, lease_token, expected_replica_count)
         except NeedsFullSnapshotError as error:
             reason = str(error)
     raise FullSnapshotFailedError(plan.identity, reason)

@@ -115,7 +115,7 @@ def read_chain(
     if attempts and attempts[-1].signalled:
         last = attempts[-1].manifest
         loading = Chain(ChainState.LOADING, head, last)
-        if any(replica.failed(last.identity) for replica in status.replicas):
+        if status.failed(last.identity):
             return advance(loading, ChainEvent.FAILED)
         if status.serves_everywhere(last.identity):
             return replace(advance(loading, ChainEvent.CONFIRMED), head=last, loading=None)
@@ -233,9 +233,8 @@ def may_signal(status: ServiceStatus, manifest: SnapshotManifest) -> bool:
         LoadFailedError: a replica reports an error for it; it is never signalled again.
         ChainBrokenError: it is a delta, and not every replica serves its previous identity.
     """
-    failed = [replica for replica in status.replicas if replica.failed(manifest.identity)]
-    if failed:
-        raise LoadFailedError(manifest.identity, failed[0].raw)
+    if status.failed(manifest.identity):
+        raise LoadFailedError(manifest.identity, "a replica reports an error for it")
     if status.mentions(manifest.identity):
         return False
     on_previous = manifest.previous is not None and status.serves_everywhere(manifest.previous)

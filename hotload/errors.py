@@ -5,7 +5,7 @@ HotLoadError
 ├── InvalidIdentityError (ValueError)         caller: choose another run, version or name; we stop
 │   └── IdentityConflictError                   the name is taken by other content
 ├── InvalidProblemsError (ValueError)         caller: mend the problem file; we stop
-├── DeltaError (ValueError)                   these bytes are not the delta they claim to be; we stop
+├── DeltaError (ValueError)                   the bytes are not the delta they claim; we stop
 │   └── ChecksumMismatchError                   a tensor is not what its Adler-32 says
 ├── NeedsFullSnapshotError                    flow: publish a full snapshot; all that a flow catches
 │   ├── LayoutMismatchError                     keys, dtype, shape, shard map or side files changed
@@ -13,7 +13,7 @@ HotLoadError
 │   ├── BaselineLostError                       the base is gone and cannot be rebuilt
 │   ├── LoadFailedError                         a replica reports an error for our identity
 │   └── ReadinessTimeoutError (TimeoutError)    replicas did not converge in time
-├── FullSnapshotFailedError                   operator: fulls were tried and failed; look at the replicas
+├── FullSnapshotFailedError                   operator: fulls failed too; look at the replicas
 ├── LeaseLostError                            nobody: another publisher holds the service; we stop
 ├── RewardError                               caller: the reward function cannot be used; we stop
 ├── StoreError (OSError)                      operator: bucket, path or rights are wrong; we stop
@@ -24,7 +24,8 @@ HotLoadError
     ├── SnapshotRejectedError                   a signal was answered with a 4xx about the snapshot
     └── ProtocolError                           provider: broke the wire format; we stop
 
-Operands are positional, plain and few, so that every error survives pickling; the sentence is made late.
+Operands are positional, plain and few, so that every error survives pickling; the sentence is made
+late.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class ChainBrokenError(NeedsFullSnapshotError):
 
 
 class BaselineLostError(NeedsFullSnapshotError):
-    """The bytes of the served snapshot are neither on this machine nor rebuildable from the store."""
+    """The served snapshot's bytes are neither on this machine nor rebuildable from the store."""
 
     def __init__(self, identity: str, detail: str) -> None:
         HotLoadError.__init__(self, identity, detail)

@@ -1,7 +1,7 @@
 """Readiness: what the replicas say, and whether that means our snapshot is served (protocol §5).
 
-Truth is what the replicas say. Unknown stages are progress, never success; an error counts only if it names
-the identity we wait for.
+Truth is what the replicas say. Unknown stages are progress, never success; an error counts only if
+it names the identity we wait for.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class ServiceStatus:
     """All replicas of a service at one moment; empty while it scales up or restarts."""
 
     replicas: tuple[ReplicaStatus, ...]
+
+    def failed(self, identity: str) -> tuple[ReplicaStatus, ...]:
+        """The replicas that report an error about `identity`."""
+        return tuple(replica for replica in self.replicas if replica.failed(identity))
 
     @property
     def identities(self) -> tuple[str | None, ...]:
@@ -117,7 +121,7 @@ def assess(
     min_ready_fraction: float = 1.0,
     expected_replica_count: int | None = None,
 ) -> Assessment:
-    """Whether `identity` is served by every expected replica, or the declared fraction (protocol §5).
+    """Whether every expected replica, or the declared fraction, serves `identity` (protocol §5).
 
     Args:
         min_ready_fraction: of the replicas listed or expected, whichever are more; in (0, 1].
@@ -127,9 +131,8 @@ def assess(
     count = max(len(replicas), expected_replica_count or 0)
     ready = sum(replica.serves(identity, kind) for replica in replicas)
     needed = max(1, ceil(min_ready_fraction * count - 1e-9))
-    failures = [replica for replica in replicas if replica.failed(identity)]
-    if failures:
-        detail = f"{len(failures)} of {count} replicas report an error for it: {failures[0].raw}"
+    if failures := status.failed(identity):
+        detail = f"{len(failures)} of {count} replicas report an error for it"
         return Assessment(Verdict.FAILED, ready, count, detail)
     # A declared fraction is about readiness; a list shorter than expected is never complete.
     complete = expected_replica_count is None or len(replicas) >= expected_replica_count

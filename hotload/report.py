@@ -1,6 +1,7 @@
 """CycleReport: what one cycle did, in bytes, seconds, replicas, versions and rewards.
 
-The flow's result and the table a person reads. Small by design: data stays in the store, the report names it.
+The flow's result and the table a person reads. Small by design: data stays in the store, the report
+names it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from hotload.snapshot import Record, Shard, SnapshotKind
 
 
 class RolloutSummary(Record):
-    """What the samples of one cycle came to; `parts_uri` is the directory with the scored groups."""
+    """What the samples of one cycle came to; `parts_uri` is the directory with the scored
+    groups."""
 
     identity: str
     group_count: int = Field(ge=0)
     sample_count: int = Field(ge=0)
-    failed_samples: dict[str, int] = {}
+    failed_samples: dict[str, int] = Field({})
     """Samples without a reward, by cause; they stay in the data, marked."""
-    samples_by_identity: dict[str, int] = {}
+    samples_by_identity: dict[str, int] = Field({})
     """Samples by the identity that answered them."""
     mean_reward: float | None = None
     completion_token_count: int = Field(0, ge=0)
@@ -49,7 +51,7 @@ class Published(Record):
     size_bytes: int = Field(ge=0)
     content_size_bytes: int = Field(ge=0)
     replica_count: int = Field(ge=0)
-    seconds_by_stage: dict[str, float] = {}
+    seconds_by_stage: dict[str, float] = Field({})
     """Seconds of encode, verify and upload, summed over overlapping shards; wall seconds of publish
     (all of those), signal and converge."""
     hint_count: int = Field(0, ge=0)

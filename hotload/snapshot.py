@@ -1,7 +1,7 @@
 """Names and records of snapshots: what we publish, under which identity, following what.
 
-Snapshot values are written once. The manifest in the store is the only record of what was published; it is
-written after everything it names (design, rule 2), so a reader may rely on it.
+Snapshot values are written once. The manifest in the store is the only record of what was
+published; it is written after everything it names (design, rule 2), so a reader may rely on it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def snapshot_identity(
     previous: str | None,
     attempt: int,
 ) -> str:
-    """`<run>-<version:06d>-<8 hex>`, the hex from content, kind, previous and attempt (wire-format §8).
+    """`<run>-<version:06d>-<8 hex>`, the hex from content, kind, previous and attempt (wire-format
+    §8).
 
     The same for a resumed upload, another after any failure (`attempt` counts from 0).
 
@@ -121,7 +122,8 @@ class Shard(Record):
 
 
 class SnapshotManifest(Record):
-    """What was published under one identity: lineage, files, digests. Written last, never changed."""
+    """What was published under one identity: lineage, files, digests. Written last, never
+    changed."""
 
     schema_number: Literal[1] = 1
     identity: str

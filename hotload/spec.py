@@ -1,7 +1,8 @@
 """What a user declares for one cycle. The Prefect UI shows these models as a form.
 
-Names and defaults are those of protocol §20; every field says its unit. Fields that mean something to a
-vendor-side trainer and nothing here are refused with the reason, so that a copied configuration cannot mislead.
+Names and defaults are those of protocol §20; every field says its unit. Fields that mean something
+to a vendor-side trainer and nothing here are refused with the reason, so that a copied
+configuration cannot mislead.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ REFUSED_FIELDS = {
     "extra_args": "the service exists beforehand; hotload never creates one",
     "infra": "the service exists beforehand; hotload never creates one",
     "weight_sync": "its settings are fields of `cadence` and `readiness` here",
-    "epochs": "one cycle samples one policy version; `prompt_groups_per_step` walks through the file",
+    "epochs": "one cycle samples one version; `prompt_groups_per_step` walks through the file",
     "learning_rate": TRAINER_OWNED,
     "optimizer": TRAINER_OWNED,
     "loss": TRAINER_OWNED,
     "kl_beta": TRAINER_OWNED,
     "eps_clip": TRAINER_OWNED,
-    "max_head_offpolicy_versions": "a cycle samples the version it published and no other; remove the field",
+    "max_head_offpolicy_versions": "a cycle samples the version that is served; remove the field",
 }
 REFUSED_PREFIXES = {"dcp_": VENDOR_TRAINER}
 
 
 class Declared(BaseModel):
-    """A frozen part of a cycle's declaration; unknown fields are refused, some with their reason."""
+    """A frozen part of a cycle's declaration; unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -54,7 +55,11 @@ class Declared(BaseModel):
         if isinstance(data, dict):
             for name in data:
                 reason = REFUSED_FIELDS.get(name) or next(
-                    (why for prefix, why in REFUSED_PREFIXES.items() if str(name).startswith(prefix)),
+                    (
+                        why
+                        for prefix, why in REFUSED_PREFIXES.items()
+                        if str(name).startswith(prefix)
+                    ),
                     None,
                 )
                 if reason:
@@ -66,7 +71,8 @@ class Cadence(Declared):
     """When to publish, and when a full snapshot is due."""
 
     weight_sync_interval: int = Field(1, ge=0)
-    """Publish every N-th policy version; 0 publishes never. The first snapshot is always published."""
+    """Publish every N-th policy version; 0 publishes never. The first snapshot is always
+    published."""
     full_every: int = Field(20, ge=1, le=128)
     """A full snapshot at least every N publications. The vendor advises 20 to 30."""
     force_full: bool = False
@@ -105,7 +111,8 @@ class ReadinessPolicy(Declared):
     scale_up_timeout_seconds: float = Field(300, ge=0, le=86_400)
     """Seconds to wait for a first replica before the first signal."""
     min_ready_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the replicas that must serve the snapshot before rollouts begin. Below 1 is off-policy."""
+    """Share of the replicas that must serve the snapshot before rollouts begin. Below 1 is
+    off-policy."""
     replica_count: int | None = Field(None, ge=1, le=10_000)
     """Replicas expected; empty asks the service's description."""
     warmup_after_hotload: bool = True
@@ -136,7 +143,9 @@ class Concurrency(Declared):
         if isinstance(data, dict) and "max_concurrency" in data:
             rest = {name: value for name, value in data.items() if name != "max_concurrency"}
             if rest:
-                raise ValueError("max_concurrency stands alone: it means mode=fixed with that window")
+                raise ValueError(
+                    "max_concurrency stands alone: it means mode=fixed with that window"
+                )
             return {"mode": "fixed", "initial_window": data["max_concurrency"]}
         return data
 
@@ -163,7 +172,8 @@ class Sampling(Declared):
     top_k: int = Field(0, ge=0, le=100)
     """Highest-ranked tokens to choose from; 0 is all."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Run seed; every sample's own seed is made from it, the problem, the policy version and its number."""
+    """Run seed; every sample's own seed is made from it, the problem, the policy version and its
+    number."""
     stop: tuple[str, ...] = Field((), max_length=4)
     """Texts that end a sample; they are not returned."""
     sample_timeout: float = Field(600, gt=0, le=86_400)
@@ -178,7 +188,7 @@ class Problems(Declared):
     """Where the problems come from."""
 
     dataset: str = Field(min_length=1)
-    """A JSON-lines file of `{"id", "prompt" or "messages", "answer"}`: absolute path or file:// URI."""
+    """Absolute path or file:// URI of a JSON-lines file: `id`, `prompt` or `messages`, `answer`."""
     max_rows: int | None = Field(None, ge=1)
     """Use the first N rows only."""
     prompt_groups_per_step: int | None = Field(None, ge=1)
@@ -190,7 +200,8 @@ class RewardSpec(Declared):
     """What scores a sample."""
 
     name: str = Field("exact_match", min_length=1, max_length=256)
-    """A built-in reward, or `package.module:function` of yours, called with (problem, trajectory)."""
+    """A built-in reward, or `package.module:function` of yours, called with (problem,
+    trajectory)."""
     arguments: dict[str, JsonValue] = {}
     """Keyword arguments for the reward."""
     timeout_seconds: float = Field(10, gt=0, le=3600)
@@ -231,6 +242,9 @@ class CycleSpec(Declared):
     """The training run; begins every identity this run publishes."""
     policy_version: int = Field(ge=0, lt=10**9)
     """The trainer's step; grows within a run and is never used for other weights."""
+    base_model: str | None = None
+    """Directory of the base model the service was started on. When given, config, tensor names and
+    shapes are compared with it before anything is uploaded."""
     service: str = Field("default", min_length=1)
     """Name of the `HotLoadService` block to load the weights into."""
     store: str = Field("default", min_length=1)
@@ -238,7 +252,8 @@ class CycleSpec(Declared):
     rollouts: str = Field("default", min_length=1)
     """Name of the `RolloutClient` block to sample with."""
     work_dir: str = Field(min_length=1)
-    """A directory on this machine for the baseline and unfinished files; as large as two checkpoints."""
+    """A directory on this machine for the baseline and unfinished files; as large as two
+    checkpoints."""
     problems: Problems
     """What to sample."""
     cadence: Cadence = Cadence()
@@ -252,10 +267,10 @@ class CycleSpec(Declared):
     reward: RewardSpec = RewardSpec()
     """What scores a sample."""
 
-    @field_validator("checkpoint", "work_dir")
+    @field_validator("checkpoint", "base_model", "work_dir")
     @classmethod
-    def _absolute(cls, uri: str) -> str:
-        return str(local_path(uri))
+    def _absolute(cls, uri: str | None) -> str | None:
+        return None if uri is None else str(local_path(uri))
 
     @field_validator("problems")
     @classmethod

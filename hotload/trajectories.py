@@ -19,6 +19,7 @@ DATASET_LIMIT_BYTES = 1 << 30
 ROW_LIMIT_BYTES = 8 << 20
 ID_LIMIT_CHARACTERS = 256
 TOKEN_ID_LIMIT = 1 << 31
+DEPTH_LIMIT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Weights(StrEnum):
     ASSUMED = "assumed"  # no chunk named any identity
     STRADDLING = "straddling"  # more than one identity in one sample
     OTHER = "other"  # one identity, and another than expected
-    NONE = "none"  # the sample failed before any token
+    NONE = "none"  # the sample failed and has no tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,8 @@ class Trajectory:
     @property
     def weights(self) -> Weights:
         """What is known about the weights that made the tokens."""
-        return self.provenance.weights if self.token_ids_T else Weights.NONE
+        has_answer = self.failure is None or self.token_ids_T
+        return self.provenance.weights if has_answer else Weights.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,10 @@ def _parse_row(line: bytes, source: str, number: int) -> Problem:
         refuse(f"not JSON: {str(error)[:200]}")
     if not isinstance(row, dict):
         refuse(f"expected an object, found {type(row).__name__}")
+    if line.count(b"[") + line.count(b"{") > DEPTH_LIMIT and _depth(row) > DEPTH_LIMIT:
+        refuse(f"nested more than {DEPTH_LIMIT} deep")
+    if LONE_SURROGATE.search(json.dumps(row)) if b"\\ud" in line.lower() else None:
+        refuse("text that is not Unicode: half of a surrogate pair")
     name = row.pop("id", None)
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
@@ -195,6 +201,11 @@ def _parse_row(line: bytes, source: str, number: int) -> Problem:
     elif not isinstance(prompt, str) or not prompt:
         refuse("`prompt`: expected text or a list of token ids")
     return Problem(name, prompt, messages, row.pop("answer", None), row)
+
+
+def _depth(value: Any) -> int:
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, below), default=0)
 
 
 def _is_token_id(token: Any) -> bool:

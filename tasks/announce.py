@@ -1,4 +1,5 @@
-"""Announce: hint each file as it arrives, signal the snapshot when it is whole (protocol §4, §6)."""
+"""Announce: hint each file as it arrives, signal the snapshot when it is whole (protocol §4,
+§6)."""
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -64,5 +65,6 @@ async def signal_snapshot(
 
 @task(cache_policy=NO_CACHE, **RETRIED)
 async def reset_ledger(service: HotLoadService) -> None:
-    """Make the service forget every hot-loaded snapshot; base weights answer until the next full."""
+    """Make the service forget every hot-loaded snapshot; base weights answer until the next
+    full."""
     await service.reset_ledger()

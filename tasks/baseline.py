@@ -102,9 +102,10 @@ async def _fetch(
     """Bring one stored file here, from this machine where its digest matches."""
     for directory in (Path(spec.checkpoint), delta_dir(spec, service) / manifest.identity):
         source = directory / file.file
-        if source.is_file() and source.stat().st_size == file.size_bytes:
-            if await asyncio.to_thread(copy_file, source, out) == file.sha256:
-                return
+        if not source.is_file() or source.stat().st_size != file.size_bytes:
+            continue
+        if await asyncio.to_thread(copy_file, source, out) == file.sha256:
+            return
     await store.get_file(f"{manifest.identity}/{file.file}", out)
     found = await asyncio.to_thread(sha256_file, out)
     if found != file.sha256:

@@ -11,6 +11,7 @@
 Keys and credentials stay in the environment, or in blocks saved on the server.
 """
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -37,6 +38,19 @@ async def load_cycle_file(path: Path) -> CycleSpec:
     An inline block is saved as `file-<run id>`, so it never replaces one a person has configured.
 
     Raises:
+        ValueError, OSError: as `parse_cycle_file`.
+    """
+    spec, blocks = await asyncio.to_thread(parse_cycle_file, path)
+    name = "file-" + re.sub(r"[^a-z0-9]+", "-", spec.run_id.lower()).strip("-")
+    for block in blocks.values():
+        await block.save(name, overwrite=True)
+    return spec.model_copy(update=dict.fromkeys(blocks, name))
+
+
+def parse_cycle_file(path: Path) -> tuple[CycleSpec, dict[str, Block]]:
+    """The cycle that a file declares, and its inline blocks by the spec's field that names them.
+
+    Raises:
         ValueError: the file is not a cycle file; says which field, without its value.
         OSError: the file cannot be read.
     """
@@ -61,7 +75,4 @@ async def load_cycle_file(path: Path) -> CycleSpec:
         lines = error.errors(include_input=False, include_url=False, include_context=False)
         told = [f"  {'.'.join(map(str, line['loc'])) or 'cycle'}: {line['msg']}" for line in lines]
         raise ValueError("\n".join([f"{path} is refused:", *told])) from None
-    name = "file-" + re.sub(r"[^a-z0-9]+", "-", spec.run_id.lower()).strip("-")
-    for block in blocks.values():
-        await block.save(name, overwrite=True)
-    return spec.model_copy(update=dict.fromkeys(blocks, name))
+    return spec, blocks

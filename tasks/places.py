@@ -1,8 +1,8 @@
 """Where a cycle keeps its own files on this machine, below the spec's `work_dir`.
 
-    <work_dir>/<account>-<deployment>/baseline/<identity>/   full bytes of the served snapshot
-    <work_dir>/<account>-<deployment>/deltas/<identity>/     encoded shards on their way
-    <work_dir>/<account>-<deployment>/results/               results of finished steps
+<work_dir>/<account>-<deployment>/baseline/<identity>/   full bytes of the served snapshot
+<work_dir>/<account>-<deployment>/deltas/<identity>/     encoded shards on their way
+<work_dir>/<account>-<deployment>/results/               results of finished steps
 """
 
 from pathlib import Path

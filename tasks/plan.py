@@ -59,7 +59,9 @@ async def plan_fallback(
     return plan
 
 
-async def _head(store: CheckpointStore, identities: tuple[str | None, ...]) -> SnapshotManifest | None:
+async def _head(
+    store: CheckpointStore, identities: tuple[str | None, ...]
+) -> SnapshotManifest | None:
     """The manifest of the one identity that every replica serves, if it is ours."""
     if len(identities) != 1 or identities[0] is None or not is_identity(identities[0]):
         return None

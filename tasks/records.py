@@ -1,6 +1,7 @@
 """Reading and writing the store's own records: manifests, signal marks, cycle reports.
 
-The store is the only memory there is of what was published (design, State). Paths are below the bucket.
+The store is the only memory there is of what was published (design, State). Paths are below the
+bucket.
 """
 
 import asyncio
@@ -72,9 +73,13 @@ async def read_report(store: CheckpointStore, name: str) -> CycleReport | None:
     try:
         return CycleReport.model_validate_json(data)
     except ValidationError:
-        raise StoreError(path, "is not a cycle report; move it away to run the cycle again") from None
+        raise StoreError(
+            path, "is not a cycle report; move it away to run the cycle again"
+        ) from None
 
 
 async def write_report(store: CheckpointStore, report: CycleReport) -> None:
     """Record that the cycle has ended. The very last thing a cycle writes."""
-    await store.put_bytes(report.model_dump_json(indent=1).encode(), f"{REPORTS}/{report.name}.json")
+    await store.put_bytes(
+        report.model_dump_json(indent=1).encode(), f"{REPORTS}/{report.name}.json"
+    )

@@ -1,23 +1,26 @@
 """Validate: the trainer's checkpoint against every layout rule, and its digests."""
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.hot_load_service import HotLoadService
 from hotload.errors import InvalidCheckpointError
 from hotload.layout import check_full, check_lora, refuse_errors
 from hotload.local import read_checkpoint, sha256_file
-from hotload.shards import Finding
-from hotload.snapshot import CheckpointContent, SideFile, SnapshotKind
+from hotload.shards import Finding, read_json_object
+from hotload.snapshot import CONFIG_FILE, CheckpointContent, SideFile, SnapshotKind
 from hotload.spec import CycleSpec
 from tasks.read_problems import read_problems
 from tasks.score import open_scorer
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="validate-{spec.name}")
-async def validate_checkpoint(spec: CycleSpec) -> CheckpointContent:
+async def validate_checkpoint(spec: CycleSpec, service: HotLoadService) -> CheckpointContent:
     """The checkpoint's files with their digests, if it breaks no rule of wire-format §6.
 
     Reads every byte once; never cached, since only reading shows what the trainer wrote.
@@ -25,7 +28,8 @@ async def validate_checkpoint(spec: CycleSpec) -> CheckpointContent:
     Raises:
         InvalidCheckpointError: with one finding per broken rule.
     """
-    content = await asyncio.to_thread(read_content, spec)
+    ignored = service.extra_fields_ignore
+    content = await asyncio.to_thread(read_content, spec, ignored)
     for warning in content.warnings:
         get_run_logger().warning(warning)
     return content
@@ -46,14 +50,21 @@ async def validate_rollouts(spec: CycleSpec) -> int:
         return len(problems)
 
 
-def read_content(spec: CycleSpec) -> CheckpointContent:
+def read_content(spec: CycleSpec, extra_fields_ignore: Collection[str]) -> CheckpointContent:
     """What `validate_checkpoint` yields; blocking."""
     directory = Path(spec.checkpoint)
     checkpoint = read_checkpoint(directory)
     if checkpoint.is_lora:
         findings = check_lora(checkpoint)
     else:
-        findings = check_full(checkpoint, spec_dtype_style=spec.snapshot.spec_dtype_style)
+        base_config, base_shapes = _base_model(spec)
+        findings = check_full(
+            checkpoint,
+            base_config=base_config,
+            base_shapes=base_shapes,
+            extra_fields_ignore=extra_fields_ignore,
+            spec_dtype_style=spec.snapshot.spec_dtype_style,
+        )
     warnings = refuse_errors(findings)
     shards = tuple(
         SideFile(
@@ -69,6 +80,17 @@ def read_content(spec: CycleSpec) -> CheckpointContent:
         side_files=checkpoint.side_files,
         warnings=tuple(str(finding) for finding in warnings),
     )
+
+
+def _base_model(
+    spec: CycleSpec,
+) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...] | None] | None]:
+    """Config and shapes of the served base model, where the spec says where it lies."""
+    if spec.base_model is None:
+        return None, None
+    base = read_checkpoint(Path(spec.base_model))
+    config = read_json_object(base.documents.get(CONFIG_FILE, b""), file=f"base {CONFIG_FILE}")
+    return config, {tensor.name: tensor.shape for _, tensor in base.tensors}
 
 
 def changed_since_validation(file: str, expected: str, found: str) -> InvalidCheckpointError:

@@ -62,8 +62,9 @@ async def wait_until_ready(
     detail, last = "", ""
     while True:
         try:
+            status = await service.observe()
             seen = assess(
-                await service.observe(),
+                status,
                 manifest.identity,
                 manifest.kind,
                 min_ready_fraction=readiness.min_ready_fraction,
@@ -74,6 +75,8 @@ async def wait_until_ready(
                 logger.info(detail)
                 return seen.ready_count
             if seen.verdict is Verdict.FAILED:
+                # No known field carries the cause, so the replica is shown as it is.
+                logger.warning(status.failed(manifest.identity)[0].raw)
                 raise LoadFailedError(manifest.identity, detail)
         except ServiceUnavailableError as error:
             detail = f"the status could not be read: {error}"

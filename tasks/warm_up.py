@@ -1,4 +1,5 @@
-"""Warm up: the first requests after a swap can be slow or fail; small ones go first (protocol §14)."""
+"""Warm up: the first requests after a swap can be slow or fail; small ones go first (protocol
+§14)."""
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE

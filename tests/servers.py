@@ -23,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.processes import IN_BATCHES
+
 START_SECONDS = 120.0
 BUCKET = "hotload-test"
 # The group ends when the pipe to us closes, so a killed pytest leaves nothing behind.
@@ -126,6 +128,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if name.startswith(("PREFECT_", "AWS_", "GOOGLE_", "FIREWORKS_")):
             del os.environ[name]
     os.environ |= {
+        **IN_BATCHES,
         "DO_NOT_TRACK": "1",
         "PREFECT_HOME": str(directory / "prefect"),
         "PREFECT_API_URL": f"{servers['prefect_api'].address}/api",

@@ -1,1 +1,1 @@
-"""Wire dialects: paths, headers, bodies and misspellings of each receiver, and nothing else knows them."""
+"""Wire dialects: paths, headers, bodies and misspellings of each receiver, kept in one place."""

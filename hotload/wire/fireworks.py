@@ -1,6 +1,7 @@
 """The Fireworks hot-load API: names on the wire, JSON to values and back (protocol §1-§8).
 
-The vendor's word *deployment* is our *service*, its *parent* our `previous`; both stay in this module.
+The vendor's word *deployment* is our *service*, its *parent* our `previous`; both stay in this
+module.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def signal_body(
 ) -> dict[str, Any]:
     """Body of the signal (protocol §4).
 
-    Delta metadata is left out entirely for full and LoRA snapshots; `reset_prompt_cache` is omitted where it is
-    the server's default, `all`; `validation` is sent only when it says something.
+    Delta metadata is left out entirely for full and LoRA snapshots; `reset_prompt_cache` is omitted
+    where it is the server's default, `all`; `validation` is sent only when it says something.
     """
     body: dict[str, Any] = {"identity": manifest.identity}
     if manifest.kind is SnapshotKind.DELTA:
@@ -85,7 +86,7 @@ def signal_body(
 
 
 def refuses_prompt_cache_field(status_code: int, text: str) -> bool:
-    """Whether a server answered that it does not know `reset_prompt_cache` (protocol §4, drop-and-retry)."""
+    """Whether a server answered that it does not know `reset_prompt_cache` (protocol §4)."""
     folded = text.casefold()
     return status_code == 400 and "reset_prompt_cache" in folded and UNKNOWN_FIELD_TEXT in folded
 
@@ -110,15 +111,19 @@ def _parse_replica(entry: object) -> ReplicaStatus:
     loading = entry.get("loading_state")
     loading = loading if isinstance(loading, Mapping) else {}
     listed = entry.get("loaded_adapters")
-    adapters = [item for item in listed if isinstance(item, Mapping)] if isinstance(listed, list) else []
+    adapters = (
+        [item for item in listed if isinstance(item, Mapping)] if isinstance(listed, list) else []
+    )
     return ReplicaStatus(
-        # Anything but a plain true is "not ready": a guess would send requests to the wrong weights.
+        # Anything but a plain true is "not ready": a guess would send requests to the wrong
+        # weights.
         readiness=entry.get("readiness") is True,
         current_identity=_text(entry.get("current_snapshot_identity")),
         stage=_text(loading.get("stage")),
         target_identity=_text(loading.get("target_snapshot_identity")),
         adapters=tuple(
-            (str(item.get("identity")), str(item.get("status"))) for item in adapters[:REPLICA_LIMIT]
+            (str(item.get("identity")), str(item.get("status")))
+            for item in adapters[:REPLICA_LIMIT]
         ),
         raw=json.dumps(entry)[:RAW_REPLICA_CHARS],
     )
@@ -146,7 +151,8 @@ def parse_description(data: object) -> ServiceDescription:
 
 
 def hint_body(template: object, values: Mapping[str, object]) -> object:
-    """A hint's JSON: `template` with `{identity} {file} {uri} {size} {kind} {previous}` filled in (protocol §6)."""
+    """A hint's JSON: `template` with `{identity} {file} {uri} {size} {kind} {previous}` filled in
+    (protocol §6)."""
     if isinstance(template, str):
         for name, value in values.items():
             template = template.replace("{" + name + "}", str(value))
@@ -159,7 +165,8 @@ def hint_body(template: object, values: Mapping[str, object]) -> object:
 
 
 def served_identity(model: object) -> str | None:
-    """The identity a response's `model` names: the text after its last `@` (protocol §12); None without one."""
+    """The identity a response's `model` names: the text after its last `@` (protocol §12); None
+    without one."""
     if not isinstance(model, str) or "@" not in model:
         return None
     return model.rpartition("@")[2] or None

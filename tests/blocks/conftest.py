@@ -1,15 +1,20 @@
 """Stores of every kind with a directory of their own, and a server that answers anything."""
 
+from __future__ import annotations
+
 import json
 import os
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from blocks.checkpoint_store import CheckpointStore
 from tests.blocks.peers import RawServer, answering
+
+if TYPE_CHECKING:
+    # Importing Prefect reads the environment, which tests/servers.py sets only after this file.
+    from blocks.checkpoint_store import CheckpointStore
 
 # Where `make test-stores` says which store it started; every test run removes AWS_ variables.
 GIVEN_URL, GIVEN_OPTIONS = "HOTLOAD_TEST_STORE_URL", "HOTLOAD_TEST_STORE_OPTIONS"
@@ -29,6 +34,8 @@ def _bucket(kind: str, request: pytest.FixtureRequest) -> tuple[str, dict[str, A
 
 def make_store(kind: str, request: pytest.FixtureRequest) -> CheckpointStore:
     """A store of `kind` with a fresh directory of its own in that kind's bucket."""
+    from blocks.checkpoint_store import CheckpointStore
+
     url, options = _bucket(kind, request)
     url = f"{url}/{uuid.uuid4().hex}"
     if kind == "file":

@@ -97,7 +97,9 @@ def serving(*identities: str | None, **fields: object) -> ServiceStatus:
 def plan(chain: Chain, attempts: list[Attempt] | None = None, **changes: object) -> SnapshotPlan:
     declared = changes.pop("spec", spec())
     content = changes.pop("content", CONTENT)
-    return plan_next(chain, attempts or [], declared, content, obstacle=changes.pop("obstacle", None))
+    return plan_next(
+        chain, attempts or [], declared, content, obstacle=changes.pop("obstacle", None)
+    )
 
 
 CHAINED = read_chain(serving(HEAD.identity, HEAD.identity), HEAD, [])

@@ -57,9 +57,7 @@ def test_every_expected_replica_by_exact_identity(
 def test_the_detail_tells_the_cases_apart(
     replicas: tuple[ReplicaStatus, ...], expected: int | None, words: str
 ) -> None:
-    seen = assess(
-        ServiceStatus(replicas), NEW, SnapshotKind.FULL, expected_replica_count=expected
-    )
+    seen = assess(ServiceStatus(replicas), NEW, SnapshotKind.FULL, expected_replica_count=expected)
     assert words in seen.detail
 
 

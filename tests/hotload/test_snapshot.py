@@ -107,7 +107,9 @@ def test_a_manifest_survives_rendering() -> None:
 )
 def test_a_manifest_that_does_not_add_up_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(StoreError):
-        SnapshotManifest.parse(json.dumps(MANIFEST | change).encode(), identity="run-000002-0123abcd")
+        SnapshotManifest.parse(
+            json.dumps(MANIFEST | change).encode(), identity="run-000002-0123abcd"
+        )
 
 
 def test_a_manifest_of_another_identity_is_refused() -> None:

@@ -1,0 +1,44 @@
+"""What flow tests share: a series of tiny checkpoints, and a fleet to carry them to.
+
+Ask for `fleet` and a test has an emulator of its own and, on the session's real Prefect server,
+three blocks under a name of their own: `await checkpoint_to_rollout(fleet.spec(1))` works at once.
+For emulators with other settings: `running_fleet` of tests/flows/fleet.py, then `save_blocks`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from examples.tiny_trainer import TinyTrainer
+
+if TYPE_CHECKING:  # pytest may read this file before tests/servers.py sets Prefect's environment
+    from tests.flows.fleet import Fleet
+
+CHECKPOINTS = 6
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The base model, then five steps after it: about 3 MB each, read only."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    trainer = TinyTrainer()
+    paths = [directory / f"{version:06d}" for version in range(CHECKPOINTS)]
+    for path in paths:
+        trainer.save(path)
+        trainer.step()
+    return paths
+
+
+@pytest.fixture
+async def fleet(prefect_api: str, tmp_path: Path, checkpoints: list[Path]) -> AsyncIterator[Fleet]:
+    """Two replicas that load at once and serve real weights, and their blocks on the server."""
+    from tests.flows.fleet import running_fleet, save_blocks
+
+    with running_fleet(f"fleet-{uuid.uuid4().hex[:12]}", tmp_path, checkpoints) as running:
+        await save_blocks(running)
+        yield running

@@ -1,0 +1,166 @@
+"""Cycles as processes that are killed: `python -m flows.cycle`, and what stood when one died."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.results import ResultRecord
+
+from blocks.hot_load_service import HotLoadService
+from hotload.local import sha256_file
+from hotload.spec import CycleSpec
+from tasks.encode import EncodedBatch
+from tasks.places import delta_dir, results_dir
+from tasks.upload import UploadedBatch
+from tests.flows.fleet import API_KEY, NAMES, Fleet
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 60.0
+END_SECONDS = 60.0
+BEGUN = re.compile(r"Flow run '[^']+' - Beginning flow run '[^']+' for flow 'checkpoint-to-rollout'")
+FINISHED = re.compile(r"Task run '([^']+)' - Finished in state (\w+)")
+
+
+class CycleProcess:
+    """One run of `python -m flows.cycle` in a process group of its own, and its log so far."""
+
+    def __init__(self, fleet: Fleet, spec: CycleSpec) -> None:
+        file = fleet.root / f"{spec.name}.yaml"
+        file.write_text(yaml.safe_dump({"cycle": spec.model_dump(mode="json")}))
+        environment = os.environ | {
+            "PREFECT_LOGGING_LEVEL": "INFO",
+            "PREFECT_LOGGING_COLORS": "false",
+            "PYTHONPATH": str(ROOT),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cycle", str(file)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.log: list[str] = []
+        self._begun = threading.Event()
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+        assert self._begun.wait(START_SECONDS), "the flow did not begin"
+        self._begun_at = time.monotonic()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it ends by itself before `seconds` have passed; waits as long."""
+        try:
+            self._process.wait(max(0.0, self._begun_at + seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def finish(self) -> float:
+        """Seconds the flow took, once it has ended well; AssertionError with its log if it did not."""
+        assert self.ends_within(END_SECONDS), self._told()
+        took = time.monotonic() - self._begun_at
+        self._reading.join()
+        assert self._process.returncode == 0, self._told()
+        return took
+
+    def kill(self) -> str:
+        """SIGKILL the flow's process and nothing else; the last step it had finished.
+
+        What it had started must end by itself: returns only then.
+        """
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        self._reading.join(END_SECONDS)  # the pipe closes when the last process of the group ends
+        assert not self._reading.is_alive(), "a child of the killed cycle lives on"
+        return self.last_step()
+
+    def last_step(self) -> str:
+        """The step that was logged last as finished, in words."""
+        found = [match for line in self.log if (match := FINISHED.search(line))]
+        return f"after {found[-1][1]}" if found else "before the first step ended"
+
+    def stop(self) -> None:
+        """End whatever is left of the group."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self.log.append(line.rstrip())
+                if BEGUN.search(line):
+                    self._begun.set()
+        self._begun.set()
+
+    def _told(self) -> str:
+        return f"exit {self._process.returncode}\n" + "\n".join(self.log[-40:])
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Files whose steps had a result when a cycle died: each must be the same file ever after."""
+
+    files: dict[Path, tuple[int, int, str]]
+    damaged: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, fleet: Fleet, spec: CycleSpec) -> Standing:
+        """Every readable result, the deltas and stored shards such a result names, every part."""
+        service = HotLoadService(base_url=fleet.url, api_key=API_KEY, **NAMES)
+        deltas = delta_dir(spec, service)
+        stored = [path for path in fleet.bucket.glob("*/*") if not is_record(path)]
+        kept: list[Path] = list(fleet.bucket.glob("_hotload/rollouts/*/part-*.parquet"))
+        damaged: list[Path] = []
+        for path in sorted(results_dir(spec, service).glob("*")):
+            result = read_result(path)
+            if isinstance(result, EncodedBatch):
+                kept += [path, *_named(result, deltas.glob("*/*"))]
+            elif isinstance(result, UploadedBatch):
+                kept += [path, *_named(result, stored)]
+            else:
+                damaged.append(path)
+        return cls({path: facts(path) for path in kept}, tuple(damaged))
+
+    def changed(self) -> list[Path]:
+        """What was written again since, or is gone."""
+        return [path for path, was in self.files.items() if not path.exists() or facts(path) != was]
+
+
+def read_result(path: Path) -> Any:
+    """The value a finished step left, or None where a kill left less."""
+    try:
+        return ResultRecord.deserialize(path.read_bytes()).result
+    except Exception:  # noqa: BLE001 - whatever a half-written file raises
+        return None
+
+
+def is_record(path: Path) -> bool:
+    """Whether a path in the bucket is one of our own records."""
+    return path.parent.name.startswith("_")
+
+
+def facts(path: Path) -> tuple[int, int, str]:
+    """What changes when a file is written again, even with the same bytes."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, sha256_file(path)
+
+
+def _named(result: EncodedBatch | UploadedBatch, among: Any) -> list[Path]:
+    digests = {(shard.file, shard.sha256) for shard in result.shards}
+    return [path for path in among if (path.name, sha256_file(path)) in digests]
