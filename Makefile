@@ -58,12 +58,12 @@ golden: install  ## rebuild the golden files; fails if one of them changed
 	$(PY) -m tests.golden.rebuild
 	git diff --exit-code --stat -- tests/golden ':!*.py'
 
-deploy: install  ## register the blocks and deploy the cycle to the Prefect server of your profile
-	for block in hot_load_service checkpoint_store rollout_client; do \
-		$(PY) -m prefect block register -m blocks.$$block || exit 1; done
-	$(PY) -m prefect work-pool inspect hotload-process >/dev/null 2>&1 \
-		|| $(PY) -m prefect work-pool create hotload-process --type process
-	$(PY) -m prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --name process
+POOL := process
+deploy: install  ## blocks, work pool and cycle on the Prefect server of your profile; POOL=docker, kubernetes
+	$(PY) -m prefect block register -m blocks.__main__
+	$(PY) -m prefect work-pool inspect hotload-$(POOL) >/dev/null 2>&1 \
+		|| $(PY) -m prefect work-pool create hotload-$(POOL) --type $(POOL)
+	$(PY) -m prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --name $(POOL)
 
 wheel: install  ## build the library and test it alone, without Prefect, outside this directory
 	rm -rf build dist

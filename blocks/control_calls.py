@@ -41,7 +41,8 @@ async def ask(
     timeout_seconds: float,
     limit_bytes: int,
 ) -> tuple[int, str]:
-    """Status and text of one request, `key` masked wherever the server repeats it.
+    """Status and text of one request. In anything but a good answer `key` is masked wherever the
+    server repeats it; a good answer is data, and stays as it is.
 
     Of a good answer at most `limit_bytes` are read, of any other 64 KiB; redirects are not
     followed. A client for each call: calls are few, and none outlives the loop it was made in.
@@ -68,7 +69,8 @@ async def ask(
         raise ServiceUnavailableError(operation, None, reason) from None
     if 200 <= status < 300 and len(data) > limit:
         raise ProtocolError(operation, status, f"the answer is larger than {limit} bytes")
-    return status, redact(data.decode("utf-8", "replace"), [key])
+    text = data.decode("utf-8", "replace")
+    return status, text if 200 <= status < 300 else redact(text, [key])
 
 
 async def _read(response: httpx.Response, limit_bytes: int) -> bytes:
@@ -106,8 +108,8 @@ def raise_for(status: int, operation: str, text: str, other: type[ServiceError])
     raise other(operation, status, detail)
 
 
-def parse_json(operation: str, text: str, error: type[ServiceError]) -> Any:
-    """The JSON of a good answer.
+def parse_json(operation: str, text: str, key: str, error: type[ServiceError]) -> Any:
+    """The JSON of a good answer; `key` is masked in what an error shows of another.
 
     Raises:
         ServiceError: `error`, when it is HTML, empty, or nested beyond measure.
@@ -115,7 +117,7 @@ def parse_json(operation: str, text: str, error: type[ServiceError]) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        head = " ".join(text[:HEAD_CHARS].split()) or "nothing"
+        head = " ".join(redact(text, [key])[:HEAD_CHARS].split()) or "nothing"
         raise error(operation, 200, f"expected JSON, found: {head}") from None
 
 

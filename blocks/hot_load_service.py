@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import Literal
 
 from prefect.blocks.core import Block
@@ -12,6 +13,7 @@ from pydantic import ConfigDict, Field, JsonValue, PrivateAttr, SecretStr, field
 
 from blocks.control_calls import advice_for, ask, check_key, check_origin, parse_json, raise_for
 from blocks.preflight import CheckLine, service_lines
+from blocks.redaction import redact
 from hotload.errors import (
     ProtocolError,
     ServiceError,
@@ -85,8 +87,12 @@ class HotLoadService(Block):
             ProtocolError: JSON of another form.
         """
         limit = fireworks.STATUS_LIMIT_BYTES
-        data = await self._get("observe", fireworks.HOT_LOAD_PATH, limit, self._names())
-        return fireworks.parse_status(parse_json("observe", data, ServiceUnavailableError))
+        text = await self._get("observe", fireworks.HOT_LOAD_PATH, limit, self._names())
+        key = self._key("observe")
+        data = parse_json("observe", text, key, ServiceUnavailableError)
+        replicas = fireworks.parse_status(data).replicas
+        # What is shown of a replica goes to the log, whatever the server put into it.
+        return ServiceStatus(tuple(replace(one, raw=redact(one.raw, [key])) for one in replicas))
 
     async def signal(self, manifest: SnapshotManifest) -> tuple[str, ...]:
         """Say that a snapshot is whole and is to be loaded; returns warnings (protocol §4).
@@ -171,8 +177,9 @@ class HotLoadService(Block):
             ProtocolError: the answer is not JSON, or not an object.
         """
         path = fireworks.deployment_path(self.account_id, self.deployment_id)
-        data = await self._get("describe", path, DESCRIPTION_LIMIT_BYTES)
-        return fireworks.parse_description(parse_json("describe", data, ProtocolError))
+        text = await self._get("describe", path, DESCRIPTION_LIMIT_BYTES)
+        data = parse_json("describe", text, self._key("describe"), ProtocolError)
+        return fireworks.parse_description(data)
 
     def preflight(self, description: ServiceDescription, bucket_url: str | None) -> list[CheckLine]:
         """Whether the service can be hot-loaded from `bucket_url`, line by line (protocol §8)."""

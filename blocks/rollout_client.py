@@ -138,8 +138,7 @@ class RolloutClient(Block):
             ServiceRefusedError: no key is to be had.
         """
         window = Window(sampling.concurrency, replica_count=replica_count)
-        widest = max(window.size, sampling.concurrency.max_window)
-        async with self._wire(sampling.sample_timeout, widest) as wire:
+        async with self._wire(sampling.sample_timeout, window.widest) as wire:
             yield Sampler(
                 wire,
                 window,

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpx
 import orjson
@@ -84,6 +85,11 @@ class Sampler:
             ANSWER_LIMIT_BYTES + ANSWER_LIMIT_BYTES_PER_TOKEN * sampling.max_completion_tokens
         )
 
+    @property
+    def widest(self) -> int:
+        """Samples that can ever be in flight."""
+        return self._slots.window.widest
+
     def end_step(self) -> StepReport:
         """What the window did since the last step ended."""
         return self._slots.window.end_step()
@@ -132,7 +138,7 @@ class Sampler:
             request_id=f"r-{digest[:32]}",
             session_id=f"s-{digest[32:]}",
             path=fireworks.CHAT_PATH if is_chat else fireworks.COMPLETIONS_PATH,
-            body=orjson.dumps(body),
+            body=_render(body),
             started_at=time.monotonic(),
         )
 
@@ -240,7 +246,7 @@ class Sampler:
         )
         if fault is not None:
             status = "no answer" if fault.status_code is None else f"HTTP {fault.status_code}"
-            detail = f"{status} after {attempts} attempts: {fault.detail}"
+            detail = f"{status} at attempt {attempts}: {fault.detail}"
             return replace(trajectory, failure=fault.cause.value, detail=detail)
         count = len(answer.token_ids)
         limit = self.sampling.max_seq_len
@@ -294,6 +300,13 @@ class _Slots:
                 self._waiting.popleft().set_result(None)
             else:
                 return
+
+
+def _render(body: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:  # an integer of more than 64 bits in somebody's messages
+        return json.dumps(body).encode()
 
 
 def _take(name: str, data: bytes, answer: inference.Answer) -> Fault | None:

@@ -12,8 +12,9 @@ from emulator.server import run
 from emulator.settings import EmulatorConfig
 
 ABOUT = """
-Serves a base model with REPLICAS copies, loads what is signalled from BUCKET/<identity>/ and answers with the
-weights each copy really holds. Prints `emulator: http://127.0.0.1:PORT` when it answers; Ctrl-C ends it.
+Serves a base model with N replicas, loads what is signalled from BUCKET/<identity>/ and answers
+with the weights each replica really holds. Prints `emulator: http://127.0.0.1:PORT` when it
+answers; Ctrl-C ends it.
 """
 EXTENSIONS = """
 endpoints of the emulator's own (no key needed):
@@ -22,8 +23,10 @@ endpoints of the emulator's own (no key needed):
   DELETE /emulator/faults    all, or ?number=N
   GET    /emulator/log       requests, signals, hints, client bugs, snapshots applied per replica
   DELETE /emulator/log       forget requests and hints
-  POST   /emulator/replicas  {"action": "add" | "remove" | "restart", "replica": 1, "on_base": false}
-  POST   /emulator/tick      {"seconds": 1.0}: move the clock; returns when nothing is left to do until later
+  POST   /emulator/replicas  {"action": "add" | "remove" | "restart", "replica": 1,
+                             "on_base": false}
+  POST   /emulator/tick      {"seconds": 1.0}: move the clock; returns when nothing is left
+                             to do until later
   GET    /v1/accounts/A/deployments/D/ledger
 
 example:

@@ -29,7 +29,7 @@ DEPLOYMENT = f"{DEPLOYMENTS}/{{deployment}}"
 
 
 def create_app(config: EmulatorConfig) -> Starlette:
-    """The application for one service; its lifespan loads the base model and cleans up after itself."""
+    """The application for one service; its lifespan loads the base model and cleans up."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -64,8 +64,10 @@ def create_app(config: EmulatorConfig) -> Starlette:
         Route("/emulator/replicas", extensions.change_replicas, methods=["POST"]),
         Route("/emulator/tick", extensions.tick, methods=["POST"]),
     ]
-    handlers = {HTTPException: _refuse}
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    handlers = {HTTPException: _refuse, Exception: _confess}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -75,3 +77,9 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if status == 405:
         told = f"{request.method} is not allowed here"
     return RefusedError(status, told).response(request.url.path)
+
+
+async def _confess(request: Request, error: Exception) -> Response:
+    """A defect of the emulator itself, said so that nobody looks for it elsewhere."""
+    told = f"defect of the emulator: {type(error).__name__}: {error}"
+    return RefusedError(500, told[:2000]).response(request.url.path)

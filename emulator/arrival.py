@@ -1,6 +1,6 @@
-"""How a snapshot becomes bytes of a replica's own: download, merge, adapter. Blocking; runs in threads.
+"""How a snapshot becomes bytes of a replica's own: downloaded, merged. Blocking; runs in threads.
 
-A delta is written to a copy, which then takes the old one's place; if anything fails the old bytes stay.
+A delta is written to a copy, which then takes the old one's place: on a failure the old bytes stay.
 """
 
 from __future__ import annotations

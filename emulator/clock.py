@@ -1,7 +1,7 @@
 """The emulator's clock: real time, ticks, or both; it knows when everything waits.
 
-Whatever waits, for a moment or for an event, says so. A tick can therefore move from one due moment to the next
-and return when nothing is left to do until later: tests advance time and never wait for it.
+Whatever waits, for a moment or for an event, says so. A tick can therefore move from one due moment
+to the next and return when nothing is left to do until later: no test waits for time.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Clock:
         return event.is_set()
 
     async def tick(self, seconds: float) -> float:
-        """Let `seconds` pass, moment by moment; returns the time when nothing is left to do until later."""
+        """Let `seconds` pass, moment by moment; returns the time when all is done."""
         target = self.now() + seconds
         await self._settle()
         while self._sleepers and self._sleepers[0][0] <= target:
@@ -110,7 +110,7 @@ class Clock:
         while self._sleepers and self._sleepers[0][0] <= self.now():
             _, _, sleeper = heapq.heappop(self._sleepers)
             if not sleeper.done():
-                # Busy from this moment, not from when the loop gets to it: a tick must not return between.
+                # Busy from now on, not from when the loop gets to it: no tick may return between.
                 self._change(1)
                 sleeper.set_result(None)
 

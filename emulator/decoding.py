@@ -35,7 +35,7 @@ class DecodedPrompt:
 
 @dataclass(slots=True)
 class DecodedChoice:
-    """One answer under way. Its cache outlives a change of weights: nothing is re-prefilled (§9)."""
+    """One answer under way. Its cache outlives a change of weights: no re-prefill (protocol §9)."""
 
     pending: int
     sampling: Sampling
@@ -83,9 +83,7 @@ def draw(logits: npt.NDArray[np.float32], sampling: Sampling, rng: np.random.Gen
     Raises:
         FloatingPointError: the logits are not numbers, as with weights that are not.
     """
-    raw = log_softmax(logits.astype(np.float64))
-    if not math.isfinite(raw.max()):
-        raise FloatingPointError("the logits are not finite")
+    raw = _raw(logits)
     top = _top(raw, sampling.top_logprobs)
     if sampling.temperature == 0.0:
         best = int(raw.argmax())
@@ -122,8 +120,15 @@ def log_softmax(values: Doubles) -> Doubles:
 
 
 def _observed(token: int, logits: npt.NDArray[np.float32], top_logprobs: int) -> Token:
-    raw = log_softmax(logits.astype(np.float64))
+    raw = _raw(logits)
     return Token(token, float(raw[token]), None, _top(raw, top_logprobs))
+
+
+def _raw(logits: npt.NDArray[np.float32]) -> Doubles:
+    raw = log_softmax(logits.astype(np.float64))
+    if not math.isfinite(raw.max()):
+        raise FloatingPointError("the logits are not finite")
+    return raw
 
 
 def _top(raw: Doubles, count: int) -> tuple[tuple[int, float], ...]:

@@ -1,7 +1,7 @@
 """What an engine is: it loads weights from a directory and continues token ids with them.
 
-Two kinds exist. Engines with logits (`numpy`, `transformers`) yield `Weights`, from which `decoding` samples.
-The stub answers canned tokens and never computes.
+Two kinds exist. Engines with logits (`numpy`, `transformers`) yield `Weights`, from which
+`decoding` samples. The stub answers canned tokens and never computes.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Weights(Protocol):
 class Token(NamedTuple):
     """One sampled, or echoed, token.
 
-    `logprob` is raw, at temperature 1; `sampling_logprob` is under the distribution really sampled (protocol
-    §12). Both are None for the first prompt token, the second for every prompt token.
+    `logprob` is raw, at temperature 1; `sampling_logprob` is under the distribution really sampled
+    (protocol §12). Both are None for the first prompt token, the second for every prompt token.
     """
 
     id: int

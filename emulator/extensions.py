@@ -1,4 +1,4 @@
-"""The emulator's own endpoints below /emulator: faults, log, replicas, tick. They ask for no key."""
+"""The emulator's own endpoints, below /emulator: faults, log, replicas, tick. They need no key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def own(endpoint: Endpoint) -> Endpoint:
 
 @own
 async def add_faults(request: Request) -> Response:
-    """POST /emulator/faults: one fault object, or `{"faults": [...]}`; answers `{"numbers": [...]}`."""
+    """POST /emulator/faults: a fault, or `{"faults": [...]}`; answers `{"numbers": [...]}`."""
     service = service_of(request)
     body = await read_object(request, limit_bytes=CONTROL_LIMIT_BYTES)
     orders = body.get("faults", [body])
@@ -89,7 +89,10 @@ async def clear_log(request: Request) -> Response:
 
 @own
 async def change_replicas(request: Request) -> Response:
-    """POST /emulator/replicas: `{"action": "add" | "remove" | "restart", "replica": ..., "on_base": bool}`."""
+    """POST /emulator/replicas: `{"action": "add"}`, or "remove" or "restart" with `replica`.
+
+    A restart takes `on_base: true`; without it the replica replays the chain.
+    """
     service = service_of(request)
     body = await read_object(request, limit_bytes=CONTROL_LIMIT_BYTES)
     action = body.get("action")

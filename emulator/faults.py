@@ -1,8 +1,8 @@
 """Faults a test or a person can order, by a YAML plan or `POST /emulator/faults` (protocol §21).
 
-A fault is an object `{"fault": NAME, ...}`. Every fault takes `count` (how often it strikes; without it always),
-`after` (how many chances it lets pass first), `replica` (`replica-0`, or its number) and `identity`. What else a
-fault takes is in FAULTS, shown by `python -m emulator --help`.
+A fault is an object `{"fault": NAME, ...}`. Every fault takes `count` (how often it strikes;
+without it always), `after` (how many chances it lets pass first), `replica` (`replica-0`, or its
+number) and `identity`. What else a fault takes is in FAULTS, shown by `python -m emulator --help`.
 """
 
 from __future__ import annotations
@@ -181,9 +181,10 @@ class Faults:
             return [fault.render() for fault in self._faults]
 
     def take(self, name: str, **where: str | None) -> Mapping[str, Any] | None:
-        """The parameters of the first fault that strikes here and now, which counts as struck; else None.
+        """The parameters of the first fault that strikes here, which is counted; else None.
 
-        `where` is `replica`, `identity`, `operation`, `file`; a fault strikes where it asks for nothing else.
+        `where` is `replica`, `identity`, `operation`, `file`; a fault strikes where it asks for
+        nothing else.
         """
         if not self._faults:
             return None
@@ -210,7 +211,7 @@ class Faults:
 
 
 def read_plan(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """The faults of a YAML plan: a list of fault objects, or an object with the list under `faults`.
+    """The faults of a YAML plan: a list of fault objects, alone or under `faults`.
 
     Raises:
         InvalidFaultError: not YAML, or not of this form.

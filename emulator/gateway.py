@@ -1,4 +1,4 @@
-"""What every endpoint does first: ordered faults, the key, the names, a bounded JSON body (protocol §2, §3)."""
+"""What every endpoint does first: ordered faults, key, names, a bounded JSON body (protocol §2)."""
 
 from __future__ import annotations
 

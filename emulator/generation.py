@@ -1,4 +1,4 @@
-"""One request on one replica: admitted, prefilled, continued token by token across swaps (protocol §9)."""
+"""One request on one replica: admitted, prefilled, continued across swaps (protocol §9)."""
 
 from __future__ import annotations
 

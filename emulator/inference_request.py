@@ -47,7 +47,7 @@ SEED_LIMIT = 1 << 64
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """One request. `logprobs` is "content" for the newer form, an int for the legacy one, or None."""
+    """One request. `logprobs` is "content", a count (the legacy form), or None."""
 
     is_chat: bool
     model: str
@@ -254,7 +254,7 @@ def _number(
     *,
     whole: bool = False,
 ) -> float:
-    """An omitted field takes the model's generation_config, as the vendor's server does (protocol §11)."""
+    """A number; omitted, the one of the model's generation_config (protocol §11)."""
     value = body.get(name)
     if value is None:
         value = defaults.get(name)

@@ -1,4 +1,4 @@
-"""What was signalled and served, by whom, when (protocol §7). Field names are ours; times are clock seconds."""
+"""What was signalled and served, by whom, when (protocol §7). Field names are our own."""
 
 from __future__ import annotations
 

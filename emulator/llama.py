@@ -1,8 +1,8 @@
 """The numpy forward of the Llama/Qwen block, with a KV cache (services.md's measured default).
 
-RMSNorm, rotary positions without scaling, grouped-query attention, optional biases on q, k, v (Qwen2) and
-norms on q, k (Qwen3), SwiGLU, tied or untied head. Computed in float32; held to `transformers` by recorded
-logits. Anything outside this block is refused, never approximated.
+RMSNorm, rotary positions without scaling, grouped-query attention, optional biases on q, k, v
+(Qwen2) and norms on q, k (Qwen3), SwiGLU, tied or untied head. Computed in float32; held to
+`transformers` by recorded logits. Anything outside this block is refused, never approximated.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class LlamaShape:
 
 
 class KeyValueCache:
-    """Keys and values of the positions computed so far: `[layers, 2, heads, capacity, head_dim]`."""
+    """Keys and values of the positions so far: `[layers, 2, heads, capacity, head_dim]`."""
 
     def __init__(self, shape: LlamaShape, capacity: int = 64) -> None:
         self._layout = (shape.layer_count, 2, shape.key_value_head_count, shape.head_dim)
@@ -137,7 +137,7 @@ class LlamaWeights:
             tensors: by their Hugging Face names, float32.
 
         Raises:
-            UnsupportedModelError: a tensor is missing, has another shape, or belongs to another block.
+            UnsupportedModelError: a tensor is missing, misshapen, or of another block.
         """
         self.shape = LlamaShape.parse(config)
         self.vocab_size, self.context_length = self.shape.vocab_size, self.shape.context_length

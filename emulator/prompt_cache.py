@@ -24,8 +24,8 @@ class Entry:
 class PromptCache:
     """One entry per session, and the newest of each prompt head for everybody else.
 
-    A prefix computed before a swap is, after a swap with policy `all`, gone; with `new_session`, left to the
-    sessions that made it; with `none`, left to everybody.
+    A prefix computed before a swap is, after a swap with policy `all`, gone; with `new_session`,
+    left to the sessions that made it; with `none`, left to everybody.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class PromptCache:
             self._closed += 1
 
     def find(self, prompt: Sequence[int], session: str | None) -> tuple[Any, int]:
-        """A cache and how many leading tokens of `prompt` it may be used for: (None, 0) if there is none.
+        """A cache and how many leading tokens of `prompt` it serves; (None, 0) if there is none.
 
         The last token of a prompt is always computed.
         """

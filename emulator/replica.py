@@ -48,7 +48,7 @@ class ReplicaGoneError(Exception):
 
 
 class Replica:
-    """A replica on base weights; `load` and `restart` change what it serves. Lives in the event loop."""
+    """A replica; `load` and `restart` change what it serves. Lives in the event loop."""
 
     def __init__(self, index: int, around: Surroundings) -> None:
         self.name, self._around = f"replica-{index}", around
@@ -116,7 +116,7 @@ class Replica:
         self.gate.set()
 
     def stop(self) -> None:
-        """Cancel what is loading; its thread, if one runs, is waited for by whatever begins next."""
+        """Cancel what is loading; what begins next waits for its thread."""
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
 
@@ -240,7 +240,7 @@ class Replica:
         self._log(load, result, None)
 
     async def _swap(self, weights: Any, load: Load) -> None:
-        """From old weights to new: unready meanwhile; ASYNC pauses requests, SYNC drains them (§9)."""
+        """Change weights, unready; ASYNC pauses requests, SYNC drains them (protocol §9)."""
         clock = self._around.clock
         self.readiness = False
         self.gate.clear()

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import uvicorn
-from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from emulator.app import create_app
@@ -23,8 +22,8 @@ SHUTDOWN_SECONDS = 1
 class Gathering:
     """A transport that sends what is written in one turn of the loop in one system call.
 
-    The server writes the head, each event and the end of an answer apart; sending is the larger part of a
-    short answer's cost.
+    The server writes the head, each event and the end of an answer apart; sending is the larger
+    part of a short answer's cost.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -59,22 +58,61 @@ class Protocol(H11Protocol):
         super().connection_made(Gathering(transport))  # type: ignore[arg-type]
 
 
+class Server(uvicorn.Server):
+    """uvicorn that says when it answers, and why it does not."""
+
+    def __init__(self, config: EmulatorConfig, on_settled: Callable[[], None]) -> None:
+        self._app = create_app(config)
+        super().__init__(
+            uvicorn.Config(
+                self._app,
+                http=Protocol,
+                log_level="critical",
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            )
+        )
+        self._on_settled = on_settled
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; `on_settled` is called whether or not it answers now."""
+        try:
+            await super().startup(sockets=sockets)
+        except SystemExit:
+            self.should_exit = True  # its way to say that the application did not start
+        finally:
+            self._on_settled()
+
+    def check_started(self) -> None:
+        """Return if it answers, or did.
+
+        Raises:
+            RuntimeError: it did not start; the cause is attached.
+        """
+        if not self.started:
+            cause: BaseException | None = getattr(self._app.state, "failure", None)
+            raise RuntimeError("the emulator did not start") from cause
+
+
 class RunningEmulator:
     """An emulator that answers at `url` until `stop`; also a context manager."""
 
     def __init__(self, config: EmulatorConfig) -> None:
-        self._socket = _bind(config.port)
-        self.url = f"http://{HOST}:{self._socket.getsockname()[1]}"
-        self._app = create_app(config)
-        self._server = _server(self._app)
-        self._thread = threading.Thread(target=self._run, name="emulator", daemon=True)
-        self._ended = threading.Event()
+        self._socket, self.url = _bind(config.port)
+        settled = threading.Event()
+        self._server = Server(config, settled.set)
+        work = self._server.serve([self._socket])
+        self._thread = threading.Thread(
+            target=asyncio.run, args=[work], name="emulator", daemon=True
+        )
         self._thread.start()
-        while not self._server.started and not self._ended.wait(0.005):
-            pass
-        if not self._server.started:
+        settled.wait()
+        try:
+            self._server.check_started()
+        except RuntimeError:
             self.stop()
-            raise RuntimeError("the emulator did not start") from failure_of(self._app)
+            raise
 
     def stop(self) -> None:
         """End it, and wait until everything it wrote is removed."""
@@ -92,12 +130,6 @@ class RunningEmulator:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._server.serve([self._socket]))
-        finally:
-            self._ended.set()
 
 
 def serve(config: EmulatorConfig) -> RunningEmulator:
@@ -117,44 +149,19 @@ def run(config: EmulatorConfig, announce: Callable[[str], None]) -> None:
         RuntimeError: the base model cannot be loaded; the cause is attached.
         OSError: the port is taken.
     """
-    app = create_app(config)
-    with _bind(config.port) as listening:
-        server = _server(app)
-        url = f"http://{HOST}:{listening.getsockname()[1]}"
+    listening, url = _bind(config.port)
+    with listening:
 
-        async def serving() -> None:
-            running = asyncio.create_task(server.serve([listening]))
-            while not server.started and not running.done():
-                await asyncio.sleep(0.005)
+        def settled() -> None:
             if server.started:
                 announce(url)
-            await running
 
-        asyncio.run(serving())
-    if not server.started:
-        raise RuntimeError("the emulator did not start") from failure_of(app)
-
-
-def failure_of(app: Starlette) -> BaseException | None:
-    """Why an application did not start."""
-    failure: BaseException | None = getattr(app.state, "failure", None)
-    return failure
+        server = Server(config, settled)
+        asyncio.run(server.serve([listening]))
+    server.check_started()
 
 
-def _server(app: Starlette) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=Protocol,
-            log_level="critical",
-            access_log=False,
-            lifespan="on",
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        )
-    )
-
-
-def _bind(port: int) -> socket.socket:
+def _bind(port: int) -> tuple[socket.socket, str]:
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -162,4 +169,4 @@ def _bind(port: int) -> socket.socket:
     except OSError:
         listening.close()
         raise
-    return listening
+    return listening, f"http://{HOST}:{listening.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The service: signals in, replicas told, status out (protocol §4-§8, the rows *Emulator* of §4 and §21)."""
+"""The service: signals in, replicas told, status out (protocol §4-§8, §21)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from emulator.validation import BaseModel, InvalidSnapshotError, check_full, che
 from hotload.shards import plain_name
 from hotload.snapshot import ADAPTER_CONFIG_FILE, SnapshotKind, check_identity
 
-# Small matrix products hold the interpreter: two threads answered a fifth slower than one. Large ones are
-# spread over the cores by the matrix library itself.
+# Small matrix products hold the interpreter: two threads answered a fifth slower than one. Large
+# ones are spread over the cores by the matrix library itself.
 COMPUTE_THREADS = 1
 SESSION_LIMIT = 50_000
 RECORD_LIMIT = 10_000
@@ -37,7 +37,7 @@ UNCHAINED = "incremental snapshot refused"
 
 
 class Service:
-    """One deployment with its replicas. Lives in the event loop; `start` before use, `stop` after."""
+    """One service with its replicas. Lives in the event loop; `start` before use, `stop` after."""
 
     def __init__(self, config: EmulatorConfig) -> None:
         self.config = config
@@ -167,15 +167,15 @@ class Service:
         reason = reason or self._chain_error(signal)
         if reason is not None and self.config.chain_error != "load_error":
             raise RefusedError(int(self.config.chain_error), reason)
+        if is_lora and signal.previous is not None:
+            self._crash(f"delta metadata for the LoRA snapshot {identity}")
+            note["result"] = "crashed"
+            return None
         kind = SnapshotKind.FULL if signal.previous is None else SnapshotKind.DELTA
         kind = SnapshotKind.LORA if is_lora else kind
         load = Load(identity, kind, signal.previous, signal.reset_prompt_cache)
         note["result"] = "accepted"
         self.ledger.add(LedgerEntry(load, signal, self.clock.now()))
-        if is_lora and signal.previous is not None:
-            self._crash(f"delta metadata for the LoRA snapshot {identity}")
-            note["result"] = "crashed"
-            return None
         if reason is not None:
             for replica in self.replicas:
                 replica.refuse(load, reason)
@@ -296,6 +296,8 @@ class Service:
         entry = self.ledger.get(identity)
         if entry is not None:
             entry.ready_at[replica] = self.clock.now()
+            if len(entry.ready_at) >= len(self.replicas):
+                shutil.rmtree(self._work_dir / "hinted" / identity, ignore_errors=True)
 
     def _note_failed(self, replica: str, identity: str, detail: str) -> None:
         entry = self.ledger.get(identity)

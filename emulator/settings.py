@@ -14,9 +14,10 @@ from hotload.wire.fireworks import deployment_name, model_name
 class EmulatorConfig:
     """Everything an emulator needs to know; times in seconds of its own clock.
 
-    With `clock="ticks"` that clock moves only by `POST /emulator/tick`, so that a test decides when a replica
-    goes on to its next state. `chain_error`, `sync_new_requests`, `hint_status_code` and
-    `reject_reset_prompt_cache` answer as one chooses what no public source settles (protocol §4, §6, §9).
+    With `clock="ticks"` that clock moves only by `POST /emulator/tick`, so that a test decides when
+    a replica goes on to its next state. `chain_error`, `sync_new_requests`, `hint_status_code` and
+    `reject_reset_prompt_cache` answer as one chooses what no public source settles (protocol §4,
+    §6, §9).
     """
 
     bucket: str

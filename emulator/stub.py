@@ -1,4 +1,4 @@
-"""The stub engine: canned tokens after a fixed latency, no weights computed. For benchmarks of the client."""
+"""The stub engine: canned tokens, no weights computed. For benchmarks of the client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emulator.llama import LlamaShape
 from emulator.weights import read_json, read_tensors, shard_names
 from hotload.snapshot import CONFIG_FILE
 
-# Four mixture-of-experts layers of two experts: the form of a routing matrix, for clients that ask for one.
+# Four layers of two experts: the form of a routing matrix, for clients that ask for one.
 ROUTING = base64.b64encode(bytes([0, 1, 2, 3, 0, 2, 1, 3])).decode()
 FIRST_ID, CYCLE = 5, 11
 LOGPROB = -0.5

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the base model's own files; without them, ids only (protocol §11)."""
+"""Text to token ids and back by the base model's files; without them, ids only (protocol §11)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPLACEMENT = "�"
 
 
 class UntokenizableError(ValueError):
-    """Text came in, and the base model brings no tokenizer, or its template refuses the messages."""
+    """Text came in without a tokenizer, or the chat template refuses the messages."""
 
 
 @dataclass(frozen=True, eq=False)  # by identity: methods remember their results

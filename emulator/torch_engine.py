@@ -1,4 +1,4 @@
-"""`--engine transformers`: any causal Hugging Face model, where torch is installed (the `[torch]` extra)."""
+"""`--engine transformers`: any causal Hugging Face model, where torch is installed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TorchCache:
         """A copy of the first `length` positions."""
         store = copy.deepcopy(self.store)
         if length < self.length:
-            store.crop(length)
+            store.crop(length - self.length)
         return TorchCache(store, length)
 
 

@@ -1,6 +1,6 @@
-"""What the service checks of a full or LoRA snapshot during the signal (protocol §10, wire-format §6).
+"""What the service checks of a full or a LoRA during the signal (protocol §10, wire-format §6).
 
-Written from the contract, not from the client's checks: the two are meant to find each other's mistakes.
+Written from the contract, not from the client's checks: the two are to find each other's mistakes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check_full(
     """Return if the full snapshot `identity` may be loaded over `base`.
 
     Raises:
-        InvalidSnapshotError: with the first broken rule, in the vendor's words where they are known.
+        InvalidSnapshotError: with the first broken rule, in the vendor's words where known.
         MissingObjectError: a file is not there (yet).
     """
     config = _document(bucket, identity, files, CONFIG_FILE)
@@ -127,8 +127,8 @@ def check_lora(bucket: Bucket, identity: str, files: Mapping[str, int], base: Ba
     named = config.get("base_model_name_or_path")
     if named not in (base.name, base.name.rpartition("/")[2], str(base.directory)):
         raise InvalidSnapshotError(
-            f"{ADAPTER_CONFIG_FILE}: base_model_name_or_path {str(named)[:200]!r} is not the served "
-            f"base model {base.name!r}"
+            f"{ADAPTER_CONFIG_FILE}: base_model_name_or_path {str(named)[:200]!r} "
+            f"is not the served base model {base.name!r}"
         )
     adapters = [name for name in files if name.startswith(ADAPTER_PREFIX)]
     shards = [name for name in adapters if name.endswith(SHARD_SUFFIX)]

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint directory as float32 arrays, with a LoRA adapter added if there is one."""
+"""Tensors of a checkpoint directory as float32 arrays, a LoRA adapter added if there is one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shard_names(directory: Path) -> list[str]:
-    """Weight files of a checkpoint: those its index lists, or every safetensors file without one."""
+    """Weight files of a checkpoint: as its index lists them, else all there are."""
     index = directory / INDEX_FILE
     if index.exists():
         listed = read_json(index).get("weight_map")

@@ -4,12 +4,14 @@ from prefect import flow
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.rollout_client import RolloutClient
+from hotload.parts import MANIFEST_FILE, RolloutPart
 from hotload.report import RolloutSummary
 from hotload.spec import CycleSpec
-from tasks.hand_back import find_rollout, hand_back
+from tasks.hand_back import find_rollout, hand_back, sum_up
 from tasks.overlap import overlap
+from tasks.progress import Progress
 from tasks.read_problems import plan_rollouts
-from tasks.roll_out import open_rollout, roll_out_chunk
+from tasks.roll_out import Rollout, open_rollout, roll_out_chunk
 from tasks.warm_up import warm_up
 
 
@@ -38,7 +40,15 @@ async def roll_out_and_score(
         return done
     await warm_up(client, spec.readiness)
     async with open_rollout(spec, plan, client, store, replica_count) as rollout:
+        progress = await Progress.start(f"rollouts {identity}", plan.problem_count)
         numbers = range(len(plan.parts))
-        parts = await overlap(roll_out_chunk(rollout, number) for number in numbers)
+        parts = await overlap(_carry(rollout, number, progress) for number in numbers)
         rollout.log_window()
-    return await hand_back(store, plan, parts, rollout.seconds)
+    manifest = sum_up(store, plan, parts, rollout.seconds)
+    return await hand_back(store, manifest, plan.path(MANIFEST_FILE))
+
+
+async def _carry(rollout: Rollout, number: int, progress: Progress) -> RolloutPart:
+    part = await roll_out_chunk(rollout, number)
+    await progress.advance(part.group_count)
+    return part

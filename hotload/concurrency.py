@@ -110,6 +110,11 @@ class Window:
         return int(self._width)
 
     @property
+    def widest(self) -> int:
+        """Slots there can ever be."""
+        return self.size if self._is_fixed else self._spec.max_window
+
+    @property
     def in_flight(self) -> int:
         """Slots in use."""
         return self._in_flight

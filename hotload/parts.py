@@ -54,6 +54,11 @@ class RolloutPlan:
     parts: tuple[PartPlan, ...]
     digest: str
 
+    @property
+    def problem_count(self) -> int:
+        """Problems in all parts."""
+        return sum(len(part.problems) for part in self.parts)
+
     def path(self, file: str) -> str:
         """Path of a file of this rollout below the bucket."""
         return f"{self.directory}/{file}"

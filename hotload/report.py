@@ -81,12 +81,13 @@ class CycleReport(Record):
         snapshot, rollouts = self.snapshot, self.rollouts
         travelled = megabytes(snapshot.size_bytes)
         full = megabytes(snapshot.content_size_bytes)
-        mean = rollouts.mean_reward
+        mean, first = rollouts.mean_reward, self.fallback_reason or ""
         facts = {
             "identity": snapshot.identity,
-            "kind": f"{snapshot.kind.value}: {snapshot.reason}",
+            "kind": snapshot.kind.value,
+            "why": snapshot.reason,
             "outcome": self.outcome,
-            "fallback": self.fallback_reason or "",
+            "first failure": first if first != snapshot.reason else "",
             "bytes": f"{travelled} of {full} (1 : {snapshot.ratio:.1f})",
             "replicas": str(snapshot.replica_count),
             "seconds": f"{self.seconds:.1f}",

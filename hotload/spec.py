@@ -242,20 +242,20 @@ class CycleSpec(Declared):
     """The training run; begins every identity this run publishes."""
     policy_version: int = Field(ge=0, lt=10**9)
     """The trainer's step; grows within a run and is never used for other weights."""
-    base_model: str | None = None
-    """Directory of the base model the service was started on. When given, config, tensor names and
-    shapes are compared with it before anything is uploaded."""
+    work_dir: str = Field(min_length=1)
+    """A directory on this machine for the baseline and unfinished files; as large as two
+    checkpoints."""
+    problems: Problems
+    """What to sample."""
     service: str = Field("default", min_length=1)
     """Name of the `HotLoadService` block to load the weights into."""
     store: str = Field("default", min_length=1)
     """Name of the `CheckpointStore` block to publish through."""
     rollouts: str = Field("default", min_length=1)
     """Name of the `RolloutClient` block to sample with."""
-    work_dir: str = Field(min_length=1)
-    """A directory on this machine for the baseline and unfinished files; as large as two
-    checkpoints."""
-    problems: Problems
-    """What to sample."""
+    base_model: str | None = None
+    """Directory of the base model the service was started on. When given, config, tensor names and
+    shapes are compared with it before anything is uploaded."""
     cadence: Cadence = Cadence()
     """When to publish, and when a full snapshot is due."""
     snapshot: SnapshotOptions = SnapshotOptions()

@@ -180,8 +180,8 @@ def _parse_row(line: bytes, source: str, number: int) -> Problem:
         refuse(f"expected an object, found {type(row).__name__}")
     if line.count(b"[") + line.count(b"{") > DEPTH_LIMIT and _depth(row) > DEPTH_LIMIT:
         refuse(f"nested more than {DEPTH_LIMIT} deep")
-    if LONE_SURROGATE.search(json.dumps(row)) if b"\\ud" in line.lower() else None:
-        refuse("text that is not Unicode: half of a surrogate pair")
+    if rb"\ud" in line.lower() and not _is_unicode(row):
+        refuse("half of a surrogate pair, which is not text")
     name = row.pop("id", None)
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
@@ -201,6 +201,14 @@ def _parse_row(line: bytes, source: str, number: int) -> Problem:
     elif not isinstance(prompt, str) or not prompt:
         refuse("`prompt`: expected text or a list of token ids")
     return Problem(name, prompt, messages, row.pop("answer", None), row)
+
+
+def _is_unicode(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _depth(value: Any) -> int:

@@ -63,7 +63,7 @@ async def signal_snapshot(
         raise
 
 
-@task(cache_policy=NO_CACHE, **RETRIED)
+@task(cache_policy=NO_CACHE, task_run_name="reset-ledger", **RETRIED)
 async def reset_ledger(service: HotLoadService) -> None:
     """Make the service forget every hot-loaded snapshot; base weights answer until the next
     full."""

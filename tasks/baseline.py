@@ -13,11 +13,17 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
-from hotload.errors import BaselineLostError, DeltaError, StoreError, StoreUnavailableError
-from hotload.local import apply_file, copy_file, replace_directory, sha256_file
+from hotload.errors import (
+    BaselineLostError,
+    DeltaError,
+    InvalidCheckpointError,
+    StoreError,
+    StoreUnavailableError,
+)
+from hotload.local import apply_file, copy_file, remove_tree, replace_directory, sha256_file
 from hotload.snapshot import Shard, SideFile, SnapshotKind, SnapshotManifest
 from hotload.spec import CycleSpec
-from tasks.places import baseline_dir, delta_dir
+from tasks.places import baseline_dir, delta_dir, results_dir
 from tasks.records import read_manifest
 from tasks.retrying import RETRIED
 
@@ -26,12 +32,21 @@ from tasks.retrying import RETRIED
 async def keep_baseline(
     spec: CycleSpec, service: HotLoadService, store: CheckpointStore, identity: str
 ) -> None:
-    """Move the baseline on to `identity`, which every replica has confirmed."""
+    """Move the baseline on to `identity`, which every replica has confirmed.
+
+    Deltas of other snapshots and results of finished steps go: publishing is over. Where the bytes
+    cannot be had any more, the next snapshot will be a full one; this one is served all the same.
+    """
     manifest = await read_manifest(store, identity)
     if manifest is None:
         raise StoreError(identity, "its manifest is gone from the store")
     if manifest.kind is not SnapshotKind.LORA:
-        await hold_baseline(spec, service, store, manifest)
+        try:
+            await hold_baseline(spec, service, store, manifest)
+        except BaselineLostError as error:
+            get_run_logger().warning("%s; the next snapshot will be full", error)
+    await asyncio.to_thread(_keep_only, delta_dir(spec, service), identity)
+    await asyncio.to_thread(remove_tree, results_dir(spec, service))
 
 
 async def hold_baseline(
@@ -61,8 +76,9 @@ async def hold_baseline(
             raise BaselineLostError(manifest.identity, "its chain in the store does not end")
     for each in reversed(lineage):
         await _build(spec, service, store, each)
+        # A long chain is rebuilt in the room of two checkpoints.
+        await asyncio.to_thread(_keep_only, root, each.identity)
     await asyncio.to_thread(_keep_only, root, manifest.identity)
-    await asyncio.to_thread(_keep_only, delta_dir(spec, service), manifest.identity)
     return root / manifest.identity
 
 
@@ -134,13 +150,23 @@ async def _restore(
         raise DeltaError(shard.file, reason)
 
 
+def _copied(source: Path, file: Shard | SideFile, out: Path) -> bool:
+    """Whether `source` is what the manifest says of `file`; `out` is then a copy of it."""
+    try:
+        if source.stat().st_size != file.size_bytes:
+            return False
+    except OSError:
+        return False
+    return copy_file(source, out) == file.sha256
+
+
 def _is_whole(directory: Path, manifest: SnapshotManifest) -> bool:
     expected = {shard.file: shard.content_sha256 for shard in manifest.shards}
     expected |= {side_file.file: side_file.sha256 for side_file in manifest.side_files}
-    return directory.is_dir() and all(
-        (directory / file).is_file() and sha256_file(directory / file) == digest
-        for file, digest in expected.items()
-    )
+    try:
+        return all(sha256_file(directory / file) == digest for file, digest in expected.items())
+    except InvalidCheckpointError:
+        return False  # a file is gone or cannot be read
 
 
 def _keep_only(parent: Path, identity: str) -> None:

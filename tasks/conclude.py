@@ -37,9 +37,16 @@ async def find_report(
 async def conclude_cycle(store: CheckpointStore, report: CycleReport) -> None:
     """Show the report as artifacts, then record in the store that the cycle has ended."""
     key = re.sub(r"[^a-z0-9]+", "-", f"cycle-{report.name}".lower())
-    await acreate_table_artifact(report.rows(), key=key, description=f"Cycle **{report.name}**")
-    uri = report.rollouts.parts_uri
-    await acreate_link_artifact(uri, key=f"{key}-data", link_text=f"scored groups: {uri}")
+    snapshot, rollouts = report.snapshot, report.rollouts
+    await acreate_table_artifact(
+        report.rows(), key=key, description=f"**{snapshot.kind.value}** – {snapshot.reason}"
+    )
+    await acreate_link_artifact(
+        rollouts.parts_uri,
+        key=f"{key}-data",
+        link_text=rollouts.parts_uri,
+        description=f"{rollouts.group_count} scored groups of `{snapshot.identity}`, as Parquet",
+    )
     await write_report(store, report)
 
 

@@ -106,28 +106,29 @@ async def find_rollout(store: CheckpointStore, plan: RolloutPlan) -> RolloutSumm
     return manifest.summary if manifest.digest == plan.digest else None
 
 
-@task(cache_policy=NO_CACHE, task_run_name="hand-back-{plan.identity}", **RETRIED)
-async def hand_back(
+def sum_up(
     store: CheckpointStore, plan: RolloutPlan, parts: Sequence[RolloutPart], seconds: float
-) -> RolloutSummary:
-    """Write the manifest that names every part, and sum them up. A reader may rely on it.
-
-    Args:
-        seconds: wall time of the rollouts, for the summary.
-
-    Raises:
-        StoreError: the store refuses.
-    """
-    summary = summarize(
-        plan.identity, parts, parts_uri=f"{store.url}/{plan.directory}", seconds=seconds
-    )
-    manifest = RolloutManifest(
+) -> RolloutManifest:
+    """The manifest of a rollout whose parts all lie in the store; `seconds` is its wall time."""
+    return RolloutManifest(
         identity=plan.identity,
         policy_version=plan.policy_version,
         digest=plan.digest,
         parts=tuple(parts),
-        summary=summary,
+        summary=summarize(
+            plan.identity, parts, parts_uri=f"{store.url}/{plan.directory}", seconds=seconds
+        ),
         created_at=datetime.now(UTC),
     )
-    await store.put_bytes(manifest.render(), plan.path(MANIFEST_FILE))
-    return summary
+
+
+# Takes no plan: Prefect walks through what a task is given, and a plan holds every problem.
+@task(cache_policy=NO_CACHE, task_run_name="hand-back-{manifest.identity}", **RETRIED)
+async def hand_back(store: CheckpointStore, manifest: RolloutManifest, path: str) -> RolloutSummary:
+    """Write the manifest that names every part. From now on a reader may rely on it.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    await store.put_bytes(manifest.render(), path)
+    return manifest.summary

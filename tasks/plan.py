@@ -22,7 +22,7 @@ from tasks.retrying import RETRIED
 UNCLEAR_POLLS = 3
 
 
-@task(cache_policy=NO_CACHE, **RETRIED)
+@task(cache_policy=NO_CACHE, task_run_name="plan-{spec.name}", **RETRIED)
 async def plan_snapshot(
     spec: CycleSpec, service: HotLoadService, store: CheckpointStore, content: CheckpointContent
 ) -> SnapshotPlan:
@@ -48,7 +48,7 @@ async def plan_snapshot(
     return plan
 
 
-@task(cache_policy=NO_CACHE, **RETRIED)
+@task(cache_policy=NO_CACHE, task_run_name="plan-fallback-{spec.name}", **RETRIED)
 async def plan_fallback(
     spec: CycleSpec, store: CheckpointStore, content: CheckpointContent, reason: str
 ) -> SnapshotPlan:

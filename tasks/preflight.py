@@ -10,7 +10,7 @@ from hotload.spec import CycleSpec
 from tasks.retrying import RETRIED
 
 
-@task(cache_policy=NO_CACHE, **RETRIED)
+@task(cache_policy=NO_CACHE, task_run_name="preflight-{spec.name}", **RETRIED)
 async def preflight_service(
     spec: CycleSpec, service: HotLoadService, store: CheckpointStore
 ) -> int | None:

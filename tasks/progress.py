@@ -1,15 +1,17 @@
 """Progress: a bar in the Prefect UI for steps that take a person's patience."""
 
+import asyncio
 from uuid import UUID
 
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 
 
 class Progress:
-    """A bar over `total` bytes; one call to the server per finished batch, none for no work."""
+    """A bar over `total` of anything; one call to the server per finished batch."""
 
     def __init__(self, artifact_id: UUID, total: int) -> None:
         self._artifact_id, self._total, self._done = artifact_id, max(total, 1), 0
+        self._in_order = asyncio.Lock()
 
     @classmethod
     async def start(cls, description: str, total: int) -> "Progress":
@@ -20,6 +22,8 @@ class Progress:
         return cls(made, total)
 
     async def advance(self, done: int) -> None:
-        """Move the bar by `done` bytes."""
+        """Move the bar by `done`."""
         self._done += done
-        await aupdate_progress_artifact(self._artifact_id, 100.0 * self._done / self._total)
+        # Batches end side by side; an older update that arrived last would stay on the bar.
+        async with self._in_order:
+            await aupdate_progress_artifact(self._artifact_id, 100.0 * self._done / self._total)

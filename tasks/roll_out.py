@@ -2,8 +2,10 @@
 window.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from math import ceil
 from time import monotonic
 
 from prefect import get_run_logger, task
@@ -32,6 +34,10 @@ class Rollout:
         self._scorer = scorer
         self._store = store
         self._started = monotonic()
+        per_part = len(plan.parts[0].problems) * sampler.sampling.completions_per_prompt
+        # Enough parts to fill the window twice; the others wait, so that memory stays bounded.
+        parts = 1 + ceil(2 * sampler.widest / per_part)
+        self._under_way = asyncio.Semaphore(parts)
         self._unwritten: dict[int, tuple[ScoredGroup, ...]] = {}
 
     @property
@@ -56,11 +62,12 @@ class Rollout:
 
     async def _sample(self, part: PartPlan) -> list[TrajectoryGroup]:
         count = self._sampler.sampling.completions_per_prompt
-        samples = await overlap(
-            self._sampler.sample(problem, number)
-            for problem in part.problems
-            for number in range(count)
-        )
+        async with self._under_way:
+            samples = await overlap(
+                self._sampler.sample(problem, number)
+                for problem in part.problems
+                for number in range(count)
+            )
         return [
             TrajectoryGroup(problem, tuple(samples[i * count : (i + 1) * count]))
             for i, problem in enumerate(part.problems)

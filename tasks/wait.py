@@ -17,7 +17,7 @@ from hotload.snapshot import SnapshotManifest
 from hotload.spec import ReadinessPolicy
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, task_run_name="first-replica")
 async def wait_for_replicas(service: HotLoadService, readiness: ReadinessPolicy) -> ServiceStatus:
     """The service's status, once it lists a replica.
 

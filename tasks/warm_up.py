@@ -8,7 +8,7 @@ from blocks.rollout_client import RolloutClient
 from hotload.spec import ReadinessPolicy
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, task_run_name="warm-up")
 async def warm_up(client: RolloutClient, readiness: ReadinessPolicy) -> bool:
     """Whether the service answered a small request in time. Best effort: nothing depends on it."""
     if not readiness.warmup_after_hotload:

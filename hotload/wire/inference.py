@@ -6,8 +6,7 @@ reads values.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hotload.faults import Action, Cause, Fault, fault_of_status
@@ -19,6 +18,8 @@ DONE = b"[DONE]"
 HEARTBEAT_EVENTS = frozenset({"ping", "heartbeat", "keepalive"})
 FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
 WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
+LOGPROB_RANGE = (-1e9, 0.01)  # a sum in floating point may end a little above 0
+COUNT_LIMIT = 1 << 31
 IDENTITY_LIMIT = 64
 """Distinct identities kept of one answer."""
 
@@ -112,7 +113,8 @@ class Answer:
         """Whether the closing `[DONE]` was seen; a plain response is done by itself."""
         self.observed: list[str] = []
         self.last_identity: str | None = None
-        self.finish_reason: str | None = None
+        self.finish_reason: Any = None
+        self.text = ""
         self.token_ids: tuple[int, ...] = ()
         self.sampling_logprobs: list[Any] = []
         self.prompt_token_ids: tuple[int, ...] = prompt or ()
@@ -120,11 +122,6 @@ class Answer:
         self.prefill_queue_seconds: float | None = None
         self.replica: str | None = None
         self.response_id: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The answer's text so far."""
-        return "".join(self._texts)
 
     def add(self, chunk: Any) -> Fault | None:
         """Take one decoded chunk in; the fault, if it is or carries an error."""
@@ -163,9 +160,9 @@ class Answer:
                 self.finish_reason = choice["finish_reason"]
         usage = chunk.get("usage")
         if usage:
-            self.prompt_token_count = int(usage.get("prompt_tokens") or 0)
+            self.prompt_token_count = int(_number(usage.get("prompt_tokens")) or 0)
             details = usage.get("prompt_tokens_details") or {}
-            self.cached_prompt_token_count = int(details.get("cached_tokens") or 0)
+            self.cached_prompt_token_count = int(_number(details.get("cached_tokens")) or 0)
         metrics = chunk.get("perf_metrics")
         if metrics:
             self.add_metrics(metrics)
@@ -199,49 +196,51 @@ class Answer:
                     return value
             return None
 
-        queue, cached = find("prefill-queue-duration"), find("cached-prompt-tokens")
-        if queue is not None:
-            seconds = float(queue)
-            if math.isfinite(seconds) and seconds >= 0:
-                self.prefill_queue_seconds = seconds
-        if cached is not None and not self.cached_prompt_token_count:
-            self.cached_prompt_token_count = int(float(cached))
+        self.prefill_queue_seconds = _number(find("prefill-queue-duration"))
+        if not self.cached_prompt_token_count:
+            self.cached_prompt_token_count = int(_number(find("cached-prompt-tokens")) or 0)
         host = find("backend-host")
         if host is not None:
             self.replica = str(host)[:256]
 
     def finish(self) -> Fault | None:
-        """Close the answer and settle its token ids; the fault, if it cannot be trained on.
+        """Close the answer and settle its text and tokens; the fault, if it cannot be trained on.
 
         An answer cut short before its `[DONE]` may be asked for again; one that was whole and lacks
         something is a failed sample: ids are never made by tokenizing again (protocol §12).
         """
+        try:
+            return self._settle()
+        except (TypeError, ValueError, OverflowError):
+            return malformed("a value is not of the documented type")
+
+    def _settle(self) -> Fault | None:
         if self.finish_reason is None:
-            return Fault(
-                Action.RETRY, Cause.TRUNCATED, 200, "the stream ended without a finish reason"
-            )
+            told = "the stream ended without a finish reason"
+            return Fault(Action.RETRY, Cause.TRUNCATED, 200, told)
         if self.finish_reason not in FINISH_REASONS:
-            return Fault(
-                Action.RETRY, Cause.SERVER_ERROR, 200, "the answer did not finish properly"
-            )
+            told = "the answer did not finish properly"
+            return Fault(Action.RETRY, Cause.SERVER_ERROR, 200, told)
         lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
-        count = len(self.sampling_logprobs)
+        values = self.sampling_logprobs
+        count = len(values)
+        self.text = "".join(self._texts)
         if self._lacks_logprobs or (count == 0 and (self._raw_ids or self.text)):
             return Fault(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
+        if values and not LOGPROB_RANGE[0] <= min(values) <= max(values) <= LOGPROB_RANGE[1]:
+            return malformed("a log-probability out of range")
         ids = self._ids(count)
         if ids is None:
-            detail = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
-            return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
-        if not all(isinstance(value, (int, float)) for value in self.sampling_logprobs) or not (
-            math.isfinite(math.fsum(self.sampling_logprobs))
-        ):
-            return Fault(lacking, Cause.MISSING_LOGPROBS, 200, "a log-probability is not a number")
+            told = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
+            return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
+        self.token_ids = ids
+        if not _are_ids(self.prompt_token_ids):
+            return malformed("the prompt's token ids are not ids")
         if self._sent_prompt is not None and self.prompt_token_ids != self._sent_prompt:
             return malformed("the prompt's token ids came back changed", Action.FAIL_SAMPLE)
-        self.token_ids = ids
         if count > self._max_tokens:
-            detail = f"{count} tokens, {self._max_tokens} asked for"
-            return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
+            told = f"{count} tokens, {self._max_tokens} asked for"
+            return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, told)
         return None
 
     def _ids(self, count: int) -> tuple[int, ...] | None:
@@ -260,9 +259,20 @@ class Answer:
             ids = self._raw_ids
         else:
             return None
-        if not all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in ids):
-            return None
-        return tuple(ids)
+        return tuple(ids) if _are_ids(ids) else None
+
+
+def _are_ids(tokens: Iterable[Any]) -> bool:
+    return all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in tokens)
+
+
+def _number(value: Any) -> float | None:
+    """A statistic as text or number; what cannot be one was not told."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 <= number < COUNT_LIMIT else None
 
 
 def malformed(detail: str, action: Action = Action.RETRY) -> Fault:

@@ -425,3 +425,12 @@ def test_addresses_that_are_refused(url: str) -> None:
 def test_names_that_would_change_a_request_are_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         HotLoadService(**{**NAMES, "account_id": name})
+
+
+async def test_a_key_that_is_part_of_an_identity_changes_no_status(raw_server: RawServer) -> None:
+    replica = {"readiness": True, "current_snapshot_identity": "demo-000001-0a1b2c3d"}
+    raw_server.answers = [http("200 OK", json.dumps({"replicas": [replica]}).encode())]
+    service = HotLoadService(base_url=raw_server.address, api_key="demo", **NAMES)
+    observed = await service.observe()
+    assert observed.identities == ("demo-000001-0a1b2c3d",)
+    assert "demo" not in observed.replicas[0].raw

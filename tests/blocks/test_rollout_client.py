@@ -115,6 +115,20 @@ async def test_a_chat_goes_to_the_chat_endpoint() -> None:
     assert script.requests[0][1]["messages"] == [{"role": "user", "content": "hi"}]
 
 
+async def test_numbers_of_any_size_in_messages() -> None:
+    problem = Problem("p", messages=({"role": "user", "content": "hi", "n": 2**70},))
+    async with sampling(http(GOOD)) as (sampler, script):
+        await sampler.sample(problem, 0)
+    assert script.requests[0][1]["messages"][0]["n"] == 2**70
+
+
+async def test_an_empty_answer_is_an_answer() -> None:
+    empty = event({"model": MODEL, "choices": [{"text": "", "finish_reason": "stop"}]})
+    sample = await sample_once(http(empty + DONE))
+    assert (sample.failure, sample.token_ids_T) == (None, ())
+    assert sample.weights is Weights.EXPECTED
+
+
 async def test_a_plain_response_is_read_too() -> None:
     content = [{"token_id": 4, "sampling_logprob": -1.0}]
     choice = {
@@ -165,7 +179,7 @@ async def test_seven_attempts_and_no_more() -> None:
         sample = await sampler.sample(PROBLEM, 0)
         report = sampler.end_step()
     assert sample.failure == "server_error"
-    assert sample.detail == "HTTP 500 after 7 attempts: an empty body"
+    assert sample.detail == "HTTP 500 at attempt 7: an empty body"
     assert len(script.requests) == 7
     assert report.retry_exhaustions == 1
     for nap, wait in zip(naps.seconds, (2, 4, 8, 16, 30, 30), strict=True):

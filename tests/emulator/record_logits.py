@@ -1,7 +1,8 @@
 """Records what `transformers` computes for tiny seeded models: the fixtures of test_llama.py.
 
-Run where torch and transformers are installed: `python tests/emulator/record_logits.py`. It writes one
-directory per model below fixtures/: config.json, bf16 weights, and logits computed in float32 from them.
+Run where torch and transformers are installed: `python tests/emulator/record_logits.py`. It writes
+one directory per model below fixtures/: config.json, bf16 weights, and logits computed in float32
+from them.
 """
 
 import json
@@ -43,12 +44,14 @@ IDS = [3, 61, 0, 17, 17, 42, 5, 9, 63, 28, 1, 33]
 
 
 def build(name: str) -> transformers.PreTrainedModel:
-    """A seeded model whose weights are bf16 values held in float32, norms and biases not at their neutral."""
+    """A seeded model whose weights are bf16 values held in float32, norms and biases not at their
+    neutral.
+    """
     torch.manual_seed(list(MODELS).index(name))
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name], dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key.endswith("norm.weight") or key.endswith("bias"):
+            if key.endswith(("norm.weight", "bias")):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             parameter.copy_(parameter.to(torch.bfloat16).float())
     return model.eval()

@@ -35,7 +35,7 @@ def test_faults_strike_only_where_they_are_told(start: Start, publisher: Any) ->
         for session in "abcd"
     }
     homes = {r["session"]: r["replica"] for r in caller.log()["requests"]}
-    assert {503: "replica-1", 200: "replica-0"} == {codes[s]: homes[s] for s in "abcd"}
+    assert {codes[s]: homes[s] for s in "abcd"} == {503: "replica-1", 200: "replica-0"}
     caller.clear_faults()
     caller.fault("respond", identity="a", status=500)
     assert caller.complete().status_code == 200

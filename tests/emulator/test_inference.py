@@ -319,3 +319,17 @@ def test_the_stub_engine_answers_canned_tokens(
     assert body["model"].endswith("@a")
     chunks = read_events(caller.complete(stream=True, **ask))
     assert chunks[-1]["choices"][0]["raw_output"]["completion_token_ids"] == [5, 6, 7, 8, 9]
+
+
+def test_weights_that_are_no_numbers_answer_an_error(start: Start, publisher: Any) -> None:
+    out = publisher.full("a")
+    path = out / "head.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-64:] = b"\xff" * 64  # bf16 NaN
+    path.write_bytes(data)
+    caller = start(replica_count=1)
+    caller.load("a")  # bytes are bytes
+    answer = caller.complete()
+    assert (answer.status_code, "not finite" in answer.text) == (500, True)
+    echoed = caller.complete(echo=True, logprobs=True, max_tokens=0)
+    assert echoed.status_code == 500

@@ -382,6 +382,40 @@ def test_ignored_config_fields_are_not_compared(start: Start, publisher: Any) ->
     assert caller.served() == ["a"]
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("server", ["s3_server", "gcs_server"])
+def test_a_bucket_behind_a_real_server(
+    start: Start, publisher: Any, request: pytest.FixtureRequest, server: str
+) -> None:
+    from fsspec.core import url_to_fs
+
+    store = request.getfixturevalue(server)
+    store_fs, root = url_to_fs(store.url, **store.options)
+    caller = start(
+        bucket=f"{store.url}/below/", bucket_options=dict(store.options), replica_count=1
+    )
+    assert caller.signal("a").status_code == 400  # nothing there yet
+    publisher.full("a")
+    publisher.delta("b", "a")
+    for identity, previous in (("a", None), ("b", "a")):
+        for path in (publisher.bucket / identity).iterdir():
+            store_fs.pipe_file(f"{root}/below/{identity}/{path.name}", path.read_bytes())
+        caller.load(identity, previous)
+    assert caller.served() == ["b"]
+    assert answered(caller) == pytest.approx(logprobs(publisher.checkpoint("b")), abs=1e-5)
+
+
+def test_a_bucket_that_does_not_answer_refuses_the_signal(start: Start) -> None:
+    options = {
+        "endpoint_url": "http://127.0.0.1:9",
+        "config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 1},
+    }
+    caller = start(bucket="s3://nowhere", bucket_options=options, replica_count=1)
+    answer = caller.signal("a")
+    assert (answer.status_code, "bucket cannot be listed" in answer.text) == (400, True)
+    assert caller.served() == [None]
+
+
 def test_any_fsspec_bucket_and_names_with_an_underscore(
     start: Start, publisher: Any, tmp_path: Path
 ) -> None:

@@ -121,7 +121,9 @@ def test_a_paused_stream_gets_425_inside(start: Start, publisher: Any, read_even
     caller = start(replica_count=1, clock="ticks", seconds_per_state=1.0, seconds_per_token=1.0)
     publisher.full("a")
     caller.fault("slow_swap", seconds=1000.0)
-    with asking(caller, lambda: caller.complete(max_tokens=50, stream=True)) as stream:
+    with asking(
+        caller, lambda: caller.complete(max_tokens=50, stream=True, ignore_eos=True)
+    ) as stream:
         caller.load("a")
         caller.tick(500)
         chunks = read_events(stream.result())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from tests.flows.fleet import API_KEY, NAMES, Fleet
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
 END_SECONDS = 60.0
+LOOK_SECONDS = 0.001
+RESULTS = "results"
 BEGUN = re.compile(r"Flow run '[^']+' - Beginning flow run '[^']+' for flow 'checkpoint-to-rollout'")
 FINISHED = re.compile(r"Task run '([^']+)' - Finished in state (\w+)")
 
@@ -66,6 +69,16 @@ class CycleProcess:
         except subprocess.TimeoutExpired:
             return False
         return True
+
+    def reaches(self, moment: Callable[[CycleProcess], bool]) -> None:
+        """Return as soon as `moment` has come; AssertionError with the log if it ends first."""
+        while not moment(self):
+            seconds = time.monotonic() - self._begun_at + LOOK_SECONDS
+            assert not self.ends_within(seconds), self._told()
+
+    def has_said(self, words: str) -> bool:
+        """Whether a line of the log has these words."""
+        return any(words in line for line in self.log)
 
     def finish(self) -> float:
         """Seconds the flow took, once it has ended well; AssertionError with its log if it did not."""
@@ -114,7 +127,10 @@ class CycleProcess:
 
 @dataclass(frozen=True)
 class Standing:
-    """Files whose steps had a result when a cycle died: each must be the same file ever after."""
+    """Files whose steps had a result when a cycle died: each must be the same file ever after.
+
+    The results themselves are removed once every replica serves the snapshot.
+    """
 
     files: dict[Path, tuple[int, int, str]]
     damaged: tuple[Path, ...]
@@ -130,16 +146,21 @@ class Standing:
         for path in sorted(results_dir(spec, service).glob("*")):
             result = read_result(path)
             if isinstance(result, EncodedBatch):
-                kept += [path, *_named(result, deltas.glob("*/*"))]
+                kept += [path, *_named(result, deltas.glob(f"{spec.name}-*/*"))]
             elif isinstance(result, UploadedBatch):
                 kept += [path, *_named(result, stored)]
             else:
                 damaged.append(path)
+                print("DAMAGED", path.name[:12], path.stat().st_size, path.read_bytes()[-100:])
         return cls({path: facts(path) for path in kept}, tuple(damaged))
 
     def changed(self) -> list[Path]:
         """What was written again since, or is gone."""
-        return [path for path, was in self.files.items() if not path.exists() or facts(path) != was]
+        return [
+            path
+            for path, was in self.files.items()
+            if (facts(path) != was if path.exists() else path.parent.name != RESULTS)
+        ]
 
 
 def read_result(path: Path) -> Any:
@@ -161,6 +182,6 @@ def facts(path: Path) -> tuple[int, int, str]:
     return stat.st_ino, stat.st_mtime_ns, sha256_file(path)
 
 
-def _named(result: EncodedBatch | UploadedBatch, among: Any) -> list[Path]:
+def _named(result: EncodedBatch | UploadedBatch, among: Iterable[Path]) -> list[Path]:
     digests = {(shard.file, shard.sha256) for shard in result.shards}
     return [path for path in among if (path.name, sha256_file(path)) in digests]

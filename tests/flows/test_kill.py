@@ -1,16 +1,17 @@
-"""Cycles killed with SIGKILL at random moments and at chosen ones, and started again (rule 9).
+"""Cycles killed with SIGKILL, at random moments and at chosen ones, and started again (rule 9).
 
-Ten kills by default; `HOTLOAD_KILLS=100` for a longer run, `HOTLOAD_KILL_SEED` for other moments.
+Ten random kills by default; HOTLOAD_KILLS=100 for more, HOTLOAD_KILL_SEED for other moments.
 """
 
-import io
 import os
 import random
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import polars as pl
 import pytest
 
@@ -25,23 +26,219 @@ from tests.flows.store_reader import StoreReader
 
 KILLS = int(os.environ.get("HOTLOAD_KILLS", "10"))
 SEED = int(os.environ.get("HOTLOAD_KILL_SEED", "7"))
-FULL_AGAIN_AT = 6  # a version that is published whole, so that kills strike later fulls as well
+REPLICAS = 3
+PROBLEMS, COMPLETIONS = 4, 2
+FULL_EVERY = 4
+# Loads take a moment, so that kills strike while replicas are at different states.
+SECONDS_PER_STATE = 0.05
+Moment = Callable[[CycleProcess], bool]
 
-pytestmark = pytest.mark.usefixtures("prefect_api")
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 class Series:
-    """Policy versions one after another, each cycle a process of its own."""
+    """Policy versions of one run, each published by processes that may be killed on the way."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, trainer: TinyTrainer) -> None:
         self.fleet = fleet
         self.version = 0
-        self.spec = self._next()
-        self.running: list[CycleProcess] = []
+        self.full_every = 20
+        self.standing: list[Standing] = []
+        self.process: CycleProcess | None = None
+        self._trainer = trainer
+        self.next_version()
+
+    @property
+    def spec(self) -> CycleSpec:
+        """The cycle of this version."""
+        return self.fleet.spec(
+            self.version,
+            sampling={
+                "completions_per_prompt": COMPLETIONS,
+                "max_completion_tokens": 4,
+                "problems_per_task": 1,
+            },
+            cadence={"full_every": self.full_every},
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether this version's report lies in the store."""
+        return (self.records / f"reports/{self.spec.name}.json").exists()
+
+    @property
+    def records(self) -> Path:
+        """Where the store keeps hotload's own records."""
+        return self.fleet.bucket / "_hotload"
+
+    def next_version(self) -> None:
+        """The trainer writes another checkpoint."""
+        self.version += 1
+        self.standing.clear()
+        path = self.fleet.checkpoints[0].with_name(f"{self.version:06d}")
+        self._trainer.step()
+        self._trainer.save(path)
+        self.fleet.checkpoints.append(path)
 
     def start(self) -> CycleProcess:
-        """Start the cycle of this version, for the first time or again."""
-        self.running.append(CycleProcess(self.fleet, self.spec))
-        return self.running[-1]
+        """Start this version's cycle, for the first time or again."""
+        self.process = CycleProcess(self.fleet, self.spec)
+        return self.process
 
-    def _next(self) -> CycleSpec: ...
+    def kill(self) -> str:
+        """Kill it now; where it was. What stands from now on must not be done again."""
+        assert self.process is not None
+        where = self.process.kill()
+        self.standing.append(Standing.of(self.fleet, self.spec))
+        damaged = self.standing[-1].damaged
+        return where + (f"; {len(damaged)} results half written" if damaged else "")
+
+    def check(self) -> CycleReport:
+        """The report of this version, which has ended, once everything it says is seen to hold."""
+        name = self.spec.name
+        report = CycleReport.model_validate_json((self.records / f"reports/{name}.json").read_text())
+        served = report.snapshot.identity
+        assert self.fleet.served() == {served}
+        self._check_replicas(served)
+        self._check_attempts(served)
+        self._check_groups(served)
+        for standing in self.standing:
+            assert not standing.changed(), "was done again although its result existed"
+        return report
+
+    def _check_replicas(self, served: str) -> None:
+        checkpoint = self.fleet.checkpoints[self.version]
+        held = list((self.fleet.root / "replicas").glob(f"*/*/held/{served}"))
+        assert len(held) == REPLICAS
+        for directory in held:
+            for file in checkpoint.iterdir():
+                assert (directory / file.name).read_bytes() == file.read_bytes(), file.name
+        log = self.fleet.log()
+        assert log["client_bugs"] == []
+        for replica, applied in log["snapshots"].items():
+            assert {entry["result"] for entry in applied} == {"applied"}, (replica, applied)
+            twice = [one for one, n in Counter(e["identity"] for e in applied).items() if n > 1]
+            assert not twice, f"{replica} applied {twice} twice"
+
+    def _check_attempts(self, served: str) -> None:
+        """One identity; another only if a kill left it open whether a delta had been signalled."""
+        signals = [note for note in self.fleet.log()["signals"] if note["result"] != "refused"]
+        for path in (self.records / "snapshots").glob(f"{self.spec.name}-*.json"):
+            manifest = SnapshotManifest.parse(path.read_bytes(), identity=path.stem)
+            if manifest.identity == served:
+                continue
+            assert manifest.kind is SnapshotKind.DELTA
+            assert (self.records / "signals" / path.name).exists()
+            assert manifest.identity not in {note["identity"] for note in signals}
+            print(f"  {manifest.identity}: killed between mark and signal, so {served} was full")
+
+    def _check_groups(self, served: str) -> None:
+        directory = self.records / "rollouts" / served
+        manifest = RolloutManifest.parse((directory / "manifest.json").read_bytes(), path="manifest")
+        assert {part.file for part in manifest.parts} == {p.name for p in directory.glob("part-*")}
+        samples = pl.concat([pl.read_parquet(directory / part.file) for part in manifest.parts])
+        assert samples.select("problem_id", "sample_number").n_unique() == samples.height
+        assert samples.height == PROBLEMS * COMPLETIONS
+        assert samples["failure"].is_null().all()
+        assert set(samples["identity"]) == {served}
+
+
+@pytest.fixture
+async def series(prefect_api: str, tmp_path: Path) -> AsyncIterator[Series]:
+    """A series before its first version, on replicas that take a moment for every state."""
+    name = f"killed-{uuid.uuid4().hex[:12]}"
+    settings: dict[str, Any] = {
+        "replica_count": REPLICAS,
+        "seconds_per_state": SECONDS_PER_STATE,
+        "work_dir": tmp_path / "replicas",
+    }
+    base, trainer = tmp_path / "checkpoints" / "000000", TinyTrainer()
+    trainer.save(base)
+    with running_fleet(name, tmp_path, [base], **settings) as fleet:
+        await save_blocks(fleet)
+        yield Series(fleet, trainer)
+
+
+@pytest.mark.timeout(120 + 30 * KILLS)
+async def test_killed_at_random_moments(series: Series) -> None:
+    rng = random.Random(SEED)
+    series.full_every = FULL_EVERY
+    with StoreReader(series.fleet.bucket, series.fleet.checkpoints) as reader:
+        lives = []
+        for _ in range(2):  # a full and a delta, undisturbed: how long is a life?
+            lives.append(series.start().finish())
+            series.check()
+            series.next_version()
+        print(f"\nundisturbed: full {lives[0]:.2f} s, delta {lives[1]:.2f} s after the flow began")
+        # One moment from every n-th of a life, in random order.
+        moments = [max(lives) * (n + rng.random()) / KILLS for n in range(KILLS)]
+        rng.shuffle(moments)
+        while moments:
+            process = series.start()
+            if not process.ends_within(moments[-1]):
+                at, number = moments.pop(), KILLS - len(moments)
+                print(f"  kill {number}, version {series.version}, {at:.2f} s: {series.kill()}")
+                if not series.has_ended:
+                    continue
+                process = series.start()
+            elif not series.standing:
+                moments[-1] *= rng.random()  # lives have become shorter
+            process.finish()
+            print_end(series.check())
+            series.next_version()
+        series.start().finish()
+        print_end(series.check())
+    assert reader.complaints == []
+    print(f"a reader looked {reader.looks} times")
+
+
+@pytest.mark.timeout(240)
+async def test_killed_at_chosen_moments(series: Series) -> None:
+    """What a random moment hardly hits: half-done steps, and the instants around the signal."""
+    fleet, bucket = series.fleet, series.fleet.bucket
+    work = fleet.root / "work" / "local-rollouts"
+
+    def appears(where: Path, pattern: str) -> Moment:
+        return lambda _: any(where.glob(pattern.format(name=series.spec.name)))
+
+    def is_accepted(_: CycleProcess) -> bool:
+        return any(note["result"] == "accepted" for note in fleet.log()["signals"][-1:])
+
+    lost_answer = {"fault": "respond", "operation": "signal", "status": 503, "accepted": True}
+    lagging = {"fault": "lagging_replica", "replica": "replica-1"}
+    no_answer = {"fault": "hang", "operation": "signal"}
+    moments: list[tuple[str, list[dict[str, Any]], Moment]] = [
+        ("a delta is encoded", [], appears(work, "deltas/{name}-*/*.safetensors")),
+        ("a shard is stored", [], appears(bucket, "{name}-*/*.safetensors")),
+        ("all but our manifest is stored", [], appears(bucket, "{name}-*/*.index.json")),
+        ("the signal is accepted, its answer lost", [lost_answer, lagging], is_accepted),
+        ("a replica has not loaded", [lagging], lambda process: process.has_said("waiting: ")),
+        ("the baseline is being built", [], appears(work, "baseline/{name}-*.tmp")),
+        ("a part is stored", [], appears(bucket, "_hotload/rollouts/{name}-*/part-*")),
+        ("all but the report is stored", [], appears(bucket, "_hotload/rollouts/{name}-*/manif*")),
+        ("the lease is not given back", [], appears(bucket, "_hotload/reports/{name}*")),
+    ]
+    unheard = ("the signal never arrives", [no_answer], appears(bucket, "_hotload/signals/{name}-*"))
+    with StoreReader(bucket, fleet.checkpoints) as reader:
+        series.start().finish()
+        print()
+        print_end(series.check())
+        for kills in (moments, [unheard]):
+            series.next_version()
+            for what, faults, moment in kills:
+                httpx.delete(f"{fleet.url}/emulator/faults").raise_for_status()
+                for fault in faults:
+                    fleet.fault(**fault)
+                series.start().reaches(moment)
+                print(f"  killed when {what}: {series.kill()}")
+            httpx.delete(f"{fleet.url}/emulator/faults").raise_for_status()
+            series.start().finish()
+            report = series.check()
+            print_end(report)
+    assert reader.complaints == []
+    assert report.snapshot.kind is SnapshotKind.FULL
+    assert "may have been sent, and no replica knows it" in report.snapshot.reason
+
+
+def print_end(report: CycleReport) -> None:
+    print(f"{report.snapshot.identity}: {report.snapshot.kind.value}, {report.outcome}")

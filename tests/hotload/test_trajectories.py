@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -26,10 +27,12 @@ def parse(data: bytes) -> tuple[Problem, ...]:
 
 def test_rows_of_every_kind() -> None:
     data = GOOD + b"\r\n   \n" + b'{"id": 7, "prompt": [1, 2]}\n'
+    data += b'{"id": "b", "prompt": "\\ud83d\\ude00", "y": [' + b"[]," * 70 + b"[]]}\n"
     data += b'{"id": "c", "messages": [{"role": "user", "content": "hi"}]}'
     assert parse(data) == (
         Problem("a", "x", None, 3, {"level": 2}),
         Problem("7", (1, 2)),
+        Problem("b", "\N{GRINNING FACE}", extra={"y": [[]] * 71}),
         Problem("c", None, ({"role": "user", "content": "hi"},)),
     )
 
@@ -59,6 +62,8 @@ def test_rows_of_every_kind() -> None:
         (b'{"id": "a", "messages": []}', 1, "`messages`"),
         (b'{"id": "a", "messages": null}', 1, "`prompt`"),
         (b'{"id": "a", "messages": [{"content": "x"}]}', 1, "`messages`"),
+        (b'{"id": "a", "prompt": "\\ud800"}', 1, "surrogate"),
+        (b'{"id": "a", "prompt": "x", "y": ' + b"[" * 70 + b"]" * 70 + b"}", 1, "deep"),
         (GOOD + b"\n" + GOOD, 3, "used twice"),
         (GOOD + b'{"id": 1, "prompt": "x"}\n{"id": "1", "prompt": "x"}', 3, "used twice"),
     ],
@@ -103,7 +108,8 @@ def test_weights_in_words() -> None:
     assert sample().weights is Weights.ASSUMED
     assert sample("old", "now").weights is Weights.STRADDLING
     assert sample("old").weights is Weights.OTHER
-    assert sample(token_ids=()).weights is Weights.NONE
+    assert replace(sample("now"), failure="too_long").weights is Weights.EXPECTED
+    assert replace(sample(token_ids=()), failure="timeout").weights is Weights.NONE
     assert sample("old", "now").provenance.first == "old"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from hotload.codec import decode_tensor, encode_tensor
 from hotload.errors import ChecksumMismatchError, DeltaError
-from hotload.local import apply_file, encode_file, verify_file
+from hotload.local import apply_file, encode_file, sha256_file, verify_file
 from tests.oracles.seeded import LARGE, SMALL, write_pair
 
 ARC_V2 = "arc_v2"
@@ -117,6 +118,27 @@ def write_delta(path: Path, frames: Frames, texts: Texts) -> None:
     """A delta shard by the safetensors library."""
     arrays = {name: np.frombuffer(frame, np.uint8) for name, frame in frames.items()}
     save_file(arrays, path, texts)
+
+
+def test_a_tensor_above_2_gib_travels_both_ways(tmp_path: Path) -> None:
+    size = (2 << 30) + 4096
+    base, target = tmp_path / "base.safetensors", tmp_path / "target.safetensors"
+    head = json.dumps({"w": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}})
+    text = head.encode().ljust(-(-len(head) // 8) * 8)
+    for path, step in ((base, size), (target, 7_654_321)):
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + size)
+            for offset in [*range(0, size, step), size - 1]:
+                file.seek(8 + len(text) + offset)
+                file.write(bytes([offset % 251 + 1]) if step != size else b"\x40")
+    encode_file(base, target, tmp_path / "ours.safetensors")
+    restored = copy(base)
+    vendor_applies(restored, tmp_path / "ours.safetensors")
+    assert sha256_file(restored) == sha256_file(target)
+    restored.unlink()
+    vendor_encodes(base, target, tmp_path / "theirs.safetensors")
+    verify_file(base, tmp_path / "theirs.safetensors", target)
 
 
 # wire-format §10

@@ -13,10 +13,10 @@ from prefect.logging import disable_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import InvalidProblemsError, ServiceRefusedError, StoreError
-from hotload.parts import RolloutManifest, RolloutPart, RolloutPlan
+from hotload.parts import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.report import RolloutSummary
 from hotload.spec import CycleSpec
-from tasks.hand_back import find_rollout, hand_back
+from tasks.hand_back import find_rollout, hand_back, sum_up
 from tasks.overlap import overlap
 from tasks.read_problems import plan_rollouts, read_problems
 from tasks.roll_out import open_rollout, roll_out_chunk
@@ -70,7 +70,7 @@ async def roll_out(
 
 async def whole(spec: CycleSpec, store: CheckpointStore, script: Script) -> RolloutSummary:
     plan, parts = await roll_out(spec, store, script)
-    return await hand_back.fn(store, plan, parts, 1.5)
+    return await hand_back.fn(store, sum_up(store, plan, parts, 1.5), plan.path(MANIFEST_FILE))
 
 
 async def test_parts_and_then_the_manifest(spec: CycleSpec, store: CheckpointStore) -> None:
@@ -111,7 +111,8 @@ async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: Checkp
         assert len(script.requests) == 10 + 4
         assert again == plan
         assert (found[0], found[2]) == (parts[0], parts[2])
-        summary = await hand_back.fn(store, plan, found, 1.0)
+        manifest = sum_up(store, plan, found, 1.0)
+        summary = await hand_back.fn(store, manifest, plan.path(MANIFEST_FILE))
         assert await find_rollout(store, plan) == summary
 
         other = spec.model_copy(update={"sampling": spec.sampling.model_copy(update={"seed": 9})})

@@ -1,0 +1,203 @@
+"""Event streams cut anywhere, answers put together, metrics in either spelling, faults by code."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hotload.faults import Action, Cause, fault_of_status
+from hotload.spec import Sampling
+from hotload.wire.inference import Answer, EventStream, error_names, fault_in_stream
+
+STREAM = (
+    b": comment\n\nevent: ping\ndata: 1\n\ndata:{}\n\r\n"
+    b"data: a\ndata: b\r\n\r\nid: 7\nretry: 1\ndata: last\n\nevent: lost\n\ndata: cut"
+)
+EVENTS = [("ping", b"1"), ("", b"{}"), ("", b"a\nb"), ("", b"last")]
+
+
+def read(*pieces: bytes) -> list[tuple[str, bytes]]:
+    stream = EventStream()
+    return [event for piece in pieces for event in stream.feed(piece)]
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=8))
+def test_events_do_not_depend_on_the_cuts(cuts: list[int]) -> None:
+    edges = [0, *sorted(cuts), len(STREAM)]
+    pieces = [STREAM[a:b] for a, b in pairwise(edges)]
+    assert read(*pieces) == EVENTS
+
+
+def test_byte_by_byte() -> None:
+    assert read(*(STREAM[i : i + 1] for i in range(len(STREAM)))) == EVENTS
+
+
+def answer(*chunks: Any, **sampling: Any) -> Answer:
+    whole = Answer(Sampling(**sampling), None)
+    for chunk in chunks:
+        assert whole.add(chunk) is None
+    whole.is_done = True
+    return whole
+
+
+def chunk(**choice: Any) -> dict[str, Any]:
+    return {"choices": [choice]}
+
+
+LOGPROBS = {"content": [{"token_id": 1, "sampling_logprob": -1.0}]}
+
+
+@pytest.mark.parametrize("prefix", ["", "fireworks-"])
+@pytest.mark.parametrize("value", [0.5, "0.5"])
+def test_metrics_in_either_spelling(prefix: str, value: object) -> None:
+    metrics = {
+        f"{prefix}prefill-queue-duration": value,
+        f"{prefix}cached-prompt-tokens": "7",
+        f"{prefix}backend-host": "host-1",
+    }
+    by_chunk = answer({"choices": [], "perf_metrics": metrics})
+    by_header = answer()
+    by_header.add_metrics({**metrics, "content-type": "x"})
+    for each in (by_chunk, by_header):
+        assert each.prefill_queue_seconds == 0.5
+        assert each.cached_prompt_token_count == 7
+        assert each.replica == "host-1"
+
+
+def test_a_queue_time_that_is_no_time_is_not_used() -> None:
+    for value in (-1, "nan", "inf", None):
+        metrics = {"prefill-queue-duration": value}
+        assert answer({"perf_metrics": metrics}).prefill_queue_seconds is None
+
+
+def test_raw_ids_in_pieces_or_at_once() -> None:
+    logprobs = {"content": [{"sampling_logprob": -1.0}]}
+    pieces = [
+        chunk(text="a", logprobs=logprobs, raw_output={"completion_token_ids": [number]})
+        for number in (4, 5, 6)
+    ]
+    whole = answer(*pieces, chunk(finish_reason="stop"))
+    assert whole.finish() is None
+    assert whole.token_ids == (4, 5, 6)
+    grown = [
+        chunk(text="a", logprobs=logprobs, token_ids=list(range(count))) for count in (1, 2, 3)
+    ]
+    whole = answer(*grown, chunk(finish_reason="stop"))
+    assert whole.finish() is None
+    assert whole.token_ids == (0, 1, 2)
+
+
+def test_a_null_or_absent_logprob_is_missing() -> None:
+    for entry in ({"token_id": 1}, {"token_id": 1, "sampling_logprob": None}):
+        whole = answer(chunk(text="a", finish_reason="stop", logprobs={"content": [entry]}))
+        fault = whole.finish()
+        assert fault is not None
+        assert fault.cause is Cause.MISSING_LOGPROBS
+
+
+GOOD_CHOICE = {"text": "a", "finish_reason": "stop", "logprobs": LOGPROBS}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *(
+            {"logprobs": {"content": [{"token_id": 1, "sampling_logprob": value}]}}
+            for value in ("-1", [1], 10**400, -(10**400), 0.5, -1e300, True)
+        ),
+        {"finish_reason": {"a": 1}},
+        {"text": 3},
+        {"raw_output": {"completion_token_ids": 3}},
+        {"raw_output": {"prompt_token_ids": ["a"]}},
+        {"raw_output": {"prompt_token_ids": [-1]}},
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_malformed(odd: dict[str, Any]) -> None:
+    whole = Answer(Sampling(), None)
+    fault = whole.add(chunk(**{**GOOD_CHOICE, **odd})) or whole.finish()
+    assert fault is not None
+    assert fault.cause is Cause.MALFORMED
+
+
+def test_statistics_of_another_kind_were_not_told() -> None:
+    for value in (-1, 1e300, 10**400, "many", [1], None):
+        usage = {"prompt_tokens": value, "prompt_tokens_details": {"cached_tokens": value}}
+        whole = answer({"usage": usage, "perf_metrics": {"prefill-queue-duration": value}})
+        assert (whole.prompt_token_count, whole.cached_prompt_token_count) == (0, 0)
+        assert whole.prefill_queue_seconds is None
+
+
+def test_lacking_before_done_is_a_cut_and_is_asked_again() -> None:
+    whole = Answer(Sampling(), None)
+    assert whole.add(chunk(text="a", finish_reason="stop")) is None
+    fault = whole.finish()
+    assert fault is not None
+    assert fault.action is Action.RETRY
+
+
+@pytest.mark.parametrize("finish", ["error", "content_filter", "abort", 3])
+def test_odd_finish_reasons_are_failed_attempts(finish: object) -> None:
+    fault = answer(chunk(text="a", finish_reason=finish, logprobs=LOGPROBS)).finish()
+    assert fault is not None
+    assert fault.action is Action.RETRY
+
+
+def test_a_client_that_was_told_many_identities_keeps_few() -> None:
+    chunks = [{"model": f"m@run-{i:06d}", "choices": []} for i in range(100)]
+    whole = answer(*chunks)
+    assert len(whole.observed) == 64
+    assert whole.last_identity == "run-000099"
+
+
+@pytest.mark.parametrize(
+    ("code", "action", "cause"),
+    [
+        (400, Action.FAIL_SAMPLE, Cause.REFUSED),
+        (413, Action.FAIL_SAMPLE, Cause.REFUSED),
+        (422, Action.FAIL_SAMPLE, Cause.REFUSED),
+        (401, Action.STOP_RUN, Cause.REFUSED),
+        (402, Action.STOP_RUN, Cause.REFUSED),
+        (403, Action.STOP_RUN, Cause.REFUSED),
+        (412, Action.STOP_RUN, Cause.REFUSED),
+        (302, Action.STOP_RUN, Cause.REFUSED),
+        (404, Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT),
+        (425, Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT),
+        (408, Action.RETRY, Cause.TIMEOUT),
+        (504, Action.RETRY, Cause.TIMEOUT),
+        (429, Action.RETRY, Cause.OVERLOADED),
+        (503, Action.RETRY, Cause.OVERLOADED),
+        (500, Action.RETRY, Cause.SERVER_ERROR),
+        (502, Action.RETRY, Cause.SERVER_ERROR),
+        (599, Action.RETRY, Cause.SERVER_ERROR),
+    ],
+)
+def test_what_a_status_asks_for(code: int, action: Action, cause: Cause) -> None:
+    for fault in (
+        fault_of_status(code, "", ""),
+        fault_in_stream({"error": {"status_code": code}}) if code >= 400 else None,
+        fault_in_stream({"error": "x", "status": code}) if code >= 400 else None,
+    ):
+        assert fault is None or (fault.action, fault.cause) == (action, cause)
+
+
+def test_a_503_that_scales_up_is_a_swap() -> None:
+    for text in ("DEPLOYMENT_SCALING_UP", "Model not found", "model is hot loading"):
+        assert fault_of_status(503, text, "").action is Action.WAIT_FOR_SWAP
+
+
+def test_an_error_in_a_stream_without_a_code_is_a_502() -> None:
+    for error in ("boom", {"message": "x"}, {"status_code": "429"}, {"status": 12}):
+        assert fault_in_stream({"error": error}).status_code == 502
+
+
+def test_messages_of_errors_are_never_shown() -> None:
+    body = {"error": {"message": "the prompt was: secret", "code": "C", "type": "T"}}
+    assert error_names(body) == "C T"
+    assert "secret" not in fault_in_stream(body).detail
+    assert error_names({"code": 5, "message": "secret"}) == "5"
+    for odd in (None, [], "secret", {"error": "secret"}, {"error": {"message": "secret"}}):
+        assert "secret" not in error_names(json.loads(json.dumps(odd)))
