@@ -47,6 +47,11 @@ def prefect_server(home: Path) -> Iterator[str]:
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with process(command, home / "server.log", f"{api}/health"):
         yield api
+        if "prefect" in sys.modules:
+            from prefect.logging.handlers import APILogWorker
+
+            # While there is a server to take the last lines.
+            APILogWorker.drain_all(timeout=END_SECONDS)
 
 
 @contextmanager

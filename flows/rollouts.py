@@ -36,7 +36,8 @@ async def roll_out_and_score(
     client = await RolloutClient.load(spec.rollouts)
     store = await CheckpointStore.load(spec.store)
     plan = await plan_rollouts(spec, identity)
-    if done := await find_rollout(store, plan):
+    path = plan.path(MANIFEST_FILE)
+    if done := await find_rollout(store, path, plan.digest):
         return done
     await warm_up(client, spec.readiness)
     async with open_rollout(spec, plan, client, store, replica_count) as rollout:
@@ -45,7 +46,7 @@ async def roll_out_and_score(
         parts = await overlap(_carry(rollout, number, progress) for number in numbers)
         rollout.log_window()
     manifest = sum_up(store, plan, parts, rollout.seconds)
-    return await hand_back(store, manifest, plan.path(MANIFEST_FILE))
+    return await hand_back(store, manifest, path)
 
 
 async def _carry(rollout: Rollout, number: int, progress: Progress) -> RolloutPart:

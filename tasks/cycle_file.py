@@ -14,10 +14,11 @@ Keys and credentials stay in the environment, or in blocks saved on the server.
 import asyncio
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from prefect.blocks.core import Block
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
@@ -30,6 +31,7 @@ BLOCKS: dict[str, type[Block]] = {
     "rollouts": RolloutClient,
 }
 LIMIT_BYTES = 1 << 20
+Model = TypeVar("Model", bound=BaseModel)
 
 
 async def load_cycle_file(path: Path) -> CycleSpec:
@@ -58,21 +60,37 @@ def parse_cycle_file(path: Path) -> tuple[CycleSpec, dict[str, Block]]:
         raise ValueError(f"{path} is larger than {LIMIT_BYTES} bytes: not a cycle file")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        # The error's own text quotes the line, and that may hold a secret.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
+        raise ValueError(f"{path} is not YAML{where}") from None
     if not isinstance(data, dict) or not isinstance(data.get("cycle"), dict):
         raise ValueError(f"{path}: expected a mapping with `cycle:` and, if needed, `blocks:`")
     inline = data.get("blocks") or {}
-    unknown = sorted((data.keys() - {"cycle", "blocks"}) | (set(inline) - BLOCKS.keys()))
+    if not isinstance(inline, dict):
+        raise ValueError(f"{path}: expected a mapping below `blocks:`")
+    unknown = sorted(map(str, (data.keys() - {"cycle", "blocks"}) | (inline.keys() - BLOCKS)))
     if unknown:
         known = ", ".join(BLOCKS)
         raise ValueError(f"{path}: unknown {unknown}; expected cycle, and blocks {known}")
-    try:
-        spec = CycleSpec.model_validate(data["cycle"])
-        blocks = {kind: BLOCKS[kind].model_validate(inline[kind]) for kind in inline}
-    except ValidationError as error:
-        # Values may be secrets, so only the place and the rule are shown.
-        lines = error.errors(include_input=False, include_url=False, include_context=False)
-        told = [f"  {'.'.join(map(str, line['loc'])) or 'cycle'}: {line['msg']}" for line in lines]
-        raise ValueError("\n".join([f"{path} is refused:", *told])) from None
+    spec = _checked(CycleSpec, data["cycle"], f"{path}: cycle")
+    blocks = {
+        kind: _checked(BLOCKS[kind], inline[kind], f"{path}: blocks.{kind}") for kind in inline
+    }
     return spec, blocks
+
+
+def _checked(model: type[Model], given: object, place: str) -> Model:
+    """`given` as the model; ValueError with every finding, and without a value."""
+    if isinstance(given, dict):
+        # Prefect's blocks take fields they do not know, and would save a misspelt key in clear.
+        unknown = given.keys() - model.model_fields.keys() if issubclass(model, Block) else set()
+        if unknown:
+            raise ValueError(f"{place}: unknown {sorted(map(str, unknown))}")
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        told = [f"  {'.'.join(map(str, one['loc'])) or 'all'}: {one['msg']}" for one in found]
+        raise ValueError("\n".join([f"{place} is refused", *told])) from None

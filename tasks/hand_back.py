@@ -21,7 +21,6 @@ from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import StoreError
 from hotload.frames import check_rollouts, part_facts, rollouts_frame
 from hotload.parts import (
-    MANIFEST_FILE,
     PartPlan,
     RolloutManifest,
     RolloutPart,
@@ -93,9 +92,14 @@ def _parse(part: PartPlan, data: bytes) -> RolloutPart | None:
     return _facts(frame, part, data)
 
 
-async def find_rollout(store: CheckpointStore, plan: RolloutPlan) -> RolloutSummary | None:
-    """The summary of a rollout that was handed back whole, by the same plan."""
-    path = plan.path(MANIFEST_FILE)
+# Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.
+@task(cache_policy=NO_CACHE, **RETRIED)
+async def find_rollout(store: CheckpointStore, path: str, digest: str) -> RolloutSummary | None:
+    """The summary of a rollout that was handed back whole, by the plan with this digest.
+
+    Raises:
+        StoreError: the store refuses.
+    """
     if await store.size(path) is None:
         return None
     data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
@@ -103,7 +107,7 @@ async def find_rollout(store: CheckpointStore, plan: RolloutPlan) -> RolloutSumm
         manifest = RolloutManifest.parse(data, path=path)
     except StoreError:
         return None  # of another schema: it is written again
-    return manifest.summary if manifest.digest == plan.digest else None
+    return manifest.summary if manifest.digest == digest else None
 
 
 def sum_up(
@@ -122,7 +126,6 @@ def sum_up(
     )
 
 
-# Takes no plan: Prefect walks through what a task is given, and a plan holds every problem.
 @task(cache_policy=NO_CACHE, task_run_name="hand-back-{manifest.identity}", **RETRIED)
 async def hand_back(store: CheckpointStore, manifest: RolloutManifest, path: str) -> RolloutSummary:
     """Write the manifest that names every part. From now on a reader may rely on it.

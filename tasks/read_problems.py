@@ -3,14 +3,10 @@
 import asyncio
 from pathlib import Path
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from hotload.errors import InvalidProblemsError
 from hotload.parts import RolloutPlan, plan_rollout
 from hotload.spec import CycleSpec
 from hotload.trajectories import DATASET_LIMIT_BYTES, Problem, parse_problems
-from tasks.score import open_scorer
 
 
 def read_problems(dataset: str) -> tuple[Problem, ...]:
@@ -27,19 +23,6 @@ def read_problems(dataset: str) -> tuple[Problem, ...]:
     except OSError as error:
         raise InvalidProblemsError(dataset, 0, f"cannot be read: {error.strerror}") from None
     return parse_problems(data, source=dataset)
-
-
-@task(cache_policy=NO_CACHE)
-async def check_problems_and_reward(spec: CycleSpec) -> int:
-    """How many problems the cycle can sample; looks at both before anything is published.
-
-    Raises:
-        InvalidProblemsError: as `read_problems`.
-        RewardError: unknown, not importable, or it cannot take the declared arguments.
-    """
-    plan = await plan_rollouts(spec, spec.name)
-    async with open_scorer(spec.reward):
-        return plan.problem_count
 
 
 async def plan_rollouts(spec: CycleSpec, identity: str) -> RolloutPlan:

@@ -19,6 +19,7 @@ from hotload.snapshot import (
     CheckpointContent,
     Record,
     Shard,
+    SideFile,
     SnapshotKind,
     SnapshotManifest,
     SnapshotPlan,
@@ -66,12 +67,7 @@ async def upload_shards(
     """
     start = monotonic()
     for shard in shards:
-        path = Path(directory) / shard.file
-        await store.put_file(path, f"{identity}/{shard.file}")
-        # Hashed after it was read for the upload, so a change before or during it shows.
-        found = await asyncio.to_thread(sha256_file, path)
-        if found != shard.sha256:
-            raise changed_since_validation(shard.file, shard.sha256, found)
+        await _put(store, identity, Path(directory), shard)
     seconds = monotonic() - start
     sent = sum(shard.size_bytes for shard in shards)
     get_run_logger().info("%s in %.1f s, %d shards", megabytes(sent), seconds, len(shards))
@@ -111,12 +107,7 @@ async def upload_manifests(
     """
     order = {name: rank for rank, name in enumerate(MANIFESTS_LAST, start=1)}
     for side_file in sorted(content.side_files, key=lambda one: (order.get(one.file, 0), one.file)):
-        path = Path(spec.checkpoint) / side_file.file
-        data = await asyncio.to_thread(path.read_bytes)
-        found = hashlib.sha256(data).hexdigest()
-        if found != side_file.sha256:
-            raise changed_since_validation(side_file.file, side_file.sha256, found)
-        await store.put_bytes(data, f"{plan.identity}/{side_file.file}")
+        await _put(store, plan.identity, Path(spec.checkpoint), side_file)
     is_delta = plan.kind is SnapshotKind.DELTA
     manifest = SnapshotManifest(
         identity=plan.identity,
@@ -137,3 +128,14 @@ async def upload_manifests(
     )
     await write_manifest(store, manifest)
     return manifest
+
+
+async def _put(
+    store: CheckpointStore, identity: str, directory: Path, file: Shard | SideFile
+) -> None:
+    path = directory / file.file
+    await store.put_file(path, f"{identity}/{file.file}")
+    # Hashed after it was read for the upload, so a change before or during it shows.
+    found = await asyncio.to_thread(sha256_file, path)
+    if found != file.sha256:
+        raise changed_since_validation(file.file, file.sha256, found)

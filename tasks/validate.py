@@ -12,9 +12,10 @@ from blocks.hot_load_service import HotLoadService
 from hotload.errors import InvalidCheckpointError
 from hotload.layout import check_full, check_lora, refuse_errors
 from hotload.local import read_checkpoint, sha256_file
-from hotload.shards import Finding, read_json_object
+from hotload.shards import Checkpoint, Finding, read_json_object
 from hotload.snapshot import CONFIG_FILE, CheckpointContent, SideFile, SnapshotKind
 from hotload.spec import CycleSpec
+from tasks.progress import Progress
 from tasks.read_problems import read_problems
 from tasks.score import open_scorer
 
@@ -28,11 +29,25 @@ async def validate_checkpoint(spec: CycleSpec, service: HotLoadService) -> Check
     Raises:
         InvalidCheckpointError: with one finding per broken rule.
     """
-    ignored = service.extra_fields_ignore
-    content = await asyncio.to_thread(read_content, spec, ignored)
-    for warning in content.warnings:
+    directory = Path(spec.checkpoint)
+    checkpoint = await asyncio.to_thread(read_checkpoint, directory)
+    findings = await asyncio.to_thread(_check, spec, checkpoint, service.extra_fields_ignore)
+    warnings = tuple(str(finding) for finding in refuse_errors(findings))
+    for warning in warnings:
         get_run_logger().warning(warning)
-    return content
+    total = sum(shard.size_bytes for shard in checkpoint.shards)
+    progress = await Progress.start(f"reading {spec.name}", total)
+    shards = []
+    for shard in checkpoint.shards:
+        digest = await asyncio.to_thread(sha256_file, directory / shard.file)
+        shards.append(SideFile(file=shard.file, size_bytes=shard.size_bytes, sha256=digest))
+        await progress.advance(shard.size_bytes)
+    return CheckpointContent(
+        kind=SnapshotKind.LORA if checkpoint.is_lora else SnapshotKind.FULL,
+        shards=tuple(shards),
+        side_files=checkpoint.side_files,
+        warnings=warnings,
+    )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="problems-{spec.name}")
@@ -50,35 +65,18 @@ async def validate_rollouts(spec: CycleSpec) -> int:
         return len(problems)
 
 
-def read_content(spec: CycleSpec, extra_fields_ignore: Collection[str]) -> CheckpointContent:
-    """What `validate_checkpoint` yields; blocking."""
-    directory = Path(spec.checkpoint)
-    checkpoint = read_checkpoint(directory)
+def _check(
+    spec: CycleSpec, checkpoint: Checkpoint, extra_fields_ignore: Collection[str]
+) -> tuple[Finding, ...]:
     if checkpoint.is_lora:
-        findings = check_lora(checkpoint)
-    else:
-        base_config, base_shapes = _base_model(spec)
-        findings = check_full(
-            checkpoint,
-            base_config=base_config,
-            base_shapes=base_shapes,
-            extra_fields_ignore=extra_fields_ignore,
-            spec_dtype_style=spec.snapshot.spec_dtype_style,
-        )
-    warnings = refuse_errors(findings)
-    shards = tuple(
-        SideFile(
-            file=shard.file,
-            size_bytes=shard.size_bytes,
-            sha256=sha256_file(directory / shard.file),
-        )
-        for shard in checkpoint.shards
-    )
-    return CheckpointContent(
-        kind=SnapshotKind.LORA if checkpoint.is_lora else SnapshotKind.FULL,
-        shards=shards,
-        side_files=checkpoint.side_files,
-        warnings=tuple(str(finding) for finding in warnings),
+        return check_lora(checkpoint)
+    base_config, base_shapes = _base_model(spec)
+    return check_full(
+        checkpoint,
+        base_config=base_config,
+        base_shapes=base_shapes,
+        extra_fields_ignore=extra_fields_ignore,
+        spec_dtype_style=spec.snapshot.spec_dtype_style,
     )
 
 

@@ -40,7 +40,7 @@ class Fleet:
         return self.root / "bucket"
 
     def declared(self, version: int, **changes: Any) -> dict[str, Any]:
-        """A cycle's declaration as JSON: policy `version` of run `run`; `changes` replace fields."""
+        """A cycle as JSON: policy `version` of run `run`; `changes` replace its fields."""
         return {
             "checkpoint": str(self.checkpoints[version]),
             "run_id": "run",

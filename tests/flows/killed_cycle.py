@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
 END_SECONDS = 60.0
 LOOK_SECONDS = 0.001
-RESULTS = "results"
 BEGUN = re.compile(r"Flow run '[^']+' - Beginning flow run '[^']+' for flow 'checkpoint-to-rollout'")
 FINISHED = re.compile(r"Task run '([^']+)' - Finished in state (\w+)")
 
@@ -127,10 +126,7 @@ class CycleProcess:
 
 @dataclass(frozen=True)
 class Standing:
-    """Files whose steps had a result when a cycle died: each must be the same file ever after.
-
-    The results themselves are removed once every replica serves the snapshot.
-    """
+    """Files whose steps had a result when a cycle died: each must be the same file ever after."""
 
     files: dict[Path, tuple[int, int, str]]
     damaged: tuple[Path, ...]
@@ -151,16 +147,24 @@ class Standing:
                 kept += [path, *_named(result, stored)]
             else:
                 damaged.append(path)
-                print("DAMAGED", path.name[:12], path.stat().st_size, path.read_bytes()[-100:])
         return cls({path: facts(path) for path in kept}, tuple(damaged))
 
-    def changed(self) -> list[Path]:
-        """What was written again since, or is gone."""
+    def changed(self, served: str) -> list[Path]:
+        """What was written again since, or is gone although it should not be.
+
+        Once every replica serves `served`, its deltas stay; those of a plan that was given up and
+        the results themselves are removed.
+        """
         return [
             path
             for path, was in self.files.items()
-            if (facts(path) != was if path.exists() else path.parent.name != RESULTS)
+            if (facts(path) != was if path.exists() else not _may_go(path, served))
         ]
+
+
+def _may_go(path: Path, served: str) -> bool:
+    given_up = path.parents[1].name == "deltas" and path.parent.name != served
+    return given_up or path.parent.name == "results"
 
 
 def read_result(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from hotload.frames import check_rollouts
 from hotload.lease import Lease, token_of
 from hotload.parts import RolloutManifest
 from hotload.report import CycleReport
-from hotload.snapshot import SnapshotManifest
+from hotload.snapshot import INDEX_FILE, SnapshotManifest
 
-BETWEEN_LOOKS_SECONDS = 0.002
+BETWEEN_LOOKS_SECONDS = 0.005
 Stamp = tuple[int, int, int]
 
 
@@ -61,37 +62,33 @@ class StoreReader:
     def _look(self) -> None:
         # Records first: a record seen now may rely on nothing that appears later.
         records = self._bucket / "_hotload"
-        for pattern, read in (
-            ("reports/*", self._report),
-            ("rollouts/*/manifest.json", self._rollout),
-            ("snapshots/*", self._snapshot),
-            ("rollouts/*/*.parquet", self._part),
-            ("leases/*", self._lease),
-        ):
-            for path in records.glob(pattern):
-                self._changed(path, read)
-        for entry in os.scandir(self._bucket):
+        self._read_changed(records / "reports", self._report)
+        for rollout in _entries(records / "rollouts"):
+            self._read_changed(Path(rollout), self._rolled_out)
+        self._read_changed(records / "snapshots", self._snapshot)
+        self._read_changed(records / "leases", self._lease)
+        for entry in _entries(self._bucket):
             if not entry.name.startswith("_"):
-                for path in Path(entry.path).iterdir():
-                    self._changed(path, self._stored)
+                self._read_changed(Path(entry), self._stored)
 
-    def _changed(self, path: Path, read: Callable[[Path, bytes], None]) -> None:
-        try:
-            with path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-                if self._seen.get(path) == stamp:
-                    return
-                data = file.read()
-        except FileNotFoundError:
-            return  # a lease that was given up since it was listed
-        self._seen[path] = stamp
-        if len(data) != stat.st_size:
-            self._complain(path, f"{stat.st_size} bytes when opened, {len(data)} when read")
-        try:
-            read(path, data)
-        except Exception as error:  # noqa: BLE001 - every way not to be whole is a finding
-            self._complain(path, f"{type(error).__name__}: {error}")
+    def _read_changed(self, directory: Path, read: Callable[[Path, bytes], None]) -> None:
+        """Hand every file that is new or was replaced to `read`; what it raises is a complaint."""
+        for entry in _entries(directory):
+            path = Path(entry)
+            try:
+                if self._seen.get(path) == _stamp(entry.stat()):
+                    continue
+                with path.open("rb") as file:
+                    self._seen[path] = stamp = _stamp(os.fstat(file.fileno()))
+                    data = file.read()
+            except FileNotFoundError:
+                continue  # a lease that was given up since it was listed
+            if len(data) != stamp[2]:
+                self._complain(path, f"{stamp[2]} bytes when opened, {len(data)} when read")
+            try:
+                read(path, data)
+            except Exception as error:  # noqa: BLE001 - every way not to be whole is a finding
+                self._complain(path, f"{type(error).__name__}: {error}")
 
     def _once(self, path: Path, data: bytes) -> None:
         digest = hashlib.sha256(data).hexdigest()
@@ -102,6 +99,10 @@ class StoreReader:
         self._once(path, data)
         if path.name not in self._names:
             self._complain(path, "is no file of a checkpoint")
+        if path.name == INDEX_FILE:
+            for shard in sorted(set(json.loads(data)["weight_map"].values())):
+                if not path.with_name(shard).exists():
+                    self._complain(path, f"names {shard}, which is not there")
 
     def _snapshot(self, path: Path, data: bytes) -> None:
         self._once(path, data)
@@ -110,7 +111,11 @@ class StoreReader:
             named = self._bucket / manifest.identity / file.file
             self._names_whole(path, named, file.size_bytes, file.sha256)
 
-    def _rollout(self, path: Path, data: bytes) -> None:
+    def _rolled_out(self, path: Path, data: bytes) -> None:
+        if path.suffix == ".parquet":
+            self._once(path, data)
+            check_rollouts(pl.read_parquet(io.BytesIO(data)))
+            return
         for part in RolloutManifest.parse(data, path=str(path)).parts:
             self._names_whole(path, path.parent / part.file, part.size_bytes, part.sha256)
 
@@ -125,10 +130,6 @@ class StoreReader:
             if not named.exists():
                 self._complain(path, f"names {named.name}, which is not there")
 
-    def _part(self, path: Path, data: bytes) -> None:
-        self._once(path, data)
-        check_rollouts(pl.read_parquet(io.BytesIO(data)))
-
     def _lease(self, path: Path, data: bytes) -> None:
         token = token_of(path.name)
         assert token is not None, "not the name of a lease"
@@ -141,3 +142,14 @@ class StoreReader:
 
     def _complain(self, path: Path, what: str) -> None:
         self.complaints.append(f"{path.relative_to(self._bucket)}: {what}")
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(directory))
+    except FileNotFoundError:
+        return []
+
+
+def _stamp(stat: os.stat_result) -> Stamp:
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from prefect.logging import disable_run_logger
+from prefect import flow
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
@@ -26,10 +26,11 @@ from hotload.errors import (
 )
 from hotload.local import read_checkpoint, sha256_file
 from hotload.report import CycleReport
-from hotload.snapshot import SnapshotKind
+from hotload.snapshot import SnapshotKind, SnapshotPlan
+from hotload.spec import CycleSpec
 from tasks.lease import publisher_lease
 from tasks.plan import plan_snapshot
-from tasks.validate import read_content
+from tasks.validate import validate_checkpoint
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
 
 pytestmark = pytest.mark.timeout(120)
@@ -138,6 +139,13 @@ def edit_tokenizer(checkpoint: Path) -> None:
         out.write("\n")
 
 
+@flow
+async def plan_only(spec: CycleSpec) -> SnapshotPlan:
+    service = await HotLoadService.load(spec.service)
+    store = await CheckpointStore.load(spec.store)
+    return await plan_snapshot(spec, service, store, await validate_checkpoint(spec, service))
+
+
 @pytest.mark.parametrize(
     ("edit", "words"), [(edit_config, "config.json"), (edit_tokenizer, "tokenizer_config.json")]
 )
@@ -147,12 +155,8 @@ async def test_a_changed_side_file_makes_a_full_and_says_why(
     await run(fleet, 1)
     own = copied(fleet, 2)
     edit(own)
-    spec = fleet.spec(2, checkpoint=str(own))
-    service = await HotLoadService.load(fleet.name)
-    store = await CheckpointStore.load(fleet.name)
     # The emulator would refuse the config itself; what matters here is the plan.
-    with disable_run_logger():
-        plan = await plan_snapshot.fn(spec, service, store, read_content(spec, ()))
+    plan = await plan_only(fleet.spec(2, checkpoint=str(own)))
     assert plan.kind is SnapshotKind.FULL
     assert words in plan.reason
 

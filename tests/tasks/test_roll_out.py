@@ -105,7 +105,7 @@ async def test_parts_and_then_the_manifest(spec: CycleSpec, store: CheckpointSto
 async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: CheckpointStore) -> None:
     async with served(http(GOOD)) as script:
         plan, parts = await roll_out(spec, store, script)
-        assert await find_rollout(store, plan) is None
+        assert await find_rollout.fn(store, plan.path(MANIFEST_FILE), plan.digest) is None
         await store.put_bytes(b"damaged", plan.path(plan.parts[1].file))
         again, found = await roll_out(spec, store, script)
         assert len(script.requests) == 10 + 4
@@ -113,11 +113,11 @@ async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: Checkp
         assert (found[0], found[2]) == (parts[0], parts[2])
         manifest = sum_up(store, plan, found, 1.0)
         summary = await hand_back.fn(store, manifest, plan.path(MANIFEST_FILE))
-        assert await find_rollout(store, plan) == summary
+        assert await find_rollout.fn(store, plan.path(MANIFEST_FILE), plan.digest) == summary
 
         other = spec.model_copy(update={"sampling": spec.sampling.model_copy(update={"seed": 9})})
         replanned = await plan_rollouts(other, IDENTITY)
-        assert await find_rollout(store, replanned) is None
+        assert await find_rollout.fn(store, replanned.path(MANIFEST_FILE), replanned.digest) is None
         await roll_out(other, store, script)
         assert len(script.requests) == 14 + 10
 

@@ -1,0 +1,356 @@
+"""The three ways in: through the Prefect API, from its command line, and from a cycle file.
+
+Everything is real: a server, `make deploy`, a process worker, the emulator behind HTTP.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+from prefect.flow_runs import wait_for_flow_run
+
+from examples.trigger import trigger
+from flows.cycle import main
+from tests.flows.fleet import API_KEY, NAMES, Fleet, running_fleet, save_blocks
+from tests.servers import LoopbackServer
+
+ROOT = Path(__file__).parents[2]
+DEPLOYMENT = "checkpoint-to-rollout/process"
+END_SECONDS = 90
+GOOD = (
+    "cycle: {checkpoint: /c, run_id: r, policy_version: 1, work_dir: /w, problems: {dataset: /d}}"
+)
+
+pytestmark = [
+    pytest.mark.timeout(150),  # the first test waits for `make deploy` and the worker
+    # Prefect leaves its own connections to its API to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command that ends; its output as text."""
+    return subprocess.run(
+        arguments,
+        cwd=cwd,
+        env=os.environ | {"NO_COLOR": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=END_SECONDS,
+    )
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", *arguments, **environment)
+
+
+@pytest.fixture(scope="session")
+def deployed(prefect_api: str) -> str:
+    """The address of the process deployment, made by `make deploy`."""
+    made = run("make", "-o", "install", "deploy", f"PY={sys.executable}")
+    assert made.returncode == 0, made.stdout + made.stderr
+    return found(prefect_api, DEPLOYMENT)
+
+
+@pytest.fixture(scope="session")
+def worker(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A worker of the process pool; one for all tests."""
+
+    def command(port: int) -> list[str]:
+        return [
+            *("env", f"PREFECT_WORKER_WEBSERVER_PORT={port}", "PREFECT_WORKER_QUERY_SECONDS=0.5"),
+            *(sys.executable, "-m", "prefect", "worker", "start", "--with-healthcheck"),
+            *("--pool", "hotload-process", "--name", "tests"),
+        ]
+
+    server = LoopbackServer("worker", tmp_path_factory.mktemp("worker"), command)
+    server.start()
+    server.wait()
+    yield
+    server.stop()
+
+
+@pytest.fixture
+async def http(prefect_api: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A trainer without Prefect's package."""
+    async with httpx.AsyncClient(base_url=prefect_api) as client:
+        yield client
+
+
+@pytest.fixture
+async def slow_fleet(
+    prefect_api: str, tmp_path: Path, checkpoints: list[Path]
+) -> AsyncIterator[Fleet]:
+    """A fleet whose replicas take an hour for every step of a load."""
+    name = f"slow-{uuid.uuid4().hex[:12]}"
+    with running_fleet(name, tmp_path, checkpoints, seconds_per_state=3600.0) as running:
+        await save_blocks(running)
+        yield running
+
+
+def found(prefect_api: str, deployment: str) -> str:
+    """The address of a deployment."""
+    answer = httpx.get(f"{prefect_api}/deployments/name/{deployment}").raise_for_status()
+    return f"{prefect_api}/deployments/{answer.json()['id']}"
+
+
+def declared(fleet: Fleet, version: int, **changes: Any) -> dict[str, Any]:
+    """A cycle of a run that no other test has: keys are known to the whole server."""
+    return fleet.declared(version, run_id=fleet.name, **changes)
+
+
+def cycle_file(fleet: Fleet, version: int, name: str = "cycle.yaml", **changes: Any) -> str:
+    """A cycle file that uses the fleet's saved blocks."""
+    path = fleet.root / name
+    path.write_text(yaml.safe_dump({"cycle": declared(fleet, version, **changes)}))
+    return str(path)
+
+
+def is_served(fleet: Fleet) -> bool:
+    """Whether every replica serves what the one ended cycle published, after one signal."""
+    (report,) = fleet.reports()
+    return fleet.served() == {report.snapshot.identity} and len(fleet.log()["signals"]) == 1
+
+
+async def repeat(ask: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
+    """The first answer that is not 503, a locked SQLite file: as every trainer has to ask."""
+    for _ in range(50):
+        answer = await ask()
+        if answer.status_code != 503:
+            break
+        await asyncio.sleep(0.2)
+    return answer
+
+
+async def post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> httpx.Response:
+    return await repeat(lambda: http.post(path, json=body))
+
+
+async def test_a_trainer_triggers_by_http_and_repeats_itself(
+    fleet: Fleet, worker: None, deployed: str, http: httpx.AsyncClient
+) -> None:
+    spec = declared(fleet, 1)
+    key = f"cycle/{DEPLOYMENT}/{fleet.name}-000001/1"
+    body = {"parameters": {"spec": spec}, "idempotency_key": key}
+    made = await post(http, f"{deployed}/create_flow_run", body)
+    again = await post(http, f"{deployed}/create_flow_run", body)
+    assert (made.status_code, again.status_code) == (201, 200)
+    assert again.json()["id"] == made.json()["id"]
+
+    ended = await wait_for_flow_run(made.json()["id"], timeout=END_SECONDS)
+    assert ended.state is not None
+    assert (ended.name, ended.state.name) == (f"{fleet.name}-000001", "Completed")
+    assert is_served(fleet)
+    known = await post(http, f"{deployed}/create_flow_run", body)
+    assert known.json()["state"]["name"] == "Completed"
+
+    # What a schedule does: run the parameters that are saved with the deployment.
+    await repeat(lambda: http.patch(deployed, json={"parameters": {"spec": spec}}))
+    scheduled = await post(http, f"{deployed}/create_flow_run", {})
+    await repeat(lambda: http.patch(deployed, json={"parameters": {}}))
+    ended = await wait_for_flow_run(scheduled.json()["id"], timeout=END_SECONDS)
+    assert ended.state is not None
+    assert ended.state.name == "AlreadyDone"
+    assert is_served(fleet)
+
+
+async def test_the_api_refuses_parameters_that_are_no_cycle(
+    fleet: Fleet, deployed: str, http: httpx.AsyncClient
+) -> None:
+    for spec in (
+        {"checkpoint": "/c"},
+        declared(fleet, 1, policy_version=-1),
+        declared(fleet, 1, kl=1),
+    ):
+        body = {"parameters": {"spec": spec}}
+        refused = await post(http, f"{deployed}/create_flow_run", body)
+        assert refused.status_code == 409
+        assert "spec" in refused.json()["detail"]
+
+
+async def test_a_trainer_triggers_in_python(fleet: Fleet, worker: None) -> None:
+    file = cycle_file(fleet, 1)
+    first = python("examples.trigger", file)
+    assert first.returncode == 0, first.stderr
+    spec = fleet.spec(1, run_id=fleet.name)
+    again = await trigger(spec, DEPLOYMENT, 1)
+    assert first.stdout == f"{spec.name} {again.id}: Completed\n"
+    assert is_served(fleet)
+    with pytest.raises(ValueError, match="triggered with other parameters"):
+        await trigger(spec.model_copy(update={"policy_version": 1, "store": "x"}), DEPLOYMENT, 1)
+
+
+def test_a_person_runs_the_deployment_from_the_command_line(fleet: Fleet, worker: None) -> None:
+    spec = json.dumps(declared(fleet, 1))
+    watched = python(
+        *("prefect", "deployment", "run", DEPLOYMENT, "--param", f"spec={spec}"),
+        *("--watch", "--watch-interval", "1"),
+    )
+    assert watched.returncode == 0, watched.stdout + watched.stderr
+    assert is_served(fleet)
+
+
+def test_a_failed_run_of_the_deployment_says_why(fleet: Fleet, worker: None) -> None:
+    spec = json.dumps(declared(fleet, 1, checkpoint=str(fleet.root / "nothing")))
+    watched = python(
+        *("prefect", "deployment", "run", DEPLOYMENT, "--param", f"spec={spec}"),
+        *("--watch", "--watch-interval", "1"),
+    )
+    assert watched.returncode == 1
+    assert "nothing" in watched.stdout
+    assert not fleet.log()["signals"]
+
+
+def test_a_developer_runs_a_cycle_file_with_blocks_of_its_own(fleet: Fleet) -> None:
+    service = {"base_url": fleet.url, **NAMES}
+    blocks = {"service": service, "store": {"url": fleet.bucket.as_uri()}, "rollouts": service}
+    file = fleet.root / "cycle.yaml"
+    file.write_text(yaml.safe_dump({"blocks": blocks, "cycle": declared(fleet, 1)}))
+    done = python("flows.cycle", str(file), FIREWORKS_API_KEY=API_KEY)
+    assert done.returncode == 0, done.stderr
+    assert is_served(fleet)
+    assert f"identity  {fleet.reports()[0].snapshot.identity}" in done.stdout
+    assert API_KEY not in done.stdout + done.stderr
+
+
+def test_a_cycle_that_cannot_succeed_exits_1_and_says_why(fleet: Fleet) -> None:
+    torn = fleet.root / "torn"
+    shutil.copytree(fleet.checkpoints[1], torn)
+    shard = sorted(torn.glob("*.safetensors"))[2]
+    os.truncate(shard, shard.stat().st_size - 1)
+    refused = python("flows.cycle", cycle_file(fleet, 1, checkpoint=str(torn)))
+    assert refused.returncode == 1
+    assert shard.name in refused.stderr.splitlines()[-1]
+    assert not fleet.log()["signals"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cycle: [", "is not YAML, line 1"),
+        ("api_key: hush: hush", "is not YAML, line 1"),
+        ("cycle: " + "[" * 9999, "is not YAML"),
+        ("checkpoint: /c", "expected a mapping with `cycle:`"),
+        ("cycle: &a [*a]", "expected a mapping with `cycle:`"),
+        ("cycle: {}\nblock: {}\n1: {}", "unknown ['1', 'block']"),
+        ("cycle: {}\nblocks: [service]", "expected a mapping below `blocks:`"),
+        ("cycle: {}\nblocks: {services: {}}", "unknown ['services']"),
+        ("cycle: {api_key: hush}", "api_key: Extra inputs are not permitted"),
+        ("cycle: {checkpoint: c}", "expected an absolute path, not a relative one"),
+        ("cycle: {learning_rate: 0.1}", "your trainer owns its own training"),
+        (f"{GOOD}\nblocks: {{store: {{key: hush}}}}", "blocks.store: unknown ['key']"),
+        (f"{GOOD}\nblocks: {{service: {{api_key: [hush]}}}}", "api_key: Input should be"),
+        (f"{GOOD}\nblocks: {{service: hush}}", "blocks.service is refused"),
+        (None, "No such file"),
+    ],
+)
+def test_a_wrong_cycle_file_exits_2_and_shows_no_value(
+    text: str | None,
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "cycle.yaml"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["cycle", str(file)])
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "hush" not in error
+
+
+def test_the_local_command_explains_itself() -> None:
+    helped = python("flows.cycle", "--help")
+    assert helped.returncode == 0
+    assert "YAML with `cycle:` and `blocks:`" in helped.stdout
+    assert python("flows.cycle").returncode == 2
+
+
+def test_the_example_cycle_file_shows_every_default() -> None:
+    from hotload.spec import CycleSpec
+
+    document = yaml.safe_load((ROOT / "examples/cycle.yaml").read_text())
+    cycle = document["cycle"]
+    required = {name: cycle[name] for name in CycleSpec.model_json_schema()["required"]}
+    assert CycleSpec.model_validate(cycle) == CycleSpec.model_validate(required)
+
+
+def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-m", "flows.cycle", cycle_file(slow_fleet, 1, "first.yaml")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    with holder:
+        while not slow_fleet.log()["signals"]:
+            assert holder.poll() is None
+            time.sleep(0.05)
+        second = python("flows.cycle", cycle_file(slow_fleet, 2, "second.yaml"))
+        assert second.returncode == 1
+        assert f"{slow_fleet.name}-000001" in second.stderr.splitlines()[-1]
+
+        children = psutil.Process(holder.pid).children(recursive=True)
+        holder.send_signal(signal.SIGINT)
+        _, told = holder.communicate(timeout=30)
+    assert holder.returncode == 130
+    assert told.endswith("stopped; start it again to go on\n")
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert [lease["released"] for lease in slow_fleet.leases()] == [True]
+    assert len(slow_fleet.log()["signals"]) == 1
+
+
+async def test_a_worker_runs_the_code_of_the_clone_and_not_what_is_installed(
+    fleet: Fleet, worker: None, prefect_api: str, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    # This environment has `hotload` installed; the clone has one that can be told apart.
+    origin, clone = tmp_path / "origin.git", tmp_path / "work"
+    for package in ("hotload", "blocks", "tasks", "flows", "examples"):
+        shutil.copytree(ROOT / package, clone / package)
+    report = clone / "hotload/report.py"
+    report.write_text(report.read_text().replace("facts = {", 'facts = {"library": __file__,'))
+    document = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())
+    (process,) = (each for each in document["deployments"] if each["name"] == "process")
+    step = {"repository": origin.as_uri(), "branch": "main"}
+    process |= {"name": "clone", "pull": [{"prefect.deployments.steps.git_clone": step}]}
+    (clone / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [process]}))
+    name = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
+    for arguments in (
+        ("init", "--quiet", "--initial-branch", "main"),
+        ("add", "."),
+        (*name, "commit", "--quiet", "--message", "clone"),
+        ("clone", "--quiet", "--bare", ".", str(origin)),
+    ):
+        assert run("git", *arguments, cwd=clone).returncode == 0
+    deploy = ("prefect", "--no-prompt", "deploy", "--all")
+    made = run(sys.executable, "-m", *deploy, cwd=clone)
+    assert made.returncode == 0, made.stdout
+    shutil.rmtree(clone)
+
+    deployment = found(prefect_api, "checkpoint-to-rollout/clone")
+    body = {"parameters": {"spec": declared(fleet, 1)}}
+    made_run = await post(http, f"{deployment}/create_flow_run", body)
+    ended = await wait_for_flow_run(made_run.json()["id"], timeout=END_SECONDS)
+    assert ended.state is not None
+    assert ended.state.name == "Completed"
+    assert is_served(fleet)
+    key = {"artifacts": {"key": {"any_": [f"cycle-{fleet.name}-000001"]}}}
+    (table,) = (await post(http, "/artifacts/filter", key)).json()
+    (library,) = (row["value"] for row in json.loads(table["data"]) if row["what"] == "library")
+    assert not Path(library).is_relative_to(ROOT)

@@ -1,0 +1,151 @@
+"""The publisher's tasks as plain functions, on a real store and real replicas."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from hotload.local import read_checkpoint, sha256_file
+from hotload.snapshot import (
+    CheckpointContent,
+    Shard,
+    SideFile,
+    SnapshotKind,
+    SnapshotManifest,
+    SnapshotPlan,
+    batches,
+)
+from hotload.spec import CycleSpec
+from tasks.announce import signal_snapshot
+from tasks.baseline import keep_baseline
+from tasks.encode import EncodedBatch, encode_shards
+from tasks.lease import publisher_lease
+from tasks.places import baseline_dir, delta_dir, results_dir
+from tasks.plan import plan_snapshot
+from tasks.upload import upload_manifests, upload_shards
+from tasks.wait import wait_until_ready
+from tests.flows.fleet import API_KEY, NAMES, REPLICAS, Fleet
+
+IMPATIENT = {"poll_interval_seconds": 0.01, "weight_sync_timeout": 0.1, "scale_up_timeout_seconds": 0.1}
+
+
+@dataclass
+class Publisher:
+    """What one machine does for one fleet; `work` is where it keeps its own files."""
+
+    fleet: Fleet
+    store: CheckpointStore
+    work: Path
+
+    @property
+    def service(self) -> HotLoadService:
+        """The service as its own block would be loaded, new every time."""
+        return HotLoadService(base_url=self.fleet.url, api_key=API_KEY, **NAMES)
+
+    def spec(self, version: int, **changes: Any) -> CycleSpec:
+        """The cycle of one policy version."""
+        return self.fleet.spec(version, work_dir=str(self.work), **changes)
+
+    def elsewhere(self, work: Path) -> Publisher:
+        """Another machine: it knows the store and the service only."""
+        return replace(self, work=work)
+
+    def checkpoint_of_its_own(self, version: int) -> Path:
+        """A copy of a checkpoint that a test may change; the cycles of `version` use it from now on."""
+        copy = Path(shutil.copytree(self.fleet.checkpoints[version], self.work / f"own-{version}"))
+        self.fleet.checkpoints[version] = copy
+        return copy
+
+    def content(self, version: int) -> CheckpointContent:
+        """What validation says of a full checkpoint."""
+        directory = self.fleet.checkpoints[version]
+        checkpoint = read_checkpoint(directory)
+        shards = tuple(
+            SideFile(file=one.file, size_bytes=one.size_bytes, sha256=sha256_file(directory / one.file))
+            for one in checkpoint.shards
+        )
+        return CheckpointContent(
+            kind=SnapshotKind.FULL, shards=shards, side_files=checkpoint.side_files
+        )
+
+    async def plan(self, version: int) -> SnapshotPlan:
+        """What is published next."""
+        spec, content = self.spec(version), self.content(version)
+        return await plan_snapshot.fn(spec, self.service, self.store, content)
+
+    async def carry(self, version: int, plan: SnapshotPlan) -> SnapshotManifest:
+        """Encode and upload everything; nothing is signalled."""
+        spec, content = self.spec(version), self.content(version)
+        shards: list[Shard] = []
+        for batch in batches(content.shards, 25):
+            encoded, directory = EncodedBatch.as_is(batch), Path(spec.checkpoint)
+            if plan.kind is SnapshotKind.DELTA:
+                encoded = await encode_shards.fn(spec, self.service, plan, batch)
+                directory = self.deltas / plan.identity
+            await upload_shards.fn(self.store, plan.identity, str(directory), encoded.shards)
+            shards += encoded.shards
+        return await upload_manifests.fn(spec, self.store, plan, content, tuple(shards))
+
+    async def signal(self, manifest: SnapshotManifest) -> tuple[str, ...]:
+        """Signal it as the holder of the lease."""
+        async with publisher_lease(self.store, "test") as lease:
+            return await signal_snapshot.fn(self.service, self.store, manifest, lease.token)
+
+    async def serve(self, version: int) -> SnapshotManifest:
+        """Publish a version as the plan says, until every replica serves it."""
+        spec = self.spec(version)
+        manifest = await self.carry(version, await self.plan(version))
+        await self.signal(manifest)
+        await wait_until_ready.fn(self.service, manifest, spec.readiness, REPLICAS)
+        return manifest
+
+    async def publish(self, version: int) -> SnapshotManifest:
+        """`serve`, and move the baseline on."""
+        manifest = await self.serve(version)
+        await keep_baseline.fn(self.spec(version), self.service, self.store, manifest.identity)
+        return manifest
+
+    @property
+    def baselines(self) -> Path:
+        """Parent of the baselines on this machine."""
+        return baseline_dir(self.spec(0), self.service)
+
+    @property
+    def deltas(self) -> Path:
+        """Parent of the encoded deltas on this machine."""
+        return delta_dir(self.spec(0), self.service)
+
+    @property
+    def results(self) -> Path:
+        """Cached results on this machine."""
+        return results_dir(self.spec(0), self.service)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory by name, hidden ones too."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def flip_a_byte(path: Path, offset: int = -1) -> None:
+    """Change one byte, by default the last: the file keeps its size."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x01
+    path.write_bytes(data)
+
+
+@contextmanager
+def disk_full_after(size_bytes: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size_bytes`: what a full disk does to a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
