@@ -161,9 +161,11 @@ class RolloutClient(Block):
                 await sleep(WARM_UP_WAIT_SECONDS)
             try:
                 await self._probe(WARM_UP_TIMEOUT_SECONDS)
-            except ServiceError:
-                continue
-            return True
+            except ServiceError as error:
+                if isinstance(error, ServiceRefusedError) and error.status_code != 404:
+                    return False  # no waiting mends a key
+            else:
+                return True
         return False
 
     async def check(self) -> list[CheckLine]:

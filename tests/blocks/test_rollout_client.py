@@ -410,6 +410,9 @@ async def test_the_probe_of_check_and_warm_up() -> None:
     async with Script(http(b"", 503)).running() as script:
         assert not await client(script.port).warm_up(retries=3, sleep=Naps())
         assert len(script.requests) == 3
+    async with Script(http(b"", 404), http(b"", 401)).running() as script:
+        assert not await client(script.port).warm_up(retries=9, sleep=Naps())
+        assert len(script.requests) == 2
     for status in (401, 404):
         async with Script(http(b"<html>", status, "text/html")).running() as script:
             [line] = await client(script.port).check()

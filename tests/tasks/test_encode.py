@@ -1,0 +1,149 @@
+"""Encoding deltas: right, cached, encoded again when the cache or the disk is not to be trusted."""
+
+from pathlib import Path
+
+import pytest
+
+from hotload.errors import InvalidCheckpointError
+from hotload.local import apply_file, sha256_file
+from hotload.snapshot import SideFile, SnapshotPlan
+from tasks.encode import EncodedBatch, encode_once, encode_shards
+from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte
+
+Batch = tuple[SideFile, ...]
+
+
+async def planned(publisher: Publisher) -> tuple[SnapshotPlan, Batch]:
+    """The plan of version 2, a delta, and the batch of all its shards."""
+    await publisher.publish(1)
+    return await publisher.plan(2), publisher.content(2).shards
+
+
+async def encode(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> EncodedBatch:
+    return await encode_shards.fn(publisher.spec(2), publisher.service, plan, batch)
+
+
+async def encode_cached(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> EncodedBatch:
+    return await encode_once(publisher.spec(2), publisher.service, plan, batch)
+
+
+def stamps(directory: Path) -> dict[str, tuple[int, int]]:
+    """Changes for every file that was written again."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in directory.iterdir()}
+
+
+async def test_every_delta_restores_its_shard(publisher: Publisher, tmp_path: Path) -> None:
+    plan, batch = await planned(publisher)
+    encoded = await encode(publisher, plan, batch)
+    baseline = publisher.baselines / str(plan.previous)
+    assert [shard.file for shard in encoded.shards] == [shard.file for shard in batch]
+    for shard, content in zip(encoded.shards, batch, strict=True):
+        delta = publisher.deltas / plan.identity / shard.file
+        assert (delta.stat().st_size, sha256_file(delta)) == (shard.size_bytes, shard.sha256)
+        restored = apply_file(baseline / shard.file, delta, tmp_path / "restored")
+        assert restored == shard.content_sha256 == content.sha256
+        assert shard.content_size_bytes == content.size_bytes
+        assert shard.size_bytes < content.size_bytes
+
+
+async def test_a_checkpoint_changed_since_validation_is_refused(publisher: Publisher) -> None:
+    checkpoint = publisher.checkpoint_of_its_own(2)
+    plan, batch = await planned(publisher)
+    flip_a_byte(checkpoint / batch[5].file)
+    with pytest.raises(InvalidCheckpointError, match="changed_while_read") as caught:
+        await encode(publisher, plan, batch)
+    assert caught.value.findings[0].file == batch[5].file
+    assert "as validated" in str(caught.value)
+    flip_a_byte(checkpoint / batch[5].file)
+    assert await encode(publisher, plan, batch)
+
+
+async def test_a_checkpoint_removed_since_validation_is_refused(publisher: Publisher) -> None:
+    checkpoint = publisher.checkpoint_of_its_own(2)
+    plan, batch = await planned(publisher)
+    (checkpoint / batch[5].file).unlink()
+    with pytest.raises(InvalidCheckpointError, match="missing_file"):
+        await encode(publisher, plan, batch)
+
+
+async def test_a_full_disk_leaves_nothing_half_written(publisher: Publisher) -> None:
+    plan, batch = await planned(publisher)
+    directory = publisher.deltas / plan.identity
+    with pytest.raises(OSError, match="File too large"), disk_full_after(4096):
+        await encode(publisher, plan, batch)
+    whole = stamps(directory)
+    assert len(whole) < len(batch)
+    assert not [name for name in whole if name.startswith(".")]
+    encoded = await encode(publisher, plan, batch)
+    assert [sha256_file(directory / one.file) for one in encoded.shards] == [
+        one.sha256 for one in encoded.shards
+    ]
+
+
+@pytest.mark.usefixtures("prefect_api")
+class TestCached:
+    """The cached result is believed as far as its files bear it out."""
+
+    async def test_once(self, publisher: Publisher) -> None:
+        plan, batch = await planned(publisher)
+        first = await encode_cached(publisher, plan, batch)
+        written = stamps(publisher.deltas / plan.identity), stamps(publisher.results)
+        assert await encode_cached(publisher, plan, batch) == first
+        assert (stamps(publisher.deltas / plan.identity), stamps(publisher.results)) == written
+
+    @pytest.mark.parametrize("harm", ["gone", "changed"])
+    async def test_a_delta_that_is_not_what_it_was_is_encoded_again(
+        self, publisher: Publisher, harm: str
+    ) -> None:
+        plan, batch = await planned(publisher)
+        first = await encode_cached(publisher, plan, batch)
+        delta = publisher.deltas / plan.identity / batch[3].file
+        if harm == "gone":
+            delta.unlink()
+        else:
+            flip_a_byte(delta)
+        again = await encode_cached(publisher, plan, batch)
+        assert again.shards == first.shards
+        assert sha256_file(delta) == first.shards[3].sha256
+
+    @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99], ids=["empty", "half", "nearly whole"])
+    async def test_a_result_that_a_kill_cut_short_is_a_miss(
+        self, publisher: Publisher, kept: float
+    ) -> None:
+        plan, batch = await planned(publisher)
+        first = await encode_cached(publisher, plan, batch)
+        [result] = publisher.results.iterdir()
+        data = result.read_bytes()
+        result.write_bytes(data[: int(kept * len(data))])
+        written = stamps(publisher.deltas / plan.identity)
+        again = await encode_cached(publisher, plan, batch)
+        assert again.shards == first.shards
+        assert stamps(publisher.deltas / plan.identity) != written
+        written = stamps(publisher.deltas / plan.identity)
+        assert await encode_cached(publisher, plan, batch) == again
+        assert stamps(publisher.deltas / plan.identity) == written
+
+    @pytest.mark.parametrize("garbage", [b"\x00\xff" * 40, b"{}", b"null", b'{"metadata": 3}'])
+    async def test_a_result_that_is_something_else_is_a_miss(
+        self, publisher: Publisher, garbage: bytes
+    ) -> None:
+        plan, batch = await planned(publisher)
+        first = await encode_cached(publisher, plan, batch)
+        [result] = publisher.results.iterdir()
+        result.write_bytes(garbage)
+        assert (await encode_cached(publisher, plan, batch)).shards == first.shards
+
+    async def test_a_result_of_another_schema_is_a_miss(self, publisher: Publisher) -> None:
+        plan, batch = await planned(publisher)
+        first = await encode_cached(publisher, plan, batch)
+        [result] = publisher.results.iterdir()
+        result.write_bytes(result.read_bytes().replace(b"verify_seconds", b"seconds_of_checking"))
+        assert (await encode_cached(publisher, plan, batch)).shards == first.shards
+
+    async def test_other_content_is_another_key(self, publisher: Publisher) -> None:
+        checkpoint = publisher.checkpoint_of_its_own(2)
+        plan, batch = await planned(publisher)
+        first = await encode_cached(publisher, plan, batch)
+        flip_a_byte(checkpoint / batch[3].file)
+        again = await encode_cached(publisher, plan, publisher.content(2).shards)
+        assert again.shards[3].content_sha256 != first.shards[3].content_sha256
