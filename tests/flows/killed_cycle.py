@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
 END_SECONDS = 60.0
 LOOK_SECONDS = 0.001
-BEGUN = re.compile(r"Flow run '[^']+' - Beginning flow run '[^']+' for flow 'checkpoint-to-rollout'")
+BEGUN = re.compile(
+    r"Flow run '[^']+' - Beginning flow run '[^']+' for flow 'checkpoint-to-rollout'"
+)
 FINISHED = re.compile(r"Task run '([^']+)' - Finished in state (\w+)")
 
 

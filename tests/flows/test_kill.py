@@ -96,7 +96,9 @@ class Series:
     def check(self) -> CycleReport:
         """The report of this version, which has ended, once everything it says is seen to hold."""
         name = self.spec.name
-        report = CycleReport.model_validate_json((self.records / f"reports/{name}.json").read_text())
+        report = CycleReport.model_validate_json(
+            (self.records / f"reports/{name}.json").read_text()
+        )
         served = report.snapshot.identity
         assert self.fleet.served() == {served}
         self._check_replicas(served)
@@ -134,7 +136,9 @@ class Series:
 
     def _check_groups(self, served: str) -> None:
         directory = self.records / "rollouts" / served
-        manifest = RolloutManifest.parse((directory / "manifest.json").read_bytes(), path="manifest")
+        manifest = RolloutManifest.parse(
+            (directory / "manifest.json").read_bytes(), path="manifest"
+        )
         assert {part.file for part in manifest.parts} == {p.name for p in directory.glob("part-*")}
         samples = pl.concat([pl.read_parquet(directory / part.file) for part in manifest.parts])
         assert samples.select("problem_id", "sample_number").n_unique() == samples.height
@@ -220,7 +224,11 @@ async def test_killed_at_chosen_moments(series: Series) -> None:
         ("all but the report is stored", [], appears(bucket, "_hotload/rollouts/{name}-*/manif*")),
         ("the lease is not given back", [], appears(bucket, "_hotload/reports/{name}*")),
     ]
-    unheard = ("the signal never arrives", [no_answer], appears(bucket, "_hotload/signals/{name}-*"))
+    unheard = (
+        "the signal never arrives",
+        [no_answer],
+        appears(bucket, "_hotload/signals/{name}-*"),
+    )
     with StoreReader(bucket, fleet.checkpoints) as reader:
         series.start().finish()
         print()

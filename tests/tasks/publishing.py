@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from hotload.local import read_checkpoint, sha256_file
@@ -22,7 +24,7 @@ from hotload.snapshot import (
     SnapshotPlan,
     batches,
 )
-from hotload.spec import CycleSpec
+from hotload.spec import CycleSpec, ReadinessPolicy
 from tasks.announce import signal_snapshot
 from tasks.baseline import keep_baseline
 from tasks.encode import EncodedBatch, encode_shards
@@ -33,7 +35,9 @@ from tasks.upload import upload_manifests, upload_shards
 from tasks.wait import wait_until_ready
 from tests.flows.fleet import API_KEY, NAMES, REPLICAS, Fleet
 
-IMPATIENT = {"poll_interval_seconds": 0.01, "weight_sync_timeout": 0.1, "scale_up_timeout_seconds": 0.1}
+IMPATIENT = ReadinessPolicy(
+    poll_interval_seconds=0.01, weight_sync_timeout=0.2, scale_up_timeout_seconds=0.2
+)
 
 
 @dataclass
@@ -68,7 +72,9 @@ class Publisher:
         directory = self.fleet.checkpoints[version]
         checkpoint = read_checkpoint(directory)
         shards = tuple(
-            SideFile(file=one.file, size_bytes=one.size_bytes, sha256=sha256_file(directory / one.file))
+            SideFile(
+                file=one.file, size_bytes=one.size_bytes, sha256=sha256_file(directory / one.file)
+            )
             for one in checkpoint.shards
         )
         return CheckpointContent(
@@ -97,6 +103,15 @@ class Publisher:
         """Signal it as the holder of the lease."""
         async with publisher_lease(self.store, "test") as lease:
             return await signal_snapshot.fn(self.service, self.store, manifest, lease.token)
+
+    def respond(self, operation: str, status: int, body: str | None = None, **more: Any) -> None:
+        """Let the service answer an operation with this status, and `body` as HTML."""
+        self.fleet.fault(fault="respond", operation=operation, status=status, body=body, **more)
+
+    def struck(self) -> int:
+        """How often the faults ordered so far have struck."""
+        found = httpx.get(f"{self.fleet.url}/emulator/faults").raise_for_status().json()
+        return sum(fault["struck"] for fault in found["faults"])
 
     async def serve(self, version: int) -> SnapshotManifest:
         """Publish a version as the plan says, until every replica serves it."""
@@ -131,6 +146,11 @@ class Publisher:
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a directory by name, hidden ones too."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def stamps(directory: Path) -> dict[str, tuple[int, int]]:
+    """Changes for every file of a directory that is written again, even with the same bytes."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in directory.iterdir()}
 
 
 def flip_a_byte(path: Path, offset: int = -1) -> None:

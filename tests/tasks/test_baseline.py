@@ -130,9 +130,7 @@ async def test_a_served_snapshot_without_a_baseline_fails_no_cycle(
     second = await publisher.serve(2)
     await damage(publisher, second, "a byte flipped")
     shutil.rmtree(publisher.deltas)
-    await keep_baseline.fn(
-        publisher.spec(2), publisher.service, publisher.store, second.identity
-    )
+    await keep_baseline.fn(publisher.spec(2), publisher.service, publisher.store, second.identity)
     plan = await publisher.plan(3)
     assert plan.kind is SnapshotKind.FULL
     assert second.identity in plan.reason
@@ -155,9 +153,7 @@ async def test_what_a_kill_left_is_removed(publisher: Publisher) -> None:
     for name in (f"{second.identity}.tmp", ".x.1234.retired", "run-000000-00000000"):
         (publisher.baselines / name).mkdir()
         (publisher.baselines / name / "file").write_text("half")
-    await keep_baseline.fn(
-        publisher.spec(2), publisher.service, publisher.store, second.identity
-    )
+    await keep_baseline.fn(publisher.spec(2), publisher.service, publisher.store, second.identity)
     assert [path.name for path in publisher.baselines.iterdir()] == [second.identity]
     assert [path.name for path in publisher.deltas.iterdir()] == [second.identity]
     assert first.identity != second.identity
@@ -174,9 +170,7 @@ async def test_a_full_disk_leaves_the_old_baseline(publisher: Publisher) -> None
     assert contents(publisher.baselines / first.identity) == contents(
         publisher.fleet.checkpoints[1]
     )
-    await keep_baseline.fn(
-        publisher.spec(2), publisher.service, publisher.store, second.identity
-    )
+    await keep_baseline.fn(publisher.spec(2), publisher.service, publisher.store, second.identity)
     assert [path.name for path in publisher.baselines.iterdir()] == [second.identity]
 
 

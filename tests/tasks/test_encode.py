@@ -8,7 +8,7 @@ from hotload.errors import InvalidCheckpointError
 from hotload.local import apply_file, sha256_file
 from hotload.snapshot import SideFile, SnapshotPlan
 from tasks.encode import EncodedBatch, encode_once, encode_shards
-from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte
+from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte, stamps
 
 Batch = tuple[SideFile, ...]
 
@@ -25,11 +25,6 @@ async def encode(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> Enco
 
 async def encode_cached(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> EncodedBatch:
     return await encode_once(publisher.spec(2), publisher.service, plan, batch)
-
-
-def stamps(directory: Path) -> dict[str, tuple[int, int]]:
-    """Changes for every file that was written again."""
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in directory.iterdir()}
 
 
 async def test_every_delta_restores_its_shard(publisher: Publisher, tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""Signals: marked before they are sent, sent once, never by one who lost the lease; and hints."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from blocks.hot_load_service import HotLoadService
+from hotload.errors import (
+    ChainBrokenError,
+    LeaseLostError,
+    LoadFailedError,
+    ServiceRefusedError,
+    ServiceUnavailableError,
+    SnapshotRejectedError,
+)
+from hotload.lease import Lease, Process
+from hotload.snapshot import SnapshotKind, SnapshotManifest
+from tasks.announce import hint_shards, reset_ledger, signal_snapshot
+from tasks.encode import EncodedBatch
+from tasks.lease import publisher_lease
+from tests.flows.fleet import API_KEY, NAMES
+from tests.tasks.publishing import Publisher
+
+
+@pytest.fixture
+async def full(publisher: Publisher) -> SnapshotManifest:
+    """Version 1, uploaded and not signalled."""
+    return await publisher.carry(1, await publisher.plan(1))
+
+
+@pytest.fixture
+async def delta(publisher: Publisher) -> SnapshotManifest:
+    """Version 2 on a served version 1, uploaded and not signalled."""
+    await publisher.publish(1)
+    return await publisher.carry(2, await publisher.plan(2))
+
+
+def marked(publisher: Publisher) -> set[str]:
+    return {path.stem for path in (publisher.fleet.bucket / "_hotload/signals").glob("*.json")}
+
+
+def signalled(publisher: Publisher) -> list[str]:
+    return [note["identity"] for note in publisher.fleet.log()["signals"]]
+
+
+async def test_it_is_sent_once_however_often_it_is_asked_for(
+    publisher: Publisher, full: SnapshotManifest
+) -> None:
+    for _ in range(3):
+        assert await publisher.signal(full) == ()
+    assert signalled(publisher) == [full.identity]
+    assert marked(publisher) == {full.identity}
+
+
+async def test_a_lost_answer_is_not_followed_by_a_second_signal(
+    publisher: Publisher, delta: SnapshotManifest
+) -> None:
+    publisher.respond("signal", 503, accepted=True, count=1)
+    with pytest.raises(ServiceUnavailableError):
+        await publisher.signal(delta)
+    assert await publisher.signal(delta) == ()
+    assert signalled(publisher).count(delta.identity) == 1
+
+
+async def test_the_mark_is_there_before_the_signal_is_sent(
+    publisher: Publisher, delta: SnapshotManifest
+) -> None:
+    publisher.respond("signal", 503, count=1)
+    with pytest.raises(ServiceUnavailableError):
+        await publisher.signal(delta)
+    assert delta.identity in marked(publisher)
+    assert delta.identity not in signalled(publisher)
+    plan = await publisher.plan(2)
+    assert plan.kind is SnapshotKind.FULL
+    assert plan.identity != delta.identity
+    assert f"the signal for {delta.identity} may have been sent" in plan.reason
+
+
+async def test_a_full_whose_signal_is_in_doubt_is_signalled_again(
+    publisher: Publisher, full: SnapshotManifest
+) -> None:
+    publisher.respond("signal", 503, count=1)
+    with pytest.raises(ServiceUnavailableError):
+        await publisher.signal(full)
+    assert (await publisher.plan(1)).identity == full.identity
+    await publisher.signal(full)
+    assert publisher.fleet.log()["signals"][-1]["result"] == "accepted"
+
+
+async def test_a_delta_is_not_sent_to_replicas_elsewhere(
+    publisher: Publisher, delta: SnapshotManifest
+) -> None:
+    await reset_ledger.fn(publisher.service)
+    with pytest.raises(ChainBrokenError, match="base weights on 2"):
+        await publisher.signal(delta)
+    assert delta.identity not in signalled(publisher) + list(marked(publisher))
+    plan = await publisher.plan(2)
+    assert plan.kind is SnapshotKind.FULL
+    assert f"the replicas left {delta.previous}" in plan.reason
+
+
+async def test_who_lost_the_lease_sends_nothing(
+    publisher: Publisher, full: SnapshotManifest
+) -> None:
+    now = datetime.now(UTC)
+    async with publisher_lease(publisher.store, "first") as lease:
+        thief = Lease(
+            token=lease.token + 1,
+            nonce="0123456789abcdef",
+            holder="second",
+            process=Process(host="elsewhere", pid=1, started="1"),
+            renewed_at=now,
+            expires_at=now + timedelta(seconds=60),
+        )
+        await publisher.store.put_bytes(thief.render(), thief.path)
+        with pytest.raises(LeaseLostError, match="second"):
+            await signal_snapshot.fn(publisher.service, publisher.store, full, lease.token)
+    assert signalled(publisher) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, SnapshotRejectedError),
+        (401, ServiceRefusedError),
+        (402, ServiceRefusedError),
+        (403, ServiceRefusedError),
+        (404, ServiceRefusedError),
+        (409, LoadFailedError),
+        (429, ServiceUnavailableError),
+        (500, ServiceUnavailableError),
+    ],
+)
+async def test_what_a_refused_full_means(
+    publisher: Publisher, full: SnapshotManifest, status: int, error: type[Exception]
+) -> None:
+    publisher.respond("signal", status)
+    with pytest.raises(error, match=str(status)):
+        await publisher.signal(full)
+
+
+async def test_a_refused_delta_calls_for_a_full(
+    publisher: Publisher, delta: SnapshotManifest
+) -> None:
+    publisher.respond("signal", 400, message="unknown parent")
+    with pytest.raises(LoadFailedError, match="unknown parent"):
+        await publisher.signal(delta)
+
+
+async def test_409_for_what_is_served_already_is_success(
+    publisher: Publisher, full: SnapshotManifest
+) -> None:
+    publisher.respond("signal", 409, accepted=True, count=1)
+    assert await publisher.signal(full) == ()
+
+
+async def test_an_unhonoured_cache_policy_is_a_warning(
+    publisher: Publisher, full: SnapshotManifest
+) -> None:
+    publisher.respond(
+        "signal", 400, message="reset_prompt_cache: Extra inputs are not permitted", count=1
+    )
+    service = HotLoadService(
+        base_url=publisher.fleet.url, api_key=API_KEY, reset_prompt_cache="none", **NAMES
+    )
+    async with publisher_lease(publisher.store, "test") as lease:
+        warnings = await signal_snapshot.fn(service, publisher.store, full, lease.token)
+    assert "all, is in force instead of none" in warnings[0]
+    assert publisher.fleet.served() == {full.identity}
+
+
+def hinting(publisher: Publisher) -> HotLoadService:
+    template = {"identity": "{identity}", "file": "{file}", "uri": "{uri}"}
+    return HotLoadService(
+        base_url=publisher.fleet.url, api_key=API_KEY, hint_body_template=template, **NAMES
+    )
+
+
+async def test_every_file_is_hinted(publisher: Publisher) -> None:
+    plan, shards = await publisher.plan(1), EncodedBatch.as_is(publisher.content(1).shards).shards
+    taken = await hint_shards.fn(hinting(publisher), publisher.store, plan, shards)
+    assert taken == len(shards)
+    hinted = [note["body"] for note in publisher.fleet.log()["hints"]]
+    assert hinted[0]["uri"] == f"{publisher.store.url}/{plan.identity}/{shards[0].file}"
+    assert [body["file"] for body in hinted] == [shard.file for shard in shards]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 500, 503])
+async def test_a_hint_that_fails_fails_nothing(publisher: Publisher, status: int) -> None:
+    plan, shards = await publisher.plan(1), EncodedBatch.as_is(publisher.content(1).shards).shards
+    publisher.respond("hint", status)
+    assert await hint_shards.fn(hinting(publisher), publisher.store, plan, shards) == 0
+    assert publisher.struck() == (1 if status < 500 else len(shards))
