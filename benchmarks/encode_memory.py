@@ -1,11 +1,11 @@
 """Peak memory, speed and ratio of encoding one large shard, beside the plain way to do it.
 
-    python benchmarks/encode_memory.py --dir DIR [--size-gib 2] [--tensors 1]
+    python benchmarks/encode_memory.py [--dir DIR] [--size-gib 2] [--tensors 1]
 
-Writes two bf16 shards into a temporary directory below DIR (a little over twice the size, removed
-at the end), then runs each encoder in a process of its own. fp32 master weights, N(0, 0.03), take
-one Adam-like step of `--step` and are rounded to bf16 before and after it; at the default about 1 %
-of the elements change.
+Writes two bf16 shards into a temporary directory, below DIR if that is named (a little over twice
+the size, removed at the end), then runs each encoder in a process of its own. fp32 master weights,
+N(0, 0.03), take one Adam-like step of `--step` and are rounded to bf16 before and after it; at the
+default about 1 % of the elements change.
 
 plain    what peers do: both tensors whole in memory, one vectorised XOR, one zstd level 1 frame,
          zlib's Adler-32, the file written by the safetensors library. No SHA-256.
@@ -41,7 +41,7 @@ RUNS = 2  # the first pays for pages the system has not handed out yet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--dir", type=Path, required=True, help="where the two shards may live")
+    parser.add_argument("--dir", type=Path, help="where the shards may live; else the system's own")
     parser.add_argument("--size-gib", type=float, default=2.0, help="size of one shard")
     parser.add_argument("--tensors", type=int, default=1, help="tensors it is split into")
     parser.add_argument("--step", type=float, default=5e-7, help="learning rate of the one step")

@@ -11,8 +11,8 @@ import httpx
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
-from blocks.preflight import CheckLine
 from blocks.rollout_client import RolloutClient
+from hotload.preflight import CheckLine
 
 EPILOG = """\
 examples:

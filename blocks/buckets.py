@@ -29,7 +29,6 @@ from hotload.errors import StoreError
 # s3fs's own 10 parts of 50 MiB cost 1.0 GiB on put and 1.3 GiB on get, and are no faster.
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 4
-DELETE_AT_ONCE = 1000
 # Objects this process is uploading; an unfinished upload of any other object was left behind.
 _IN_FLIGHT: Counter[str] = Counter()
 
@@ -60,9 +59,6 @@ class Bucket(Protocol):
 
     async def delete_file(self, path: str) -> None:
         """No error when it is gone already."""
-
-    async def delete_tree(self, prefix: str) -> None:
-        """Everything below `prefix`."""
 
     async def abort_orphaned_uploads(self, prefix: str) -> int:
         """How many unfinished uploads of other processes were removed."""
@@ -119,12 +115,6 @@ class MemoryBucket:
     async def delete_file(self, path: str) -> None:
         with self._lock:
             self._filesystem.store.pop(f"{self._root}/{path}", None)
-
-    async def delete_tree(self, prefix: str) -> None:
-        with self._lock:
-            for name in list(self._filesystem.store):
-                if name.startswith(f"{self._root}/{prefix}/"):
-                    del self._filesystem.store[name]
 
     async def abort_orphaned_uploads(self, prefix: str) -> int:
         del prefix
@@ -211,21 +201,10 @@ class RemoteBucket:
         except FileNotFoundError as error:
             await self._refuse_missing_bucket(error)
 
-    async def delete_tree(self, prefix: str) -> None:
-        start = f"{self._key(prefix)}/"
-        found = await self._run(self._filesystem._find(start))
-        keys = [name for name in found if name.startswith(start)]
-        for first in range(0, len(keys), DELETE_AT_ONCE):
-            await self._run(self._delete_many(keys[first : first + DELETE_AT_ONCE]))
-
     async def abort_orphaned_uploads(self, prefix: str) -> int:
         """Nothing to do: a resumable upload is visible to nobody and cannot be listed."""
         del prefix
         return 0
-
-    async def _delete_many(self, keys: list[str]) -> None:
-        for key in keys:
-            await self._filesystem._rm_file(key)
 
     async def _find_bucket(self, name: str) -> None:
         """Ask for the bucket itself; FileNotFoundError when there is none."""
@@ -256,7 +235,11 @@ class RemoteBucket:
 
 
 class GcsBucket(RemoteBucket):
-    """Google Cloud Storage; a resumable upload that was broken off expires by itself."""
+    """Google Cloud Storage; a resumable upload that was broken off expires by itself.
+
+    gcsfs repeats a failed request up to five times, and nothing switches that off; the deadline of
+    the whole call bounds it (docs/decisions/0008).
+    """
 
     put_options: ClassVar[Mapping[str, Any]] = {"chunksize": PART_BYTES}
     get_options: ClassVar[Mapping[str, Any]] = {"concurrency": 1}  # one stream, 128 KiB at a time
@@ -299,9 +282,6 @@ class S3Bucket(RemoteBucket):
                 "UploadIdMarker": page["NextUploadIdMarker"],
             }
 
-    async def _delete_many(self, keys: list[str]) -> None:
-        await self._filesystem._bulk_delete(keys)
-
     async def _find_bucket(self, name: str) -> None:
         await self._filesystem._call_s3("head_bucket", Bucket=name)
 
@@ -325,11 +305,11 @@ def open_bucket(url: str, options: Mapping[str, Any]) -> Bucket:
     config = {
         "connect_timeout": 10,
         "read_timeout": 60,
-        "retries": {"mode": "standard", "total_max_attempts": 4},
+        "retries": {"mode": "standard", "total_max_attempts": 1},
         **options.get("config_kwargs", {}),
     }
     filesystem = _filesystem("s3", {**options, "config_kwargs": config})
-    # s3fs would repeat five times what botocore has repeated before.
+    # One attempt of botocore's and one of s3fs's: tasks repeat (docs/decisions/0008).
     filesystem.retries = 1
     return S3Bucket(filesystem, root)
 

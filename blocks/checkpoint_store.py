@@ -15,16 +15,16 @@ from prefect.types import SecretDict
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 
 from blocks.buckets import Bucket, open_bucket
-from blocks.local_directory import sync_and_replace
-from blocks.preflight import CheckLine
 from blocks.redaction import leaves
 from blocks.store_errors import store_error
 from hotload.errors import StoreError, StoreUnavailableError
+from hotload.local import sync_and_replace
+from hotload.preflight import CheckLine
 
 SCHEMES = ("file", "memory", "s3", "gs")
 PATH_LIMIT_BYTES = 900  # S3 allows keys of 1,024
 CALL_TIMEOUT_SECONDS = 60.0
-TREE_TIMEOUT_SECONDS = 600.0
+ABORT_TIMEOUT_SECONDS = 600.0
 SLOWEST_BYTES_PER_SECOND = 5e6
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
@@ -103,8 +103,8 @@ class CheckpointStore(Block):
 
         Raises:
             StoreUnavailableError: connection, server or deadline; nothing became visible, try
-            again. StoreError: the bucket does not exist or refuses, or the local file cannot be
-            read.
+                again.
+            StoreError: the bucket does not exist or refuses, or the local file cannot be read.
         """
         size = await self._local_size(local)
         limit = _deadline(size) if timeout_seconds is None else timeout_seconds
@@ -199,16 +199,6 @@ class CheckpointStore(Block):
         """
         await self._call(path, CALL_TIMEOUT_SECONDS, lambda bucket: bucket.delete_file(path))
 
-    async def delete_tree(self, prefix: str) -> None:
-        """Remove everything below `prefix/`, never the store itself.
-
-        At once on a local store; on others object by object, so remove first what names the others.
-
-        Raises:
-            StoreError: the prefix is empty or leaves the store; or as `put_file`.
-        """
-        await self._call(prefix, TREE_TIMEOUT_SECONDS, lambda bucket: bucket.delete_tree(prefix))
-
     async def abort_orphaned_uploads(self, prefix: str = "") -> int:
         """Remove what interrupted uploads below `prefix/` left behind; how many there were.
 
@@ -222,7 +212,7 @@ class CheckpointStore(Block):
         """
         return await self._call(
             prefix,
-            TREE_TIMEOUT_SECONDS,
+            ABORT_TIMEOUT_SECONDS,
             lambda bucket: bucket.abort_orphaned_uploads(prefix),
             whole=True,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import ssl
 from collections.abc import Mapping
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import SecretStr
 
 from blocks.redaction import redact
 from hotload.errors import (
@@ -28,6 +30,7 @@ ERROR_LIMIT_BYTES = 64 << 10
 DETAIL_CHARS = 2048
 HEAD_CHARS = 200
 PIECE_BYTES = 64 << 10
+RESOURCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 async def ask(
@@ -135,12 +138,29 @@ def check_origin(url: str) -> str:
     return url.rstrip("/")
 
 
-def check_key(key: str, operation: str) -> str:
-    """The key, if there is one that can be sent.
+def origin_of(base_url: str | None, operation: str) -> str:
+    """Where the API is: a block's `base_url`, else the environment's, else the vendor's.
+
+    Raises:
+        ServiceRefusedError: the environment's is no origin.
+    """
+    if base_url:
+        return base_url
+    try:
+        return check_origin(os.environ.get(fireworks.BASE_URL_VARIABLE) or fireworks.BASE_URL)
+    except ValueError as error:
+        reason = f"{fireworks.BASE_URL_VARIABLE}: {error}"
+        raise ServiceRefusedError(operation, None, reason) from None
+
+
+def key_of(api_key: SecretStr | None, operation: str) -> str:
+    """The key of a block, else of the environment, if there is one that can be sent.
 
     Raises:
         ServiceRefusedError: none, or with characters httpx would refuse, showing the key.
     """
+    from_block = api_key.get_secret_value() if api_key else ""
+    key = from_block or os.environ.get(fireworks.API_KEY_VARIABLE, "")
     if not key:
         reason = f"no API key: set the block's api_key or {fireworks.API_KEY_VARIABLE}"
         raise ServiceRefusedError(operation, None, reason)

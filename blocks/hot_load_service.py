@@ -4,15 +4,22 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from typing import Literal
 
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, JsonValue, PrivateAttr, SecretStr, field_validator
 
-from blocks.control_calls import advice_for, ask, check_key, check_origin, parse_json, raise_for
-from blocks.preflight import CheckLine, service_lines
+from blocks.control_calls import (
+    RESOURCE_ID,
+    advice_for,
+    ask,
+    check_origin,
+    key_of,
+    origin_of,
+    parse_json,
+    raise_for,
+)
 from blocks.redaction import redact
 from hotload.errors import (
     ProtocolError,
@@ -21,16 +28,16 @@ from hotload.errors import (
     ServiceUnavailableError,
     SnapshotRejectedError,
 )
+from hotload.preflight import CheckLine, service_lines
 from hotload.readiness import ServiceDescription, ServiceStatus
 from hotload.snapshot import SnapshotKind, SnapshotManifest
-from hotload.wire import fireworks
+from hotload.wire import fireworks, inference
 
 POST_TIMEOUT_SECONDS = 60.0
 GET_TIMEOUT_SECONDS = 30.0
 HINT_TIMEOUT_SECONDS = 10.0
 PROBE_TIMEOUT_SECONDS = 10.0
 DESCRIPTION_LIMIT_BYTES = 1 << 20
-RESOURCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 logger = logging.getLogger(__name__)
 
@@ -192,8 +199,7 @@ class HotLoadService(Block):
 
     async def probe(self) -> bool:
         """Whether the service answers a very small completion within 10 s (protocol §8, §14)."""
-        body = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
-        body["model"] = fireworks.model_name(self.account_id, self.model_id)
+        model = fireworks.model_name(self.account_id, self.model_id)
         try:
             status, _ = await self._ask(
                 "probe",
@@ -201,7 +207,7 @@ class HotLoadService(Block):
                 fireworks.COMPLETIONS_PATH,
                 PROBE_TIMEOUT_SECONDS,
                 self._names(),
-                body,
+                {"model": model, **inference.WARM_UP_BODY},
             )
         except ServiceError:
             return False
@@ -262,7 +268,7 @@ class HotLoadService(Block):
         *,
         limit_bytes: int = 0,
     ) -> tuple[int, str]:
-        url = self._url(operation) + path
+        url = origin_of(self.base_url, operation) + path
         key = self._key(operation)
         return await ask(
             operation,
@@ -275,15 +281,6 @@ class HotLoadService(Block):
             limit_bytes=limit_bytes,
         )
 
-    def _url(self, operation: str) -> str:
-        if self.base_url:
-            return self.base_url
-        try:
-            return check_origin(os.environ.get(fireworks.BASE_URL_VARIABLE) or fireworks.BASE_URL)
-        except ValueError as error:
-            reason = f"{fireworks.BASE_URL_VARIABLE}: {error}"
-            raise ServiceRefusedError(operation, None, reason) from None
-
     def _names(self) -> dict[str, str]:
         return {
             fireworks.MODEL_HEADER: fireworks.model_name(self.account_id, self.model_id),
@@ -293,8 +290,7 @@ class HotLoadService(Block):
         }
 
     def _key(self, operation: str) -> str:
-        from_block = self.api_key.get_secret_value() if self.api_key else ""
-        return check_key(from_block or os.environ.get(fireworks.API_KEY_VARIABLE, ""), operation)
+        return key_of(self.api_key, operation)
 
 
 KEY_ADVICE = "Put a key with control rights into the block, or into the environment"

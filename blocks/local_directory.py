@@ -1,8 +1,8 @@
 """A checkpoint store that is a directory on this machine or on a mounted file system.
 
 fsspec's local file system writes in place, so a reader could see half a file; here a file is
-written below `_hotload/partial`, synced, and renamed to where it belongs. The rename also makes a
-deletion all or nothing.
+written below `_hotload/partial`, synced, and renamed to where it belongs. `hotload.local` writes
+beside the destination; here that name would be listed as an object.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hotload.errors import StoreError
+from hotload.local import sync_directory
 
 PIECE_BYTES = 8 << 20
 PARTIAL = "_hotload/partial"
@@ -65,9 +65,6 @@ class LocalDirectory:
     async def delete_file(self, path: str) -> None:
         await asyncio.to_thread(self._delete, path)
 
-    async def delete_tree(self, prefix: str) -> None:
-        await asyncio.to_thread(self._delete_tree, prefix)
-
     async def abort_orphaned_uploads(self, prefix: str) -> int:
         """Unfinished files carry no path, so all of them below the store go, whatever the
         prefix."""
@@ -87,7 +84,7 @@ class LocalDirectory:
             _write_synced(partial, pieces())
             _make_directory(target.parent)
             partial.replace(target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
 
     def _create(self, data: bytes, path: str) -> bool:
         target = self._file(path)
@@ -99,7 +96,7 @@ class LocalDirectory:
                 target.hardlink_to(partial)
             except FileExistsError:
                 return False
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
         return True
 
     def _size(self, path: str) -> int | None:
@@ -123,14 +120,6 @@ class LocalDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return
 
-    def _delete_tree(self, prefix: str) -> None:
-        tree = self._file(prefix)
-        if not tree.is_dir():
-            return
-        with self._partial_file() as partial:
-            tree.rename(partial)
-            shutil.rmtree(partial)
-
     @contextmanager
     def _partial_file(self) -> Iterator[Path]:
         """A name of this process below PARTIAL; what is left under it is removed at the end."""
@@ -151,23 +140,8 @@ class LocalDirectory:
         except FileNotFoundError:
             return 0
         for orphan in orphans:
-            if orphan.is_dir():
-                shutil.rmtree(orphan, ignore_errors=True)
-            else:
-                orphan.unlink(missing_ok=True)
+            orphan.unlink(missing_ok=True)
         return len(orphans)
-
-
-def sync_and_replace(partial: Path, target: Path) -> None:
-    """Make a finished file durable and give it its name, in one step for every reader.
-
-    Raises:
-        OSError: either path is on a full, read-only or vanished file system.
-    """
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(target)
-    _sync_directory(target.parent)
 
 
 def _pieces(path: Path, stop: threading.Event) -> Iterator[bytes]:
@@ -202,12 +176,4 @@ def _make_directory(directory: Path) -> None:
         return
     _make_directory(directory.parent)
     directory.mkdir(exist_ok=True)
-    _sync_directory(directory.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(directory.parent)

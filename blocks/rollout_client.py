@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Literal
-from urllib.parse import urlsplit
 
 import httpx
 from httpx_aiohttp import AiohttpTransport
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, SecretStr, field_validator
 
-from blocks.preflight import CheckLine
+from blocks.control_calls import RESOURCE_ID, check_origin, key_of, origin_of
 from blocks.sampler import Sampler, Sleep
-from blocks.wire import NO_ANSWER, Wire, head_of, names_in
+from blocks.transport import NO_ANSWER, Wire, head_of, names_in
 from hotload.concurrency import Window
 from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
+from hotload.preflight import CheckLine
 from hotload.spec import Sampling
 from hotload.wire import fireworks, inference
 
@@ -47,11 +46,11 @@ class RolloutClient(Block):
 
     base_url: str | None = Field(None, examples=["https://api.fireworks.ai"])
     """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
-    account_id: str = Field(min_length=1, max_length=128)
+    account_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """Account that owns model and service."""
-    model_id: str = Field(min_length=1, max_length=128)
+    model_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The model as the service names it."""
-    deployment_id: str = Field(min_length=1, max_length=128)
+    deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The service; the vendor calls it a deployment."""
     api_key: SecretStr | None = None
     """Empty takes FIREWORKS_API_KEY from the environment when it is needed."""
@@ -63,17 +62,7 @@ class RolloutClient(Block):
     @field_validator("base_url")
     @classmethod
     def _origin(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        parts = urlsplit(url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.username
-            or parts.query
-        ):
-            raise ValueError("expected an http or https origin without credentials")
-        return url.rstrip("/")
+        return None if url is None else check_origin(url)
 
     @property
     def model(self) -> str:
@@ -83,14 +72,7 @@ class RolloutClient(Block):
         return fireworks.model_name(self.account_id, self.model_id)
 
     def _headers(self) -> dict[str, str]:
-        key = (
-            self.api_key.get_secret_value()
-            if self.api_key
-            else os.environ.get(fireworks.API_KEY_VARIABLE, "")
-        )
-        if not key:
-            reason = f"no API key: set the block's api_key or {fireworks.API_KEY_VARIABLE}"
-            raise ServiceRefusedError("rollouts", None, reason)
+        key = key_of(self.api_key, "rollouts")
         headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
         if self.model_addressing == "header":
             headers[fireworks.MODEL_HEADER] = fireworks.model_name(self.account_id, self.model_id)
@@ -105,7 +87,7 @@ class RolloutClient(Block):
     async def _wire(
         self, read_timeout_seconds: float, connections: int = CONNECTIONS
     ) -> AsyncIterator[Wire]:
-        origin = self.base_url or os.environ.get(fireworks.BASE_URL_VARIABLE) or fireworks.BASE_URL
+        origin = origin_of(self.base_url, "rollouts")
         limits = httpx.Limits(
             max_connections=max(connections, CONNECTIONS),
             max_keepalive_connections=KEPT_CONNECTIONS,
@@ -113,7 +95,7 @@ class RolloutClient(Block):
         timeout = httpx.Timeout(CONNECT_TIMEOUT_SECONDS, read=read_timeout_seconds)
         headers = self._headers()
         async with AiohttpTransport(limits=limits) as transport:
-            yield Wire(transport, origin.rstrip("/"), headers, timeout)
+            yield Wire(transport, origin, headers, timeout)
 
     @asynccontextmanager
     async def session(
@@ -135,7 +117,7 @@ class RolloutClient(Block):
             sleep: waits between attempts.
 
         Raises:
-            ServiceRefusedError: no key is to be had.
+            ServiceRefusedError: no key is to be had, or the environment's address is none.
         """
         window = Window(sampling.concurrency, replica_count=replica_count)
         async with self._wire(sampling.sample_timeout, window.widest) as wire:
@@ -183,7 +165,7 @@ class RolloutClient(Block):
         """Send the request of protocol §14.
 
         Raises:
-            ServiceRefusedError: 401, 402, 403, 404, 412, or no key.
+            ServiceRefusedError: 401, 402, 403, 404, 412, no key or no address.
             ServiceUnavailableError: any other failure.
         """
         try:

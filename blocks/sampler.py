@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import orjson
 
-from blocks.wire import NO_ANSWER, Wire, head_of, names_in
+from blocks.transport import NO_ANSWER, Wire, head_of, names_in
 from hotload.concurrency import Attempt, StepReport, Window
 from hotload.errors import ProtocolError, ServiceRefusedError
 from hotload.faults import Action, Cause, Fault, RetryBudget, fault_of_status

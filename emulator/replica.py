@@ -43,10 +43,6 @@ class Surroundings:
     on_failed: Callable[[str, str, str], None]
 
 
-class ReplicaGoneError(Exception):
-    """The replica restarted under a request."""
-
-
 class Replica:
     """A replica; `load` and `restart` change what it serves. Lives in the event loop."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 
 from prefect import flow
+from prefect.blocks.core import Block
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
@@ -22,7 +23,7 @@ from hotload.report import CycleReport
 from hotload.spec import CycleSpec
 from tasks.baseline import keep_baseline
 from tasks.conclude import conclude_cycle, find_report, named
-from tasks.cycle_file import load_cycle_file
+from tasks.cycle_file import parse_cycle_file, save_inline_blocks
 from tasks.lease import publisher_lease
 from tasks.overlap import both
 from tasks.plan import plan_snapshot
@@ -49,14 +50,14 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
     started = monotonic()
     service = await HotLoadService.load(spec.service)
     store = await CheckpointStore.load(spec.store)
+    if report := await find_report(store, spec):
+        return named("AlreadyDone", "this cycle has ended before", report)
     content = await validate_checkpoint(spec, service)
     await validate_rollouts(spec)
-    if report := await find_report(store, spec, content):
-        return named("AlreadyDone", "this cycle has ended before", report)
 
     async with publisher_lease(store, spec.name) as lease:
         expected = await preflight_service(spec, service, store)
-        await wait_for_replicas(service, spec.readiness)
+        await wait_for_replicas(spec, service, expected)
         plan = await plan_snapshot(spec, service, store, content)
         fallback = None
         try:
@@ -69,42 +70,36 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
             roll_out_and_score(spec, published.identity, published.replica_count),
             keep_baseline(spec, service, store, published.identity),
         )
-        due = published.policy_version == spec.policy_version
-        report = CycleReport(
-            name=spec.name,
-            policy_version=spec.policy_version,
-            content_sha256=content.sha256,
-            outcome="fell back" if fallback else "published" if due else "not due",
-            snapshot=published,
-            fallback_reason=fallback,
-            rollouts=rollouts,
-            seconds=monotonic() - started,
-        )
+        report = CycleReport.of(spec, content, published, fallback, rollouts, monotonic() - started)
         await conclude_cycle(store, report)
     if fallback:
         return named("CompletedByFallback", fallback, report)
     return report
 
 
-async def run_cycle_file(path: Path) -> CycleReport:
-    """The report of the cycle that a file declares; see `tasks/cycle_file.py` for its form."""
-    return await checkpoint_to_rollout(await load_cycle_file(path))
+async def run_declared(spec: CycleSpec, blocks: dict[str, Block]) -> CycleReport:
+    """The report of a cycle from a cycle file, its inline blocks saved beforehand."""
+    return await checkpoint_to_rollout(await save_inline_blocks(spec, blocks))
 
 
 def main() -> int:
-    """Run one cycle from a cycle file; 0 done, 1 failed, 2 wrong input."""
+    """Run one cycle from a cycle file; 0 done, 1 failed, 2 wrong input and nothing was begun."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.cycle",
         description="Carry one checkpoint to scored rollouts, as a cycle file declares.",
         epilog="A killed cycle goes on where it was when started again with the same file.",
     )
     parser.add_argument("cycle_file", type=Path, help="YAML with `cycle:` and `blocks:`")
-    path = parser.parse_args().cycle_file
     try:
-        report = asyncio.run(run_cycle_file(path))
-    except (OSError, ValueError, HotLoadError) as error:
+        spec, blocks = parse_cycle_file(parser.parse_args().cycle_file)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, HotLoadError) else 2
+        return 2
+    try:
+        report = asyncio.run(run_declared(spec, blocks))
+    except (OSError, HotLoadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; start it again to go on", file=sys.stderr)
         return 130

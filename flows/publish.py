@@ -11,7 +11,7 @@ from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
 from hotload.report import Carried, Published
 from hotload.snapshot import (
     CheckpointContent,
-    SideFile,
+    FileDigest,
     SnapshotKind,
     SnapshotPlan,
     batches,
@@ -23,7 +23,7 @@ from tasks.overlap import overlap
 from tasks.places import delta_dir, results_dir
 from tasks.plan import plan_fallback
 from tasks.progress import Progress
-from tasks.records import read_manifest
+from tasks.records import find_manifest
 from tasks.upload import upload_manifests, upload_once
 from tasks.wait import wait_until_ready
 
@@ -51,7 +51,7 @@ async def publish_snapshot(
     service = await HotLoadService.load(spec.service)
     store = await CheckpointStore.load(spec.store)
     started = monotonic()
-    manifest = await read_manifest(store, plan.identity)
+    manifest = await find_manifest(store, plan.identity)
     carried: list[Carried] = []
     if manifest is None:
         progress = await Progress.start(f"{plan.kind.value} {plan.identity}", content.size_bytes)
@@ -67,26 +67,12 @@ async def publish_snapshot(
     replica_count = await wait_until_ready(
         service, manifest, spec.readiness, expected_replica_count
     )
-    return Published(
-        identity=manifest.identity,
-        policy_version=manifest.policy_version,
-        kind=manifest.kind,
-        previous=manifest.previous,
-        reason=plan.reason,
-        size_bytes=manifest.size_bytes,
-        content_size_bytes=manifest.content_size_bytes,
-        replica_count=replica_count,
-        seconds_by_stage={
-            "encode": sum(batch.encode_seconds for batch in carried),
-            "verify": sum(batch.verify_seconds for batch in carried),
-            "upload": sum(batch.upload_seconds for batch in carried),
-            "publish": published_at - started,
-            "signal": signalled_at - published_at,
-            "converge": monotonic() - signalled_at,
-        },
-        hint_count=sum(batch.hint_count for batch in carried),
-        warnings=warnings,
-    )
+    seconds = {
+        "publish": published_at - started,
+        "signal": signalled_at - published_at,
+        "converge": monotonic() - signalled_at,
+    }
+    return Published.of(manifest, plan.reason, carried, replica_count, warnings, seconds)
 
 
 async def _carry(
@@ -94,7 +80,7 @@ async def _carry(
     service: HotLoadService,
     store: CheckpointStore,
     plan: SnapshotPlan,
-    batch: tuple[SideFile, ...],
+    batch: tuple[FileDigest, ...],
     progress: Progress,
 ) -> Carried:
     """Encode, upload and hint one batch, while other batches are at other steps."""

@@ -25,8 +25,3 @@ def advantages(rewards_G: Sequence[float | None]) -> tuple[float | None, ...]:
     divisor = 1.0 if std < EPSILON else std + EPSILON
     centred = iter((deviations * (scale / divisor)).tolist())
     return tuple(None if reward is None else next(centred) for reward in rewards_G)
-
-
-def is_uniform(rewards_G: Sequence[float | None]) -> bool:
-    """Whether the group has no two distinct rewards, so that it teaches nothing."""
-    return len({reward for reward in rewards_G if reward is not None}) < 2

@@ -2,9 +2,9 @@
 
 Theory of operation (protocol §18). A chain is a full snapshot, its anchor, and the deltas after it.
 Nothing about it is remembered: `read_chain` makes it anew from what the replicas say and what the
-store's manifests record. `plan_next` decides. `advance` follows one publication through TRANSITIONS
-and refuses every step the table does not name, so a delta cannot be signalled without a chain and
-nothing is signalled during a load. `docs/chain.md` is drawn from the table.
+store's manifests record. `plan_next` decides what to publish; `may_signal` lets a signal pass only
+where TRANSITIONS has a step for it, so a delta cannot be signalled without a chain.
+`docs/chain.md` is drawn from the table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from enum import StrEnum
 
 from hotload.errors import (
     ChainBrokenError,
-    HotLoadError,
     IdentityConflictError,
     InvalidIdentityError,
     LoadFailedError,
@@ -62,24 +61,12 @@ TRANSITIONS: Mapping[tuple[ChainState, ChainEvent], ChainState] = {
 }
 
 
-class IllegalTransitionError(HotLoadError):
-    """A step the table does not name: a defect in the caller, never retried."""
-
-    def __init__(self, state: str, event: str) -> None:
-        super().__init__(state, event)
-        self.state, self.event = state, event
-
-    def __str__(self) -> str:
-        return f"a chain in state {self.state!r} cannot take {self.event!r}"
-
-
 @dataclass(frozen=True, slots=True)
 class Chain:
     """The served chain. `head` is the manifest of what every replica serves, if it is ours."""
 
     state: ChainState
     head: SnapshotManifest | None = None
-    loading: SnapshotManifest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +75,6 @@ class Attempt:
 
     manifest: SnapshotManifest
     signalled: bool
-
-
-def advance(chain: Chain, event: ChainEvent) -> Chain:
-    """The chain after `event`, by TRANSITIONS.
-
-    Raises:
-        IllegalTransitionError: the table names no such step.
-    """
-    try:
-        state = TRANSITIONS[chain.state, event]
-    except KeyError:
-        raise IllegalTransitionError(chain.state.value, event.value) from None
-    return replace(chain, state=state)
 
 
 def read_chain(
@@ -114,13 +88,19 @@ def read_chain(
     """
     if attempts and attempts[-1].signalled:
         last = attempts[-1].manifest
-        loading = Chain(ChainState.LOADING, head, last)
-        if status.failed(last.identity):
-            return advance(loading, ChainEvent.FAILED)
-        if status.serves_everywhere(last.identity):
-            return replace(advance(loading, ChainEvent.CONFIRMED), head=last, loading=None)
-        return loading if status.mentions(last.identity) else advance(loading, ChainEvent.LOST)
+        event = _what_became_of(last.identity, status)
+        state = TRANSITIONS[ChainState.LOADING, event] if event else ChainState.LOADING
+        return Chain(state, last if event is ChainEvent.CONFIRMED else head)
     return Chain(ChainState.CHAINED if head else ChainState.NEED_FULL, head)
+
+
+def _what_became_of(identity: str, status: ServiceStatus) -> ChainEvent | None:
+    """What happened to a load that was begun; None while it goes on."""
+    if status.failed(identity):
+        return ChainEvent.FAILED
+    if status.is_served_everywhere(identity):
+        return ChainEvent.CONFIRMED
+    return None if status.mentions(identity) else ChainEvent.LOST
 
 
 def plan_next(
@@ -153,11 +133,11 @@ def plan_next(
         if doubt is None:
             return resumed(last.manifest)
         return plan_full(attempts, spec, content, doubt)
-    if content.kind is SnapshotKind.LORA:
-        return plan_full(attempts, spec, content, "an adapter is always published whole")
     if head and not is_sync_due(spec):
         reason = f"weight_sync_interval {spec.cadence.weight_sync_interval}: not due"
         return replace(resumed(head), reason=reason)
+    if content.kind is SnapshotKind.LORA:
+        return plan_full(attempts, spec, content, "an adapter is always published whole")
     if spec.cadence.force_full:
         return plan_full(attempts, spec, content, "force_full is set")
     if head is None:
@@ -219,6 +199,7 @@ def may_be_delta(chain: Chain, attempts: Sequence[Attempt], spec: CycleSpec) -> 
     return (
         chain.state is ChainState.CHAINED
         and chain.head is not None
+        and chain.head.kind is not SnapshotKind.LORA
         and not attempts
         and is_sync_due(spec)
         and not spec.cadence.force_full
@@ -237,7 +218,7 @@ def may_signal(status: ServiceStatus, manifest: SnapshotManifest) -> bool:
         raise LoadFailedError(manifest.identity, "a replica reports an error for it")
     if status.mentions(manifest.identity):
         return False
-    on_previous = manifest.previous is not None and status.serves_everywhere(manifest.previous)
+    on_previous = manifest.previous is not None and status.is_served_everywhere(manifest.previous)
     state = ChainState.CHAINED if on_previous else ChainState.NEED_FULL
     is_delta = manifest.kind is SnapshotKind.DELTA
     event = ChainEvent.SIGNAL_DELTA if is_delta else ChainEvent.SIGNAL_FULL

@@ -11,8 +11,10 @@ HotLoadError
 │   ├── LayoutMismatchError                     keys, dtype, shape, shard map or side files changed
 │   ├── ChainBrokenError                        the service is not on `previous`
 │   ├── BaselineLostError                       the base is gone and cannot be rebuilt
+│   ├── SelfCheckError                          our delta does not decode to its target
 │   ├── LoadFailedError                         a replica reports an error for our identity
 │   └── ReadinessTimeoutError (TimeoutError)    replicas did not converge in time
+├── RolloutsFailedError                       operator: no sample of a part got an answer; we stop
 ├── FullSnapshotFailedError                   operator: fulls failed too; look at the replicas
 ├── LeaseLostError                            nobody: another publisher holds the service; we stop
 ├── RewardError                               caller: the reward function cannot be used; we stop
@@ -134,6 +136,15 @@ class BaselineLostError(NeedsFullSnapshotError):
         self.reason = f"baseline {identity!r} is lost: {detail}"
 
 
+class SelfCheckError(NeedsFullSnapshotError):
+    """A delta of ours does not restore its target; it never left this machine."""
+
+    def __init__(self, file: str, detail: str) -> None:
+        HotLoadError.__init__(self, file, detail)
+        self.file, self.detail = file, detail
+        self.reason = f"the delta of {file!r} failed its own check: {detail}"
+
+
 class LoadFailedError(NeedsFullSnapshotError):
     """The service refused the snapshot, or a replica reports an error for it."""
 
@@ -161,6 +172,17 @@ class FullSnapshotFailedError(HotLoadError):
 
     def __str__(self) -> str:
         return f"full snapshot {self.identity!r} failed: {self.detail}; look at the replicas"
+
+
+class RolloutsFailedError(HotLoadError):
+    """Not one sample of a part succeeded; nothing is recorded, so the cycle can be run again."""
+
+    def __init__(self, identity: str, causes: str) -> None:
+        super().__init__(identity, causes)
+        self.identity, self.causes = identity, causes
+
+    def __str__(self) -> str:
+        return f"no sample from {self.identity!r} succeeded: {self.causes}"
 
 
 class LeaseLostError(HotLoadError):
@@ -208,8 +230,8 @@ class ServiceError(HotLoadError):
         self.operation, self.status_code, self.detail = operation, status_code, detail
 
     def __str__(self) -> str:
-        answer = "no answer" if self.status_code is None else f"HTTP {self.status_code}"
-        return f"{self.operation}: {answer}: {self.detail}"
+        answer = "" if self.status_code is None else f"HTTP {self.status_code}: "
+        return f"{self.operation}: {answer}{self.detail}"
 
 
 class ServiceUnavailableError(ServiceError):

@@ -1,5 +1,5 @@
-"""Schemas of every table that leaves a process: tensors of a snapshot, rollouts, the publication
-ledger.
+"""Schemas of tables: rollouts, as a cycle hands them back; the tensors of a snapshot and the
+ledger of publications, for whoever analyses them.
 
 Each `…_frame` makes a table from values, each `check_…` returns it if it keeps its schema.
 Importing this brings pandera and polars, so `hotload` itself does not.

@@ -23,7 +23,7 @@ from hotload.shards import (
     read_json_object,
     shorten,
 )
-from hotload.snapshot import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE, SideFile
+from hotload.snapshot import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE, FileDigest
 
 SHARD_LIMIT_BYTES = 5_000_000_000  # documented "about 5 GB"; the unit is our decision
 SHARD_WARNING_BYTES = 4_500_000_000
@@ -93,7 +93,7 @@ def check_lora(checkpoint: Checkpoint, *, base_model: str | None = None) -> tupl
     config = _document(checkpoint, ADAPTER_CONFIG_FILE, findings)
     if config is not None:
         findings += _check_adapter_config(config, base_model)
-    files: list[ShardHeader | SideFile] = [*checkpoint.shards, *checkpoint.side_files]
+    files: list[ShardHeader | FileDigest] = [*checkpoint.shards, *checkpoint.side_files]
     adapters = [file for file in files if _ADAPTER_SHARD.fullmatch(file.file)]
     if not adapters:
         expected = "adapter_model.safetensors, adapter_model-*.safetensors or adapter_model.bin"

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from pydantic import AwareDatetime, Field, ValidationError
+from pydantic import AwareDatetime, Field
 
 from hotload.errors import StoreError
 from hotload.snapshot import Record
@@ -88,11 +88,9 @@ class Lease(Record):
         """
         where = lease_path(token)
         try:
-            lease = cls.model_validate_json(data)
-        except ValidationError as error:
-            found = error.errors(include_input=False, include_url=False)[0]
-            name = ".".join(str(part) for part in found["loc"])
-            reason = f"not a lease ({name}: {found['msg']}); delete it when no cycle is running"
+            lease = cls.parse_stored(data, where)
+        except StoreError as error:
+            reason = f"{error.reason}; delete it when no cycle is running"
             raise StoreError(where, reason) from None
         if lease.token != token:
             raise StoreError(

@@ -15,8 +15,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -32,14 +32,12 @@ from hotload.shards import (
     plain_name,
     read_header,
 )
-from hotload.snapshot import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE, SideFile
+from hotload.snapshot import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE, FileDigest
 from hotload.zstd_frame import LEVEL
 
 DOCUMENTS = (CONFIG_FILE, INDEX_FILE, SPEC_FILE, ADAPTER_CONFIG_FILE)
 DOCUMENT_LIMIT_BYTES = 100_000_000
 COPY_BYTES = 4 << 20
-
-OnBytes = Callable[[int], None]
 
 
 class OpenShard:
@@ -76,6 +74,16 @@ class OpenShard:
         return bytes(data)
 
 
+class _OpenDelta(OpenShard):
+    """A delta open for reads; that it cannot be read is no fault of the checkpoint's."""
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        try:
+            super().read_into(offset, view)
+        except InvalidCheckpointError as error:
+            raise DeltaError(self.file, str(error.findings[0])) from None
+
+
 @contextmanager
 def open_shard(path: Path) -> Iterator[OpenShard]:
     """The shard at `path`, open until the block ends.
@@ -99,7 +107,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     findings: list[Finding] = []
     shards: list[ShardHeader] = []
     documents: dict[str, bytes] = {}
-    side_files: list[SideFile] = []
+    side_files: list[FileDigest] = []
     for path in _files(directory, findings):
         try:
             if path.name.endswith(SHARD_SUFFIX):
@@ -111,7 +119,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
                 size_bytes, sha256 = len(data), hashlib.sha256(data).hexdigest()
             else:
                 size_bytes, sha256 = _sum(path)
-            side_files.append(SideFile(file=path.name, size_bytes=size_bytes, sha256=sha256))
+            side_files.append(FileDigest(file=path.name, size_bytes=size_bytes, sha256=sha256))
         except InvalidCheckpointError as error:
             findings += error.findings
     if findings:
@@ -119,28 +127,13 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(tuple(shards), documents, tuple(side_files))
 
 
-def digest_checkpoint(directory: Path, *, on_bytes: OnBytes | None = None) -> dict[str, str]:
-    """SHA-256 in hex of every file of a checkpoint by name, sorted; shards and side files alike.
-
-    `on_bytes` is told the size of every piece read.
-
-    Raises:
-        InvalidCheckpointError: as `read_checkpoint`, headers aside.
-    """
-    findings: list[Finding] = []
-    paths = _files(directory, findings)
-    if findings:
-        raise InvalidCheckpointError(tuple(findings))
-    return {path.name: sha256_file(path, on_bytes=on_bytes) for path in paths}
-
-
-def sha256_file(path: Path, *, on_bytes: OnBytes | None = None) -> str:
+def sha256_file(path: Path) -> str:
     """SHA-256 of a file in hex.
 
     Raises:
         InvalidCheckpointError: no such file, or not readable.
     """
-    return _sum(path, on_bytes)[1]
+    return _sum(path)[1]
 
 
 def encode_file(base: Path, target: Path, out: Path, *, level: int = LEVEL) -> DeltaStats:
@@ -184,7 +177,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def copy_file(source: Path, destination: Path, *, on_bytes: OnBytes | None = None) -> str:
+def copy_file(source: Path, destination: Path) -> str:
     """Copy a file's bytes durably to `destination`, and tell their SHA-256.
 
     Raises:
@@ -195,9 +188,24 @@ def copy_file(source: Path, destination: Path, *, on_bytes: OnBytes | None = Non
         for piece in _pieces(source):
             digest.update(piece)
             file.write(piece)
-            if on_bytes is not None:
-                on_bytes(len(piece))
     return digest.hexdigest()
+
+
+def sync_and_replace(partial: Path, target: Path) -> None:
+    """Make a finished file durable and give it its name, in one step for every reader."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(target)
+    sync_directory(target.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_directory(staged: Path, final: Path) -> None:
@@ -210,7 +218,7 @@ def replace_directory(staged: Path, final: Path) -> None:
     if final.exists():
         final.rename(retired)
     staged.rename(final)
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
     remove_tree(retired)
 
 
@@ -220,16 +228,6 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove temporary files and retired directories that a kill left in `directory`.
-
-    Only where nobody else is writing: the temporary file of a running write looks the same.
-    """
-    for path in sorted(directory.glob(".*")):
-        if path.name.endswith((".partial", ".retired")):
-            remove_tree(path)
 
 
 @contextmanager
@@ -246,15 +244,7 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:  # an interrupt leaves no half file either
         partial.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)
 
 
 @contextmanager
@@ -276,13 +266,13 @@ def _open_regular(path: Path) -> Iterator[int]:
 
 @contextmanager
 def _open_delta(path: Path) -> Iterator[OpenShard]:
-    """The delta at `path`; that it cannot be read is no fault of the checkpoint's."""
-    with _open_regular(path) as descriptor:
+    with ExitStack() as stack:
         try:
-            shard = OpenShard(descriptor, path.name, os.fstat(descriptor).st_size)
+            descriptor = stack.enter_context(_open_regular(path))
+            delta = _OpenDelta(descriptor, path.name, os.fstat(descriptor).st_size)
         except InvalidCheckpointError as error:
             raise DeltaError(path.name, str(error.findings[0])) from None
-        yield shard
+        yield delta
 
 
 def _files(directory: Path, findings: list[Finding]) -> list[Path]:
@@ -317,13 +307,11 @@ def _read_document(path: Path) -> bytes:
     return b"".join(_pieces(path))
 
 
-def _sum(path: Path, on_bytes: OnBytes | None = None) -> tuple[int, str]:
+def _sum(path: Path) -> tuple[int, str]:
     digest, size_bytes = hashlib.sha256(), 0
     for piece in _pieces(path):
         digest.update(piece)
         size_bytes += len(piece)
-        if on_bytes is not None:
-            on_bytes(len(piece))
     return size_bytes, digest.hexdigest()
 
 

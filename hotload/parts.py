@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from hotload.errors import StoreError
 from hotload.report import RolloutSummary
 from hotload.snapshot import FileName, Record, Sha256
 from hotload.spec import CycleSpec
@@ -102,12 +101,7 @@ class RolloutManifest(Record):
         Raises:
             StoreError: it is not one.
         """
-        try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            found = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in found["loc"])
-            raise StoreError(path, f"not a rollout manifest: {where}: {found['msg']}") from None
+        return cls.parse_stored(data, path)
 
 
 def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) -> RolloutPlan:

@@ -14,6 +14,8 @@ from math import ceil
 from hotload.snapshot import SnapshotKind
 
 BASE_WEIGHTS = "base weights"
+# Seen while a replica is on its way; any other stage says too little to hold back for it.
+LOADING_STAGES = frozenset({"pending", "downloading"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,12 @@ class ReplicaStatus:
             (identity, "failed") in self.adapters
         )
 
+    @property
+    def loading_identity(self) -> str | None:
+        """What this replica is on its way to, if it says so."""
+        is_loading = self.stage in LOADING_STAGES and self.target_identity != self.current_identity
+        return self.target_identity if is_loading else None
+
     def mentions(self, identity: str) -> bool:
         """Whether this replica knows `identity`: serves it, loads it, or failed on it."""
         return identity in (self.current_identity, self.target_identity) or any(
@@ -57,16 +65,19 @@ class ServiceStatus:
         return tuple(replica for replica in self.replicas if replica.failed(identity))
 
     @property
-    def identities(self) -> tuple[str | None, ...]:
-        """The distinct identities served now, `None` for base weights."""
-        return tuple(dict.fromkeys(replica.current_identity for replica in self.replicas))
-
-    def serves_everywhere(self, identity: str) -> bool:
-        """Whether there are replicas, and each has exactly `identity` loaded."""
-        return bool(self.replicas) and all(
-            replica.current_identity == identity or (identity, "loaded") in replica.adapters
+    def served_everywhere(self) -> frozenset[str]:
+        """What every replica has: the one current identity, if it is one, and common adapters."""
+        loaded = [
+            {replica.current_identity}
+            | {adapter for adapter, status in replica.adapters if status == "loaded"}
             for replica in self.replicas
-        )
+        ]
+        common = set.intersection(*loaded) if loaded else set()
+        return frozenset(identity for identity in common if identity is not None)
+
+    def is_served_everywhere(self, identity: str) -> bool:
+        """Whether there are replicas, and each has exactly `identity` loaded."""
+        return identity in self.served_everywhere
 
     def mentions(self, identity: str) -> bool:
         """Whether any replica serves, loads, or failed on `identity`."""

@@ -6,11 +6,13 @@ names it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from hotload.snapshot import Record, Shard, SnapshotKind
+from hotload.snapshot import CheckpointContent, Record, Shard, SnapshotKind, SnapshotManifest
+from hotload.spec import CycleSpec
 
 
 class RolloutSummary(Record):
@@ -57,6 +59,36 @@ class Published(Record):
     hint_count: int = Field(0, ge=0)
     warnings: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        manifest: SnapshotManifest,
+        reason: str,
+        carried: Sequence[Carried],
+        replica_count: int,
+        warnings: tuple[str, ...],
+        wall_seconds: dict[str, float],
+    ) -> Published:
+        """What is to be told of a snapshot that `replica_count` replicas serve."""
+        return cls(
+            identity=manifest.identity,
+            policy_version=manifest.policy_version,
+            kind=manifest.kind,
+            previous=manifest.previous,
+            reason=reason,
+            size_bytes=manifest.size_bytes,
+            content_size_bytes=manifest.content_size_bytes,
+            replica_count=replica_count,
+            seconds_by_stage={
+                "encode": sum(batch.encode_seconds for batch in carried),
+                "verify": sum(batch.verify_seconds for batch in carried),
+                "upload": sum(batch.upload_seconds for batch in carried),
+                **wall_seconds,
+            },
+            hint_count=sum(batch.hint_count for batch in carried),
+            warnings=warnings,
+        )
+
     @property
     def ratio(self) -> float:
         """Bytes of the checkpoint over bytes that travelled."""
@@ -75,6 +107,30 @@ class CycleReport(Record):
     fallback_reason: str | None = None
     rollouts: RolloutSummary
     seconds: float = Field(ge=0)
+
+    @classmethod
+    def of(
+        cls,
+        spec: CycleSpec,
+        content: CheckpointContent,
+        snapshot: Published,
+        fallback_reason: str | None,
+        rollouts: RolloutSummary,
+        seconds: float,
+    ) -> CycleReport:
+        """The report of a cycle that has come to its end."""
+        is_own = snapshot.policy_version == spec.policy_version
+        warned = snapshot.model_copy(update={"warnings": (*content.warnings, *snapshot.warnings)})
+        return cls(
+            name=spec.name,
+            policy_version=spec.policy_version,
+            content_sha256=content.sha256,
+            outcome="fell back" if fallback_reason else "published" if is_own else "not due",
+            snapshot=warned,
+            fallback_reason=fallback_reason,
+            rollouts=rollouts,
+            seconds=seconds,
+        )
 
     def rows(self) -> list[dict[str, str]]:
         """The report as a two-column table for a person: `what`, `value` with units."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 from hotload.errors import InvalidCheckpointError
-from hotload.snapshot import ADAPTER_CONFIG_FILE, SideFile
+from hotload.snapshot import ADAPTER_CONFIG_FILE, FileDigest
 
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
 PREFIX_BYTES = 8
@@ -114,7 +114,7 @@ class Checkpoint:
 
     shards: tuple[ShardHeader, ...]
     documents: Mapping[str, bytes]
-    side_files: tuple[SideFile, ...]
+    side_files: tuple[FileDigest, ...]
 
     @property
     def tensors(self) -> Iterator[tuple[str, TensorInfo]]:
@@ -185,13 +185,10 @@ def read_header(head: bytes, *, file: str, size_bytes: int) -> ShardHeader:
     return ShardHeader(file, tuple(tensors), metadata, data_start, size_bytes)
 
 
-def render_header(
-    tensors: Iterable[TensorInfo], metadata: Mapping[str, str], *, size_bytes: int = 0
-) -> bytes:
+def render_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
     """The head of a safetensors file: length, compact JSON in the order given (wire-format §1).
 
-    Padded with spaces to a multiple of 8 and to at least `size_bytes`, the 8 of the length
-    included.
+    Padded with spaces to a multiple of 8.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for tensor in tensors:
@@ -201,7 +198,6 @@ def render_header(
             "data_offsets": [tensor.start, tensor.end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(max(len(text), size_bytes - PREFIX_BYTES))
     text = text.ljust(-(-len(text) // 8) * 8)
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
 

@@ -99,9 +99,24 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def parse_stored(cls, data: bytes, path: str) -> Self:
+        """The record in `data`, which was read at `path`.
 
-class SideFile(Record):
-    """A file of a snapshot that holds no tensors; sizes in bytes."""
+        Raises:
+            StoreError: it is none; names the first field that is wrong.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            found = error.errors(include_input=False, include_url=False)[0]
+            where = ".".join(str(part) for part in found["loc"])
+            noun = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
+            raise StoreError(path, f"not a {noun}: {where}: {found['msg']}") from None
+
+
+class FileDigest(Record):
+    """One file of a checkpoint or snapshot: name, size in bytes, SHA-256 of its bytes."""
 
     file: FileName
     size_bytes: int = Field(ge=0)
@@ -139,7 +154,7 @@ class SnapshotManifest(Record):
     codec: Literal["arc_v2", "none"]
     checksum: Literal["adler32", "none"]
     shards: tuple[Shard, ...]
-    side_files: tuple[SideFile, ...]
+    side_files: tuple[FileDigest, ...]
     created_at: datetime
 
     @model_validator(mode="after")
@@ -176,12 +191,7 @@ class SnapshotManifest(Record):
         Raises:
             StoreError: not a manifest, or that of another identity.
         """
-        try:
-            manifest = cls.model_validate_json(data)
-        except ValidationError as error:
-            found = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in found["loc"])
-            raise StoreError(f"manifest of {identity}", f"{where}: {found['msg']}") from None
+        manifest = cls.parse_stored(data, f"manifest of {identity}")
         if manifest.identity != identity:
             raise StoreError(f"manifest of {identity}", f"names {manifest.identity!r}")
         return manifest
@@ -191,8 +201,8 @@ class CheckpointContent(Record):
     """The files of a checkpoint as the trainer wrote it, with their digests; no tensor bytes."""
 
     kind: Literal[SnapshotKind.FULL, SnapshotKind.LORA]
-    shards: tuple[SideFile, ...]
-    side_files: tuple[SideFile, ...]
+    shards: tuple[FileDigest, ...]
+    side_files: tuple[FileDigest, ...]
     warnings: tuple[str, ...] = ()
 
     @property
@@ -225,7 +235,7 @@ def content_sha256(files: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
 
-def batches(shards: Sequence[SideFile], limit: int) -> list[tuple[SideFile, ...]]:
+def batches(shards: Sequence[FileDigest], limit: int) -> list[tuple[FileDigest, ...]]:
     """The shards in order, in at most `limit` batches of about equal count; none for no shards."""
     size = max(1, ceil(len(shards) / limit))
     return [tuple(shards[start : start + size]) for start in range(0, len(shards), size)]

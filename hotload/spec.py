@@ -1,8 +1,8 @@
 """What a user declares for one cycle. The Prefect UI shows these models as a form.
 
-Names and defaults are those of protocol §20; every field says its unit. Fields that mean something
-to a vendor-side trainer and nothing here are refused with the reason, so that a copied
-configuration cannot mislead.
+Names and defaults of what is offered are those of protocol §20; every field says its unit. Fields
+that mean something to a vendor-side trainer and nothing here are refused with the reason, so that a
+copied configuration cannot mislead.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ class RewardSpec(Declared):
     """A built-in reward, or `package.module:function` of yours, called with (problem,
     trajectory)."""
     arguments: dict[str, JsonValue] = {}
-    """Keyword arguments for the reward."""
+    """Keyword arguments for the reward. Everybody who may look at the server sees them: a key of a
+    judge belongs into the worker's environment."""
     timeout_seconds: float = Field(10, gt=0, le=3600)
     """Seconds one call may take; beyond, the sample is marked and its worker ended."""
 
@@ -227,9 +228,9 @@ def local_path(uri: str) -> PurePosixPath:
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         uri = unquote(parts.path)
     elif "://" in uri:
-        raise ValueError(f"{uri[:200]!r}: expected an absolute path or a file:// URI")
+        raise ValueError(f"expected an absolute path or a file:// URI, not {parts.scheme}://")
     if not uri.startswith("/") or "\0" in uri:
-        raise ValueError(f"{uri[:200]!r}: expected an absolute path, not a relative one")
+        raise ValueError("expected an absolute path, not a relative one")
     return PurePosixPath(uri)
 
 

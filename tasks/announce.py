@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from hotload.chain import may_signal
-from hotload.errors import LoadFailedError, SnapshotRejectedError
+from hotload.errors import LoadFailedError, ServiceRefusedError, SnapshotRejectedError
 from hotload.snapshot import Shard, SnapshotKind, SnapshotManifest, SnapshotPlan
 from tasks.lease import check_lease
 from tasks.records import mark_signalled
@@ -50,6 +50,8 @@ async def signal_snapshot(
     if not may_signal(await service.observe(), manifest):
         get_run_logger().info("%s was accepted before", manifest.identity)
         return ()
+    # Before the mark too: a publisher that lost the lease must not make its delta doubtful.
+    await check_lease(store, lease_token)
     await mark_signalled(store, manifest.identity)
     await check_lease(store, lease_token)
     try:
@@ -59,6 +61,11 @@ async def signal_snapshot(
             return ()
         # 400 on a full is about its files, and the next full would have the same.
         if manifest.kind is SnapshotKind.DELTA or error.status_code == 409:
+            raise LoadFailedError(manifest.identity, str(error)) from None
+        raise
+    except ServiceRefusedError as error:
+        # The names were right a moment ago, so this 404 is about the snapshot that a delta follows.
+        if manifest.kind is SnapshotKind.DELTA and error.status_code == 404:
             raise LoadFailedError(manifest.identity, str(error)) from None
         raise
 

@@ -21,7 +21,7 @@ from hotload.errors import (
     StoreUnavailableError,
 )
 from hotload.local import apply_file, copy_file, remove_tree, replace_directory, sha256_file
-from hotload.snapshot import Shard, SideFile, SnapshotKind, SnapshotManifest
+from hotload.snapshot import FileDigest, Shard, SnapshotKind, SnapshotManifest
 from hotload.spec import CycleSpec
 from tasks.places import baseline_dir, delta_dir, results_dir
 from tasks.records import read_manifest
@@ -43,8 +43,9 @@ async def keep_baseline(
     if manifest.kind is not SnapshotKind.LORA:
         try:
             await hold_baseline(spec, service, store, manifest)
-        except BaselineLostError as error:
-            get_run_logger().warning("%s; the next snapshot will be full", error)
+        except (BaselineLostError, StoreUnavailableError) as error:
+            # The replicas serve it all the same; the next cycle builds the baseline or goes full.
+            get_run_logger().warning("the baseline did not move on: %s", error)
     await asyncio.to_thread(_keep_only, delta_dir(spec, service), identity)
     await asyncio.to_thread(remove_tree, results_dir(spec, service))
 
@@ -101,7 +102,7 @@ async def _build(
         await asyncio.to_thread(replace_directory, staged, root / manifest.identity)
     except StoreUnavailableError:
         raise
-    except (DeltaError, StoreError) as error:
+    except (DeltaError, InvalidCheckpointError, OSError) as error:  # a full disk, too
         raise BaselineLostError(manifest.identity, str(error)) from error
     finally:
         await asyncio.to_thread(shutil.rmtree, staged, ignore_errors=True)
@@ -112,15 +113,12 @@ async def _fetch(
     service: HotLoadService,
     store: CheckpointStore,
     manifest: SnapshotManifest,
-    file: Shard | SideFile,
+    file: Shard | FileDigest,
     out: Path,
 ) -> None:
     """Bring one stored file here, from this machine where its digest matches."""
     for directory in (Path(spec.checkpoint), delta_dir(spec, service) / manifest.identity):
-        source = directory / file.file
-        if not source.is_file() or source.stat().st_size != file.size_bytes:
-            continue
-        if await asyncio.to_thread(copy_file, source, out) == file.sha256:
+        if await asyncio.to_thread(_copied, directory / file.file, file, out):
             return
     await store.get_file(f"{manifest.identity}/{file.file}", out)
     found = await asyncio.to_thread(sha256_file, out)
@@ -142,20 +140,19 @@ async def _restore(
     await _fetch(spec, service, store, manifest, shard, delta)
     base = baseline_dir(spec, service) / str(manifest.previous) / shard.file
     out = staged / shard.file
-    await asyncio.to_thread(apply_file, base, delta, out)
+    found = await asyncio.to_thread(apply_file, base, delta, out)
     delta.unlink()
-    found = await asyncio.to_thread(sha256_file, out)
     if found != shard.content_sha256:
         reason = f"restored sha256 is {found[:12]}…, the manifest says {shard.content_sha256[:12]}…"
         raise DeltaError(shard.file, reason)
 
 
-def _copied(source: Path, file: Shard | SideFile, out: Path) -> bool:
+def _copied(source: Path, file: Shard | FileDigest, out: Path) -> bool:
     """Whether `source` is what the manifest says of `file`; `out` is then a copy of it."""
     try:
-        if source.stat().st_size != file.size_bytes:
+        if source.stat().st_size != file.size_bytes or sha256_file(source) != file.sha256:
             return False
-    except OSError:
+    except (OSError, InvalidCheckpointError):
         return False
     return copy_file(source, out) == file.sha256
 

@@ -12,6 +12,7 @@ Keys and credentials stay in the environment, or in blocks saved on the server.
 """
 
 import asyncio
+import hashlib
 import re
 from pathlib import Path
 from typing import TypeVar
@@ -37,13 +38,17 @@ Model = TypeVar("Model", bound=BaseModel)
 async def load_cycle_file(path: Path) -> CycleSpec:
     """The cycle that a file declares, its inline blocks saved on the Prefect server.
 
-    An inline block is saved as `file-<run id>`, so it never replaces one a person has configured.
-
     Raises:
         ValueError, OSError: as `parse_cycle_file`.
     """
-    spec, blocks = await asyncio.to_thread(parse_cycle_file, path)
-    name = "file-" + re.sub(r"[^a-z0-9]+", "-", spec.run_id.lower()).strip("-")
+    return await save_inline_blocks(*await asyncio.to_thread(parse_cycle_file, path))
+
+
+async def save_inline_blocks(spec: CycleSpec, blocks: dict[str, Block]) -> CycleSpec:
+    """The cycle with its inline blocks saved, under a name that no person has configured."""
+    # A block's name has fewer letters than a run's, so the digest keeps two runs apart.
+    slug = re.sub(r"[^a-z0-9]+", "-", spec.run_id.lower()).strip("-")
+    name = f"file-{slug}-{hashlib.sha256(spec.run_id.encode()).hexdigest()[:8]}"
     for block in blocks.values():
         await block.save(name, overwrite=True)
     return spec.model_copy(update=dict.fromkeys(blocks, name))

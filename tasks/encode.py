@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
@@ -12,15 +14,21 @@ from prefect import get_run_logger, task
 from prefect.context import TaskRunContext
 
 from blocks.hot_load_service import HotLoadService
-from hotload.local import encode_file, sha256_file, verify_file
+from hotload.errors import (
+    BaselineLostError,
+    DeltaError,
+    InvalidCheckpointError,
+    SelfCheckError,
+)
+from hotload.local import encode_file, open_shard, sha256_file, verify_file
 from hotload.report import megabytes
-from hotload.snapshot import Record, Shard, SideFile, SnapshotPlan
+from hotload.snapshot import FileDigest, Record, Shard, SnapshotPlan
 from hotload.spec import CycleSpec
 from tasks.places import baseline_dir, delta_dir, results_dir
 from tasks.validate import changed_since_validation
 
-# Two cores are what a shared machine has; numpy and zstd release the interpreter lock.
-ENCODERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
+# numpy and zstd release the interpreter lock, so threads use every core there is.
+ENCODERS = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="encode")
 
 
 class EncodedBatch(Record):
@@ -31,7 +39,7 @@ class EncodedBatch(Record):
     verify_seconds: float
 
     @classmethod
-    def as_is(cls, batch: tuple[SideFile, ...]) -> "EncodedBatch":
+    def as_is(cls, batch: tuple[FileDigest, ...]) -> "EncodedBatch":
         """The shards of a full snapshot: stored as the trainer wrote them."""
         shards = tuple(
             Shard(
@@ -64,7 +72,7 @@ def encode_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     task_run_name="encode-{batch[0].file}",
 )
 async def encode_shards(
-    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[SideFile, ...]
+    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[FileDigest, ...]
 ) -> EncodedBatch:
     """Delta shards of `batch` against the baseline of `plan.previous` (wire-format §2).
 
@@ -73,9 +81,14 @@ async def encode_shards(
 
     Raises:
         InvalidCheckpointError: the trainer changed a file since it was validated.
+        BaselineLostError, SelfCheckError: a delta cannot be had; a full snapshot can.
     """
+    ended = threading.Event()
     loop = asyncio.get_running_loop()
-    encoded = await loop.run_in_executor(ENCODERS, _encode, spec, service, plan, batch)
+    try:
+        encoded = await loop.run_in_executor(ENCODERS, _encode, spec, service, plan, batch, ended)
+    finally:
+        ended.set()  # when another batch has failed, its thread stops at the next shard
     sent = sum(shard.size_bytes for shard in encoded.shards)
     full = sum(shard.content_size_bytes for shard in encoded.shards)
     get_run_logger().info("%s of %s in %d shards", megabytes(sent), megabytes(full), len(batch))
@@ -83,7 +96,7 @@ async def encode_shards(
 
 
 async def encode_once(
-    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[SideFile, ...]
+    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[FileDigest, ...]
 ) -> EncodedBatch:
     """`encode_shards`, or its cached result where the files it names are still what it says."""
     encode = encode_shards.with_options(result_storage=results_dir(spec, service))
@@ -95,7 +108,11 @@ async def encode_once(
 
 
 def _encode(
-    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[SideFile, ...]
+    spec: CycleSpec,
+    service: HotLoadService,
+    plan: SnapshotPlan,
+    batch: tuple[FileDigest, ...],
+    ended: threading.Event,
 ) -> EncodedBatch:
     base = baseline_dir(spec, service) / str(plan.previous)
     target = Path(spec.checkpoint)
@@ -104,6 +121,9 @@ def _encode(
     shards: list[Shard] = []
     encode_seconds = verify_seconds = 0.0
     for shard in batch:
+        if ended.is_set():
+            raise asyncio.CancelledError
+        _require_base(base / shard.file, plan)
         start = monotonic()
         delta = encode_file(
             base / shard.file,
@@ -115,7 +135,10 @@ def _encode(
         if delta.target_sha256 != shard.sha256:
             raise changed_since_validation(shard.file, shard.sha256, delta.target_sha256)
         start = monotonic()
-        verify_file(base / shard.file, out / shard.file, target / shard.file)
+        try:
+            verify_file(base / shard.file, out / shard.file, target / shard.file)
+        except DeltaError as error:
+            raise SelfCheckError(shard.file, str(error)) from error
         verify_seconds += monotonic() - start
         shards.append(
             Shard(
@@ -129,6 +152,15 @@ def _encode(
     return EncodedBatch(
         shards=tuple(shards), encode_seconds=encode_seconds, verify_seconds=verify_seconds
     )
+
+
+def _require_base(path: Path, plan: SnapshotPlan) -> None:
+    """A base that cannot be read is ours to mend, not the trainer's."""
+    try:
+        with open_shard(path):
+            return
+    except InvalidCheckpointError as error:
+        raise BaselineLostError(str(plan.previous), str(error)) from error
 
 
 def _lie_in(directory: Path, shards: tuple[Shard, ...]) -> bool:

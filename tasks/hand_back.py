@@ -1,9 +1,9 @@
 """Hand back: scored groups as Parquet parts in the store, the manifest after all of them (design,
 rule 2).
 
-    _hotload/rollouts/<identity>/part-00000.parquet …    one per chunk of problems, whole or not
-    there _hotload/rollouts/<identity>/manifest.json           last; names the parts, their counts
-    and digests
+    _hotload/rollouts/<identity>/
+        part-00000.parquet …    one per chunk of problems, whole or not there
+        manifest.json           last; names the parts, their counts and digests
 """
 
 import asyncio

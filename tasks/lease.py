@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
@@ -30,7 +29,7 @@ from hotload.lease import (
 
 TTL_SECONDS = 60.0
 RENEWALS_PER_TTL = 4
-LOOK_AGAIN_SECONDS = 2.0
+TAKE_DELAYS_SECONDS = (2.0, 4.0, 8.0)
 
 logger = logging.getLogger(__name__)
 # What this process holds: the nonce behind a token never leaves it.
@@ -41,12 +40,7 @@ _HELD: dict[tuple[str, int], Lease] = {}
 class PublisherLease:
     """A lease that is held; `token` travels to the step that signals."""
 
-    store: CheckpointStore
     token: int
-
-    async def check(self) -> None:
-        """As `check_lease`."""
-        await check_lease(self.store, self.token)
 
 
 @asynccontextmanager
@@ -55,7 +49,6 @@ async def publisher_lease(
     holder: str,
     *,
     ttl_seconds: float = TTL_SECONDS,
-    wait_seconds: float = 0.0,
 ) -> AsyncIterator[PublisherLease]:
     """Hold the service behind `store` for `holder`, a name a person recognises.
 
@@ -64,15 +57,17 @@ async def publisher_lease(
     that earlier publishers left unfinished are aborted: nobody else may upload here now.
 
     Raises:
-        LeaseLostError: another publisher holds it, still so after `wait_seconds`.
+        LeaseLostError: another publisher holds it.
         StoreError: the store cannot be read or written.
     """
-    mine = await _acquire(store, holder, ttl_seconds, wait_seconds)
+    mine = await _acquire(store, holder, ttl_seconds)
     _HELD[store.url, mine.token] = mine
     done = asyncio.Event()
     renewing = asyncio.create_task(_keep(store, mine, ttl_seconds, done))
     try:
-        yield PublisherLease(store, mine.token)
+        # Only now, while it is renewed: tidying can take longer than the lease lasts.
+        await _tidy(store, mine.token)
+        yield PublisherLease(mine.token)
     finally:
         # Never cancelled: a renewal under way could arrive after the lease was given back.
         done.set()
@@ -97,25 +92,32 @@ async def check_lease(store: CheckpointStore, token: int) -> None:
         raise LeaseLostError(found.holder if found else "nobody", reason)
 
 
-async def _acquire(
-    store: CheckpointStore, holder: str, ttl_seconds: float, wait_seconds: float
-) -> Lease:
+async def _acquire(store: CheckpointStore, holder: str, ttl_seconds: float) -> Lease:
+    """Take the lease. No engine repeats this step, so an unavailable store is asked again here."""
+    nonce = secrets.token_hex(16)
+    for delay in TAKE_DELAYS_SECONDS:
+        try:
+            return await _take(store, holder, ttl_seconds, nonce)
+        except StoreUnavailableError as error:
+            logger.warning("the publisher lease is asked for again in %.0f s: %s", delay, error)
+            await asyncio.sleep(delay)
+    return await _take(store, holder, ttl_seconds, nonce)
+
+
+async def _take(store: CheckpointStore, holder: str, ttl_seconds: float, nonce: str) -> Lease:
     me = this_process()
-    give_up_at = monotonic() + wait_seconds
     while True:
         found = await _highest(store)
-        running = is_running(found.process) if found else None
-        decision = decide(found, now=datetime.now(UTC), me=me, is_running=running)
-        if found is not None and decision.claim is Claim.WAIT:
-            left = give_up_at - monotonic()
-            if left <= 0:
-                raise LeaseLostError(found.holder, decision.reason)
-            await asyncio.sleep(min(LOOK_AGAIN_SECONDS, left))
-            continue
         now = datetime.now(UTC)
+        if found is not None and found.nonce == nonce:
+            return found  # made by an attempt whose answer was lost
+        running = is_running(found.process) if found else None
+        decision = decide(found, now=now, me=me, is_running=running)
+        if found is not None and decision.claim is Claim.WAIT:
+            raise LeaseLostError(found.holder, decision.reason)
         mine = Lease(
             token=found.token + 1 if found else 1,
-            nonce=secrets.token_hex(16),
+            nonce=nonce,
             holder=holder,
             process=me,
             renewed_at=now,
@@ -125,7 +127,6 @@ async def _acquire(
         await store.create_bytes(mine.render(), mine.path)
         if loss(await _highest(store), mine, now=now) is None:
             logger.info("publisher lease %d: %s", mine.token, decision.reason)
-            await _tidy(store, mine.token)
             return mine
 
 

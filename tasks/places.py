@@ -1,8 +1,8 @@
 """Where a cycle keeps its own files on this machine, below the spec's `work_dir`.
 
-<work_dir>/<account>-<deployment>/baseline/<identity>/   full bytes of the served snapshot
-<work_dir>/<account>-<deployment>/deltas/<identity>/     encoded shards on their way
-<work_dir>/<account>-<deployment>/results/               results of finished steps
+<work_dir>/<account>/<deployment>/baseline/<identity>/   full bytes of the served snapshot
+<work_dir>/<account>/<deployment>/deltas/<identity>/     encoded shards on their way
+<work_dir>/<account>/<deployment>/results/               results of finished steps
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from hotload.spec import CycleSpec
 
 def service_dir(spec: CycleSpec, service: HotLoadService) -> Path:
     """Everything this machine keeps for one service; two services never share a file."""
-    return Path(spec.work_dir) / f"{service.account_id}-{service.deployment_id}"
+    return Path(spec.work_dir) / service.account_id / service.deployment_id
 
 
 def baseline_dir(spec: CycleSpec, service: HotLoadService) -> Path:

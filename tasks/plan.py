@@ -12,7 +12,13 @@ from hotload.chain import ChainState, may_be_delta, plan_full, plan_next, read_c
 from hotload.errors import BaselineLostError
 from hotload.layout import drift
 from hotload.local import read_checkpoint
-from hotload.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan, is_identity
+from hotload.snapshot import (
+    CheckpointContent,
+    SnapshotKind,
+    SnapshotManifest,
+    SnapshotPlan,
+    is_identity,
+)
 from hotload.spec import CycleSpec
 from tasks.baseline import hold_baseline
 from tasks.records import read_attempts, read_manifest
@@ -35,7 +41,7 @@ async def plan_snapshot(
     attempts = await read_attempts(store, spec.name)
     for _ in range(UNCLEAR_POLLS):
         status = await service.observe()
-        head = await _head(store, status.identities)
+        head = await _head(store, status.served_everywhere, content)
         chain = read_chain(status, head, attempts)
         if chain.state is not ChainState.UNCLEAR:
             break
@@ -60,12 +66,16 @@ async def plan_fallback(
 
 
 async def _head(
-    store: CheckpointStore, identities: tuple[str | None, ...]
+    store: CheckpointStore, served: frozenset[str], content: CheckpointContent
 ) -> SnapshotManifest | None:
-    """The manifest of the one identity that every replica serves, if it is ours."""
-    if len(identities) != 1 or identities[0] is None or not is_identity(identities[0]):
-        return None
-    return await read_manifest(store, identities[0])
+    """The newest snapshot of ours that every replica serves, an adapter for an adapter."""
+    found = [await read_manifest(store, one) for one in sorted(served) if is_identity(one)]
+    ours = [
+        one
+        for one in found
+        if one and (one.kind is SnapshotKind.LORA) == (content.kind is SnapshotKind.LORA)
+    ]
+    return max(ours, key=lambda one: one.policy_version, default=None)
 
 
 async def _obstacle(

@@ -23,7 +23,9 @@ async def preflight_service(
     logger = get_run_logger()
     for line in service.preflight(description, store.url):
         if not line.ok and line.stops:
-            raise ServiceRefusedError("preflight", 200, f"{line.name}: {line.found}. {line.advice}")
+            raise ServiceRefusedError(
+                "preflight", None, f"{line.name}: {line.found}. {line.advice}"
+            )
         if not line.ok:
             logger.warning("%s: %s. %s", line.name, line.found, line.advice)
     expected = spec.readiness.replica_count or description.desired_replica_count

@@ -1,6 +1,6 @@
 """Reading and writing the store's own records: manifests, signal marks, cycle reports.
 
-The store is the only memory there is of what was published (design, State). Paths are below the
+The store is the only memory there is of what was published (design, rule 1). Paths are below the
 bucket.
 """
 
@@ -9,6 +9,8 @@ import json
 import re
 from datetime import UTC, datetime
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 from pydantic import ValidationError
 
 from blocks.checkpoint_store import CheckpointStore
@@ -16,6 +18,7 @@ from hotload.chain import Attempt
 from hotload.errors import StoreError
 from hotload.report import CycleReport
 from hotload.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest
+from tasks.retrying import RETRIED
 
 SNAPSHOTS = "_hotload/snapshots"
 SIGNALS = "_hotload/signals"
@@ -30,6 +33,12 @@ async def read_manifest(store: CheckpointStore, identity: str) -> SnapshotManife
         return None
     data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
     return SnapshotManifest.parse(data, identity=identity)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="manifest-{identity}", **RETRIED)
+async def find_manifest(store: CheckpointStore, identity: str) -> SnapshotManifest | None:
+    """As `read_manifest`, tried again while the store does not answer."""
+    return await read_manifest(store, identity)
 
 
 async def write_manifest(store: CheckpointStore, manifest: SnapshotManifest) -> None:

@@ -3,6 +3,7 @@ window.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from math import ceil
@@ -14,6 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from blocks.checkpoint_store import CheckpointStore
 from blocks.rollout_client import RolloutClient
 from blocks.sampler import Sampler
+from hotload.errors import RolloutsFailedError
+from hotload.faults import Cause
 from hotload.parts import PartPlan, RolloutPart, RolloutPlan
 from hotload.spec import CycleSpec
 from hotload.trajectories import ScoredGroup, TrajectoryGroup
@@ -21,6 +24,21 @@ from tasks.hand_back import read_part, write_part
 from tasks.overlap import overlap
 from tasks.retrying import RETRIED
 from tasks.score import Scorer, open_scorer
+
+# What another try may mend; a request that is refused, or too long, is so every time.
+OUTAGES = frozenset(
+    {
+        Cause.TIMEOUT,
+        Cause.OVERLOADED,
+        Cause.SERVER_ERROR,
+        Cause.CONNECTION,
+        Cause.TRUNCATED,
+        Cause.SWAP_TIMEOUT,
+        Cause.MALFORMED,
+        Cause.MISSING_TOKEN_IDS,
+        Cause.MISSING_LOGPROBS,
+    }
+)
 
 
 class Rollout:
@@ -50,24 +68,29 @@ class Rollout:
 
         Called again after the store failed, it writes what it has and samples nothing twice.
         """
-        groups = self._unwritten.get(part.number)
-        if groups is None:
-            if found := await read_part(self._store, self.plan, part):
-                return found
-            groups = await self._scorer.score(await self._sample(part))
-            self._unwritten[part.number] = groups
-        written = await write_part(self._store, self.plan, part, groups)
-        del self._unwritten[part.number]
-        return written
+        async with self._under_way:
+            groups = self._unwritten.get(part.number)
+            if groups is None:
+                if found := await read_part(self._store, self.plan, part):
+                    return found
+                groups = await self._scorer.score(await self._sample(part))
+                self._unwritten[part.number] = groups
+            written = await write_part(self._store, self.plan, part, groups)
+            del self._unwritten[part.number]
+            return written
 
     async def _sample(self, part: PartPlan) -> list[TrajectoryGroup]:
         count = self._sampler.sampling.completions_per_prompt
-        async with self._under_way:
-            samples = await overlap(
-                self._sampler.sample(problem, number)
-                for problem in part.problems
-                for number in range(count)
-            )
+        samples = await overlap(
+            self._sampler.sample(problem, number)
+            for problem in part.problems
+            for number in range(count)
+        )
+        # Recorded, a part without one answer would count as done for ever.
+        causes = Counter(sample.failure for sample in samples)
+        if all(cause in OUTAGES for cause in causes):
+            told = ", ".join(f"{cause} {count}" for cause, count in causes.items())
+            raise RolloutsFailedError(self.plan.identity, told)
         return [
             TrajectoryGroup(problem, tuple(samples[i * count : (i + 1) * count]))
             for i, problem in enumerate(part.problems)
@@ -124,6 +147,7 @@ async def roll_out_chunk(rollout: Rollout, number: int) -> RolloutPart:
     Raises:
         ServiceRefusedError: key, names or billing are wrong: no sample can succeed.
         StoreError: the store refuses.
+        RolloutsFailedError: not one sample of the part got an answer; nothing is recorded.
     """
     part = await rollout.carry(rollout.plan.parts[number])
     get_run_logger().info(

@@ -17,9 +17,9 @@ from hotload.local import sha256_file
 from hotload.report import megabytes
 from hotload.snapshot import (
     CheckpointContent,
+    FileDigest,
     Record,
     Shard,
-    SideFile,
     SnapshotKind,
     SnapshotManifest,
     SnapshotPlan,
@@ -83,12 +83,20 @@ async def upload_once(
 ) -> UploadedBatch:
     """`upload_shards`, or its cached result where the store still holds files of these sizes."""
     upload = upload_shards.with_options(result_storage=results)
-    uploaded = await upload(store, identity, str(directory), shards)
-    sizes = await asyncio.gather(*(store.size(f"{identity}/{shard.file}") for shard in shards))
-    if any(size != shard.size_bytes for size, shard in zip(sizes, shards, strict=True)):
+    # Prefect's types do not know that an asynchronous task's state is awaited, too.
+    state = await upload(store, identity, str(directory), shards, return_state=True)  # type: ignore[misc]
+    uploaded: UploadedBatch = await state.aresult()
+    if state.name == "Cached" and not await are_stored(store, identity, shards):
         again = upload.with_options(refresh_cache=True)
         uploaded = await again(store, identity, str(directory), shards)
     return uploaded
+
+
+@task(cache_policy=NO_CACHE, task_run_name="stored-{shards[0].file}", **RETRIED)
+async def are_stored(store: CheckpointStore, identity: str, shards: tuple[Shard, ...]) -> bool:
+    """Whether the store still has every one of `shards` under `identity`, by size."""
+    sizes = await asyncio.gather(*(store.size(f"{identity}/{shard.file}") for shard in shards))
+    return all(size == shard.size_bytes for size, shard in zip(sizes, shards, strict=True))
 
 
 @task(cache_policy=NO_CACHE, task_run_name="manifests-{plan.identity}", **RETRIED)
@@ -131,7 +139,7 @@ async def upload_manifests(
 
 
 async def _put(
-    store: CheckpointStore, identity: str, directory: Path, file: Shard | SideFile
+    store: CheckpointStore, identity: str, directory: Path, file: Shard | FileDigest
 ) -> None:
     path = directory / file.file
     await store.put_file(path, f"{identity}/{file.file}")

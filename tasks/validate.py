@@ -1,7 +1,6 @@
 """Validate: the trainer's checkpoint against every layout rule, and its digests."""
 
 import asyncio
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hotload.errors import InvalidCheckpointError
 from hotload.layout import check_full, check_lora, refuse_errors
 from hotload.local import read_checkpoint, sha256_file
 from hotload.shards import Checkpoint, Finding, read_json_object
-from hotload.snapshot import CONFIG_FILE, CheckpointContent, SideFile, SnapshotKind
+from hotload.snapshot import CONFIG_FILE, CheckpointContent, FileDigest, SnapshotKind
 from hotload.spec import CycleSpec
 from tasks.progress import Progress
 from tasks.read_problems import read_problems
@@ -29,18 +28,28 @@ async def validate_checkpoint(spec: CycleSpec, service: HotLoadService) -> Check
     Raises:
         InvalidCheckpointError: with one finding per broken rule.
     """
-    directory = Path(spec.checkpoint)
-    checkpoint = await asyncio.to_thread(read_checkpoint, directory)
-    findings = await asyncio.to_thread(_check, spec, checkpoint, service.extra_fields_ignore)
+    checkpoint = await asyncio.to_thread(read_checkpoint, Path(spec.checkpoint))
+    findings = await asyncio.to_thread(_check, spec, checkpoint, service)
     warnings = tuple(str(finding) for finding in refuse_errors(findings))
     for warning in warnings:
         get_run_logger().warning(warning)
+    return await read_content(spec, checkpoint, warnings)
+
+
+async def read_content(
+    spec: CycleSpec, checkpoint: Checkpoint, warnings: tuple[str, ...] = ()
+) -> CheckpointContent:
+    """The checkpoint's files with their digests; reads every byte of its shards.
+
+    Raises:
+        InvalidCheckpointError: a file cannot be read.
+    """
     total = sum(shard.size_bytes for shard in checkpoint.shards)
     progress = await Progress.start(f"reading {spec.name}", total)
     shards = []
     for shard in checkpoint.shards:
-        digest = await asyncio.to_thread(sha256_file, directory / shard.file)
-        shards.append(SideFile(file=shard.file, size_bytes=shard.size_bytes, sha256=digest))
+        digest = await asyncio.to_thread(sha256_file, Path(spec.checkpoint) / shard.file)
+        shards.append(FileDigest(file=shard.file, size_bytes=shard.size_bytes, sha256=digest))
         await progress.advance(shard.size_bytes)
     return CheckpointContent(
         kind=SnapshotKind.LORA if checkpoint.is_lora else SnapshotKind.FULL,
@@ -65,17 +74,15 @@ async def validate_rollouts(spec: CycleSpec) -> int:
         return len(problems)
 
 
-def _check(
-    spec: CycleSpec, checkpoint: Checkpoint, extra_fields_ignore: Collection[str]
-) -> tuple[Finding, ...]:
+def _check(spec: CycleSpec, checkpoint: Checkpoint, service: HotLoadService) -> tuple[Finding, ...]:
     if checkpoint.is_lora:
-        return check_lora(checkpoint)
+        return check_lora(checkpoint, base_model=service.base_model)
     base_config, base_shapes = _base_model(spec)
     return check_full(
         checkpoint,
         base_config=base_config,
         base_shapes=base_shapes,
-        extra_fields_ignore=extra_fields_ignore,
+        extra_fields_ignore=service.extra_fields_ignore,
         spec_dtype_style=spec.snapshot.spec_dtype_style,
     )
 

@@ -9,37 +9,56 @@ from prefect.cache_policies import NO_CACHE
 from blocks.hot_load_service import HotLoadService
 from hotload.errors import (
     LoadFailedError,
+    ProtocolError,
     ReadinessTimeoutError,
+    ServiceError,
     ServiceUnavailableError,
 )
 from hotload.readiness import ServiceStatus, Verdict, assess
 from hotload.snapshot import SnapshotManifest
-from hotload.spec import ReadinessPolicy
+from hotload.spec import CycleSpec, ReadinessPolicy
 
 
-@task(cache_policy=NO_CACHE, task_run_name="first-replica")
-async def wait_for_replicas(service: HotLoadService, readiness: ReadinessPolicy) -> ServiceStatus:
-    """The service's status, once it lists a replica.
+@task(cache_policy=NO_CACHE, task_run_name="replicas-{spec.name}")
+async def wait_for_replicas(
+    spec: CycleSpec, service: HotLoadService, expected_replica_count: int | None
+) -> None:
+    """Return once every expected replica is listed and none is on its way to another snapshot.
 
-    Signalling a service that never had one crashes it (protocol §4).
+    Signalling a service that never had a replica crashes it (protocol §4); a delta planned while a
+    replica is missing, or loads what another cycle signalled, could not be merged there.
 
     Raises:
-        ServiceUnavailableError: it does not answer, or lists none, until the deadline.
+        ServiceUnavailableError: not so until the deadline; the text says what was missing.
     """
+    readiness = spec.readiness
     deadline = monotonic() + readiness.scale_up_timeout_seconds
     while True:
         try:
             status = await service.observe()
-            if status.replicas:
-                return status
-            detail = "the replica list is empty: scaled to zero or restarting"
+            detail = _what_is_missing(status, spec.name, max(1, expected_replica_count or 0))
+            if detail is None:
+                return
         except ServiceUnavailableError as error:
             detail = str(error)
         if monotonic() >= deadline:
             waited = f"waited {readiness.scale_up_timeout_seconds:g} s"
             raise ServiceUnavailableError("observe", None, f"{detail}; {waited}")
-        get_run_logger().info("no replica yet: %s", detail)
+        get_run_logger().info("waiting: %s", detail)
         await asyncio.sleep(readiness.poll_interval_seconds)
+
+
+def _what_is_missing(status: ServiceStatus, name: str, expected_count: int) -> str | None:
+    if not status.replicas:
+        return "the replica list is empty: scaled to zero or restarting"
+    if len(status.replicas) < expected_count:
+        return f"{len(status.replicas)} of {expected_count} replicas are listed"
+    for replica in status.replicas:
+        target = replica.loading_identity
+        # What this very cycle signalled before it was killed is for the plan to judge.
+        if target is not None and not target.startswith(f"{name}-"):
+            return f"a replica is loading {target}"
+    return None
 
 
 @task(cache_policy=NO_CACHE, task_run_name="wait-{manifest.identity}")
@@ -56,6 +75,7 @@ async def wait_until_ready(
     Raises:
         LoadFailedError: a replica reports an error for this identity.
         ReadinessTimeoutError: the deadline passed; the text says what was still missing.
+        ProtocolError: the answer is not of the documented form.
     """
     logger = get_run_logger()
     deadline = monotonic() + readiness.weight_sync_timeout
@@ -78,7 +98,9 @@ async def wait_until_ready(
                 # No known field carries the cause, so the replica is shown as it is.
                 logger.warning(status.failed(manifest.identity)[0].raw)
                 raise LoadFailedError(manifest.identity, detail)
-        except ServiceUnavailableError as error:
+        except ProtocolError:
+            raise
+        except ServiceError as error:
             detail = f"the status could not be read: {error}"
             logger.warning(detail)
         if monotonic() >= deadline:

@@ -90,10 +90,10 @@ async def test_a_signalled_snapshot_is_served(start: Callable[..., RunningEmulat
     service = block(start().url)
     assert (await service.observe()).describe() == "base weights on 1"
     assert await service.signal(manifest("id-1")) == ()
-    while not (await service.observe()).serves_everywhere("id-1"):
+    while not (await service.observe()).is_served_everywhere("id-1"):
         await asyncio.sleep(0.01)
     await service.reset_ledger()
-    while (await service.observe()).serves_everywhere("id-1"):
+    while (await service.observe()).is_served_everywhere("id-1"):
         await asyncio.sleep(0.01)
 
 
@@ -356,7 +356,7 @@ async def test_an_endless_answer_ends(raw_server: RawServer) -> None:
 async def test_silence_ends(raw_server: RawServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blocks.hot_load_service.GET_TIMEOUT_SECONDS", 0.2)
     raw_server.silent = True
-    with pytest.raises(ServiceUnavailableError, match="observe: no answer"):
+    with pytest.raises(ServiceUnavailableError, match="observe: not finished within"):
         await block(raw_server.address).observe()
 
 
@@ -432,5 +432,5 @@ async def test_a_key_that_is_part_of_an_identity_changes_no_status(raw_server: R
     raw_server.answers = [http("200 OK", json.dumps({"replicas": [replica]}).encode())]
     service = HotLoadService(base_url=raw_server.address, api_key="demo", **NAMES)
     observed = await service.observe()
-    assert observed.identities == ("demo-000001-0a1b2c3d",)
+    assert observed.replicas[0].current_identity == "demo-000001-0a1b2c3d"
     assert "demo" not in observed.replicas[0].raw

@@ -90,6 +90,11 @@ class Fleet:
         """Order a fault of protocol §21."""
         httpx.post(f"{self.url}/emulator/faults", json=order).raise_for_status()
 
+    def orders(self) -> list[dict[str, Any]]:
+        """The faults that are still to strike."""
+        faults = httpx.get(f"{self.url}/emulator/faults").raise_for_status().json()["faults"]
+        return [fault for fault in faults if fault["left"] != 0]
+
     def reports(self) -> list[CycleReport]:
         """What the ended cycles left in the store, by name."""
         found = sorted((self.bucket / "_hotload" / "reports").glob("*.json"))

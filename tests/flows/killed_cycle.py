@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ LOOK_SECONDS = 0.001
 BEGUN = re.compile(
     r"Flow run '[^']+' - Beginning flow run '[^']+' for flow 'checkpoint-to-rollout'"
 )
+ENDED = re.compile(r"Flow run '[^']+' - Finished in state")  # the last one is the cycle's own
 FINISHED = re.compile(r"Task run '([^']+)' - Finished in state (\w+)")
 
 
@@ -58,6 +61,7 @@ class CycleProcess:
         )
         self.log: list[str] = []
         self._begun = threading.Event()
+        self._ended_at = math.inf
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
         assert self._begun.wait(START_SECONDS), "the flow did not begin"
@@ -71,23 +75,23 @@ class CycleProcess:
             return False
         return True
 
-    def reaches(self, moment: Callable[[CycleProcess], bool]) -> None:
-        """Return as soon as `moment` has come; AssertionError with the log if it ends first."""
+    def reaches(self, moment: Callable[[CycleProcess], bool]) -> bool:
+        """Whether `moment` comes before it ends by itself; returns as soon as it has come."""
         while not moment(self):
-            seconds = time.monotonic() - self._begun_at + LOOK_SECONDS
-            assert not self.ends_within(seconds), self._told()
+            if self.ends_within(time.monotonic() - self._begun_at + LOOK_SECONDS):
+                return False
+        return True
 
     def has_said(self, words: str) -> bool:
         """Whether a line of the log has these words."""
         return any(words in line for line in self.log)
 
     def finish(self) -> float:
-        """Seconds the flow took, once it has ended well; AssertionError with its log if it did not."""
+        """Seconds the flow took, once it has ended well; else AssertionError with its log."""
         assert self.ends_within(END_SECONDS), self._told()
-        took = time.monotonic() - self._begun_at
         self._reading.join()
         assert self._process.returncode == 0, self._told()
-        return took
+        return self._ended_at - self._begun_at
 
     def kill(self) -> str:
         """SIGKILL the flow's process and nothing else; the last step it had finished.
@@ -107,10 +111,8 @@ class CycleProcess:
 
     def stop(self) -> None:
         """End whatever is left of the group."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
     def _read(self) -> None:
@@ -120,6 +122,8 @@ class CycleProcess:
                 self.log.append(line.rstrip())
                 if BEGUN.search(line):
                     self._begun.set()
+                elif ENDED.search(line):
+                    self._ended_at = time.monotonic()
         self._begun.set()
 
     def _told(self) -> str:

@@ -196,7 +196,7 @@ async def test_a_new_machine_goes_on_with_a_delta(fleet: Fleet) -> None:
 async def test_the_baseline_is_the_served_snapshot_byte_for_byte(fleet: Fleet) -> None:
     for version in (1, 2):
         report = await run(fleet, version)
-    baselines = fleet.root / "work" / "local-rollouts" / "baseline"
+    baselines = fleet.root / "work" / "local" / "rollouts" / "baseline"
     (kept,) = baselines.iterdir()
     assert kept.name == report.snapshot.identity
     target = fleet.checkpoints[2]

@@ -144,6 +144,19 @@ async def post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> http
     return await repeat(lambda: http.post(path, json=body))
 
 
+async def planned_runs(http: httpx.AsyncClient, deployment_id: str) -> list[dict[str, Any]]:
+    """The runs that the server's scheduler has planned; it looks every few seconds."""
+    ours = {
+        "deployment_id": {"any_": [deployment_id]},
+        "state": {"name": {"any_": ["Scheduled"]}},
+    }
+    for _ in range(100):
+        if planned := (await post(http, "/flow_runs/filter", {"flow_runs": ours})).json():
+            return planned
+        await asyncio.sleep(0.2)
+    pytest.fail("the scheduler planned no run")
+
+
 async def test_a_trainer_triggers_by_http_and_repeats_itself(
     fleet: Fleet, worker: None, deployed: str, http: httpx.AsyncClient
 ) -> None:
@@ -162,13 +175,35 @@ async def test_a_trainer_triggers_by_http_and_repeats_itself(
     known = await post(http, f"{deployed}/create_flow_run", body)
     assert known.json()["state"]["name"] == "Completed"
 
-    # What a schedule does: run the parameters that are saved with the deployment.
-    await repeat(lambda: http.patch(deployed, json={"parameters": {"spec": spec}}))
-    scheduled = await post(http, f"{deployed}/create_flow_run", {})
-    await repeat(lambda: http.patch(deployed, json={"parameters": {}}))
-    ended = await wait_for_flow_run(scheduled.json()["id"], timeout=END_SECONDS)
+    # Another attempt makes another run, which finds that nothing is left to do.
+    key = f"cycle/{DEPLOYMENT}/{fleet.name}-000001/2"
+    second = await post(http, f"{deployed}/create_flow_run", body | {"idempotency_key": key})
+    ended = await wait_for_flow_run(second.json()["id"], timeout=END_SECONDS)
     assert ended.state is not None
     assert ended.state.name == "AlreadyDone"
+    assert is_served(fleet)
+
+
+async def test_a_person_switches_the_schedule_on(
+    fleet: Fleet, worker: None, deployed: str, http: httpx.AsyncClient
+) -> None:
+    deployment = (await http.get(deployed)).json()
+    (schedule,) = deployment["schedules"]
+    assert not schedule["active"]
+    switch = f"{deployed}/schedules/{schedule['id']}"
+    saved = {"spec": declared(fleet, 1)}
+    await repeat(lambda: http.patch(switch, json={"active": True}))
+    await repeat(lambda: http.patch(deployed, json={"parameters": saved}))
+    planned = await planned_runs(http, deployment["id"])
+    assert all(each["auto_scheduled"] and each["parameters"] == saved for each in planned)
+
+    now = {"state": {"type": "SCHEDULED", "name": "Scheduled"}, "force": True}
+    await post(http, f"/flow_runs/{planned[0]['id']}/set_state", now)
+    ended = await wait_for_flow_run(planned[0]["id"], timeout=END_SECONDS)
+    await repeat(lambda: http.patch(switch, json={"active": False}))
+    await repeat(lambda: http.patch(deployed, json={"parameters": {}}))
+    assert ended.state is not None
+    assert ended.state.name == "Completed"
     assert is_served(fleet)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.advantages import advantages, is_uniform
+from hotload.advantages import advantages
 
 REWARDS = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=16)
 
@@ -41,9 +41,3 @@ def test_small_and_uniform_groups() -> None:
 def test_large_rewards_stay_finite() -> None:
     centred = advantages([1e300, -1e300, 1e308])
     assert all(value is not None and math.isfinite(value) for value in centred)
-
-
-def test_uniform() -> None:
-    assert is_uniform([1.0, 1.0, None])
-    assert is_uniform([])
-    assert not is_uniform([0.0, None, 1.0])

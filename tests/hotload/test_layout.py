@@ -18,7 +18,7 @@ from hotload.layout import (
 )
 from hotload.manifests import TORCH_DTYPES, build_index, build_spec
 from hotload.shards import DTYPE_BITS, Checkpoint, Finding, ShardHeader, TensorInfo
-from hotload.snapshot import SideFile
+from hotload.snapshot import FileDigest
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "rope_theta": 10000.0, "use_cache": True}
 TENSORS = {
@@ -47,8 +47,8 @@ def header(
     return ShardHeader(file, tuple(entries), metadata, 512, 512 + end)
 
 
-def side(file: str, data: bytes = b"{}") -> SideFile:
-    return SideFile(file=file, size_bytes=len(data), sha256=sha256(data).hexdigest())
+def side(file: str, data: bytes = b"{}") -> FileDigest:
+    return FileDigest(file=file, size_bytes=len(data), sha256=sha256(data).hexdigest())
 
 
 def checkpoint(layout: Layout = TENSORS, **documents: object) -> Checkpoint:

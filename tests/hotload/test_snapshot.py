@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hotload.errors import InvalidIdentityError, StoreError
 from hotload.snapshot import (
-    SideFile,
+    FileDigest,
     SnapshotKind,
     SnapshotManifest,
     batches,
@@ -127,7 +127,7 @@ def test_what_is_no_manifest_is_refused(data: bytes) -> None:
 
 @given(st.integers(0, 500), st.integers(1, 60))
 def test_batches_keep_order_and_limit(count: int, limit: int) -> None:
-    shards = [SideFile(file=str(n), size_bytes=n, sha256="0" * 64) for n in range(count)]
+    shards = [FileDigest(file=str(n), size_bytes=n, sha256="0" * 64) for n in range(count)]
     made = batches(shards, limit)
     assert [shard for batch in made for shard in batch] == shards
     assert len(made) <= limit

@@ -60,7 +60,9 @@ def _publisher(
 
     (root / "work").mkdir()
     settings = {"bucket": url, "bucket_options": options}
-    with running_fleet("unsaved", root, list(written), **settings) as fleet:
+    with (
+        running_fleet("unsaved", root, list(written), **settings) as fleet,
         # Tasks run as plain functions have no run to log to. Uvicorn's start enables all loggers.
-        with disable_run_logger():
-            yield Publisher(fleet, CheckpointStore(url=url, options=options), root / "work")
+        disable_run_logger(),
+    ):
+        yield Publisher(fleet, CheckpointStore(url=url, options=options), root / "work")

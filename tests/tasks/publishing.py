@@ -17,8 +17,8 @@ from blocks.hot_load_service import HotLoadService
 from hotload.local import read_checkpoint, sha256_file
 from hotload.snapshot import (
     CheckpointContent,
+    FileDigest,
     Shard,
-    SideFile,
     SnapshotKind,
     SnapshotManifest,
     SnapshotPlan,
@@ -62,7 +62,7 @@ class Publisher:
         return replace(self, work=work)
 
     def checkpoint_of_its_own(self, version: int) -> Path:
-        """A copy of a checkpoint that a test may change; the cycles of `version` use it from now on."""
+        """A copy of a checkpoint that a test may change; from now on it is that of `version`."""
         copy = Path(shutil.copytree(self.fleet.checkpoints[version], self.work / f"own-{version}"))
         self.fleet.checkpoints[version] = copy
         return copy
@@ -72,7 +72,7 @@ class Publisher:
         directory = self.fleet.checkpoints[version]
         checkpoint = read_checkpoint(directory)
         shards = tuple(
-            SideFile(
+            FileDigest(
                 file=one.file, size_bytes=one.size_bytes, sha256=sha256_file(directory / one.file)
             )
             for one in checkpoint.shards

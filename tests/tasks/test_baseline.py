@@ -62,12 +62,13 @@ async def test_lost_or_damaged_it_is_rebuilt_from_the_store(
 
 
 async def test_a_whole_ancestor_saves_the_way_from_the_full(publisher: Publisher) -> None:
-    first, second = await chain_of(publisher, 2)
+    first, _ = await chain_of(publisher, 2)
     third = await publisher.serve(3)
+    expected = contents(publisher.fleet.checkpoints[3])
     forget_the_trainer(publisher)
     for shard in first.shards:
         await publisher.store.delete_file(f"{first.identity}/{shard.file}")
-    assert contents(await hold(publisher, 3, third))
+    assert contents(await hold(publisher, 3, third)) == expected
     assert [path.name for path in publisher.baselines.iterdir()] == [third.identity]
 
 

@@ -6,11 +6,11 @@ import pytest
 
 from hotload.errors import InvalidCheckpointError
 from hotload.local import apply_file, sha256_file
-from hotload.snapshot import SideFile, SnapshotPlan
+from hotload.snapshot import FileDigest, SnapshotPlan
 from tasks.encode import EncodedBatch, encode_once, encode_shards
 from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte, stamps
 
-Batch = tuple[SideFile, ...]
+Batch = tuple[FileDigest, ...]
 
 
 async def planned(publisher: Publisher) -> tuple[SnapshotPlan, Batch]:

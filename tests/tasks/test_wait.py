@@ -13,6 +13,7 @@ from hotload.errors import (
     ServiceUnavailableError,
 )
 from hotload.snapshot import SnapshotManifest
+from hotload.spec import CycleSpec
 from tasks.wait import wait_for_replicas, wait_until_ready
 from tests.flows.fleet import API_KEY, NAMES, REPLICAS
 from tests.tasks.publishing import IMPATIENT, Publisher
@@ -32,14 +33,34 @@ async def ready(
     return await wait_until_ready.fn(publisher.service, manifest, IMPATIENT, expected)
 
 
+def impatient(publisher: Publisher, version: int = 1) -> CycleSpec:
+    return publisher.spec(version, readiness=IMPATIENT.model_dump())
+
+
 # Before the first signal
 
 
 async def test_the_first_replica_ends_the_wait(publisher: Publisher) -> None:
     publisher.fleet.fault(fault="empty_replicas", count=2)
     publisher.respond("status", 503, count=1)
-    status = await wait_for_replicas.fn(publisher.service, IMPATIENT)
-    assert len(status.replicas) == REPLICAS
+    await wait_for_replicas.fn(impatient(publisher), publisher.service, REPLICAS)
+    assert publisher.fleet.orders() == []
+
+
+async def test_a_list_that_is_too_short_is_waited_out(publisher: Publisher) -> None:
+    with pytest.raises(ServiceUnavailableError, match=f"{REPLICAS} of {REPLICAS + 1} replicas"):
+        await wait_for_replicas.fn(impatient(publisher), publisher.service, REPLICAS + 1)
+
+
+async def test_what_another_cycle_signalled_is_waited_out(
+    publisher: Publisher, manifest: SnapshotManifest
+) -> None:
+    publisher.fleet.fault(fault="lagging_replica", replica="replica-0")
+    await publisher.service.signal(manifest)
+    with pytest.raises(ServiceUnavailableError, match=f"loading {manifest.identity}"):
+        await wait_for_replicas.fn(impatient(publisher, 2), publisher.service, REPLICAS)
+    # Its own cycle is let through: the plan judges what it signalled before it was killed.
+    await wait_for_replicas.fn(impatient(publisher, 1), publisher.service, REPLICAS)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +70,7 @@ async def test_the_first_replica_ends_the_wait(publisher: Publisher) -> None:
         ({"fault": "respond", "operation": "status", "status": 503}, "HTTP 503"),
         ({"fault": "respond", "operation": "status", "status": 200, "body": HTML}, "expected JSON"),
         ({"fault": "respond", "operation": "status", "status": 200, "body": ""}, "found: nothing"),
-        ({"fault": "disconnect", "operation": "status"}, "no answer"),
+        ({"fault": "disconnect", "operation": "status"}, "Error: "),
     ],
     ids=["no replicas", "503", "HTML", "empty", "disconnected"],
 )
@@ -58,23 +79,20 @@ async def test_no_replica_until_the_deadline(
 ) -> None:
     publisher.fleet.fault(**fault)
     with pytest.raises(ServiceUnavailableError, match=words) as caught:
-        await wait_for_replicas.fn(publisher.service, IMPATIENT)
+        await wait_for_replicas.fn(impatient(publisher), publisher.service, REPLICAS)
     assert "waited 0.2 s" in str(caught.value)
     assert publisher.fleet.log()["signals"] == []
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
-async def test_a_refusal_is_not_waited_out(
+async def test_a_refusal_ends_the_cycle_before_a_signal_and_is_waited_out_after_it(
     publisher: Publisher, manifest: SnapshotManifest, status: int
 ) -> None:
     publisher.respond("status", status)
-    for waiting in (
-        wait_for_replicas.fn(publisher.service, IMPATIENT),
-        ready(publisher, manifest),
-    ):
-        with pytest.raises(ServiceRefusedError, match=f"HTTP {status}"):
-            await waiting
-    assert publisher.struck() == 2
+    with pytest.raises(ServiceRefusedError, match=f"HTTP {status}"):
+        await wait_for_replicas.fn(impatient(publisher), publisher.service, REPLICAS)
+    with pytest.raises(ReadinessTimeoutError, match=f"HTTP {status}"):
+        await ready(publisher, manifest)
 
 
 async def test_another_form_is_not_waited_out(
@@ -87,8 +105,8 @@ async def test_another_form_is_not_waited_out(
 
 async def test_nobody_at_home(publisher: Publisher) -> None:
     nobody = HotLoadService(base_url="http://127.0.0.1:9", api_key=API_KEY, **NAMES)
-    with pytest.raises(ServiceUnavailableError, match="no answer"):
-        await wait_for_replicas.fn(nobody, IMPATIENT)
+    with pytest.raises(ServiceUnavailableError, match="ConnectError"):
+        await wait_for_replicas.fn(impatient(publisher), nobody, REPLICAS)
 
 
 # After the signal
