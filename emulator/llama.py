@@ -1,4 +1,4 @@
-"""The numpy forward of the Llama/Qwen block, with a KV cache (services.md's measured default).
+"""The numpy forward of the Llama/Qwen block, with a KV cache (the measured default).
 
 RMSNorm, rotary positions without scaling, grouped-query attention, optional biases on q, k, v
 (Qwen2) and norms on q, k (Qwen3), SwiGLU, tied or untied head. Computed in float32; held to

@@ -25,7 +25,7 @@ from tasks.records import read_attempts, read_manifest
 from tasks.retrying import RETRIED
 
 # A service that took a signal just before a crash may need a moment to show it.
-UNCLEAR_POLLS = 3
+UNCLEAR_LOOKS = 3
 
 
 @task(cache_policy=NO_CACHE, task_run_name="plan-{spec.name}", **RETRIED)
@@ -39,13 +39,14 @@ async def plan_snapshot(
         InvalidIdentityError: the service already serves a later version of this run.
     """
     attempts = await read_attempts(store, spec.name)
-    for _ in range(UNCLEAR_POLLS):
+    for look in range(UNCLEAR_LOOKS):
+        if look:
+            await asyncio.sleep(spec.readiness.poll_interval_seconds)
         status = await service.observe()
         head = await _head(store, status.served_everywhere, content)
         chain = read_chain(status, head, attempts)
         if chain.state is not ChainState.UNCLEAR:
             break
-        await asyncio.sleep(spec.readiness.poll_interval_seconds)
     obstacle = None
     if chain.head and may_be_delta(chain, attempts, spec):
         obstacle = await _obstacle(spec, service, store, chain.head)
