@@ -2,7 +2,8 @@
 
 Reads are positional and bounded. Every write goes to a temporary file beside its destination, is
 made durable and then renamed, so that a reader sees the old file or the whole new one. Temporary
-names begin with a dot; files with such names are never part of a checkpoint.
+names begin with a dot; files with such names are never part of a checkpoint, and neither is what a
+trainer keeps for itself: optimizer, schedule, random state.
 
 Raises, besides what each function says: OSError where the disk is full or a directory cannot be
 written.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -38,6 +40,11 @@ from hotload.zstd_frame import LEVEL
 DOCUMENTS = (CONFIG_FILE, INDEX_FILE, SPEC_FILE, ADAPTER_CONFIG_FILE)
 DOCUMENT_LIMIT_BYTES = 100_000_000
 COPY_BYTES = 4 << 20
+# A trainer keeps these beside the model. They change with every step and no replica reads them:
+# published, they would force every snapshot to be full, and double its size.
+TRAINER_FILE = re.compile(
+    r"trainer_state\.json|training_args\.bin|(optimizer|scheduler|scaler|rng_state)[\w.-]*"
+)
 
 
 class OpenShard:
@@ -285,7 +292,7 @@ def _files(directory: Path, findings: list[Finding]) -> list[Path]:
         _refuse_unreadable(str(directory), error)
     paths = []
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or TRAINER_FILE.fullmatch(entry.name):
             continue
         if reason := plain_name(entry.name):
             findings.append(Finding("file_name", reason, None, "the name", "a plain file name"))

@@ -25,7 +25,7 @@ CHECKPOINTS = 6
 
 @pytest.fixture(autouse=True)
 def garbage_of_its_own() -> Iterator[None]:
-    """Prefect leaves open connections to the garbage collector, which then warns in another test."""
+    """Prefect leaves connections to the garbage collector, which would warn in another test."""
     yield
     gc.collect()
 

@@ -23,16 +23,12 @@ import yaml
 from prefect.flow_runs import wait_for_flow_run
 
 from examples.trigger import trigger
-from flows.cycle import main
 from tests.flows.fleet import API_KEY, NAMES, Fleet, running_fleet, save_blocks
 from tests.servers import LoopbackServer
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "checkpoint-to-rollout/process"
 END_SECONDS = 90
-GOOD = (
-    "cycle: {checkpoint: /c, run_id: r, policy_version: 1, work_dir: /w, problems: {dataset: /d}}"
-)
 
 pytestmark = [
     pytest.mark.timeout(150),  # the first test waits for `make deploy` and the worker
@@ -275,59 +271,6 @@ def test_a_cycle_that_cannot_succeed_exits_1_and_says_why(fleet: Fleet) -> None:
     assert refused.returncode == 1
     assert shard.name in said(refused)
     assert not fleet.log()["signals"]
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("cycle: [", "is not YAML, line 1"),
-        ("api_key: hush: hush", "is not YAML, line 1"),
-        ("cycle: " + "[" * 9999, "is not YAML"),
-        ("checkpoint: /c", "expected a mapping with `cycle:`"),
-        ("cycle: &a [*a]", "expected a mapping with `cycle:`"),
-        ("cycle: {}\nblock: {}\n1: {}", "unknown ['1', 'block']"),
-        ("cycle: {}\nblocks: [service]", "expected a mapping below `blocks:`"),
-        ("cycle: {}\nblocks: {services: {}}", "unknown ['services']"),
-        ("cycle: {api_key: hush}", "api_key: Extra inputs are not permitted"),
-        ("cycle: {checkpoint: c}", "expected an absolute path, not a relative one"),
-        ("cycle: {learning_rate: 0.1}", "your trainer owns its own training"),
-        (f"{GOOD}\nblocks: {{store: {{key: hush}}}}", "blocks.store: unknown ['key']"),
-        (f"{GOOD}\nblocks: {{service: {{api_key: [hush]}}}}", "api_key: Input should be"),
-        (f"{GOOD}\nblocks: {{service: hush}}", "blocks.service is refused"),
-        (None, "No such file"),
-    ],
-)
-def test_a_wrong_cycle_file_exits_2_and_shows_no_value(
-    text: str | None,
-    told: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    file = tmp_path / "cycle.yaml"
-    if text is not None:
-        file.write_text(text)
-    monkeypatch.setattr(sys, "argv", ["cycle", str(file)])
-    assert main() == 2
-    error = capsys.readouterr().err
-    assert told in error
-    assert "hush" not in error
-
-
-def test_the_local_command_explains_itself() -> None:
-    helped = python("flows.cycle", "--help")
-    assert helped.returncode == 0
-    assert "YAML with `cycle:` and `blocks:`" in helped.stdout
-    assert python("flows.cycle").returncode == 2
-
-
-def test_the_example_cycle_file_shows_every_default() -> None:
-    from hotload.spec import CycleSpec
-
-    document = yaml.safe_load((ROOT / "examples/cycle.yaml").read_text())
-    cycle = document["cycle"]
-    required = {name: cycle[name] for name in CycleSpec.model_json_schema()["required"]}
-    assert CycleSpec.model_validate(cycle) == CycleSpec.model_validate(required)
 
 
 def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:

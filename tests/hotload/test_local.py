@@ -387,3 +387,15 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     paths = (tmp_path / f"{name}.safetensors" for name in ("base", "target", "out"))
     found = in_child(MEASURED, *paths)
     assert int(found) < 48 << 10  # KiB; the tensor has 192 MiB
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "optimizer.pt", "rng_state_0.pth", "training_args.bin"]
+)
+def test_what_a_trainer_keeps_for_itself_is_no_part_of_a_checkpoint(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / name).write_bytes(b"changes with every step")
+    (file,) = read_checkpoint(tmp_path).side_files
+    assert file.file == "config.json"

@@ -163,15 +163,15 @@ async def test_what_a_kill_left_is_removed(publisher: Publisher) -> None:
 async def test_a_full_disk_leaves_the_old_baseline(publisher: Publisher) -> None:
     first = await publisher.publish(1)
     second = await publisher.serve(2)
-    with pytest.raises(OSError, match="File too large"), disk_full_after(50_000):
-        await keep_baseline.fn(
-            publisher.spec(2), publisher.service, publisher.store, second.identity
-        )
+    ours = publisher.spec(2), publisher.service, publisher.store
+    with disk_full_after(50_000):
+        await keep_baseline.fn(*ours, second.identity)
     assert [path.name for path in publisher.baselines.iterdir()] == [first.identity]
-    assert contents(publisher.baselines / first.identity) == contents(
-        publisher.fleet.checkpoints[1]
-    )
-    await keep_baseline.fn(publisher.spec(2), publisher.service, publisher.store, second.identity)
+    before = publisher.fleet.checkpoints[1]
+    assert contents(publisher.baselines / first.identity) == contents(before)
+    with pytest.raises(BaselineLostError, match="File too large"), disk_full_after(50_000):
+        await hold(publisher, 2, second)
+    await keep_baseline.fn(*ours, second.identity)
     assert [path.name for path in publisher.baselines.iterdir()] == [second.identity]
 
 
