@@ -62,11 +62,9 @@ class CheckpointStore(Block):
     url: str = Field(
         examples=["s3://bucket/account/account-deployment", "gs://bucket", "file:///data/store"]
     )
-    """Where snapshots lie: s3://, gs://, file:// or an absolute path; memory:// for a first look.
-    It is the service's `hotLoadBucketUrl`, without a trailing slash. The bucket must exist."""
+    """The service's bucket, which exists: s3://, gs://, file:// or an absolute path, memory://."""
     options: SecretDict = SecretDict({})
-    """Options of the fsspec file system, kept secret: `endpoint_url` for MinIO, Nebius or radosgw,
-    `key` and `secret`, or `token` for GCS. Empty takes credentials from the environment."""
+    """fsspec options, kept secret: endpoint_url, key, secret, token; empty: the environment's."""
 
     _bucket: Bucket | None = PrivateAttr(default=None)
 

@@ -153,13 +153,13 @@ def origin_of(base_url: str | None, operation: str) -> str:
         raise ServiceRefusedError(operation, None, reason) from None
 
 
-def key_of(api_key: SecretStr | None, operation: str) -> str:
+def key_of(api_key: SecretStr, operation: str) -> str:
     """The key of a block, else of the environment, if there is one that can be sent.
 
     Raises:
         ServiceRefusedError: none, or with characters httpx would refuse, showing the key.
     """
-    from_block = api_key.get_secret_value() if api_key else ""
+    from_block = api_key.get_secret_value()
     key = from_block or os.environ.get(fireworks.API_KEY_VARIABLE, "")
     if not key:
         reason = f"no API key: set the block's api_key or {fireworks.API_KEY_VARIABLE}"

@@ -49,6 +49,7 @@ class HotLoadService(Block):
     _block_type_slug = "hot-load-service"
     _description = "An inference service that loads new weights while it serves."
 
+    # The UI makes a paragraph of every line break, so fields are described in one line each.
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     account_id: str = Field(pattern=RESOURCE_ID, max_length=128)
@@ -56,26 +57,21 @@ class HotLoadService(Block):
     model_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The base model, as the service names it."""
     deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
-    """The service; the vendor calls it a deployment. It exists beforehand, hot-loading switched
-    on."""
+    """The service, in the vendor's word; it exists beforehand, with hot-loading switched on."""
     base_url: str | None = Field(None, examples=[fireworks.BASE_URL])
     """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
-    api_key: SecretStr | None = None
-    """Empty takes FIREWORKS_API_KEY from the environment when it is needed. An inference-only key
-    is not enough."""
+    api_key: SecretStr = SecretStr("")
+    """Empty takes FIREWORKS_API_KEY from the environment. An inference-only key is not enough."""
     base_model: str | None = Field(None, examples=["accounts/fireworks/models/qwen3-8b"])
-    """Resource name of the model the service was made with; the preflight warns when it is
-    another."""
+    """Resource name of the model the service was made with; the preflight compares it."""
     hot_load_transition_type: Literal["ASYNC", "SYNC"] | None = None
     """How the service is expected to swap weights; the preflight warns when it does otherwise."""
     reset_prompt_cache: Literal["all", "new_session", "none"] = "all"
-    """Whose cached prompts are recomputed after a load: everybody's, those of new sessions,
-    nobody's."""
+    """Whose cached prompts are recomputed after a load: all, those of new sessions, or none."""
     extra_fields_ignore: tuple[str, ...] = ()
     """Top-level keys of config.json the service leaves out when it compares snapshot and base."""
     hint_body_template: dict[str, JsonValue] | None = None
-    """JSON to post for each uploaded file, with {identity} {file} {uri} {size} {kind} {previous}
-    filled in. Empty sends no hints."""
+    """Posted per file, {identity} {file} {uri} {size} {kind} {previous} filled in; empty: none."""
 
     _knows_prompt_cache: bool = PrivateAttr(default=True)
     _takes_hints: bool = PrivateAttr(default=True)

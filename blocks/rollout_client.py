@@ -44,15 +44,15 @@ class RolloutClient(Block):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    base_url: str | None = Field(None, examples=["https://api.fireworks.ai"])
-    """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
     account_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """Account that owns model and service."""
     model_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The model as the service names it."""
     deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The service; the vendor calls it a deployment."""
-    api_key: SecretStr | None = None
+    base_url: str | None = Field(None, examples=["https://api.fireworks.ai"])
+    """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
+    api_key: SecretStr = SecretStr("")
     """Empty takes FIREWORKS_API_KEY from the environment when it is needed."""
     model_addressing: Literal["header", "deployment"] = "header"
     """The model's path with headers that name the service, or the service's own path as model."""

@@ -44,10 +44,22 @@ REFUSED_FIELDS = {
 REFUSED_PREFIXES = {"dcp_": VENDOR_TRAINER}
 
 
+def one_line_descriptions(schema: dict[str, Any]) -> None:
+    """Fold the descriptions of a form: the UI makes a paragraph of every line break in one."""
+    for field in schema.get("properties", {}).values():
+        if "description" in field:
+            field["description"] = " ".join(field["description"].split())
+
+
 class Declared(BaseModel):
     """A frozen part of a cycle's declaration; unknown fields are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        json_schema_extra=one_line_descriptions,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -422,10 +422,10 @@ async def test_the_probe_of_check_and_warm_up() -> None:
 
 async def test_no_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FIREWORKS_API_KEY", raising=False)
-    [line] = await client(1, api_key=None).check()
+    [line] = await client(1, api_key="").check()
     assert "FIREWORKS_API_KEY" in line.found
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
-    [line] = await client(1, api_key=None).check()
+    [line] = await client(1, api_key="").check()
     assert KEY not in str(line)
 
 
