@@ -51,7 +51,7 @@ oracles: .oracle-venv/installed  ## our bytes against the vendor's own package, 
 
 lock: install  ## resolve pyproject.toml into requirements.lock; delete the file first to upgrade everything
 	$(VENV)/bin/uv pip compile pyproject.toml --extra flows --extra dev --quiet --no-config \
-		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-strip-extras \
 		--output-file requirements.lock
 
 golden: install  ## rebuild the golden files; fails if one of them changed
