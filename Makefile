@@ -51,7 +51,7 @@ oracles: .oracle-venv/installed  ## our bytes against the vendor's own package, 
 
 lock: install  ## resolve pyproject.toml into requirements.lock; delete the file first to upgrade everything
 	$(VENV)/bin/uv pip compile pyproject.toml --extra flows --extra dev --quiet --no-config \
-		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-strip-extras \
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--output-file requirements.lock
 
 golden: install  ## rebuild the golden files; fails if one of them changed
@@ -85,6 +85,9 @@ $(VENV)/locked: requirements.lock
 	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 that can make a virtual environment was found.' \
 		'Name one: make PYTHON=/path/to/python3 …' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@# The locked pip first: the one that comes with Python may be too old to read a pin for extras.
+	sed -n '/^pip==/,/[^\\]$$/p' requirements.lock > $(VENV)/pip.lock
+	$(PY) -m pip install --disable-pip-version-check --quiet --require-hashes -r $(VENV)/pip.lock
 	$(PY) -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements.lock
 	@touch $@
 
