@@ -2,7 +2,7 @@
 
 A tiny trainer writes real checkpoints; an emulated service with three replicas loads them; a real
 Prefect server runs the cycles. In the fourth, one replica cannot merge its delta. Everything lies
-in `.demo/`, made anew by every run, and no process outlives it.
+in `.demo/`, made anew by every run, and no process outlives it, unless it is killed with -9.
 """
 
 import argparse
@@ -30,8 +30,9 @@ def main() -> int:
     )
     parser.add_argument("--ui", action="store_true", help="show the last demo in the Prefect UI")
     look_only = parser.parse_args().ui
-    # SIGTERM ends the demo as Ctrl-C does: through every `finally`.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM and a closed terminal end the demo as Ctrl-C does: through every `finally`.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
     try:
         return look() if look_only else run()
     except KeyboardInterrupt:

@@ -236,10 +236,13 @@ def read_json_object(data: bytes, *, file: str) -> dict[str, Any]:
 
 
 def plain_name(name: object) -> str | None:
-    """Why `name` is not a plain file name; None if it is: no separators, no control characters."""
+    """Why `name` is not a plain file name; None if it is.
+
+    No separators, nothing unprintable, and no `?` or `#`, which object stores take for their own.
+    """
     if not isinstance(name, str):
         return f"a {type(name).__name__}"
-    if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+    if name in ("", ".", "..") or re.search(r"[/\\?#]", name) or not name.isprintable():
         return shorten(name)
     return None if _is_utf8(name) and len(name.encode()) <= 255 else shorten(name)
 

@@ -13,17 +13,20 @@ Keys and credentials stay in the environment, or in blocks saved on the server.
 
 import asyncio
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
 from pydantic import BaseModel, ValidationError
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
+from hotload.errors import ServiceUnavailableError
 from hotload.spec import CycleSpec
 
 BLOCKS: dict[str, type[Block]] = {
@@ -40,15 +43,29 @@ async def load_cycle_file(path: Path) -> CycleSpec:
 
     Raises:
         ValueError, OSError: as `parse_cycle_file`.
+        ServiceUnavailableError: as `save_inline_blocks`.
     """
     return await save_inline_blocks(*await asyncio.to_thread(parse_cycle_file, path))
 
 
 async def save_inline_blocks(spec: CycleSpec, blocks: dict[str, Block]) -> CycleSpec:
-    """The cycle with its inline blocks saved, under a name that no person has configured."""
-    # A block's name has fewer letters than a run's, so the digest keeps two runs apart.
+    """The cycle with its inline blocks saved, under a name that no person has configured.
+
+    Raises:
+        ServiceUnavailableError: the Prefect server does not answer.
+    """
+    async with get_client() as client:
+        if trouble := await client.api_healthcheck():
+            reason = f"{client.api_url} does not answer: {trouble}"
+            raise ServiceUnavailableError("Prefect server", None, reason)
+    # A cycle loads its blocks again by name, so files that declare other blocks need other names.
+    declared = [
+        spec.run_id,
+        *(f"{kind} {block.model_dump_json()}" for kind, block in blocks.items()),
+    ]
+    digest = hashlib.sha256(json.dumps(declared).encode()).hexdigest()[:8]
     slug = re.sub(r"[^a-z0-9]+", "-", spec.run_id.lower()).strip("-")
-    name = f"file-{slug}-{hashlib.sha256(spec.run_id.encode()).hexdigest()[:8]}"
+    name = f"file-{slug}-{digest}"
     for block in blocks.values():
         await block.save(name, overwrite=True)
     return spec.model_copy(update=dict.fromkeys(blocks, name))

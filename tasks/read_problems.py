@@ -17,6 +17,8 @@ def read_problems(dataset: str) -> tuple[Problem, ...]:
     """
     path = Path(dataset)
     try:
+        if path.exists() and not path.is_file():
+            raise InvalidProblemsError(dataset, 0, "is not a regular file")
         if path.stat().st_size > DATASET_LIMIT_BYTES:
             raise InvalidProblemsError(dataset, 0, f"larger than {DATASET_LIMIT_BYTES} bytes")
         data = path.read_bytes()

@@ -23,6 +23,7 @@ from hotload.faults import Cause
 from hotload.rewards import BUILT_INS, as_number, check_arguments, load_reward
 from hotload.spec import RewardSpec
 from hotload.trajectories import Problem, ScoredGroup, Trajectory, TrajectoryGroup
+from hotload.wire import fireworks
 from tasks.overlap import overlap
 
 WORKER_COUNT = 2
@@ -117,7 +118,9 @@ async def open_scorer(reward: RewardSpec) -> AsyncIterator[Scorer]:
 
 
 def _marked(sample: Trajectory, cause: Cause, detail: str) -> Trajectory:
-    return replace(sample, failure=cause.value, detail=detail[:200])
+    # A reward's own text may hold what no file can: halves of surrogate pairs.
+    readable = detail[:200].encode("utf-8", "replace").decode()
+    return replace(sample, failure=cause.value, detail=readable)
 
 
 def _scored_group(problem: Problem, scored_G: list[Scored]) -> ScoredGroup:
@@ -141,7 +144,8 @@ class _Worker:
             RewardError: it cannot, or not within 120 s.
         """
         environment = {
-            **os.environ,
+            # A reward is somebody's code, and what it says is stored: it gets no key of ours.
+            **{k: v for k, v in os.environ.items() if k != fireworks.API_KEY_VARIABLE},
             "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
         }
         self._process = await asyncio.create_subprocess_exec(

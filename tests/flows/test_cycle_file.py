@@ -1,5 +1,7 @@
 """Cycle files that a person got wrong, and the one to copy."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import yaml
 
 from flows.cycle import main
 from hotload.spec import CycleSpec
+from tasks.cycle_file import load_cycle_file
 
 ROOT = Path(__file__).parents[2]
 GOOD = (
@@ -71,3 +74,35 @@ def test_the_example_cycle_file_shows_every_default() -> None:
     cycle = document["cycle"]
     required = {name: cycle[name] for name in CycleSpec.model_json_schema()["required"]}
     assert CycleSpec.model_validate(cycle) == CycleSpec.model_validate(required)
+
+
+def test_a_prefect_server_that_is_down_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "cycle.yaml"
+    path.write_text(GOOD)
+    environment = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "flows.cycle", str(path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: Prefect server: http://127.0.0.1:9/api/ does not answer")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+async def test_files_that_declare_other_blocks_never_share_them(
+    prefect_api: str, tmp_path: Path
+) -> None:
+    def declared(run_id: str, bucket: str) -> Path:
+        path = tmp_path / f"{run_id}-{bucket}.yaml"
+        blocks = {"store": {"url": f"file://{tmp_path}/{bucket}"}}
+        cycle = yaml.safe_load(GOOD)["cycle"] | {"run_id": run_id}
+        path.write_text(yaml.safe_dump({"blocks": blocks, "cycle": cycle}))
+        return path
+
+    files = [declared("same-3", "a"), declared("SAME_3", "a"), declared("same-3", "b")]
+    names = [(await load_cycle_file(path)).store for path in files]
+    assert len(set(names)) == 3
+    assert (await load_cycle_file(files[0])).store == names[0]

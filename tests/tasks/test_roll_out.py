@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -154,5 +155,8 @@ async def test_a_refused_key_stops_everything(spec: CycleSpec, store: Checkpoint
 def test_problem_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InvalidProblemsError, match="No such file"):
         read_problems(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(InvalidProblemsError, match="directory"):
+    with pytest.raises(InvalidProblemsError, match="not a regular file"):
         read_problems(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidProblemsError, match="not a regular file"):
+        read_problems(str(tmp_path / "pipe"))
