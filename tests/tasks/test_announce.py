@@ -15,10 +15,12 @@ from hotload.errors import (
 )
 from hotload.lease import Lease, Process
 from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.spec import ReadinessPolicy
 from tasks.announce import hint_shards, reset_ledger, signal_snapshot
 from tasks.encode import EncodedBatch
 from tasks.lease import publisher_lease
-from tests.flows.fleet import API_KEY, NAMES
+from tasks.wait import wait_until_ready
+from tests.flows.fleet import API_KEY, NAMES, REPLICAS
 from tests.tasks.publishing import Publisher
 
 
@@ -166,7 +168,8 @@ async def test_an_unhonoured_cache_policy_is_a_warning(
     async with publisher_lease(publisher.store, "test") as lease:
         warnings = await signal_snapshot.fn(service, publisher.store, full, lease.token)
     assert "all, is in force instead of none" in warnings[0]
-    assert publisher.fleet.served() == {full.identity}
+    readiness = ReadinessPolicy(poll_interval_seconds=0.01, weight_sync_timeout=15)
+    assert await wait_until_ready.fn(service, full, readiness, REPLICAS) == REPLICAS
 
 
 def hinting(publisher: Publisher) -> HotLoadService:
