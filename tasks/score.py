@@ -144,7 +144,7 @@ class _Worker:
             RewardError: it cannot, or not within 120 s.
         """
         environment = {
-            # A reward is somebody's code, and what it says is stored: it gets no key of ours.
+            # What a reward says is stored, so it does not get the service's key.
             **{k: v for k, v in os.environ.items() if k != fireworks.API_KEY_VARIABLE},
             "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
         }
