@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from hotload.envelope import ARC_V2, Envelope
 from hotload.errors import InvalidCheckpointError
 from hotload.manifests import SpecDtypeStyle, check_index, check_spec
 from hotload.model_config import check_base, check_config, check_quantization
@@ -27,7 +28,6 @@ from hotload.snapshot import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_
 
 SHARD_LIMIT_BYTES = 5_000_000_000  # documented "about 5 GB"; the unit is our decision
 SHARD_WARNING_BYTES = 4_500_000_000
-ADLER32_LIMIT = 1 << 32
 
 _LAYER = re.compile(r"(?:.*?\.)??(?:layers|blocks|block|h)\.\d+(?=\.|$)")
 _EMBEDDINGS = re.compile(
@@ -36,7 +36,7 @@ _EMBEDDINGS = re.compile(
 _FINAL_NORM = re.compile(r"(?:^|\.)(?:norm|norm_f|ln_f|final_layernorm|final_layer_norm)\.[^.]+$")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
 _TENSOR_PARALLEL = re.compile(r"(?i)(?:^|[^a-z0-9])(?:mp_?rank|tp(?:_?rank)?)(?![a-z])")
-_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack")
+FOREIGN_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack")
 _ADAPTER_SHARD = re.compile(r"adapter_model(?:-.+)?\.(?:safetensors|bin)")
 
 
@@ -150,15 +150,33 @@ def check_delta_shard(delta: ShardHeader, base: ShardHeader) -> Iterator[Finding
     for name in sorted(delta.by_name.keys() - base.by_name.keys()):
         yield _ours("extra_tensor", delta.file, name, "a payload", "only tensors of the base shard")
     for tensor in delta.tensors:
-        if tensor.dtype != "U8" or len(tensor.shape) != 1:
-            found = f"{tensor.dtype} {shorten(list(tensor.shape))}"
-            yield _ours("payload", delta.file, tensor.name, found, "U8 [bytes of the frame]")
-        text = delta.metadata.get(tensor.name)
-        if parse_adler32(text) is None:
-            found = "no checksum" if text is None else shorten(text)
-            yield _ours(
-                "checksum", delta.file, tensor.name, found, "decimal Adler-32 in __metadata__"
-            )
+        yield from check_payload(delta, tensor, ARC_V2)
+
+
+def check_payload(delta: ShardHeader, tensor: TensorInfo, envelope: Envelope) -> Iterator[Finding]:
+    """Broken rules of one tensor in a delta shard's header (wire-format §1, §3)."""
+    if tensor.dtype != "U8" or len(tensor.shape) != 1:
+        found = f"{tensor.dtype} {shorten(list(tensor.shape))}"
+        yield _ours("payload", delta.file, tensor.name, found, "U8 [bytes of the frame]")
+    text = delta.metadata.get(tensor.name)
+    if envelope.parse(text) is None:
+        found = "no checksum" if text is None else shorten(text)
+        expected = f"{envelope.described} in __metadata__"
+        yield _ours("checksum", delta.file, tensor.name, found, expected)
+
+
+def part_of(name: str) -> str | None:
+    """What a file may hold one of: a layer by its prefix, "embeddings", "final norm" or "head".
+
+    None for a tensor that belongs to no such part (wire-format §6).
+    """
+    if match := _LAYER.match(name):
+        return match.group()
+    if _EMBEDDINGS.search(name):
+        return "embeddings"
+    if _HEAD.search(name):
+        return "head"
+    return "final norm" if _FINAL_NORM.search(name) else None
 
 
 def refuse_errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -171,16 +189,6 @@ def refuse_errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     if errors := tuple(finding for finding in findings if finding.severity == "error"):
         raise InvalidCheckpointError(errors)
     return findings
-
-
-def parse_adler32(text: str | None) -> int | None:
-    """The checksum a delta declares; None unless written exactly in decimal (wire-format §2).
-
-    Receivers compare text, so a leading zero, a sign or hex counts as another checksum.
-    """
-    if text is None or not re.fullmatch(r"0|[1-9][0-9]{0,9}", text) or int(text) >= ADLER32_LIMIT:
-        return None
-    return int(text)
 
 
 def drift(previous: Checkpoint, target: Checkpoint) -> str | None:
@@ -264,7 +272,7 @@ def _check_layers(shard: ShardHeader) -> Iterator[Finding]:
     parts: dict[str, str] = {}
     others: list[str] = []
     for tensor in shard.tensors:
-        if part := _part(tensor.name):
+        if part := part_of(tensor.name):
             parts.setdefault(part, tensor.name)
         else:
             others.append(tensor.name)
@@ -278,19 +286,9 @@ def _check_layers(shard: ShardHeader) -> Iterator[Finding]:
         yield Finding("one_layer", shard.file, others[0], found, expected, severity="warning")
 
 
-def _part(name: str) -> str | None:
-    if match := _LAYER.match(name):
-        return match.group()
-    if _EMBEDDINGS.search(name):
-        return "embeddings"
-    if _HEAD.search(name):
-        return "head"
-    return "final norm" if _FINAL_NORM.search(name) else None
-
-
 def _check_foreign_weights(checkpoint: Checkpoint) -> Iterator[Finding]:
     for side in checkpoint.side_files:
-        if side.file.endswith(_WEIGHT_SUFFIXES):
+        if side.file.endswith(FOREIGN_WEIGHT_SUFFIXES):
             expected = (
                 f"weights in {SHARD_SUFFIX} alone; this file would be uploaded and not loaded"
             )

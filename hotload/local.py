@@ -11,19 +11,31 @@ written.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
-from hotload.codec import DeltaStats, apply_shard, encode_shard, verify_shard
+from hotload.codec import (
+    DeltaStats,
+    Payload,
+    apply_shard,
+    encode_shard,
+    payloads,
+    verify_shard,
+)
+from hotload.envelope import ARC_V2, Envelope
 from hotload.errors import DeltaError, InvalidCheckpointError
+from hotload.in_order import Workers
+from hotload.layout import check_delta_shard
+from hotload.readable import Bytes
 from hotload.shards import (
     PREFIX_BYTES,
     SHARD_SUFFIX,
@@ -35,7 +47,6 @@ from hotload.shards import (
     read_header,
 )
 from hotload.snapshot import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE, FileDigest
-from hotload.zstd_frame import LEVEL
 
 DOCUMENTS = (CONFIG_FILE, INDEX_FILE, SPEC_FILE, ADAPTER_CONFIG_FILE)
 DOCUMENT_LIMIT_BYTES = 100_000_000
@@ -48,7 +59,7 @@ TRAINER_FILE = re.compile(
 
 
 class OpenShard:
-    """A shard open for positional reads (`hotload.codec.Readable`), its header checked."""
+    """A shard open for positional reads (`hotload.readable.Readable`), its header checked."""
 
     def __init__(self, descriptor: int, file: str, size_bytes: int) -> None:
         self._descriptor = descriptor
@@ -79,6 +90,45 @@ class OpenShard:
         data = bytearray(size)
         self.read_into(offset, memoryview(data))
         return bytes(data)
+
+
+class OutFile:
+    """A file under way, written at positions (`hotload.readable.Writable`)."""
+
+    def __init__(self, descriptor: int, file: str) -> None:
+        self._descriptor, self.file = descriptor, file
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes there are so far."""
+        return os.fstat(self._descriptor).st_size
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill the whole view with the bytes from `offset` on.
+
+        Raises:
+            OSError: the file ends before, or cannot be read.
+        """
+        filled = 0
+        while filled < len(view):
+            count = os.preadv(self._descriptor, [view[filled:]], offset + filled)
+            if not count:
+                raise OSError(errno.EIO, "file under way became shorter", self.file)
+            filled += count
+
+    def write_at(self, offset: int, data: Bytes) -> None:
+        """Put all of `data` at `offset`.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+        """
+        view, written = memoryview(data), 0
+        while written < len(view):
+            written += os.pwrite(self._descriptor, view[written:], offset + written)
+
+    def truncate(self, size_bytes: int) -> None:
+        """End the file there."""
+        os.ftruncate(self._descriptor, size_bytes)
 
 
 class _OpenDelta(OpenShard):
@@ -143,18 +193,37 @@ def sha256_file(path: Path) -> str:
     return _sum(path)[1]
 
 
-def encode_file(base: Path, target: Path, out: Path, *, level: int = LEVEL) -> DeltaStats:
+def encode_file(
+    base: Path,
+    target: Path,
+    out: Path,
+    *,
+    envelope: Envelope = ARC_V2,
+    pool: Workers | None = None,
+    with_sha256: bool = True,
+    on_bytes: Callable[[int], object] | None = None,
+) -> DeltaStats:
     """Write the delta from shard `base` to shard `target` at `out`; see `codec.encode_shard`.
 
     Raises:
         InvalidCheckpointError: one of the two cannot be read.
         LayoutMismatchError: they differ in more than values.
     """
-    with open_shard(base) as old, open_shard(target) as new, _writing(out) as file:
-        return encode_shard(old, old.header, new, new.header, file, level=level)
+    with open_shard(base) as old, open_shard(target) as new, writing(out) as file:
+        return encode_shard(
+            old,
+            old.header,
+            new,
+            new.header,
+            file,
+            envelope=envelope,
+            pool=pool,
+            with_sha256=with_sha256,
+            on_bytes=on_bytes,
+        )
 
 
-def apply_file(base: Path, delta: Path, out: Path) -> str:
+def apply_file(base: Path, delta: Path, out: Path, *, pool: Workers | None = None) -> str:
     """Write the shard that `delta` makes of `base` at `out`, and tell its SHA-256; `out` may be
     `base`.
 
@@ -162,11 +231,11 @@ def apply_file(base: Path, delta: Path, out: Path) -> str:
         InvalidCheckpointError: the base cannot be read.
         DeltaError: the delta cannot be read or applied; also ChecksumMismatchError.
     """
-    with open_shard(base) as old, _open_delta(delta) as change, _writing(out) as file:
-        return apply_shard(old, old.header, change, change.header, file)
+    with open_shard(base) as old, open_delta(delta) as change, writing(out) as file:
+        return apply_shard(old, old.header, payloads_on(old, change), file, pool=pool)
 
 
-def verify_file(base: Path, delta: Path, target: Path) -> None:
+def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None = None) -> None:
     """Return if `delta` makes of `base` every tensor of `target`, bit for bit.
 
     Raises:
@@ -174,14 +243,45 @@ def verify_file(base: Path, delta: Path, target: Path) -> None:
         LayoutMismatchError: they differ in more than values.
         DeltaError: the delta cannot be read or applied, or restores other bytes.
     """
-    with open_shard(base) as old, _open_delta(delta) as change, open_shard(target) as new:
-        verify_shard(old, old.header, change, change.header, new, new.header)
+    with open_shard(base) as old, open_delta(delta) as change, open_shard(target) as new:
+        found = payloads_on(old, change)
+        verify_shard(old, old.header, found, new, new.header, pool=pool)
+
+
+def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
+    """The payloads of an `arc_v2` delta shard: one for each tensor of its base, and no other.
+
+    Raises:
+        DeltaError: keys or payloads are not those of a delta on this base.
+    """
+    for finding in check_delta_shard(delta.header, base.header):
+        raise DeltaError(delta.file, str(finding))
+    return payloads(delta, delta.header)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[OutFile]:
+    """A file that takes the place of `path` when the block ends, and vanishes when it raises."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        descriptor = os.open(partial, flags, 0o666)
+        try:
+            yield OutFile(descriptor, path.name)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+    except BaseException:  # an interrupt leaves no half file either
+        partial.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Make `path` hold exactly `data`, durably; a reader never sees a part."""
-    with _writing(path) as file:
-        file.write(data)
+    with writing(path) as file:
+        file.write_at(0, data)
 
 
 def copy_file(source: Path, destination: Path) -> str:
@@ -190,11 +290,12 @@ def copy_file(source: Path, destination: Path) -> str:
     Raises:
         InvalidCheckpointError: the source cannot be read.
     """
-    digest = hashlib.sha256()
-    with _writing(destination) as file:
+    digest, end = hashlib.sha256(), 0
+    with writing(destination) as file:
         for piece in _pieces(source):
             digest.update(piece)
-            file.write(piece)
+            file.write_at(end, piece)
+            end += len(piece)
     return digest.hexdigest()
 
 
@@ -238,23 +339,6 @@ def remove_tree(path: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends, and vanishes when it raises."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        with open(os.open(partial, flags, 0o666), "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:  # an interrupt leaves no half file either
-        partial.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-@contextmanager
 def _open_regular(path: Path) -> Iterator[int]:
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its writer.
@@ -272,7 +356,12 @@ def _open_regular(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _open_delta(path: Path) -> Iterator[OpenShard]:
+def open_delta(path: Path) -> Iterator[OpenShard]:
+    """The delta shard at `path`, open until the block ends.
+
+    Raises:
+        DeltaError: no such file, not readable, or its header breaks a rule.
+    """
     with ExitStack() as stack:
         try:
             descriptor = stack.enter_context(_open_regular(path))

@@ -95,14 +95,14 @@ def check_base(
     """
     base = {_plain(name): name for name in base_shapes if not _COMPANION.search(name)}
     found = {_plain(t.name): (f, t) for f, t in checkpoint.tensors if not _COMPANION.search(t.name)}
-    tied = _is_tied(config)
+    tied = is_tied(config)
     for name in sorted(base.keys() - found.keys()):
-        if not (tied and _is_head(name)):
+        if not (tied and is_head(name)):
             expected = "every tensor of the base model"
             yield Finding("missing_tensor", INDEX_FILE, base[name], "no such tensor", expected)
     for name in sorted(found.keys() - base.keys()):
         file, tensor = found[name]
-        if tied and _is_head(name):
+        if tied and is_head(name):
             expected = "no head, since the embeddings are tied and the base model has none"
             yield Finding("tied_head", file, tensor.name, "a head", expected, severity="warning")
         else:
@@ -115,6 +115,18 @@ def check_base(
         if shape is not None and not is_packed and tensor.shape != tuple(shape):
             expected = f"{shorten(tuple(shape))} as in the base model"
             yield Finding("base_shape", file, tensor.name, shorten(tensor.shape), expected)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the model's head shares the bytes of its embeddings."""
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    return config.get("tie_word_embeddings", inner) is True
+
+
+def is_head(name: str) -> bool:
+    """Whether this is the tensor that a tied head duplicates."""
+    return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 
 def _is_quantized(tensor: TensorInfo) -> bool:
@@ -137,16 +149,6 @@ def _plain(name: str) -> str:
     if name.endswith(".qweight"):
         return f"{name.removesuffix('qweight')}weight"
     return name.removesuffix("_packed").removesuffix("_blocks")
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    return config.get("tie_word_embeddings", inner) is True
-
-
-def _is_head(name: str) -> bool:
-    return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 
 def _canonical(value: object) -> str:

@@ -105,8 +105,6 @@ class SnapshotOptions(Declared):
     """XOR and one zstd frame per tensor; the only format offered."""
     checksum_format: Literal["alder32"] = "alder32"
     """Adler-32 per tensor, in the spelling the service expects."""
-    zstd_level: int = Field(1, ge=1, le=3)
-    """zstd level of a frame. Higher is slower and, on deltas, hardly smaller."""
     spec_dtype_style: Literal["torch", "safetensors"] = "torch"
     """Spelling of dtypes in model.weight.spec.json: `bfloat16` or `BF16`."""
     ledger_reset: LedgerReset = LedgerReset.NEVER

@@ -59,7 +59,7 @@ def encode_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     service, plan = parameters["service"], parameters["plan"]
     facts = [
         ["encode", 1, service.account_id, service.deployment_id],
-        [plan.identity, plan.previous, "arc_v2", parameters["spec"].snapshot.zstd_level],
+        [plan.identity, plan.previous, "arc_v2"],
         [[shard.file, shard.sha256] for shard in parameters["batch"]],
     ]
     return "encode-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -129,7 +129,6 @@ def _encode(
             base / shard.file,
             target / shard.file,
             out / shard.file,
-            level=spec.snapshot.zstd_level,
         )
         encode_seconds += monotonic() - start
         if delta.target_sha256 != shard.sha256:

@@ -13,7 +13,6 @@ from hotload.layout import (
     check_full,
     check_lora,
     drift,
-    parse_adler32,
     refuse_errors,
 )
 from hotload.manifests import TORCH_DTYPES, build_index, build_spec
@@ -579,35 +578,6 @@ def test_a_delta_that_breaks_a_rule_is_refused(change: Callable, rule: str) -> N
     findings = check_delta(change(delta_of(checkpoint())), checkpoint())
     assert rules(findings) == {rule}
     assert {finding.who for finding in findings} == {"publisher"}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("0", 0),
-        ("1", 1),
-        ("478807142", 478807142),
-        ("4294967295", 4294967295),
-        ("4294967296", None),
-        ("01", None),
-        ("+1", None),
-        ("-1", None),
-        (" 1", None),
-        ("1 ", None),
-        ("1_0", None),
-        ("1c8a0466", None),
-        ("", None),
-        ("٣", None),
-        ("1\n", None),
-        (None, None),
-        ("9" * 5000, None),
-    ],
-    ids=ascii,
-)
-def test_a_checksum_is_read_only_in_its_exact_decimal_form(
-    text: str | None, value: int | None
-) -> None:
-    assert parse_adler32(text) == value
 
 
 # Drift

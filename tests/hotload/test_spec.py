@@ -55,7 +55,6 @@ def test_a_field_without_meaning_here_is_refused_with_the_reason(field: str) -> 
         {"sampling": {"temperature": 2.1}},
         {"sampling": {"concurrency": {"min_window": 9, "max_window": 8}}},
         {"snapshot": {"compression_format": "arc_v3"}},
-        {"snapshot": {"zstd_level": 9}},
         {"reward": {"name": "os.system('x')"}},
         {"reward": {"name": "../module:function"}},
     ],

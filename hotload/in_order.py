@@ -1,0 +1,91 @@
+"""Work in several threads whose results, or some of whose steps, keep their order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from itertools import islice
+from threading import Condition
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Workers(ThreadPoolExecutor):
+    """Threads for the pieces of a shard; several shards may share them.
+
+    numpy, zstd and the checksums release the interpreter lock, so threads use every core there is.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count, thread_name_prefix="hotload")
+        self.count = count
+
+
+class Turns:
+    """Lets one thread at a time pass, in the order of positions that follow one another.
+
+    For sums over a file that several threads read. A thread whose turn cannot come any more, since
+    another has failed, gets a CancelledError.
+    """
+
+    def __init__(self, position: int = 0) -> None:
+        self._position = position
+        self._is_over = False
+        self._moved = Condition()
+
+    @contextmanager
+    def at(self, position: int, size: int) -> Iterator[None]:
+        """Wait for `position`; the next turn is `size` further."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._is_over or self._position == position)
+            self.check()
+        yield
+        with self._moved:
+            self._position = position + size
+            self._moved.notify_all()
+
+    def check(self) -> None:
+        """Return if the work goes on.
+
+        Raises:
+            CancelledError: it does not.
+        """
+        if self._is_over:
+            raise CancelledError
+
+    def give_up(self) -> None:
+        """Let nobody wait any longer."""
+        with self._moved:
+            self._is_over = True
+            self._moved.notify_all()
+
+
+def run_in_order(
+    jobs: Iterable[Callable[[], T]], pool: Workers | None, turns: Turns
+) -> Generator[T, None, None]:
+    """The results of the jobs in their order; a few jobs are under way at a time.
+
+    Without a pool the caller does the work. When a job or the caller fails, the others are told by
+    their turns, and none is running once this ends.
+    """
+    if pool is None:
+        yield from (job() for job in jobs)
+        return
+    jobs = iter(jobs)
+    under_way: deque[Future[T]] = deque()
+    width = 2 * pool.count  # as many again, so that no thread waits for the collector
+    try:
+        under_way.extend(pool.submit(job) for job in islice(jobs, width))
+        while under_way:
+            result = under_way.popleft().result()
+            under_way.extend(pool.submit(job) for job in islice(jobs, 1))
+            yield result
+    finally:
+        for future in under_way:
+            future.cancel()
+        if under_way:
+            turns.give_up()
+            wait(under_way)
