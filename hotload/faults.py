@@ -31,6 +31,14 @@ class Cause(StrEnum):
     TOO_LONG = "too_long"  # more tokens than asked for, or than `max_seq_len`
     MISSING_TOKEN_IDS = "missing_token_ids"
     MISSING_LOGPROBS = "missing_logprobs"
+    STRADDLING = "straddling"  # two versions of the weights made it, and the spec drops such
+    STALE = "stale"  # the service moved on by more versions than the spec allows
+    DEADLINE = "deadline"  # the group's time was up
+    TURN_TIMEOUT = "turn_timeout"
+    TRAJECTORY_TIMEOUT = "trajectory_timeout"
+    ROLLOUT_RAISED = "rollout_raised"  # the user's rollout function did
+    ROLLOUT_SKIPPED = "rollout_skipped"  # it returned None
+    BREAKER_OPEN = "breaker_open"  # too many recoverable failures before: not sent
     REWARD_RAISED = "reward_raised"
     REWARD_TIMEOUT = "reward_timeout"
     REWARD_CRASHED = "reward_crashed"  # it took its process down

@@ -39,7 +39,6 @@ REFUSED_FIELDS = {
     "loss": TRAINER_OWNED,
     "kl_beta": TRAINER_OWNED,
     "eps_clip": TRAINER_OWNED,
-    "max_head_offpolicy_versions": "a cycle samples the version that is served; remove the field",
 }
 REFUSED_PREFIXES = {"dcp_": VENDOR_TRAINER}
 
@@ -166,6 +165,52 @@ class Concurrency(Declared):
         return self
 
 
+class RolloutFunction(Declared):
+    """A rollout of more than one turn, in the user's own code."""
+
+    name: str = Field(min_length=3, max_length=256)
+    """`package.module:function`: `async def rollout(problem, sampler)`, returning a Trajectory, a
+    list of Segments, or None to skip the sample."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments for the function. Everybody who may look at the server sees them."""
+    turn_timeout_seconds: float = Field(600, gt=0, le=86_400)
+    """Seconds one turn may take, retries included."""
+    trajectory_timeout_seconds: float = Field(3600, gt=0, le=86_400)
+    """Seconds a whole trajectory may take; beyond, the sample is marked."""
+
+    @field_validator("name")
+    @classmethod
+    def _form(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+            raise ValueError("expected `package.module:function`")
+        return name
+
+
+class Groups(Declared):
+    """When a group of samples counts, and what becomes of one that does not (protocol §16)."""
+
+    min_group_size: int = Field(1, ge=1, le=1024)
+    """Scored samples a group needs at least."""
+    on_incomplete: Literal["fail_group", "refill", "accept_partial"] = "refill"
+    """What becomes of a group with fewer samples than asked for: marked and not used; sampled again
+    up to `max_incomplete_group_retries` times, then marked; or used as it is if it has
+    `min_group_size`."""
+    max_incomplete_group_retries: int = Field(0, ge=0, le=16)
+    """Times the missing samples of a group are asked for again."""
+    on_uniform: Literal["keep", "drop", "refill"] = "keep"
+    """What becomes of a group whose rewards are all equal, so that it teaches nothing: kept and
+    marked; dropped and counted; or dropped and the next row of the file sampled instead."""
+    on_straddling: Literal["accept", "drop", "mask_from_change"] = "accept"
+    """What becomes of a sample made by two versions of the weights: kept and marked; dropped; or
+    its tokens from the change on are masked out of the loss."""
+    hedge_after_seconds: float | None = Field(None, gt=0, le=86_400)
+    """Ask a second time for the one sample a group still waits for after so many seconds; the first
+    answer counts. Empty never does."""
+    deadline_seconds: float | None = Field(None, gt=0, le=86_400)
+    """Seconds a group may take from its first request; what is missing then is marked. Empty is no
+    limit."""
+
+
 class Sampling(Declared):
     """How every problem is sampled."""
 
@@ -192,6 +237,15 @@ class Sampling(Declared):
     """How many samples are in flight."""
     problems_per_task: int = Field(64, ge=1, le=10_000)
     """Problems one task samples; at least so many that a cycle has no more than 50 such tasks."""
+    rollout: RolloutFunction | None = None
+    """A rollout function of yours for more than one turn; empty samples each problem once."""
+    groups: Groups = Groups()
+    """When a group of samples counts."""
+    max_head_offpolicy_versions: int = Field(0, ge=0, le=1000)
+    """O: how many versions the service may be ahead of the one a group was asked for. Above 0, the
+    next cycle may publish while this one still samples."""
+    include_routing_matrix: bool = False
+    """Ask for the experts each token was routed to (mixture-of-experts models)."""
 
 
 class Problems(Declared):
@@ -217,6 +271,11 @@ class RewardSpec(Declared):
     judge belongs into the worker's environment."""
     timeout_seconds: float = Field(10, gt=0, le=3600)
     """Seconds one call may take; beyond, the sample is marked and its worker ended."""
+    per_group: bool = False
+    """Call it once a group, with (problem, trajectories), for a list of rewards."""
+    advantage: Literal["grpo", "leave_one_out", "mean_only"] = "grpo"
+    """Reward to advantage within a group: centred and divided by the standard deviation; centred on
+    the mean of the others; or centred alone."""
 
     @field_validator("name")
     @classmethod

@@ -49,7 +49,8 @@ class Provenance:
 
     `identity` is the one confirmed when the sample was dispatched; `observed` lists the distinct
     identities its chunks named, in order; `last` is the one named last. Staleness is counted from
-    `identity`.
+    `identity`. `runs` says which tokens each made: (number of the first token, identity), over the
+    tokens of all segments.
     """
 
     identity: str
@@ -60,6 +61,7 @@ class Provenance:
     last: str | None = None
     replica: str | None = None
     response_id: str | None = None
+    runs: tuple[tuple[int, str], ...] = ()
 
     @property
     def first(self) -> str | None:
@@ -77,13 +79,31 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens that follow one prompt: what a trainer takes as one sequence. Arrays have length T.
+
+    Tokens the policy did not sample (a tool's result, a message between turns) have a loss mask of
+    False and a log-probability of 0.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids_T: tuple[int, ...]
+    sampling_logprobs_T: tuple[float, ...]
+    loss_mask_T: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One sampled answer. `token_ids_T`, `sampling_logprobs_T` and `loss_mask_T` have the same
-    length.
+    """One sampled answer, of one turn or several. `token_ids_T`, `sampling_logprobs_T` and
+    `loss_mask_T` have the same length.
 
     Log-probabilities are natural, under the distribution really sampled. `failure` is the cause of
     a failed sample, with `detail` for a reader; a failed sample may have kept its tokens. Latency
     in seconds runs from the first attempt to the end, waits included.
+
+    Turns whose prompt repeats the tokens so far are one sequence; where one does not (a chat
+    template rewrote what was said), a new sequence begins: `further` holds those after the first.
+    `routing_matrix` is the base64 text of `uint8[T, layers, experts]` of the first sequence.
     """
 
     problem_id: str
@@ -100,6 +120,17 @@ class Trajectory:
     cached_prompt_token_count: int = 0
     failure: str | None = None
     detail: str = ""
+    turn_count: int = 1
+    further: tuple[Segment, ...] = ()
+    transcript: tuple[Mapping[str, Any], ...] = ()
+    routing_matrix: str | None = None
+    is_hedge: bool = False
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Every sequence to train on, in order."""
+        arrays = (self.token_ids_T, self.sampling_logprobs_T, self.loss_mask_T)
+        return (Segment(self.prompt_token_ids, *arrays), *self.further)
 
     @property
     def weights(self) -> Weights:
@@ -118,12 +149,18 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A group with a reward and an advantage per sample, `None` for a failed one."""
+    """A group with a reward and an advantage per sample, `None` for a failed one.
+
+    `reward_parts_G` are the named parts of each reward, where the reward function names any.
+    `mark` says what became of a group that is not simply complete, `None` for one that is.
+    """
 
     problem: Problem
     trajectories_G: tuple[Trajectory, ...]
     rewards_G: tuple[float | None, ...]
     advantages_G: tuple[float | None, ...]
+    reward_parts_G: tuple[Mapping[str, float], ...] = ()
+    mark: str | None = None
 
 
 def parse_problems(data: bytes, *, source: str) -> tuple[Problem, ...]:

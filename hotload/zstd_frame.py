@@ -27,7 +27,7 @@ _EMPTY_FRAME = bytes.fromhex("28b52ffd2000010000")
 _HEADER_LIMIT_BYTES = 18
 _BLOCK_HEADER_BYTES = 3
 _CHECKSUM_BYTES = 4
-_RLE, _RESERVED = 1, 3
+_RLE, _COMPRESSED, _RESERVED = 1, 2, 3
 
 Array = npt.NDArray[np.uint8]
 
@@ -245,6 +245,8 @@ def _walk_blocks(source: Readable, at: int, end: int, has_checksum: bool, subjec
         is_last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
         if kind == _RESERVED:
             raise DeltaError(subject, "frame has a block of a reserved type")
+        if kind == _COMPRESSED and not size:  # libzstd's stream reader skips it, its other refuses
+            raise DeltaError(subject, "frame has a compressed block of no bytes")
         at += _BLOCK_HEADER_BYTES + (1 if kind == _RLE else size)
     at += _CHECKSUM_BYTES if has_checksum else 0
     if at > end:
