@@ -53,7 +53,7 @@ def payloads(
     return found
 
 
-def decode_tensor(base: Bytes, frame: Bytes, *, adler32: int, subject: str) -> bytes:
+def decode_tensor(base: Bytes, frame: Bytes, *, adler32: int, subject: str) -> bytearray:
     """The bytes `frame` makes of `base`; `subject` names the tensor in errors.
 
     Raises:
@@ -63,9 +63,10 @@ def decode_tensor(base: Bytes, frame: Bytes, *, adler32: int, subject: str) -> b
     tensor = TensorInfo(subject, "U8", (len(base),), 0, len(base))
     payload = Payload(InMemory(frame), "", 0, len(frame), f"{adler32:08x}", ARC_V2)
     restored = bytearray(len(base))
+    view = memoryview(restored)
     for offset, piece in _restored(InMemory(base), 0, tensor, payload, subject):
-        restored[offset : offset + len(piece)] = piece.data
-    return bytes(restored)
+        view[offset : offset + len(piece)] = piece.data
+    return restored
 
 
 def apply_shard(
