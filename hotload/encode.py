@@ -12,12 +12,12 @@ from threading import local
 import numpy as np
 
 from hotload.checksums import ADLER32_OF_NOTHING, Checksum, adler32, join_adler32, start
-from hotload.envelope import ARC_V2, Envelope
+from hotload.envelope import ARC_V2, Envelope, delta_head
 from hotload.errors import LayoutMismatchError
 from hotload.in_order import Turns, Workers, run_in_order
 from hotload.layout import shard_drift
 from hotload.readable import Bytes, Readable, Writable, read_bytes
-from hotload.shards import DTYPE_BITS, ShardHeader, TensorInfo, render_header
+from hotload.shards import DTYPE_BITS, ShardHeader, TensorInfo
 from hotload.zstd_frame import (
     PIECE_BYTES,
     Array,
@@ -146,7 +146,12 @@ def encode_shard(
                     on_bytes(len(span))
             tensors.append(open_tensor.end())
     kept = [tensor for tensor in tensors if envelope.has_every_tensor or not tensor.is_unchanged]
-    size_bytes = _close_up(out, room, frames.end, _delta_head(kept, envelope))
+    head = delta_head(
+        {tensor.name: tensor.frame_size_bytes for tensor in kept},
+        {tensor.name: tensor.checksum for tensor in kept},
+        envelope,
+    )
+    size_bytes = _close_up(out, room, frames.end, head)
     return DeltaStats(
         size_bytes=size_bytes,
         sha256=_sha256(out, size_bytes) if with_sha256 else "",
@@ -308,22 +313,12 @@ def _element(tensor: TensorInfo) -> np.dtype[np.unsignedinteger]:
     return np.dtype(f"u{DTYPE_BITS[tensor.dtype] // 8 or 1}")
 
 
-def _delta_head(tensors: Iterable[TensorDelta], envelope: Envelope) -> bytes:
-    end = 0
-    entries, metadata = [], {}
-    for tensor in tensors:
-        begin, end = end, end + tensor.frame_size_bytes
-        entries.append(TensorInfo(tensor.name, "U8", (end - begin,), begin, end))
-        metadata[tensor.name] = envelope.spell(tensor.checksum)
-    return render_header(entries, metadata)
-
-
 def _head_limit(tensors: Sequence[TensorInfo], envelope: Envelope) -> int:
     """No delta of these tensors has a longer head: all its numbers have their most digits."""
-    end = sum(2 * tensor.size_bytes + 1024 for tensor in tensors)  # far above zstd's own bound
-    entries = [TensorInfo(tensor.name, "U8", (end,), end, end) for tensor in tensors]
-    longest = envelope.spell("f" * envelope.checksum.digits)
-    return len(render_header(entries, {tensor.name: longest for tensor in tensors}))
+    longest = "f" * envelope.checksum.digits
+    # Twice its size and more is far above zstd's own bound for a frame.
+    frames = {tensor.name: 2 * tensor.size_bytes + 1024 for tensor in tensors}
+    return len(delta_head(frames, dict.fromkeys(frames, longest), envelope))
 
 
 def _close_up(out: Writable, room: int, end: int, head: bytes) -> int:

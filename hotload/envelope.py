@@ -8,9 +8,11 @@ to hold the unchanged tensors, too (wire-format §3).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hotload.checksums import Checksum
+from hotload.shards import PREFIX_BYTES, TensorInfo, render_header
 
 _ADLER32_LIMIT = 1 << 32
 
@@ -50,3 +52,24 @@ class Envelope:
 
 
 ARC_V2 = Envelope(Checksum.ADLER32, is_decimal=True, has_every_tensor=True)
+
+
+def delta_head(
+    frames: Mapping[str, int],
+    checksums: Mapping[str, str],
+    envelope: Envelope,
+    *,
+    size_bytes: int = 0,
+) -> bytes:
+    """The head of a delta shard by frame size in bytes and checksum in hex of each tensor.
+
+    Spaces fill it up to `size_bytes`, a multiple of 8, where it is shorter.
+    """
+    end = 0
+    entries = []
+    for name, size in frames.items():
+        entries.append(TensorInfo(name, "U8", (size,), end, end + size))
+        end += size
+    head = render_header(entries, {name: envelope.spell(checksums[name]) for name in frames})
+    text = head[PREFIX_BYTES:].ljust(size_bytes - PREFIX_BYTES)
+    return len(text).to_bytes(PREFIX_BYTES, "little") + text

@@ -73,16 +73,22 @@ def signal_body(
     """
     body: dict[str, Any] = {"identity": manifest.identity}
     if manifest.kind is SnapshotKind.DELTA:
-        body["incremental_snapshot_metadata"] = {
-            "previous_snapshot_identity": manifest.previous,
-            "compression_format": COMPRESSION_FORMAT,
-            "checksum_format": CHECKSUM_FORMAT,
-        }
+        body |= delta_metadata(manifest.previous)
     if reset_prompt_cache != "all":
         body["reset_prompt_cache"] = reset_prompt_cache
     if extra_fields_ignore:
         body["validation"] = {"extra_fields_ignore": list(extra_fields_ignore)}
     return body
+
+
+def delta_metadata(previous: str | None) -> dict[str, Any]:
+    """What the body of a signal says of a delta beside its identity (protocol §4)."""
+    metadata = {
+        "previous_snapshot_identity": previous,
+        "compression_format": COMPRESSION_FORMAT,
+        "checksum_format": CHECKSUM_FORMAT,
+    }
+    return {"incremental_snapshot_metadata": metadata}
 
 
 def refuses_prompt_cache_field(status_code: int, text: str) -> bool:
