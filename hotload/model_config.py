@@ -117,11 +117,12 @@ def check_base(
             yield Finding("base_shape", file, tensor.name, shorten(tensor.shape), expected)
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the model's head shares the bytes of its embeddings."""
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether the model's head shares the bytes of its embeddings; None where nothing tells."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    return config.get("tie_word_embeddings", inner) is True
+    told = config.get("tie_word_embeddings", inner)
+    return told if isinstance(told, bool) else None
 
 
 def is_head(name: str) -> bool:

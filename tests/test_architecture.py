@@ -19,7 +19,7 @@ from hotload.shards import Finding
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hotload", "emulator", "blocks", "tasks", "flows")
 FOLDERS = (*PACKAGES, "tests", "examples", "benchmarks", "deployments", "docs")
-TOUCHES_FILES = ROOT / "hotload" / "local.py"
+TOUCHES_FILES = {"local.py", "operands.py", "directories.py", "relayout.py", "__main__.py", "cli"}
 
 
 def modules(*packages: str) -> list[Path]:
@@ -99,7 +99,7 @@ def test_prefect_loads_the_same_flow_as_an_import() -> None:
 
 @pytest.mark.parametrize("path", modules("hotload"), ids=named)
 def test_the_library_opens_nothing_prints_nothing_and_asks_no_clock(path: Path) -> None:
-    if path == TOUCHES_FILES:
+    if path.relative_to(ROOT / "hotload").parts[0] in TOUCHES_FILES:
         return
     forbidden = re.compile(
         r"(open|print|input|exec|eval)$"

@@ -1,0 +1,105 @@
+"""`python -m hotload`: deltas and checkpoint directories from the command line, without Prefect."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO, TextIOWrapper
+from types import FrameType
+
+from hotload.cli.arguments import read_arguments
+from hotload.cli.commands import COMMANDS
+from hotload.cli.outcome import MACHINE, Outcome, tell
+from hotload.cli.progress import progress
+from hotload.cli.refusals import UsageError, refusal
+from hotload.errors import HotLoadError
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALLED = 128
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and tell how it ended; `--help` lists the exit codes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, TextIOWrapper(BytesIO()))
+        # A name that the terminal cannot show is no reason to fail.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    try:
+        with _ending():
+            return _main(arguments)
+    except _Ended as ended:  # while it was told
+        return _SIGNALLED + ended.number
+    except OSError as error:
+        # Nobody reads, or its disk is full: what is still buffered must not fail once more when the
+        # process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return _SIGNALLED + signal.SIGPIPE
+        print(f"hotload: standard output: {error.strerror} [operator acts]", file=sys.stderr)
+        return MACHINE
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    try:
+        options = read_arguments(arguments, _core_count())
+    except SystemExit:
+        sys.stdout.flush()  # the help page; a broken pipe shows here
+        raise
+    try:
+        with progress(options.command) as bar:
+            outcome = COMMANDS[options.command](options, bar)
+    except (HotLoadError, UsageError, OSError, MemoryError) as error:
+        outcome = refusal(error)
+    except _Ended as ended:
+        told = f"ended by {signal.Signals(ended.number).name}; nothing half-written is left"
+        facts = {"error": {"class": "Interrupted", "who": "caller", "message": told}}
+        outcome = Outcome(facts, notes=(told,), exit_code=_SIGNALLED + ended.number)
+    tell(options.command, outcome, is_json=options.json)
+    return outcome.exit_code
+
+
+def _core_count() -> int:
+    """Cores this process may use, which may be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Make the signals that end a process raise, once, so that what is half-written is removed.
+
+    Further ones are ignored from then on: an impatient second Ctrl-C must not stop the cleaning up.
+    """
+
+    def end(number: int, _: FrameType | None) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        raise _Ended(number)
+
+    # What was started with a signal ignored, as by nohup, goes on ignoring it.
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    before = {number: one for number, one in handlers.items() if one is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The command line, `python -m hotload`: arguments, commands, what is told and how."""

@@ -1,0 +1,160 @@
+"""`check` and `doctor`: what a checkpoint directory breaks, and a directory that does not."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from hotload.cli.contents import kind_of
+from hotload.cli.outcome import FOUND, OK, Outcome
+from hotload.cli.progress import Bar
+from hotload.cli.refusals import UsageError
+from hotload.cli.wording import count, size
+from hotload.directories import open_delta
+from hotload.errors import DeltaError, InvalidCheckpointError
+from hotload.inspection import Form, spec_forms
+from hotload.layout import check_delta, check_full, check_lora, check_payload, drift
+from hotload.local import read_checkpoint
+from hotload.manifests import check_index
+from hotload.relayout import relayout_directory
+from hotload.shards import Checkpoint, Finding, read_json_object, storage_bytes
+from hotload.snapshot import CONFIG_FILE, INDEX_FILE, SPEC_FILE, SnapshotKind
+from hotload.wire.dialects import parse_index
+from hotload.zstd_frame import content_size
+
+
+def check(options: Namespace, _: Bar | None) -> Outcome:
+    """Every layout rule; one line per finding."""
+    directory: Path = options.dir
+    previous = None if options.previous is None else read_checkpoint(options.previous)
+    kind: SnapshotKind | None = None
+    try:
+        checkpoint = read_checkpoint(directory)
+        kind = kind_of(checkpoint)
+        findings = tuple(_findings(directory, checkpoint, kind, previous))
+    except InvalidCheckpointError as error:
+        findings = error.findings
+    errors = sum(finding.severity == "error" for finding in findings)
+    warnings = len(findings) - errors
+    noun = "directory" if kind is None else f"{kind.value} snapshot"
+    told = (
+        f"{count(errors, 'error')}, {count(warnings, 'warning')}" if findings else "nothing found"
+    )
+    return Outcome(
+        {
+            "directory": str(directory),
+            "kind": None if kind is None else kind.value,
+            "error_count": errors,
+            "warning_count": warnings,
+            "findings": [asdict(finding) for finding in findings],
+        },
+        lines=tuple(map(str, findings)),
+        notes=(f"{directory}: {noun}, {told}",),
+        exit_code=FOUND if errors else OK,
+    )
+
+
+def doctor(options: Namespace, bar: Bar | None) -> Outcome:
+    """The checkpoint again, in the required layout."""
+    done = relayout_directory(options.dir, options.out, progress=bar)
+    written = f"{count(done.tensor_count, 'tensor')} in {count(done.shard_count, 'shard')}"
+    lines = [
+        f"{options.out}: {written}, {size(done.size_bytes)}; every byte compared with {options.dir}"
+    ]
+    tied = f"a copy of the embeddings, which {CONFIG_FILE} ties it to"
+    lines += [f"left out tensor {name}: {tied}" for name in done.dropped_heads]
+    lines += [f"left out {file.file}: {file.reason}" for file in done.left_out]
+    if done.dropped_metadata:
+        names = ", ".join(done.dropped_metadata)
+        lines.append(f"left out of the headers, as the source's files disagree: {names}")
+    if done.side_files:
+        lines.append(f"copied as they are: {', '.join(done.side_files)}")
+    facts = asdict(done) | {"directory": str(options.out)}
+    return Outcome(facts, tuple(lines), notes=tuple(map(str, done.warnings)))
+
+
+def _findings(
+    directory: Path, checkpoint: Checkpoint, kind: SnapshotKind, previous: Checkpoint | None
+) -> Iterator[Finding]:
+    if kind is SnapshotKind.LORA:
+        yield from check_lora(checkpoint)
+    elif kind is SnapshotKind.DELTA:
+        yield from _check_delta(directory, checkpoint, previous)
+    else:
+        yield from check_full(checkpoint)
+        if previous is not None and (reason := _drift(previous, checkpoint)):
+            expected = "the layout of previous; otherwise the next snapshot has to be a full one"
+            yield Finding("drift", str(directory), None, reason, expected, severity="warning")
+
+
+def _drift(previous: Checkpoint, checkpoint: Checkpoint) -> str | None:
+    if kind_of(previous) is not SnapshotKind.FULL:
+        raise UsageError("--previous is no full checkpoint; give the one its deltas restore")
+    return drift(previous, checkpoint)
+
+
+def _check_delta(
+    directory: Path, delta: Checkpoint, previous: Checkpoint | None
+) -> Iterator[Finding]:
+    found = list(_check_delta_files(delta, previous))
+    yield from found
+    if all(finding.severity == "warning" for finding in found):
+        yield from _check_frames(directory, _forms(delta, previous))
+
+
+def _check_delta_files(delta: Checkpoint, previous: Checkpoint | None) -> Iterator[Finding]:
+    data = delta.documents.get(INDEX_FILE)
+    if data is None:
+        yield _ours("missing_file", INDEX_FILE, None, "no such file", "the index of the delta")
+        return
+    try:
+        index = parse_index(data)
+    except DeltaError as error:
+        yield _ours("index", INDEX_FILE, None, error.reason, "the index of a delta")
+        return
+    if index.weight_map or delta.shards:  # a delta of no change has neither
+        yield from check_index(delta, index.weight_map)
+    if not index.dialect.carries_side_files:
+        for shard in delta.shards:
+            for tensor in shard.tensors:
+                yield from check_payload(shard, tensor, index.envelope)
+        if previous is not None:
+            base = {tensor.name for _, tensor in previous.tensors}
+            for name in sorted(index.weight_map.keys() - base):
+                found, expected = "a payload", "only tensors of previous"
+                yield _ours("extra_tensor", index.weight_map[name], name, found, expected)
+        return
+    # Without a previous layout the delta is held to itself: payloads, checksums, sizes.
+    yield from check_delta(delta, previous or delta)
+    for file in (CONFIG_FILE, SPEC_FILE):
+        if file not in delta.documents:
+            yield _ours("missing_file", file, None, "no such file", "that of the previous snapshot")
+
+
+def _check_frames(directory: Path, forms: dict[str, Form]) -> Iterator[Finding]:
+    """Each payload is one whole frame of its tensor's size; nothing is decoded."""
+    try:
+        with open_delta(directory) as delta:
+            for name, payload in delta.payloads.items():
+                subject = f"{payload.file}: {name}"
+                stated = content_size(payload.source, payload.start, payload.end, subject)
+                expected = storage_bytes(*forms[name]) if name in forms else stated
+                if stated != expected:
+                    found = f"a frame of {stated} bytes"
+                    yield _ours("frame_size", payload.file, name, found, f"{expected} bytes")
+    except DeltaError as error:
+        yield _ours("frame", error.subject, None, error.reason, "one whole zstd frame a tensor")
+
+
+def _forms(delta: Checkpoint, previous: Checkpoint | None) -> dict[str, Form]:
+    """Dtype and shape of every tensor, as far as the delta's spec or the base tells them."""
+    if previous is not None and kind_of(previous) is SnapshotKind.FULL:
+        return {tensor.name: (tensor.dtype, tensor.shape) for _, tensor in previous.tensors}
+    spec = delta.documents.get(SPEC_FILE)
+    return {} if spec is None else spec_forms(read_json_object(spec, file=SPEC_FILE))
+
+
+def _ours(rule: str, file: str, tensor: str | None, found: str, expected: str) -> Finding:
+    return Finding(rule, file, tensor, found, expected, who="publisher")

@@ -1,0 +1,82 @@
+"""Errors as one line each: what was found, what was expected, who must act; and the exit code."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import asdict
+from typing import Any
+
+from hotload.cli.outcome import MACHINE, REFUSED, USAGE, Outcome
+from hotload.errors import (
+    ChecksumMismatchError,
+    DeltaError,
+    HotLoadError,
+    InvalidCheckpointError,
+    InvalidIdentityError,
+    NeedsFullSnapshotError,
+)
+
+_ADVICE = {
+    errno.ENOSPC: "room for the output: free some, or choose another OUT",
+    errno.EDQUOT: "room within your quota: free some, or choose another OUT",
+    errno.EACCES: "a file or directory that you may use",
+    errno.EPERM: "a file or directory that you may use",
+    errno.EROFS: "a directory that can be written",
+    errno.ENOENT: "a directory that is there",
+    errno.ENOTDIR: "a directory",
+    errno.EEXIST: "a new name, or an empty directory",
+    errno.EINVAL: "an OUT of its own",
+    errno.EFBIG: "a file system and a limit (ulimit -f) that let a file grow so large",
+    errno.EMFILE: "a higher limit of open files (ulimit -n)",
+}
+_ABOUT_ARGUMENTS = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EINVAL}
+
+
+class UsageError(Exception):
+    """The arguments do not go together."""
+
+
+def refusal(error: Exception) -> Outcome:
+    """What to say about an expected error."""
+    if isinstance(error, InvalidCheckpointError):
+        findings = error.findings
+        facts = {"findings": [asdict(finding) for finding in findings]}
+        lines = tuple(map(str, findings))  # a finding says itself who acts
+        return _refusal(error, REFUSED, findings[0].who, lines, facts)
+    if isinstance(error, OSError) and not isinstance(error, HotLoadError):
+        if error.errno in _ABOUT_ARGUMENTS:
+            return _refused(error, USAGE, "caller", _os_line(error))
+        return _refused(error, MACHINE, "operator", _os_line(error))
+    if isinstance(error, MemoryError):
+        line = "found too little memory, expected room for a few pieces of 1 MiB per worker"
+        return _refused(error, MACHINE, "operator", line)
+    if isinstance(error, UsageError | InvalidIdentityError):
+        return _refused(error, USAGE, "caller", str(error))
+    if isinstance(error, NeedsFullSnapshotError):
+        line = f"{error}, expected one layout: run doctor on both, or publish the target in full"
+        return _refused(error, REFUSED, "publisher", line)
+    if isinstance(error, ChecksumMismatchError):
+        line = f"{error}: this is not its base, or the delta was applied before"
+        return _refused(error, REFUSED, "publisher", line)
+    if isinstance(error, DeltaError):
+        return _refused(error, REFUSED, "publisher", str(error))
+    return _refused(error, REFUSED, "caller", str(error))
+
+
+def _refused(error: Exception, exit_code: int, who: str, line: str) -> Outcome:
+    told = line if line.endswith("acts]") else f"{line} [{who} acts]"
+    return _refusal(error, exit_code, who, (told,), {"message": line})
+
+
+def _refusal(
+    error: Exception, exit_code: int, who: str, lines: tuple[str, ...], facts: dict[str, Any]
+) -> Outcome:
+    told = {"class": type(error).__name__, "who": who, "message": "; ".join(lines), **facts}
+    return Outcome({"error": told}, notes=lines, exit_code=exit_code)
+
+
+def _os_line(error: OSError) -> str:
+    found = error.strerror or str(error) or type(error).__name__
+    where = "" if error.filename is None else f"{error.filename}: "
+    advice = _ADVICE.get(error.errno or 0, "a working disk and the right to use it")
+    return f"{where}{found[:1].lower()}{found[1:]}, expected {advice}"
