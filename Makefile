@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test check bench test-stores oracles lock golden deploy wheel clean
+.PHONY: help install demo ui test check bench test-stores oracles conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -38,8 +38,9 @@ check: install  ## ruff, format, mypy, the floors of the house
 	$(VENV)/bin/lint-imports
 	$(PY) -m pytest tests/test_architecture.py
 
-bench: install  ## the measured promises: encoder memory, rollout fan-out, cost of a cycle
-	$(PY) -m benchmarks.encode_memory
+WITNESS := .oracle-venv/bin/python
+bench: install  ## the measured promises: codec (see `make oracles` for its peers), fan-out, cost of a cycle
+	$(PY) -m benchmarks.codec --witness $(WITNESS) --write
 	$(PY) -m benchmarks.fan_out
 	$(PY) -m benchmarks.cycle_overhead
 
@@ -48,6 +49,23 @@ test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: 
 
 oracles: .oracle-venv/installed  ## our bytes against the vendor's own package, in an environment of its own
 	.oracle-venv/bin/python -m pytest -c tests/oracles/pytest.ini tests/oracles
+
+# The implementations on trial together in each environment: each is tried alone, and with the others.
+ADAPTERS := tests/conformance/adapters
+HERE := $(addprefix $(ADAPTERS)/,ours.py slime.py)
+WITH_TORCH := $(addprefix $(ADAPTERS)/,ours.py fireworks.py modelexpress.py)
+WITH_CWTRAIN := $(addprefix $(ADAPTERS)/,ours.py cwtrain.py)
+RECEIVERS := .oracle-venv/installed .cwtrain-venv/installed
+ONLY := $(if $(LARGE),--large)
+conformance: install $(RECEIVERS)  ## ours against the vendor's package and three more, both ways; LARGE=1: 2 GiB
+	$(PY) -m tests.conformance $(HERE) $(ONLY)
+	$(PY) -m tests.conformance $(ADAPTERS)/command_line.toml $(ONLY)
+	.oracle-venv/bin/python -m tests.conformance $(WITH_TORCH) $(ONLY)
+	.cwtrain-venv/bin/python -m tests.conformance $(WITH_CWTRAIN) $(ONLY)
+
+SECONDS := 300
+fuzz: .fuzz-venv/installed  ## the readers of headers, indexes and frames with bytes nobody wrote; SECONDS=3600
+	.fuzz-venv/bin/python -m tests.fuzz $(SECONDS) build/corpus
 
 lock: install  ## resolve pyproject.toml into requirements.lock; delete the file first to upgrade everything
 	$(VENV)/bin/uv pip compile pyproject.toml --extra flows --extra dev --quiet --no-config \
@@ -72,14 +90,13 @@ wheel: install  ## build the library and test it alone, without Prefect, outside
 	sed -n 's/^\([a-z].*\) \\$$/\1/p' requirements.lock > build/versions.txt
 	build/venv/bin/python -m pip install --quiet --constraint build/versions.txt dist/*.whl \
 		hypothesis pytest pytest-asyncio pytest-timeout safetensors
-	mkdir build/tests && cp -R tests/hotload tests/golden build/tests/
-	cd build/tests && ../venv/bin/pytest -c ../../pyproject.toml -o pythonpath= hotload
+	mkdir -p build/alone/tests && cp -R tests/hotload tests/golden build/alone/tests/
+	cd build/alone && ../venv/bin/python -m pytest -c ../../pyproject.toml -o pythonpath= tests/hotload
 
 clean:  ## remove what was built, measured and cached; the environments stay
 	rm -rf build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
-	find . -name __pycache__ -not -path './.venv/*' -not -path './.oracle-venv/*' -prune \
-		-exec rm -rf {} +
+	find . -name __pycache__ -not -path './.*venv/*' -prune -exec rm -rf {} +
 
 $(VENV)/locked: requirements.lock
 	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 that can make a virtual environment was found.' \
@@ -95,9 +112,31 @@ $(VENV)/installed: $(VENV)/locked pyproject.toml
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-.oracle-venv/installed: tests/oracles/requirements.txt
+.oracle-venv/installed: tests/oracles/requirements.txt tests/oracles/requirements-alone.txt
 	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… oracles' >&2; exit 1; }
 	$(PYTHON) -m venv .oracle-venv
 	.oracle-venv/bin/python -m pip install --disable-pip-version-check --quiet \
 		-r tests/oracles/requirements.txt
+	.oracle-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		-r tests/oracles/requirements-alone.txt
+	@touch $@
+
+# cwtrain asks for 3.12; pyenv keeps its Pythons where no PATH finds them.
+PYTHON312 ?= $(shell for python in python3.14 python3.13 python3.12 python3 \
+	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+	&& echo $$python && break; done)
+.cwtrain-venv/installed: tests/oracles/requirements-cwtrain.txt
+	@test -n "$(PYTHON312)" || { echo 'No Python >= 3.12 found: make PYTHON312=… conformance' >&2; exit 1; }
+	$(PYTHON312) -m venv .cwtrain-venv
+	.cwtrain-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/oracles/requirements-cwtrain.txt
+	@touch $@
+
+.fuzz-venv/installed: tests/fuzz/requirements.txt
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… fuzz' >&2; exit 1; }
+	$(PYTHON) -m venv .fuzz-venv
+	.fuzz-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/fuzz/requirements.txt || .fuzz-venv/bin/python -m pip install \
+		--disable-pip-version-check --quiet $$(grep -v -e atheris -e '^#' tests/fuzz/requirements.txt)
 	@touch $@

@@ -88,11 +88,15 @@ def encode_tensor(base: Bytes, target: Bytes, *, writer: Writer | None = None) -
     if len(base) != size:
         raise LayoutMismatchError(f"a tensor of {len(base)} bytes became one of {size}")
     old, new = np.frombuffer(base, np.uint8), np.frombuffer(target, np.uint8)
-    scratch = np.empty(min(size, PIECE_BYTES), np.uint8)
+    room = np.empty(min(size, PIECE_BYTES), np.uint8)
+    pieces = (
+        (old[at : at + PIECE_BYTES], new[at : at + PIECE_BYTES], room[: size - at])
+        for at in range(0, size, PIECE_BYTES)
+    )
     chunks: list[Bytes] = []
     writer = writer_for(size, writer or best_writer())
     frame = FrameWriter(size, chunks.append, writer=writer)
-    span = _pack_span(old, new, scratch, np.dtype(np.uint8), writer, is_end=True)
+    span = _pack(pieces, size, writer, is_end=True)
     for packed, piece_bytes in span.pieces:
         frame.add(packed, piece_bytes)
     frame.end()
@@ -183,18 +187,32 @@ class _Reader:
 
     def encode(self, tensor: TensorInfo, span: range, sums: _Sums, writer: Writer) -> _Span:
         """Read, pack and sum a span of a tensor, counted from the end of the header."""
-        old, new, difference = self._buffers()
-        old, new = old[: len(span)], new[: len(span)]
-        self._base.read_into(self._base_start + span.start, old.data)
-        self._target.read_into(self._target_start + span.start, new.data)
+        old, new = self._buffers()
         is_end = span.stop == tensor.end
-        packed = _pack_span(old, new, difference, _element(tensor), writer, is_end=is_end)
-        return replace(packed, checksum=sums.add(tensor, span, new.data))
+        pieces = self._pieces(span, old, new, keep=sums.are_needed)
+        packed = _pack(pieces, len(span), writer, is_end=is_end, element=_element(tensor))
+        return replace(packed, checksum=sums.add(tensor, span, new[: len(span)].data))
 
-    def _buffers(self) -> tuple[Array, Array, Array]:
-        """Base, target and difference: this thread's, so that no span pays for fresh memory."""
+    def _pieces(
+        self, span: range, old: Array, new: Array, *, keep: bool
+    ) -> Iterator[tuple[Array, Array, Array]]:
+        """Base, target and room for their difference, which may be the base's; `keep` leaves the
+        target's pieces in `new` one after the other.
+        """
+        for at in range(span.start, span.stop, PIECE_BYTES):
+            size = min(PIECE_BYTES, span.stop - at)
+            begin = at - span.start if keep else 0
+            base, target = old[:size], new[begin : begin + size]
+            self._base.read_into(self._base_start + at, base.data)
+            self._target.read_into(self._target_start + at, target.data)
+            yield base, target, base
+
+    def _buffers(self) -> tuple[Array, Array]:
+        """A piece of the base and a span of the target: this thread's, so that no span pays for
+        fresh memory.
+        """
         if not hasattr(self._scratch, "buffers"):
-            sizes = (SPAN_BYTES, SPAN_BYTES, PIECE_BYTES)
+            sizes = (PIECE_BYTES, SPAN_BYTES)
             self._scratch.buffers = tuple(np.empty(size, np.uint8) for size in sizes)
         return self._scratch.buffers
 
@@ -211,16 +229,16 @@ class _Sums:
         self._files = {head: hashlib.sha256(head) for head in heads}
         self._algorithm = algorithm
         self._tensor = start(algorithm)
+        self.are_needed = bool(self._files) or algorithm is not Checksum.ADLER32
 
     def add(self, tensor: TensorInfo, span: range, data: memoryview) -> str:
         """Take a span when its turn has come; the tensor's checksum, if this is its last one."""
-        is_adler32 = self._algorithm is Checksum.ADLER32
-        if is_adler32 and not self._files:
+        if not self.are_needed:
             return ""
         with self.turns.at(span.start, len(span)):
             for digest in self._files.values():
                 digest.update(data)
-            if is_adler32:
+            if self._algorithm is Checksum.ADLER32:
                 return ""
             if span.start == tensor.start:
                 self._tensor = start(self._algorithm)
@@ -281,27 +299,30 @@ class _Appender:
         self.end += len(data)
 
 
-def _pack_span(
-    old: Array,
-    new: Array,
-    difference: Array,
-    element: np.dtype[np.unsignedinteger],
+def _pack(
+    pieces: Iterable[tuple[Array, Array, Array]],
+    size_bytes: int,
     writer: Writer,
     *,
     is_end: bool,
+    element: np.dtype[np.unsignedinteger] | None = None,
 ) -> _Span:
-    """One pass over memory in pieces that fit a cache: XOR, checksum, scan, compress."""
-    pieces: list[tuple[bytes | None, int]] = []
-    changed, checksum = 0, ADLER32_OF_NOTHING
-    for at in range(0, len(new), PIECE_BYTES):
-        target = new[at : at + PIECE_BYTES]
-        xor = np.bitwise_xor(old[at : at + PIECE_BYTES], target, out=difference[: len(target)])
+    """One pass over memory, piece by piece as they stay in a cache: XOR, checksum, scan, compress.
+
+    A piece is (base, target, room for the difference); `is_end` says that the last one ends its
+    tensor. Changed elements are counted where `element` says what one is.
+    """
+    packed: list[tuple[bytes | None, int]] = []
+    changed, checksum, reached = 0, ADLER32_OF_NOTHING, 0
+    for base, target, room in pieces:
+        reached += len(target)
+        difference = np.bitwise_xor(base, target, out=room)
         checksum = adler32(target.data, checksum)
-        packed = pack(xor, writer=writer, is_last=is_end and at + len(target) == len(new))
-        if packed is not None:
-            changed += int(np.count_nonzero(xor.view(element)))
-        pieces.append((packed, len(target)))
-    return _Span(pieces, len(new), changed, checksum)
+        blocks = pack(difference, writer=writer, is_last=is_end and reached == size_bytes)
+        if blocks is not None and element is not None:
+            changed += int(np.count_nonzero(difference.view(element)))
+        packed.append((blocks, len(target)))
+    return _Span(packed, size_bytes, changed, checksum)
 
 
 def _spans(tensor: TensorInfo) -> Iterator[range]:

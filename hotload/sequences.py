@@ -166,32 +166,35 @@ def _sequences(words: npt.NDArray[np.uint64], size: int) -> Rows | None:
     is_nonzero[np.searchsorted(hot, starts >> 3) << 3] = True
     inner = np.flatnonzero(is_nonzero).astype(np.int32)
     places = (hot.astype(np.int32)[inner >> 3] << 3) + (inner & 7)
-    is_break = np.diff(places) > _GAP_BYTES
+    is_break = places[1:] - places[:-1] > _GAP_BYTES
     is_break[np.searchsorted(places, starts[1:]) - 1] = True
     return _rows(places, np.flatnonzero(is_break), starts, size)
 
 
 def _rows(places: Positions, breaks: Positions, block_starts: Positions, size: int) -> Rows:
     """The rows of the islands that `breaks`, indices of their last bytes, make of `places`."""
-    starts = places[np.concatenate(([0], breaks + 1))]
-    ends = places[np.append(breaks, len(places) - 1)] + 2  # with the zero that the match repeats
-    limits = np.append(starts[1:], size)
-    matches = limits - ends
-    firsts = np.append(np.searchsorted(starts, block_starts), len(starts))
-    lasts = firsts[1:] - 1
+    count = len(breaks) + 1
+    starts = np.empty(count + 1, places.dtype)  # and where the piece ends
+    starts[0], starts[1:-1], starts[-1] = places[0], places[breaks + 1], size
+    ends = np.empty(count, places.dtype)
+    ends[:-1], ends[-1] = places[breaks], places[-1]
+    ends += 2  # with the zero that the match repeats
+    matches = starts[1:] - ends
+    firsts = [*np.searchsorted(starts, block_starts).tolist(), count]
+    lasts = np.array(firsts[1:]) - 1
     is_short = matches[lasts] < _SHORTEST_MATCH
-    ends[lasts[is_short]] = limits[lasts[is_short]]
+    ends[lasts[is_short]] = starts[lasts[is_short] + 1]
     matches[lasts[is_short]] = 0
-    islands = np.zeros((len(starts), 4), np.uint32)
+    islands = np.zeros((count, 4), np.uint32)
     islands[:, 0] = matches > 0
-    islands[:, 1] = ends - starts
+    islands[:, 1] = ends - starts[:-1]
     islands[:, 2] = matches
     # A block whose last island has no match ends with it; every other one with a row of zeros.
-    rows = np.zeros((len(starts) + int(np.count_nonzero(~is_short)), 4), np.uint32)
+    rows = np.zeros((count + len(lasts) - int(np.count_nonzero(is_short)), 4), np.uint32)
     at = 0
-    for first, last, ends_itself in zip(firsts, lasts + 1, is_short, strict=False):
-        rows[at : at + last - first] = islands[first:last]
-        at += last - first + (not ends_itself)
+    for first, following, ends_itself in zip(firsts, firsts[1:], is_short.tolist(), strict=False):
+        rows[at : at + following - first] = islands[first:following]
+        at += following - first + (not ends_itself)
     return rows
 
 
