@@ -81,13 +81,17 @@ def _core_count() -> int:
 def _ending() -> Iterator[None]:
     """Make the signals that end a process raise, once, so that what is half-written is removed.
 
-    Further ones are ignored from then on: an impatient second Ctrl-C must not stop the cleaning up.
+    The second does nothing: an impatient Ctrl-C must not stop the cleaning up. The third ends the
+    process as it would without us, should the first have been lost.
     """
 
     def end(number: int, _: FrameType | None) -> None:
         for one in before:
-            signal.signal(one, signal.SIG_IGN)
+            signal.signal(one, pass_over)
         raise _Ended(number)
+
+    def pass_over(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
 
     # What was started with a signal ignored, as by nohup, goes on ignoring it.
     handlers = {number: signal.getsignal(number) for number in _ENDING}

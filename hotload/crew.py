@@ -31,8 +31,9 @@ def for_each_shard(
     """
     files = list(files)
     meter = _Meter(total_bytes, progress)
-    drivers = ThreadPoolExecutor(min(workers, max(1, len(files))), "hotload-shard")
-    pool = Workers(workers) if workers > 1 else None
+    driver_count = min(workers, max(1, len(files)))
+    drivers = ThreadPoolExecutor(driver_count, "hotload-shard")
+    pool = Workers(workers, driver_count) if workers > 1 else None
     try:
         under_way = {file: drivers.submit(work, file, pool, meter.add) for file in files}
         for future in as_completed(under_way.values()):

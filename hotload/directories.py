@@ -28,8 +28,6 @@ from hotload.errors import DeltaError, InvalidCheckpointError, LayoutMismatchErr
 from hotload.fold import fold_shard
 from hotload.in_order import Workers
 from hotload.layout import drift
-from hotload.operands import OpenDelta as OpenDelta
-from hotload.operands import open_delta as open_delta
 from hotload.operands import read_delta, read_whole
 from hotload.redress import changed_only, complete, write_shard
 from hotload.shards import Checkpoint, Finding, TensorInfo
@@ -341,7 +339,9 @@ def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
     try:
         staged.mkdir()
         yield staged
-        local.replace_directory(staged, out)
+        # Takes the place of nothing, or of an empty directory; what came meanwhile stays.
+        staged.rename(out)
+        local.sync_directory(out.parent)
     except BaseException:  # an interrupt leaves no half directory either
         local.remove_tree(staged)
         raise

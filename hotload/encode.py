@@ -12,6 +12,7 @@ from threading import local
 import numpy as np
 
 from hotload.checksums import ADLER32_OF_NOTHING, Checksum, adler32, join_adler32, start
+from hotload.delta_file import DeltaFile
 from hotload.envelope import ARC_V2, Envelope, delta_head
 from hotload.errors import LayoutMismatchError
 from hotload.in_order import Turns, Workers, run_in_order
@@ -30,10 +31,15 @@ from hotload.zstd_frame import (
 
 SPAN_BYTES = 4 * PIECE_BYTES  # what a thread takes at a time
 
+_SCRATCH = local()  # of a thread, not of a shard: several shards share the threads
+
 
 @dataclass(frozen=True, slots=True)
 class TensorDelta:
-    """One tensor of a delta; elements are of its own dtype, or bytes where that is packed."""
+    """One tensor of a delta; elements are of its own dtype, or bytes where that is packed.
+
+    One that was left out, since it did not change, has a frame of no bytes.
+    """
 
     name: str
     dtype: str
@@ -134,7 +140,7 @@ def encode_shard(
     target_head = read_bytes(target, 0, target_header.data_start)
     sums = _Sums(envelope.checksum, (base_head, target_head) if with_sha256 else ())
     room = _head_limit(base_header.tensors, envelope)
-    frames = _Appender(out, room)
+    file = DeltaFile(out, room)
     tensors: list[TensorDelta] = []
     jobs = (
         partial(reader.encode, tensor, span, sums, writer_for(tensor.size_bytes, writer))
@@ -143,19 +149,19 @@ def encode_shard(
     )
     with closing(run_in_order(jobs, pool, sums.turns)) as results:
         for tensor in base_header.tensors:
-            open_tensor = _OpenTensor(tensor, frames.append, envelope, writer)
+            open_tensor = _OpenTensor(tensor, file.append, envelope, writer)
             for span in _spans(tensor):
                 open_tensor.add(next(results))
                 if on_bytes:
                     on_bytes(len(span))
             tensors.append(open_tensor.end())
-    kept = [tensor for tensor in tensors if envelope.has_every_tensor or not tensor.is_unchanged]
+    kept = [tensor for tensor in tensors if tensor.frame_size_bytes]
     head = delta_head(
         {tensor.name: tensor.frame_size_bytes for tensor in kept},
         {tensor.name: tensor.checksum for tensor in kept},
         envelope,
     )
-    size_bytes = _close_up(out, room, frames.end, head)
+    size_bytes = file.close(head)
     return DeltaStats(
         size_bytes=size_bytes,
         sha256=_sha256(out, size_bytes) if with_sha256 else "",
@@ -183,7 +189,6 @@ class _Reader:
     def __init__(self, base: Readable, base_start: int, target: Readable, target_start: int):
         self._base, self._base_start = base, base_start
         self._target, self._target_start = target, target_start
-        self._scratch = local()
 
     def encode(self, tensor: TensorInfo, span: range, sums: _Sums, writer: Writer) -> _Span:
         """Read, pack and sum a span of a tensor, counted from the end of the header."""
@@ -211,10 +216,10 @@ class _Reader:
         """A piece of the base and a span of the target: this thread's, so that no span pays for
         fresh memory.
         """
-        if not hasattr(self._scratch, "buffers"):
+        if not hasattr(_SCRATCH, "buffers"):
             sizes = (PIECE_BYTES, SPAN_BYTES)
-            self._scratch.buffers = tuple(np.empty(size, np.uint8) for size in sizes)
-        return self._scratch.buffers
+            _SCRATCH.buffers = tuple(np.empty(size, np.uint8) for size in sizes)
+        return _SCRATCH.buffers
 
 
 class _Sums:
@@ -288,17 +293,6 @@ class _OpenTensor:
         )
 
 
-class _Appender:
-    """Writes one thing after the other."""
-
-    def __init__(self, out: Writable, start: int) -> None:
-        self._out, self.end = out, start
-
-    def append(self, data: Bytes) -> None:
-        self._out.write_at(self.end, data)
-        self.end += len(data)
-
-
 def _pack(
     pieces: Iterable[tuple[Array, Array, Array]],
     size_bytes: int,
@@ -340,18 +334,6 @@ def _head_limit(tensors: Sequence[TensorInfo], envelope: Envelope) -> int:
     # Twice its size and more is far above zstd's own bound for a frame.
     frames = {tensor.name: 2 * tensor.size_bytes + 1024 for tensor in tensors}
     return len(delta_head(frames, dict.fromkeys(frames, longest), envelope))
-
-
-def _close_up(out: Writable, room: int, end: int, head: bytes) -> int:
-    """Size of the file once `head` stands right before the payloads from `room` to `end`."""
-    out.write_at(0, head)
-    to = len(head)
-    for at in range(room, end, PIECE_BYTES):
-        piece = read_bytes(out, at, min(PIECE_BYTES, end - at))
-        out.write_at(to, piece)
-        to += len(piece)
-    out.truncate(to)
-    return to
 
 
 def _sha256(source: Readable, size_bytes: int) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hotload.checksums import Checksum
-from hotload.shards import PREFIX_BYTES, TensorInfo, render_header
+from hotload.shards import TensorInfo, render_header
 
 _ADLER32_LIMIT = 1 << 32
 
@@ -55,21 +55,12 @@ ARC_V2 = Envelope(Checksum.ADLER32, is_decimal=True, has_every_tensor=True)
 
 
 def delta_head(
-    frames: Mapping[str, int],
-    checksums: Mapping[str, str],
-    envelope: Envelope,
-    *,
-    size_bytes: int = 0,
+    frames: Mapping[str, int], checksums: Mapping[str, str], envelope: Envelope
 ) -> bytes:
-    """The head of a delta shard by frame size in bytes and checksum in hex of each tensor.
-
-    Spaces fill it up to `size_bytes`, a multiple of 8, where it is shorter.
-    """
+    """The head of a delta shard by frame size in bytes and checksum in hex of each tensor."""
     end = 0
     entries = []
     for name, size in frames.items():
         entries.append(TensorInfo(name, "U8", (size,), end, end + size))
         end += size
-    head = render_header(entries, {name: envelope.spell(checksums[name]) for name in frames})
-    text = head[PREFIX_BYTES:].ljust(size_bytes - PREFIX_BYTES)
-    return len(text).to_bytes(PREFIX_BYTES, "little") + text
+    return render_header(entries, {name: envelope.spell(checksums[name]) for name in frames})

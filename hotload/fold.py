@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from hotload.codec import Payload
+from hotload.delta_file import DeltaFile
 from hotload.envelope import Envelope, delta_head
 from hotload.errors import DeltaError
-from hotload.readable import Bytes, Writable
+from hotload.readable import Writable
 from hotload.redress import copy_frame, is_unchanged
 from hotload.zstd_frame import (
     PIECE_BYTES,
@@ -53,15 +54,13 @@ def fold_shard(
     sizes = {name: _content_size(name, chain) for name, chain in chains.items()}
     # No frame that is written or copied here is longer.
     limits = {name: 2 * size + 1024 + _total(chains[name]) for name, size in sizes.items()}
-    room = len(delta_head(limits, checksums, envelope))
-    end = room
+    file = DeltaFile(out, len(delta_head(limits, checksums, envelope)))
     frames: dict[str, int] = {}
     for name, chain in chains.items():
-        size = _fold_tensor(name, chain, sizes[name], out, end, envelope, on_bytes)
+        size = _fold_tensor(name, chain, sizes[name], file, envelope, on_bytes)
         if size:
             frames[name] = size
-            end += size
-    out.write_at(0, delta_head(frames, checksums, envelope, size_bytes=room))
+    file.close(delta_head(frames, checksums, envelope))
     return tuple(frames)
 
 
@@ -91,21 +90,20 @@ def _fold_tensor(
     name: str,
     chain: Sequence[Payload],
     size_bytes: int,
-    out: Writable,
-    at: int,
+    file: DeltaFile,
     envelope: Envelope,
     on_bytes: OnBytes,
 ) -> int:
-    """Write the tensor's frame at `at`, and tell its bytes: 0 where it is left out."""
+    """Append the tensor's frame, and tell its bytes: 0 where it is left out."""
     changes = _changes(name, chain)
     if not changes and envelope.has_every_tensor:
         changes = [chain[-1]]  # a frame of zeros
     if len(changes) > 1:
-        size = _write_xor(name, changes, size_bytes, out, at, envelope.has_every_tensor, on_bytes)
+        size = _append_xor(name, changes, size_bytes, file, envelope.has_every_tensor, on_bytes)
     else:
         size = _total(changes)
         for payload in changes:
-            copy_frame(payload, out, at, on_bytes)
+            copy_frame(payload, file.append, on_bytes)
     on_bytes(_total(chain) - _total(changes))
     return size
 
@@ -125,24 +123,16 @@ def _changes(name: str, chain: Sequence[Payload]) -> list[Payload]:
     return changes
 
 
-def _write_xor(
+def _append_xor(
     name: str,
     changes: Sequence[Payload],
     size_bytes: int,
-    out: Writable,
-    at: int,
+    file: DeltaFile,
     keep_zeros: bool,
     on_bytes: OnBytes,
 ) -> int:
-    end = at
-
-    def append(data: Bytes) -> None:
-        nonlocal end
-        out.write_at(end, data)
-        end += len(data)
-
     writer = writer_for(size_bytes, best_writer())
-    frame = FrameWriter(size_bytes, append, writer=writer)
+    frame = FrameWriter(size_bytes, file.append, writer=writer)
     payload_bytes = _total(changes)
     reached, told = 0, 0
     for piece in _folded(name, changes, size_bytes):

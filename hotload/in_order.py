@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from threading import Condition
@@ -19,9 +19,10 @@ class Workers(ThreadPoolExecutor):
     numpy, zstd and the checksums release the interpreter lock, so threads use every core there is.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, share_count: int = 1) -> None:
+        """`share_count` shards use these threads at a time."""
         super().__init__(count, thread_name_prefix="hotload")
-        self.count = count
+        self.count, self.share_count = count, share_count
 
 
 class Turns:
@@ -31,8 +32,8 @@ class Turns:
     another has failed, gets a CancelledError.
     """
 
-    def __init__(self, position: int = 0) -> None:
-        self._position = position
+    def __init__(self) -> None:
+        self._position = 0
         self._is_over = False
         self._moved = Condition()
 
@@ -75,17 +76,45 @@ def run_in_order(
         yield from (job() for job in jobs)
         return
     jobs = iter(jobs)
+    running = _Running()
     under_way: deque[Future[T]] = deque()
-    width = 2 * pool.count  # as many again, so that no thread waits for the collector
+    # As many again as there are threads, so that none waits for the collector.
+    width = max(2, 2 * pool.count // pool.share_count)
     try:
-        under_way.extend(pool.submit(job) for job in islice(jobs, width))
+        under_way.extend(pool.submit(running.run, job) for job in islice(jobs, width))
         while under_way:
             result = under_way.popleft().result()
-            under_way.extend(pool.submit(job) for job in islice(jobs, 1))
+            under_way.extend(pool.submit(running.run, job) for job in islice(jobs, 1))
             yield result
+    except BaseException:
+        turns.give_up()
+        raise
     finally:
-        for future in under_way:
-            future.cancel()
-        if under_way:
-            turns.give_up()
-            wait(under_way)
+        running.end()
+
+
+class _Running:
+    """Knows which jobs run, whatever became of their futures: an interrupt may lose one."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._is_over = False
+        self._changed = Condition()
+
+    def run(self, job: Callable[[], T]) -> T:
+        with self._changed:
+            if self._is_over:
+                raise CancelledError
+            self._count += 1
+        try:
+            return job()
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let no job begin any more, and wait for those that run."""
+        with self._changed:
+            self._is_over = True
+            self._changed.wait_for(lambda: self._count == 0)

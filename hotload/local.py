@@ -1,4 +1,4 @@
-"""Checkpoint directories on this machine: the only library module that touches files.
+"""Checkpoint directories on this machine: shard by shard and file by file.
 
 Reads are positional and bounded. Every write goes to a temporary file beside its destination, is
 made durable and then renamed, so that a reader sees the old file or the whole new one. Temporary

@@ -10,11 +10,6 @@ Bytes = bytes | bytearray | memoryview
 class Readable(Protocol):
     """Bytes at positions: a file on disk, or `InMemory`. Any thread may read."""
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes there are."""
-        ...
-
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill the whole view with the bytes from `offset` on, or raise."""
         ...

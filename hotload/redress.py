@@ -11,15 +11,17 @@ import zstandard
 
 from hotload.checksums import start
 from hotload.codec import Payload
+from hotload.delta_file import DeltaFile
 from hotload.envelope import Envelope, delta_head
-from hotload.errors import DeltaError
-from hotload.readable import InMemory, Readable, Writable, read_bytes
+from hotload.readable import Bytes, InMemory, Readable, Writable, read_bytes
 from hotload.shards import ShardHeader
-from hotload.zstd_frame import content_size, is_zero_frame, zero_frame
-
-COPY_BYTES = 1 << 20
-
-_HEADER_LIMIT_BYTES = 18
+from hotload.zstd_frame import (
+    HEADER_LIMIT_BYTES,
+    PIECE_BYTES,
+    content_size,
+    is_zero_frame,
+    zero_frame,
+)
 
 
 def is_unchanged(payload: Payload) -> bool:
@@ -28,7 +30,7 @@ def is_unchanged(payload: Payload) -> bool:
     Zeros in the frame of another encoder count as a change. That costs the frame's bytes and no
     more: receivers that want changed tensors only take others, too (wire-format §3).
     """
-    head_bytes = min(_HEADER_LIMIT_BYTES, payload.end - payload.start)
+    head_bytes = min(HEADER_LIMIT_BYTES, payload.end - payload.start)
     try:
         head = zstandard.get_frame_parameters(read_bytes(payload.source, payload.start, head_bytes))
     except zstandard.ZstdError:
@@ -62,16 +64,14 @@ def complete(
         size = tensor.size_bytes
         if payload := payloads.get(tensor.name):
             subject = f"{payload.file}: {tensor.name}"
-            stated = content_size(payload.source, payload.start, payload.end, subject)
-            if stated != size:
-                raise DeltaError(subject, f"frame states {stated} bytes, the tensor has {size}")
+            content_size(payload.source, payload.start, payload.end, subject, expected=size)
             found[tensor.name] = payload
             continue
         checksum = start(envelope.checksum)
-        for at in range(0, size, COPY_BYTES):
+        for at in range(0, size, PIECE_BYTES):
             offset = base_header.data_start + tensor.start + at
-            checksum.update(read_bytes(base, offset, min(COPY_BYTES, size - at)))
-            on_bytes(min(COPY_BYTES, size - at))
+            checksum.update(read_bytes(base, offset, min(PIECE_BYTES, size - at)))
+            on_bytes(min(PIECE_BYTES, size - at))
         frame = zero_frame(size)
         found[tensor.name] = Payload(
             InMemory(frame), base_header.file, 0, len(frame), checksum.hexdigest(), envelope
@@ -93,16 +93,17 @@ def write_shard(
     frames = {name: payload.end - payload.start for name, payload in payloads.items()}
     checksums = {name: payload.checksum for name, payload in payloads.items()}
     head = delta_head(frames, checksums, envelope)
-    out.write_at(0, head)
-    at = len(head)
-    for name, payload in payloads.items():
-        copy_frame(payload, out, at, on_bytes)
-        at += frames[name]
+    file = DeltaFile(out, len(head))
+    for payload in payloads.values():
+        copy_frame(payload, file.append, on_bytes)
+    file.close(head)
 
 
-def copy_frame(payload: Payload, out: Writable, at: int, on_bytes: Callable[[int], object]) -> None:
-    """Put the payload's bytes at `at`."""
-    for begin in range(payload.start, payload.end, COPY_BYTES):
-        piece = read_bytes(payload.source, begin, min(COPY_BYTES, payload.end - begin))
-        out.write_at(at + begin - payload.start, piece)
+def copy_frame(
+    payload: Payload, append: Callable[[Bytes], object], on_bytes: Callable[[int], object]
+) -> None:
+    """Append the payload's bytes."""
+    for begin in range(payload.start, payload.end, PIECE_BYTES):
+        piece = read_bytes(payload.source, begin, min(PIECE_BYTES, payload.end - begin))
+        append(piece)
         on_bytes(len(piece))

@@ -2,7 +2,7 @@
 
 The XOR of two snapshots is zeros with islands. A match finder is wasted on that: where the islands
 lie is known from one scan, and libzstd's entropy stage alone (`ZSTD_compressSequences`) makes
-frames that are half as large again as level 1 needs, sooner (docs/decisions/0010). Any zstd decoder
+frames of two thirds of what level 1 needs, sooner (docs/decisions/0010). Any zstd decoder
 reads them.
 
 A sequence is an island and one zero as literals, then a match at offset 1 over the zeros up to the
@@ -34,6 +34,7 @@ _SHORTEST_MATCH = 3
 _PASSING_BYTES = 16 << 20
 _FRAME_HEAD_BYTES = 6  # magic, descriptor, window: no content size, no checksum
 _BLOCK_HEAD_BYTES = 3
+_REPEATED = 1  # a block's type
 # Names and numbers of zstd.h. The level only sets tables here; no match is searched.
 _PARAMETERS = {
     "compressionLevel": (100, 1),
@@ -60,6 +61,9 @@ class SequenceCoder:
 
         `difference` has at most `PIECE_LIMIT_BYTES`. Its blocks may follow those of another piece;
         `is_last` marks the last of them as the last of its frame.
+
+        Raises:
+            OSError: libzstd refuses, as for want of memory.
         """
         size = len(difference)
         padded = difference
@@ -123,7 +127,7 @@ def sequence_coder() -> SequenceCoder | None:
             _declare(library)
             if library.ZSTD_versionNumber() >= _OLDEST and _proves(coder := SequenceCoder(library)):
                 return coder
-        except (OSError, AttributeError, RuntimeError):
+        except (OSError, AttributeError):
             continue  # no such library, no such function, or parameters it does not take
     return None
 
@@ -139,11 +143,16 @@ def frame_head(size_bytes: int) -> bytes:
 def zero_blocks(size_bytes: int, *, is_last: bool) -> bytes:
     """Blocks that decode to zeros: four bytes for each 128 KiB."""
     whole, rest = divmod(size_bytes, BLOCK_BYTES)
-    sizes = [BLOCK_BYTES] * whole + [rest] * bool(rest)
-    blocks = [(size << 3 | 1 << 1).to_bytes(_BLOCK_HEAD_BYTES, "little") + b"\0" for size in sizes]
-    if is_last and blocks:
-        blocks[-1] = bytes([blocks[-1][0] | 1]) + blocks[-1][1:]
-    return b"".join(blocks)
+    if is_last and not rest and whole:
+        whole, rest = whole - 1, BLOCK_BYTES
+    last = _zero_block(rest, is_last=is_last) if rest else b""
+    return _zero_block(BLOCK_BYTES, is_last=False) * whole + last
+
+
+def _zero_block(size_bytes: int, *, is_last: bool) -> bytes:
+    """One byte, to be repeated."""
+    head = size_bytes << 3 | _REPEATED << 1 | is_last
+    return head.to_bytes(_BLOCK_HEAD_BYTES, "little") + b"\0"
 
 
 def _sequences(words: npt.NDArray[np.uint64], size: int) -> Rows | None:
@@ -156,13 +165,13 @@ def _sequences(words: npt.NDArray[np.uint64], size: int) -> Rows | None:
     is_hot = words != 0
     is_hot[starts >> 3] = True
     hot = np.flatnonzero(is_hot)
+    if len(hot) == len(starts) and not words[hot].any():
+        return None
     if 3 * len(hot) > 2 * len(words):
         # Dense: literals alone are as small as many short matches, and made far sooner.
         literals = np.diff(starts, append=size)
         return np.stack([0 * literals, literals, 0 * literals, 0 * literals], 1).astype(np.uint32)
     is_nonzero = words[hot].view(np.uint8) != 0
-    if len(hot) == len(starts) and not is_nonzero.any():
-        return None
     is_nonzero[np.searchsorted(hot, starts >> 3) << 3] = True
     inner = np.flatnonzero(is_nonzero).astype(np.int32)
     places = (hot.astype(np.int32)[inner >> 3] << 3) + (inner & 7)
@@ -202,7 +211,7 @@ def _unmark_last_block(frame: memoryview) -> None:
     at = _FRAME_HEAD_BYTES
     while not frame[at] & 1:
         head = int.from_bytes(frame[at : at + _BLOCK_HEAD_BYTES], "little")
-        at += _BLOCK_HEAD_BYTES + (1 if head >> 1 & 3 == 1 else head >> 3)
+        at += _BLOCK_HEAD_BYTES + (1 if head >> 1 & 3 == _REPEATED else head >> 3)
     frame[at] &= 0xFE
 
 
@@ -223,7 +232,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _check(library: ctypes.CDLL, result: int) -> None:
     if library.ZSTD_isError(result):
-        raise RuntimeError(f"libzstd refuses: code {(1 << 64) - result}")
+        raise OSError(f"libzstd refuses: code {(1 << 64) - result}")
 
 
 def _proves(coder: SequenceCoder) -> bool:

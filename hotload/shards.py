@@ -203,15 +203,16 @@ def render_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) ->
 
 
 def storage_bytes(dtype: str, shape: Iterable[int]) -> int | None:
-    """Bytes a tensor occupies; None where dtype × shape is not a whole number of bytes.
+    """Bytes a tensor occupies; None where dtype × shape is no whole number of bytes, or 2^63
+    elements and more.
 
     Raises:
         KeyError: no such dtype.
     """
-    bits = DTYPE_BITS[dtype]
-    for dimension in shape:
-        bits *= dimension
-    return None if bits % 8 else bits // 8
+    elements = _element_count(shape)
+    if elements is None or elements * DTYPE_BITS[dtype] % 8:
+        return None
+    return elements * DTYPE_BITS[dtype] // 8
 
 
 def read_json_object(data: bytes, *, file: str) -> dict[str, Any]:
@@ -266,19 +267,24 @@ def _read_entry(name: str, entry: object, file: str) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
         _refuse("offsets", file, name, shorten(offsets), "[start, end] in bytes")
     start, end = offsets
-    # A hostile shape of many dimensions would make one very large integer: stop at the first absurd
-    # product.
-    elements = 1
-    for dimension in shape:
-        elements *= dimension
-        if elements >= 1 << 63:
-            _refuse("shape", file, name, shorten(shape), "fewer than 2^63 elements")
+    if _element_count(shape) is None:
+        _refuse("shape", file, name, shorten(shape), "fewer than 2^63 elements")
     expected = storage_bytes(dtype, shape)
     if end < start or end - start != expected:
         told = "whole bytes" if expected is None else f"{expected} bytes"
         found = f"data_offsets [{start}, {end}]"
         _refuse("tensor_size", file, name, found, f"{told} for {dtype} {shorten(shape)}")
     return TensorInfo(name, dtype, tuple(shape), start, end)
+
+
+def _element_count(shape: Iterable[int]) -> int | None:
+    """None for 2^63 and more: the product of many dimensions would be one very large integer."""
+    elements = 1
+    for dimension in shape:
+        elements *= dimension
+        if elements >= 1 << 63:
+            return None
+    return elements
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

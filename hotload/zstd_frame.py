@@ -7,7 +7,7 @@ or another size is refused before anything is decoded or allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any
 
@@ -17,16 +17,23 @@ import zstandard
 
 from hotload.errors import DeltaError
 from hotload.readable import Bytes, Readable, read_bytes
-from hotload.sequences import frame_head, sequence_coder, zero_blocks
+from hotload.sequences import (
+    BLOCK_BYTES,
+    PIECE_LIMIT_BYTES,
+    frame_head,
+    sequence_coder,
+    zero_blocks,
+)
 
-PIECE_BYTES = 1 << 20  # a piece, its base and what is made of them stay in a core's cache
+PIECE_BYTES = PIECE_LIMIT_BYTES  # a piece, its base and what is made of them stay in a core's cache
 WINDOW_LIMIT_BYTES = 1 << 27  # the most a frame may make its decoder allocate
 
 _SMALL_BYTES = 1 << 12  # in a smaller frame, tables cost what sequences gain
 _EMPTY_FRAME = bytes.fromhex("28b52ffd2000010000")
-_HEADER_LIMIT_BYTES = 18
+HEADER_LIMIT_BYTES = 18
 _BLOCK_HEADER_BYTES = 3
 _CHECKSUM_BYTES = 4
+_HEADS_BYTES = 4096  # blocks of a sparse tensor are short: several heads to a read
 _RLE, _COMPRESSED, _RESERVED = 1, 2, 3
 
 Array = npt.NDArray[np.uint8]
@@ -55,12 +62,17 @@ def describe(writer: Writer) -> str:
 def pack(difference: Array, *, writer: Writer, is_last: bool) -> bytes | None:
     """A piece of at most `PIECE_BYTES` as `FrameWriter.add` takes it; None where it is all zeros.
 
-    The heavy part of writing a frame: pieces may be packed in any thread and any order.
+    Pieces may be packed in any thread and any order. With sequences that is the heavy part; level 1
+    compresses where they are added.
+
+    Raises:
+        OSError: sequences, and there is no libzstd for them, or it refuses.
     """
-    coder = sequence_coder()
-    if writer is Writer.SEQUENCES and coder:
-        return coder.blocks(difference, is_last=is_last)
-    return difference.tobytes() if difference.any() else None
+    if writer is Writer.LEVEL_ONE:
+        return difference.tobytes() if difference.any() else None
+    if (coder := sequence_coder()) is None:
+        raise OSError("no libzstd that writes sequences")
+    return coder.blocks(difference, is_last=is_last)
 
 
 def writer_for(size_bytes: int, writer: Writer) -> Writer:
@@ -123,17 +135,6 @@ class FrameWriter:
         self.size_bytes += len(data)
 
 
-def write_frame(pieces: Iterable[Array], size_bytes: int, write: Callable[[Bytes], object]) -> int:
-    """Write one frame over pieces of `PIECE_BYTES`, the last one shorter; tell its size."""
-    writer = writer_for(size_bytes, best_writer())
-    frame = FrameWriter(size_bytes, write, writer=writer)
-    reached = 0
-    for piece in pieces:
-        reached += len(piece)
-        frame.add(pack(piece, writer=writer, is_last=reached == size_bytes), len(piece))
-    return frame.end()
-
-
 def zero_frame(size_bytes: int) -> bytes:
     """The frame of a tensor that did not change: 4 bytes for each 128 KiB.
 
@@ -156,7 +157,7 @@ def zero_frame_bytes(size_bytes: int) -> int:
     """Length of `zero_frame(size_bytes)`, which a hostile size would make long."""
     if size_bytes == 0:
         return len(_EMPTY_FRAME)
-    return len(frame_head(size_bytes)) + 4 * -(-size_bytes // (1 << 17))
+    return len(frame_head(size_bytes)) + 4 * -(-size_bytes // BLOCK_BYTES)
 
 
 def content_size(
@@ -223,7 +224,7 @@ class _Span:
 
 def _read_head(source: Readable, start: int, end: int, subject: str) -> tuple[Any, int]:
     """The frame's parameters and where its blocks begin."""
-    head = read_bytes(source, start, min(_HEADER_LIMIT_BYTES, end - start))
+    head = read_bytes(source, start, min(HEADER_LIMIT_BYTES, end - start))
     if not head.startswith(zstandard.FRAME_HEADER):
         raise DeltaError(subject, "payload does not begin with a zstd frame")
     try:
@@ -237,16 +238,22 @@ def _read_head(source: Readable, start: int, end: int, subject: str) -> tuple[An
 
 
 def _walk_blocks(source: Readable, at: int, end: int, has_checksum: bool, subject: str) -> None:
+    heads, heads_start = b"", at
     is_last = False
     while not is_last:
         if at + _BLOCK_HEADER_BYTES > end:
             raise DeltaError(subject, "frame is cut off")
-        block = int.from_bytes(read_bytes(source, at, _BLOCK_HEADER_BYTES), "little")
+        if at + _BLOCK_HEADER_BYTES > heads_start + len(heads):
+            heads, heads_start = read_bytes(source, at, min(_HEADS_BYTES, end - at)), at
+        place = at - heads_start
+        block = int.from_bytes(heads[place : place + _BLOCK_HEADER_BYTES], "little")
         is_last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
         if kind == _RESERVED:
             raise DeltaError(subject, "frame has a block of a reserved type")
-        if kind == _COMPRESSED and not size:  # libzstd's stream reader skips it, its other refuses
+        if not size and kind == _COMPRESSED:  # libzstd's stream reader skips it, its other refuses
             raise DeltaError(subject, "frame has a compressed block of no bytes")
+        if not size and not is_last:  # nobody writes such, and millions fit into a small file
+            raise DeltaError(subject, "frame has an empty block before its last")
         at += _BLOCK_HEADER_BYTES + (1 if kind == _RLE else size)
     at += _CHECKSUM_BYTES if has_checksum else 0
     if at > end:

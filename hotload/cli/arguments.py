@@ -55,9 +55,9 @@ checkpoints into one layout. The frames are read by any zstd decoder; the output
 made them. Two single .safetensors files work as well, then OUT is a file.
 """
 _APPLY = """
-Write the checkpoint that DELTA makes of BASE into the new directory OUT. Every tensor is held to
-its checksum before OUT gets its name; a wrong base, a torn file, a delta applied twice are refused,
-and BASE is only read.
+Write the checkpoint that DELTA makes of BASE into the new directory OUT. Every tensor in the delta
+is held to its checksum before OUT gets its name; a wrong base, a torn file, a delta applied twice
+are refused, and BASE is only read.
 """
 _VERIFY = """
 Decode DELTA on BASE and compare with TARGET bit for bit. Nothing is written. Exit code 1 if a

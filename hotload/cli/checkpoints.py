@@ -12,12 +12,12 @@ from hotload.cli.outcome import FOUND, OK, Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.refusals import UsageError
 from hotload.cli.wording import count, size
-from hotload.directories import open_delta
 from hotload.errors import DeltaError, InvalidCheckpointError
 from hotload.inspection import Form, spec_forms
 from hotload.layout import check_delta, check_full, check_lora, check_payload, drift
 from hotload.local import read_checkpoint
 from hotload.manifests import check_index
+from hotload.operands import open_delta
 from hotload.relayout import relayout_directory
 from hotload.shards import Checkpoint, Finding, read_json_object, storage_bytes
 from hotload.snapshot import CONFIG_FILE, INDEX_FILE, SPEC_FILE, SnapshotKind
@@ -140,8 +140,8 @@ def _check_frames(directory: Path, forms: dict[str, Form]) -> Iterator[Finding]:
             for name, payload in delta.payloads.items():
                 subject = f"{payload.file}: {name}"
                 stated = content_size(payload.source, payload.start, payload.end, subject)
-                expected = storage_bytes(*forms[name]) if name in forms else stated
-                if stated != expected:
+                expected = storage_bytes(*forms[name]) if name in forms else None
+                if expected is not None and stated != expected:
                     found = f"a frame of {stated} bytes"
                     yield _ours("frame_size", payload.file, name, found, f"{expected} bytes")
     except DeltaError as error:

@@ -12,7 +12,6 @@ from typing import Any
 from hotload.cli.outcome import Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.wording import count, percent, ratio, size, table
-from hotload.directories import open_delta
 from hotload.inspection import (
     PartFacts,
     TensorFacts,
@@ -25,6 +24,7 @@ from hotload.inspection import (
 )
 from hotload.local import read_checkpoint
 from hotload.model_config import is_tied
+from hotload.operands import open_delta
 from hotload.shards import Checkpoint, read_json_object
 from hotload.snapshot import (
     ADAPTER_CONFIG_FILE,

@@ -74,7 +74,7 @@ def apply(options: Namespace, bar: Bar | None) -> Outcome:
             options.base, options.delta, options.out, workers=options.workers, progress=bar
         )
     size_bytes = _size_bytes(options.out)
-    told = f"{options.out}: {size(size_bytes)}, every tensor as its checksum says"
+    told = f"{options.out}: {size(size_bytes)}, every tensor in the delta as its checksum says"
     return Outcome({"out": str(options.out), "size_bytes": size_bytes}, (told,))
 
 

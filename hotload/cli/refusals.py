@@ -25,11 +25,12 @@ _ADVICE = {
     errno.ENOENT: "a directory that is there",
     errno.ENOTDIR: "a directory",
     errno.EEXIST: "a new name, or an empty directory",
+    errno.ENOTEMPTY: "a new name: somebody else has used this one meanwhile",
     errno.EINVAL: "an OUT of its own",
     errno.EFBIG: "a file system and a limit (ulimit -f) that let a file grow so large",
     errno.EMFILE: "a higher limit of open files (ulimit -n)",
 }
-_ABOUT_ARGUMENTS = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EINVAL}
+_ABOUT_ARGUMENTS = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL}
 
 
 class UsageError(Exception):

@@ -304,7 +304,9 @@ def test_sequences_are_half_as_small_again_as_level_1() -> None:
 
 
 @pytest.mark.parametrize("writer", Writer)
-@pytest.mark.parametrize("size", [0, 1, 100_000, 131_072, SPAN_BYTES + 131_073])
+@pytest.mark.parametrize(
+    "size", [0, 1, 100_000, 131_072, PIECE_BYTES + 2, 2 * PIECE_BYTES, SPAN_BYTES + 131_073]
+)
 def test_an_unchanged_tensor_is_the_zero_frame(size: int, writer: Writer) -> None:
     frame, _ = encode_tensor(bytes(size), bytes(size), writer=writer)
     assert frame == zero_frame(size)
@@ -314,7 +316,7 @@ def test_an_unchanged_tensor_is_the_zero_frame(size: int, writer: Writer) -> Non
 
 def layered(seed: int) -> tuple[bytes, bytes]:
     """Two shards of tensors around the sizes of pieces and spans, some unchanged."""
-    sizes = [SPAN_BYTES + 6, 0, 2, PIECE_BYTES, 0, 131_074, 3 * SPAN_BYTES - 2, 64]
+    sizes = [SPAN_BYTES + 6, 0, 2, PIECE_BYTES + 2, 0, 131_074, 3 * SPAN_BYTES - 2, 64]
     old, new = {}, {}
     for index, size in enumerate(sizes):
         share = 0 if index in (3, 7) else 0.01
@@ -350,6 +352,19 @@ def test_other_envelopes_hold_the_changed_tensors_and_their_checksums(checksum: 
     assert {len(text) for text in header.metadata.values()} == {checksum.digits}
     with pytest.raises(ChecksumMismatchError):
         apply(target, delta, envelope=envelope)
+
+
+@pytest.mark.parametrize("tail", range(9))
+def test_an_unchanged_tensor_with_a_short_tail_leaves_nothing_behind(tail: int) -> None:
+    same, (old, new) = bytes(PIECE_BYTES + tail), edited(10_000, 0.01)
+    base, target = (
+        shard({"a": ("U8", (len(same),), same), "b": ("U8", (10_000,), data)})
+        for data in (old, new)
+    )
+    envelope = Envelope(Checksum.ADLER32, is_decimal=False, has_every_tensor=False)
+    delta, _ = encode(base, target, envelope=envelope)
+    assert opened(delta)[1].by_name.keys() == {"b"}
+    assert apply(base, delta, envelope=envelope) == target
 
 
 def test_what_fails_in_a_thread_reaches_the_caller() -> None:
@@ -433,8 +448,8 @@ HOSTILE = {
     "run-bomb": "states 1073741824 bytes, the tensor has 12",
     "run-past-the-tensor": "does not decode",
     "run-of-two-mebibytes": "does not decode",
-    "blocks-without-end": "cut off",
-    "many-blocks-then-more": "does not decode",
+    "blocks-without-end": "empty block before its last",
+    "many-blocks-then-more": "empty block before its last",
     "empty-compressed-block": "a compressed block of no bytes",
     "needs-a-dictionary": "does not decode",
     "of-another-base": "checksum is|other bytes",
@@ -540,6 +555,12 @@ def test_any_bytes_as_a_frame_are_refused_or_checked(frame: bytes, base: bytes) 
         decode_tensor(
             base, b"\x28\xb5\x2f\xfd" + frame, adler32=0, subject="w"
         )  # no bytes sum to 0
+
+
+def test_a_frame_of_empty_blocks_is_refused() -> None:
+    frame = zstandard.FRAME_HEADER + bytes.fromhex("200c") + bytes(3) * 5 + bytes.fromhex("010000")
+    with pytest.raises(DeltaError, match="empty block before its last"):
+        decode_tensor(V0, frame, adler32=ADLER[V1], subject="w")
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:

@@ -14,12 +14,12 @@ from hotload.codec import Payload
 from hotload.directories import (
     apply_directory,
     encode_directory,
-    open_delta,
     redress_directory,
     verify_directory,
 )
 from hotload.errors import ChecksumMismatchError
 from hotload.local import open_shard
+from hotload.operands import open_delta
 from hotload.readable import read_bytes
 from hotload.wire.dialects import Dialect, Lineage
 

@@ -20,7 +20,7 @@ from hotload.directories import (
     apply_directory,
     encode_directory,
     fold_directory,
-    open_delta,
+    new_directory,
     redress_directory,
     verify_directory,
 )
@@ -34,6 +34,7 @@ from hotload.errors import (
 from hotload.layout import check_delta, check_full
 from hotload.local import open_shard, read_checkpoint
 from hotload.manifests import build_index, build_spec
+from hotload.operands import open_delta
 from hotload.snapshot import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.wire.dialects import Dialect, Lineage
 from tests.hotload import slime_receiver
@@ -934,3 +935,18 @@ except OSError as error:
     root = Path(hotload.__file__).parents[1]
     assert subprocess.run(program, cwd=root, check=False).returncode == 27  # EFBIG
     assert sorted(tmp_path.iterdir()) == there
+
+
+def test_what_takes_out_meanwhile_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def make_ours() -> None:
+        with new_directory(out) as staged:
+            (staged / "ours").write_text("ours")
+            out.mkdir()
+            (out / "precious").write_text("theirs")
+
+    with pytest.raises(OSError, match="not empty"):
+        make_ours()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "precious").read_text() == "theirs"

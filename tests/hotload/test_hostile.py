@@ -18,12 +18,12 @@ import hotload
 from hotload.directories import (
     apply_directory,
     fold_directory,
-    open_delta,
     redress_directory,
     verify_directory,
 )
 from hotload.errors import DeltaError, HotLoadError, InvalidCheckpointError
 from hotload.local import apply_file, open_shard
+from hotload.operands import open_delta
 from hotload.wire.dialects import Dialect, Lineage, parse_index
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -1,8 +1,9 @@
 """Order among threads: results, turns, and what happens when one fails."""
 
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from threading import Barrier, Event
+from threading import Barrier, Event, main_thread
 
 import pytest
 
@@ -73,3 +74,37 @@ def test_a_caller_that_leaves_stops_the_work() -> None:
         assert next(results) == 0
         results.close()
     assert len(started) < 10
+
+
+def test_an_interrupt_leaves_no_job_running() -> None:
+    ended, go_on = Event(), Event()
+
+    def slow() -> None:
+        signal.pthread_kill(main_thread().ident, signal.SIGINT)
+        assert go_on.wait(10)
+        ended.set()
+
+    class Interrupted(Turns):
+        def give_up(self) -> None:
+            super().give_up()
+            go_on.set()
+
+    with Workers(1) as pool:
+        results = run_in_order([slow], pool, Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+        assert ended.is_set()
+
+
+def test_shards_that_share_threads_share_the_room_for_results() -> None:
+    with Workers(4, share_count=4) as pool:
+        started = []
+
+        def jobs() -> Iterator[Callable[[], int]]:
+            for number in range(100):
+                started.append(number)
+                yield lambda: 0
+
+        next(results := run_in_order(jobs(), pool, Turns()))
+        assert len(started) <= 3
+        results.close()

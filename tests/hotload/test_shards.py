@@ -26,6 +26,7 @@ from hotload.shards import (
     read_json_object,
     render_header,
     shorten,
+    storage_bytes,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -274,3 +275,9 @@ def test_a_finding_says_where_what_and_who() -> None:
 def test_shown_values_are_bounded_and_printable() -> None:
     assert len(shorten("x" * 10_000)) == 158
     assert shorten("\x1b[2J\n") == r"'\x1b[2J\n'"
+
+
+def test_a_shape_of_many_dimensions_costs_nothing() -> None:
+    assert storage_bytes("BF16", [1 << 40] * 100_000) is None
+    assert storage_bytes("BF16", [3, 5]) == 30
+    assert storage_bytes("F4", [3]) is None
