@@ -39,9 +39,11 @@ check: install  ## ruff, format, mypy, the floors of the house
 	$(PY) -m pytest tests/test_architecture.py
 
 WITNESS := .oracle-venv/bin/python
-bench: install  ## the measured promises: codec (see `make oracles` for its peers), fan-out, cost of a cycle
+bench: install  ## the measured promises: codec (`make oracles` first adds its peers), rollouts, cost of a cycle
 	$(PY) -m benchmarks.codec --witness $(WITNESS) --write
+	$(PY) -m benchmarks.client
 	$(PY) -m benchmarks.fan_out
+	$(PY) -m benchmarks.rollout_memory
 	$(PY) -m benchmarks.cycle_overhead
 
 test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: ceph-mon ceph-osd radosgw)

@@ -9,8 +9,9 @@ import orjson
 from hotload.wire import inference
 
 ERROR_BODY_LIMIT_BYTES = 64 << 10
-NO_ANSWER = (httpx.HTTPError, aiohttp.ClientError, OSError)
-"""What the transport raises when there is no answer, or no whole one."""
+NO_ANSWER = (httpx.HTTPError, aiohttp.ClientError, OSError, UnicodeError)
+"""What the transport raises when there is no answer, or no whole one (`UnicodeError`: a host name
+that cannot be one)."""
 
 
 class Wire:
@@ -30,9 +31,8 @@ class Wire:
         self._transport = transport
         self._origin = origin
         self._urls: dict[str, httpx.URL] = {}
-        fixed = {"Host": httpx.URL(origin).netloc.decode(), "Accept": "*/*", **headers}
-        fixed["Content-Type"] = "application/json"
-        self._headers = [(name.encode(), value.encode()) for name, value in fixed.items()]
+        fixed = {**headers, "Content-Type": "application/json"}
+        self._headers = httpx.Headers(fixed, encoding="ascii").raw
         self._extensions = {"timeout": timeout.as_dict()}
 
     async def post(
@@ -40,14 +40,16 @@ class Wire:
     ) -> httpx.Response:
         """The response to one POST, its body still to be read; it must be closed."""
         url = self._urls.get(path) or self._urls.setdefault(path, httpx.URL(self._origin + path))
-        length = (b"Content-Length", b"%d" % len(body))
+        # Given as a stream, httpx leaves host and length to aiohttp, at half the cost.
         request = httpx.Request(
             "POST",
             url,
-            headers=[*self._headers, *headers, length],
-            content=body,
+            headers=[*self._headers, *headers],
+            stream=httpx.ByteStream(body),
             extensions=self._extensions,
         )
+        request.headers.encoding = "ascii"
+        request.read()
         return await self._transport.handle_async_request(request)
 
 

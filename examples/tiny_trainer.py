@@ -86,7 +86,7 @@ class TinyTrainer:
         (directory / INDEX_FILE).write_bytes(build_index(shards))
         (directory / SPEC_FILE).write_bytes(build_spec(shards))
         (directory / CONFIG_FILE).write_text(json.dumps(CONFIG, indent=1))
-        _tokenizer().save(str(directory / "tokenizer.json"))
+        make_tokenizer().save(str(directory / "tokenizer.json"))
         settings = {"chat_template": CHAT_TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
@@ -127,7 +127,8 @@ def _file_of(name: str) -> str:
     return f"model-{number:05d}-of-{len(files):05d}.safetensors"
 
 
-def _tokenizer() -> Tokenizer:
+def make_tokenizer() -> Tokenizer:
+    """The tokenizer of every checkpoint: bytes and pieces of sums, the same each time."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

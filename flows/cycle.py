@@ -2,12 +2,16 @@
 
 checkpoint → validate → plan → encode → upload → hint → signal → wait → roll out → score → report
 
+One cycle publishes at a time. On-policy it samples before the next may publish; where the spec
+allows `max_head_offpolicy_versions`, the next may publish while this one samples.
+
 Run it locally with `python -m flows.cycle cycle.yaml`; trigger and schedule it as README.md shows.
 """
 
 import argparse
 import asyncio
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 from time import monotonic
 
@@ -19,7 +23,7 @@ from blocks.hot_load_service import HotLoadService
 from flows.publish import full_snapshot, publish_snapshot
 from flows.rollouts import roll_out_and_score
 from hotload.errors import HotLoadError, NeedsFullSnapshotError
-from hotload.report import CycleReport
+from hotload.report import CycleReport, Publication
 from hotload.spec import CycleSpec
 from tasks.baseline import keep_baseline
 from tasks.conclude import conclude_cycle, find_report, named
@@ -28,6 +32,7 @@ from tasks.lease import publisher_lease
 from tasks.overlap import both
 from tasks.plan import plan_snapshot
 from tasks.preflight import preflight_service
+from tasks.publication import find_publication, record_publication
 from tasks.validate import validate_checkpoint, validate_rollouts
 from tasks.wait import wait_for_replicas
 
@@ -52,28 +57,40 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
     store = await CheckpointStore.load(spec.store)
     if report := await find_report(store, spec):
         return named("AlreadyDone", "this cycle has ended before", report)
-    content = await validate_checkpoint(spec, service)
-    await validate_rollouts(spec)
+    may_overlap = spec.sampling.max_head_offpolicy_versions > 0
+    publication = await find_publication(store, spec) if may_overlap else None
 
-    async with publisher_lease(store, spec.name) as lease:
-        expected = await preflight_service(spec, service, store)
-        await wait_for_replicas(spec, service, expected)
-        plan = await plan_snapshot(spec, service, store, content)
-        fallback = None
-        try:
-            published = await publish_snapshot(spec, content, plan, lease.token, expected)
-        except NeedsFullSnapshotError as reason:
-            fallback = str(reason)
-            published = await full_snapshot(spec, content, fallback, lease.token, expected)
+    async with AsyncExitStack() as held:
+        if publication is None:
+            content = await validate_checkpoint(spec, service)
+            await validate_rollouts(spec)
+            lease = await held.enter_async_context(publisher_lease(store, spec.name))
+            expected = await preflight_service(spec, service, store)
+            await wait_for_replicas(spec, service, expected)
+            plan = await plan_snapshot(spec, service, store, content)
+            fallback = None
+            try:
+                published = await publish_snapshot(spec, content, plan, lease.token, expected)
+            except NeedsFullSnapshotError as reason:
+                fallback = str(reason)
+                published = await full_snapshot(spec, content, fallback, lease.token, expected)
+            publication = Publication(content=content, snapshot=published, fallback=fallback)
+            if may_overlap:
+                await keep_baseline(spec, service, store, published.identity)
+                await record_publication(store, spec.name, publication)
+                await held.aclose()  # the lease is given back: the next cycle may publish
 
-        rollouts, _ = await both(
-            roll_out_and_score(spec, published.identity, published.replica_count),
-            keep_baseline(spec, service, store, published.identity),
-        )
-        report = CycleReport.of(spec, content, published, fallback, rollouts, monotonic() - started)
-        await conclude_cycle(store, report)
-    if fallback:
-        return named("CompletedByFallback", fallback, report)
+        snapshot = publication.snapshot
+        sampling = roll_out_and_score(spec, snapshot.identity, snapshot.replica_count)
+        if may_overlap:
+            rollouts = await sampling
+        else:
+            baseline = keep_baseline(spec, service, store, snapshot.identity)
+            rollouts, _ = await both(sampling, baseline)
+        report = CycleReport.of(spec, publication, rollouts, monotonic() - started)
+        await conclude_cycle(store, spec, report)
+    if report.fallback_reason:
+        return named("CompletedByFallback", report.fallback_reason, report)
     return report
 
 

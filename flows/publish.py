@@ -1,5 +1,6 @@
 """Publish: one snapshot from the checkpoint to every replica; and the full one when that failed."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
 
@@ -50,7 +51,7 @@ async def publish_snapshot(
     """
     service = await HotLoadService.load(spec.service)
     store = await CheckpointStore.load(spec.store)
-    started = monotonic()
+    started, began_at = monotonic(), datetime.now(UTC)
     manifest = await find_manifest(store, plan.identity)
     carried: list[Carried] = []
     if manifest is None:
@@ -64,15 +65,15 @@ async def publish_snapshot(
     published_at = monotonic()
     warnings = await signal_snapshot(service, store, manifest, lease_token)
     signalled_at = monotonic()
-    replica_count = await wait_until_ready(
-        service, manifest, spec.readiness, expected_replica_count
-    )
+    convergence = await wait_until_ready(service, manifest, spec.readiness, expected_replica_count)
     seconds = {
         "publish": published_at - started,
         "signal": signalled_at - published_at,
         "converge": monotonic() - signalled_at,
     }
-    return Published.of(manifest, plan.reason, carried, replica_count, warnings, seconds)
+    return Published.of(
+        manifest, plan.reason, carried, convergence, warnings, seconds, began_at=began_at
+    )
 
 
 async def _carry(

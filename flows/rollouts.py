@@ -3,11 +3,12 @@
 from prefect import flow
 
 from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
-from hotload.parts import MANIFEST_FILE, RolloutPart
+from hotload.parts import MANIFEST_FILE
 from hotload.report import RolloutSummary
 from hotload.spec import CycleSpec
-from tasks.hand_back import find_rollout, hand_back, sum_up
+from tasks.hand_back import find_rollout, hand_back
 from tasks.overlap import overlap
 from tasks.progress import Progress
 from tasks.read_problems import plan_rollouts
@@ -21,7 +22,8 @@ async def roll_out_and_score(
 ) -> RolloutSummary:
     """Sample the problems in chunks, score the groups, leave them as Parquet in the store.
 
-    Started again, it samples only the parts that are not in the store yet.
+    Groups are written as they finish, with a manifest that says so far. Started again, it samples
+    only what is not in the store yet.
 
     Args:
         spec: what to sample, how, and what scores it.
@@ -29,27 +31,30 @@ async def roll_out_and_score(
         replica_count: replicas there are, for the first size of the window.
 
     Raises:
-        InvalidProblemsError, RewardError: the caller's input; nothing was sampled.
+        InvalidProblemsError, RewardError, RolloutFunctionError: the caller's input; nothing was
+            sampled.
         ServiceRefusedError: no sample can succeed.
+        RolloutsFailedError: the service failed row after row; started again, it goes on.
         StoreError: the store refuses.
     """
     client = await RolloutClient.load(spec.rollouts)
     store = await CheckpointStore.load(spec.store)
+    # Only then may somebody publish while this samples.
+    may_move = spec.sampling.max_head_offpolicy_versions > 0
+    service = await HotLoadService.load(spec.service) if may_move else None
     plan = await plan_rollouts(spec, identity)
     path = plan.path(MANIFEST_FILE)
     if done := await find_rollout(store, path, plan.digest):
         return done
     await warm_up(client, spec.readiness)
-    async with open_rollout(spec, plan, client, store, replica_count) as rollout:
+    async with open_rollout(spec, plan, client, store, replica_count, service) as rollout:
         progress = await Progress.start(f"rollouts {identity}", plan.problem_count)
-        numbers = range(len(plan.parts))
-        parts = await overlap(_carry(rollout, number, progress) for number in numbers)
+        await overlap(_carry(rollout, number, progress) for number in range(len(plan.parts)))
         rollout.log_window()
-    manifest = sum_up(store, plan, parts, rollout.seconds)
+        manifest = rollout.manifest(is_complete=True)
     return await hand_back(store, manifest, path)
 
 
-async def _carry(rollout: Rollout, number: int, progress: Progress) -> RolloutPart:
-    part = await roll_out_chunk(rollout, number)
-    await progress.advance(part.group_count)
-    return part
+async def _carry(rollout: Rollout, number: int, progress: Progress) -> None:
+    await roll_out_chunk(rollout, number)
+    await progress.advance(len(rollout.plan.parts[number].problems))

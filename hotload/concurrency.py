@@ -5,11 +5,19 @@ The window is a float `w`; its usable size is `int(w)`, clamped. Growth is addit
 multiplicative, driven by the replicas' prefill queue where they report it and by status codes where
 they do not. After a shrink below the slots in use, the remainder is a debt: nothing is acquired
 until releases have paid it.
+
+Beyond the vendor's rules, the window remembers how wide it was before a time of congestion: ten
+seconds of refusals leave one slot, and one more per interval would take thousands of samples to
+come back. A run of calm attempts ends such a time; every half run doubles the window, up to what it
+was. Where that brings the congestion back three times, the service has less to give than it had.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hotload.spec import Concurrency
 
@@ -19,6 +27,11 @@ MULTIPLICATIVE_FACTOR = 0.5
 EMA_ALPHA = 0.3
 SHRINK_COOLDOWN_SECONDS = 1.0
 CONGESTION_CODES = frozenset({429, 503})
+DEEP_SHRINK = 4  # one halving is the ordinary saw tooth
+CALM_RUN = 16
+RECOVERIES = 3
+TRACE_LIMIT = 2000
+TRACE_STEP_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +39,7 @@ class Attempt:
     """How one attempt ended, as far as the window cares.
 
     `status_code` is the effective one, `None` after a transport error; the attempt number counts
-    from 1.
+    from 1; `seconds` is how long it took.
     """
 
     status_code: int | None
@@ -34,6 +47,7 @@ class Attempt:
     prefill_queue_seconds: float | None = None
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    seconds: float = 0.0
     is_swap: bool = False
     """Weights are being swapped or the service scales up: says nothing about load."""
 
@@ -48,12 +62,13 @@ class Attempt:
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """The window over one step (protocol §15, step report); queue times in seconds, `None` if never
-    reported.
+    reported. `requests` ended by themselves; `abandoned` were cancelled under way.
     """
 
     window: int
     window_after: int
     requests: int
+    abandoned: int
     status_responses: int
     congestion_responses: int
     congestion_events: int
@@ -71,16 +86,77 @@ class StepReport:
         return self.congestion_responses / self.status_responses if self.status_responses else 0.0
 
 
+class TracePoint(NamedTuple):
+    """The window at one moment; seconds of the clock that `Window.release` is given."""
+
+    seconds: float
+    size: int
+    in_flight: int
+
+
 class _Step:
     """The counters of one step."""
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.requests = self.status_responses = self.congestion_responses = 0
+        self.requests = self.abandoned = self.status_responses = self.congestion_responses = 0
         self.congestion_events = self.retry_exhaustions = self.max_in_flight = 0
         self.queue_sum, self.queue_count = 0.0, 0
         self.window_sum = 0
         self.prompt_tokens = self.cached_prompt_tokens = 0
+
+
+class _Memory:
+    """The width before a time of congestion, and when to go back to it."""
+
+    def __init__(self) -> None:
+        self.width: float | None = None
+        self.calm = 0
+        """Attempts in a row, sent after the last sign of load, that showed none."""
+        self._loaded_at = -math.inf
+        self._tries_left = RECOVERIES
+        self._is_recovering = False
+
+    def note_load(self, now: float) -> None:
+        """An attempt says that the service has much to do."""
+        self.calm = 0
+        self._loaded_at = now
+
+    def note_calm(self, sent_at: float) -> None:
+        """An attempt does not; one sent before the last that did says nothing new."""
+        self.calm += sent_at >= self._loaded_at
+
+    def note_shrink(self, width: float) -> None:
+        """The window shrinks from `width`."""
+        self._is_recovering = False
+        if self.width is None:
+            self.width = width
+
+    def note_quiet_growth(self, width: float) -> None:
+        """The window has grown to `width` after an interval without congestion."""
+        if self._is_recovering:
+            return
+        if self.width is None or width > self.width / DEEP_SHRINK:
+            self.width = None
+            self._tries_left = RECOVERIES
+
+    def wider(self, width: float) -> float | None:
+        """The next width on the way back, if one is due."""
+        if self.width is None or self.calm < CALM_RUN or self.calm % (CALM_RUN // 2):
+            return None
+        if not self._is_recovering:
+            if width > self.width / DEEP_SHRINK:
+                return None
+            if not self._tries_left:
+                self.width = None
+                return None
+            self._tries_left -= 1
+            self._is_recovering = True
+        wider = min(2 * width, self.width)
+        if wider == self.width:
+            self.width = None
+            self._is_recovering = False
+        return wider
 
 
 class Window:
@@ -103,6 +179,10 @@ class Window:
         self._queue_samples: list[float] = []
         self._successes = self._congestions = self._completed = 0
         self._step = _Step(self.size)
+        self._memory = _Memory()
+        self._trace: list[TracePoint] = []
+        self._latest: TracePoint | None = None
+        self._moments, self._trace_stride = 0, 1
 
     @property
     def size(self) -> int:
@@ -135,6 +215,7 @@ class Window:
     def abandon(self) -> None:
         """Give a slot back that saw no answer: the attempt was cancelled."""
         self._in_flight -= 1
+        self._step.abandoned += 1
 
     def release(self, attempt: Attempt, now: float) -> None:
         """Give a slot back and learn from how its attempt ended; `now` is a monotonic time in
@@ -142,8 +223,29 @@ class Window:
         """
         self._in_flight -= 1
         self._count(attempt)
-        if self._is_fixed:
+        if not self._is_fixed:
+            self._learn(attempt, now)
+        self._record(now)
+
+    def trace(self) -> Sequence[TracePoint]:
+        """The path of the window through time: its changes, at most some 2,000, evenly thinned."""
+        if self._latest is None or self._trace[-1] is self._latest:
+            return tuple(self._trace)
+        return (*self._trace, self._latest)
+
+    def _record(self, now: float) -> None:
+        last = self._latest
+        if last and last.size == self.size and now - last.seconds < TRACE_STEP_SECONDS:
             return
+        self._latest = TracePoint(now, self.size, self._in_flight)
+        if self._moments % self._trace_stride == 0:
+            self._trace.append(self._latest)
+        self._moments += 1
+        if len(self._trace) > TRACE_LIMIT:
+            del self._trace[1::2]
+            self._trace_stride *= 2
+
+    def _learn(self, attempt: Attempt, now: float) -> None:
         if attempt.prefill_queue_seconds is not None:
             self._queue_samples.append(attempt.prefill_queue_seconds)
         elif attempt.is_congestion:
@@ -151,6 +253,7 @@ class Window:
             self._shrink_at_once(attempt.number, now)
         elif attempt.status_code is not None and 200 <= attempt.status_code < 300:
             self._successes += 1
+        self._recover(attempt, now)
         self._completed += 1
         if self._completed >= self._spec.rollout_adjustment_interval:
             self._adjust()
@@ -168,6 +271,7 @@ class Window:
             window=step.window,
             window_after=self.size,
             requests=step.requests,
+            abandoned=step.abandoned,
             status_responses=step.status_responses,
             congestion_responses=step.congestion_responses,
             congestion_events=step.congestion_events,
@@ -201,7 +305,24 @@ class Window:
         self._shrunk_at = now
         self._step.congestion_events += 1
         power = 2 if attempt_number >= 3 else 1
-        self._resize(self._width * MULTIPLICATIVE_FACTOR**power)
+        self._shrink(MULTIPLICATIVE_FACTOR**power)
+
+    def _shrink(self, factor: float) -> None:
+        self._memory.note_shrink(self._width)
+        self._resize(self._width * factor)
+
+    def _recover(self, attempt: Attempt, now: float) -> None:
+        queued = attempt.prefill_queue_seconds or 0.0
+        is_success = attempt.status_code is not None and 200 <= attempt.status_code < 300
+        if attempt.is_congestion or queued > self._spec.prefill_queue_target:
+            self._memory.note_load(now)
+        elif is_success:
+            self._memory.note_calm(now - attempt.seconds)
+            width = self._memory.wider(self._width)
+            if width is not None:
+                self._ema = attempt.prefill_queue_seconds  # what it averaged is over
+                self._queue_samples.clear()
+                self._resize(width)
 
     def _adjust(self) -> None:
         if self._queue_samples:
@@ -211,13 +332,18 @@ class Window:
             )
             target = self._spec.prefill_queue_target
             if self._ema > target:
-                self._resize(self._width * MULTIPLICATIVE_FACTOR)
+                self._shrink(MULTIPLICATIVE_FACTOR)
             else:
-                self._resize(self._width + ADDITIVE_STEP * min(target / max(self._ema, 0.001), 4.0))
+                self._grow(ADDITIVE_STEP * min(target / max(self._ema, 0.001), 4.0))
         elif self._successes and not self._congestions:
-            self._resize(self._width + ADDITIVE_STEP)
+            self._grow(ADDITIVE_STEP)
         self._queue_samples.clear()
         self._successes = self._congestions = self._completed = 0
+
+    def _grow(self, step: float) -> None:
+        self._resize(self._width + step)
+        if self._memory.calm >= self._spec.rollout_adjustment_interval:
+            self._memory.note_quiet_growth(self._width)
 
     def _resize(self, width: float) -> None:
         self._width = min(max(width, self._spec.min_window), self._spec.max_window)

@@ -6,7 +6,7 @@ HotLoadError
 │   └── IdentityConflictError                   the name is taken by other content
 ├── InvalidProblemsError (ValueError)         caller: mend the problem file; we stop
 ├── DeltaError (ValueError)                   the bytes are not the delta they claim; we stop
-│   └── ChecksumMismatchError                   a tensor is not what its Adler-32 says
+│   └── ChecksumMismatchError                   a tensor is not what its checksum says
 ├── NeedsFullSnapshotError                    flow: publish a full snapshot; all that a flow catches
 │   ├── LayoutMismatchError                     keys, dtype, shape, shard map or side files changed
 │   ├── ChainBrokenError                        the service is not on `previous`
@@ -16,8 +16,9 @@ HotLoadError
 │   └── ReadinessTimeoutError (TimeoutError)    replicas did not converge in time
 ├── RolloutsFailedError                       operator: no sample of a part got an answer; we stop
 ├── FullSnapshotFailedError                   operator: fulls failed too; look at the replicas
-├── LeaseLostError                            nobody: another publisher holds the service; we stop
+├── LeaseLostError                            nobody: another holds the service or groups; we stop
 ├── RewardError                               caller: the reward function cannot be used; we stop
+├── RolloutFunctionError                      caller: the rollout function cannot be used; we stop
 ├── StoreError (OSError)                      operator: bucket, path or rights are wrong; we stop
 │   └── StoreUnavailableError                   task: retry
 └── ServiceError                              carries status_code and the head of the body
@@ -175,25 +176,26 @@ class FullSnapshotFailedError(HotLoadError):
 
 
 class RolloutsFailedError(HotLoadError):
-    """Not one sample of a part succeeded; nothing is recorded, so the cycle can be run again."""
+    """No sample of a part succeeded, or the service failed group after group; what is missing is
+    not recorded, so that the cycle can be run again."""
 
     def __init__(self, identity: str, causes: str) -> None:
         super().__init__(identity, causes)
         self.identity, self.causes = identity, causes
 
     def __str__(self) -> str:
-        return f"no sample from {self.identity!r} succeeded: {self.causes}"
+        return f"samples from {self.identity!r} are missing: {self.causes}; run the cycle again"
 
 
 class LeaseLostError(HotLoadError):
-    """Another publisher holds, or took over, the lease on this service."""
+    """Another holds, or took over, a lease: the publisher's, or a consumer's on rollouts."""
 
     def __init__(self, holder: str, detail: str) -> None:
         super().__init__(holder, detail)
         self.holder, self.detail = holder, detail
 
     def __str__(self) -> str:
-        return f"publisher lease is held by {self.holder!r}: {self.detail}"
+        return f"the lease is held by {self.holder!r}: {self.detail}"
 
 
 class RewardError(HotLoadError):
@@ -205,6 +207,17 @@ class RewardError(HotLoadError):
 
     def __str__(self) -> str:
         return f"reward {self.reward!r}: {self.reason}"
+
+
+class RolloutFunctionError(HotLoadError):
+    """A rollout function cannot be imported or does not have the expected form."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"rollout function {self.name!r}: {self.reason}"
 
 
 class StoreError(HotLoadError, OSError):

@@ -43,6 +43,7 @@ class Cause(StrEnum):
     REWARD_TIMEOUT = "reward_timeout"
     REWARD_CRASHED = "reward_crashed"  # it took its process down
     REWARD_NOT_A_NUMBER = "reward_not_a_number"
+    REWARD_UNAVAILABLE = "reward_unavailable"  # its service refused, or could not be reached
 
 
 class Action(Enum):
@@ -94,7 +95,8 @@ class RetryBudget:
     """The waits between the attempts of one sample.
 
     Args:
-        swap_timeout_seconds: waiting for swaps, in all.
+        swap_timeout_seconds: what swaps may take, in all: the waits, and attempts that were held
+            until they were refused.
         uniform: a random number in [0, 1) per call.
     """
 
@@ -104,14 +106,18 @@ class RetryBudget:
         self.transient_count = 0
         """Attempts that failed and count among the seven."""
 
-    def wait_seconds(self, fault: Fault) -> float | None:
+    def wait_seconds(self, fault: Fault, attempt_seconds: float = 0.0) -> float | None:
         """Seconds to wait before the next attempt; `None` when there is none.
 
         The server's Retry-After is a floor, itself capped at 30 s.
+
+        Args:
+            attempt_seconds: how long the failed attempt took.
         """
         jitter = 0.5 + self._uniform()
         floor = min(fault.retry_after_seconds or 0.0, LONGEST_WAIT_SECONDS)
         if fault.action is Action.WAIT_FOR_SWAP:
+            self._swap_seconds_left -= attempt_seconds
             if self._swap_seconds_left <= 0:
                 return None
             wait = max(SWAP_WAIT_SECONDS * jitter, floor)

@@ -7,8 +7,9 @@ Importing this brings pandera and polars, so `hotload` itself does not.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import pandera.polars as pa
@@ -17,12 +18,15 @@ from pandera.api.polars.types import PolarsData
 
 from hotload.parts import RolloutPart
 from hotload.snapshot import SnapshotKind, SnapshotManifest
-from hotload.trajectories import ScoredGroup, Weights
+from hotload.trajectories import Problem, ScoredGroup, Segment, Trajectory, Weights
 
 if TYPE_CHECKING:
     from hotload.shards import ShardHeader
 
 UtcMoment = Annotated[pl.Datetime, "us", "UTC"]
+
+IDENTITY_RUN = {"start": pl.Int32, "identity": pl.String}
+REWARD_PART = {"name": pl.String, "value": pl.Float64}
 
 
 class _Table(pa.DataFrameModel):
@@ -56,37 +60,56 @@ class Tensors(_Table):
 
 
 class Rollouts(_Table):
-    """One row per sample, failed ones included: tokens, reward, advantage, and which weights made
-    it.
+    """One row per segment of a sample, failed samples included: tokens, reward, advantage, and
+    which weights made them.
+
+    A segment is one sequence to train on; a sample of several turns has more than one where a later
+    prompt does not repeat the tokens so far. What is known of the sample as a whole (reward, text,
+    latency, …) stands in each of its rows. In the first alone stand `transcript`, `routing_matrix`
+    and, of the problem, `prompt` (text, or messages as JSON; null if it was token ids) and `answer`
+    (as JSON).
 
     `token_ids`, `loss_mask` and `sampling_logprobs` have the same length. `identity` is what was
-    confirmed at dispatch, `weights` how the answer's own words compare with it. Without a reward
-    there is a `failure`.
+    confirmed at dispatch, `weights` how the answer's own words compare with it, `identity_runs`
+    which weights made the tokens from `start` (of this row's, from 0) on. Without a reward there is
+    a `failure`; `mark` says what became of a group that is not simply complete. A row without an
+    advantage is not to be trained on.
     """
 
     identity: pl.String
     policy_version: pl.Int64 = pa.Field(ge=0)
     problem_id: pl.String
     sample_number: pl.Int32 = pa.Field(ge=0)
+    segment_number: pl.Int32 = pa.Field(ge=0)
+    segment_count: pl.Int32 = pa.Field(ge=1)
+    turn_count: pl.Int32 = pa.Field(ge=0)
     seed: pl.Int64 = pa.Field(ge=0)
     prompt_token_ids: pl.List(pl.Int32)  # type: ignore[valid-type]
     token_ids: pl.List(pl.Int32)  # type: ignore[valid-type]
     loss_mask: pl.List(pl.Boolean)  # type: ignore[valid-type]
     sampling_logprobs: pl.List(pl.Float32)  # type: ignore[valid-type]
+    prompt: pl.String = pa.Field(nullable=True)
+    answer: pl.String = pa.Field(nullable=True)
     text: pl.String
+    transcript: pl.String = pa.Field(nullable=True)
+    routing_matrix: pl.String = pa.Field(nullable=True)
     finish_reason: pl.String = pa.Field(nullable=True)
     reward: pl.Float64 = pa.Field(nullable=True)
+    reward_parts: pl.List(pl.Struct(REWARD_PART))  # type: ignore[valid-type]
     advantage: pl.Float64 = pa.Field(nullable=True)
+    mark: pl.String = pa.Field(nullable=True)
     failure: pl.String = pa.Field(nullable=True)
     detail: pl.String
     weights: pl.String = pa.Field(isin=[each.value for each in Weights])
     first_identity: pl.String = pa.Field(nullable=True)
     last_identity: pl.String = pa.Field(nullable=True)
     identities: pl.List(pl.String)  # type: ignore[valid-type]
+    identity_runs: pl.List(pl.Struct(IDENTITY_RUN))  # type: ignore[valid-type]
     replica: pl.String = pa.Field(nullable=True)
     request_id: pl.String
     session_id: pl.String
     response_id: pl.String = pa.Field(nullable=True)
+    is_hedge: pl.Boolean
     attempts: pl.Int32 = pa.Field(ge=0)
     latency_seconds: pl.Float64 = pa.Field(ge=0)
     cached_prompt_token_count: pl.Int64 = pa.Field(ge=0)
@@ -100,20 +123,23 @@ class Rollouts(_Table):
         )
 
     @pa.dataframe_check(
-        error="reward and advantage are finite, or a failure says why there is none"
+        error="reward and advantage are finite, or a failure says why there is none, or a mark"
     )
     def _scored_or_failed(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
         has_reward = pl.col("reward").is_not_null()
+        has_advantage = pl.col("advantage").is_not_null()
         return data.lazyframe.select(
             (has_reward == pl.col("failure").is_null())
-            & (has_reward == pl.col("advantage").is_not_null())
+            & (has_reward | ~has_advantage)
+            & (has_advantage | ~has_reward | pl.col("mark").is_not_null())
             & pl.col("reward").is_finite().fill_null(True)
             & pl.col("advantage").is_finite().fill_null(True)
         )
 
-    @pa.dataframe_check(error="a sample occurs twice")
+    @pa.dataframe_check(error="a segment occurs twice")
     def _once(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
-        return data.lazyframe.select(~pl.struct("problem_id", "sample_number").is_duplicated())
+        row = pl.struct("problem_id", "sample_number", "segment_number")
+        return data.lazyframe.select(~row.is_duplicated())
 
 
 class Ledger(_Table):
@@ -159,40 +185,93 @@ def tensors_frame(shards: Iterable[ShardHeader]) -> pl.DataFrame:
 
 
 def rollouts_frame(groups: Sequence[ScoredGroup], *, policy_version: int) -> pl.DataFrame:
-    """The samples of scored groups, group by group in sample order; keeps `Rollouts`."""
-    samples = [sample for group in groups for sample in group.trajectories_G]
-    origins = [sample.provenance for sample in samples]
-    return _frame(
-        Rollouts,
-        {
-            "identity": [origin.identity for origin in origins],
-            "policy_version": [policy_version] * len(samples),
-            "problem_id": [sample.problem_id for sample in samples],
-            "sample_number": [sample.sample_number for sample in samples],
-            "seed": [sample.seed for sample in samples],
-            "prompt_token_ids": [sample.prompt_token_ids for sample in samples],
-            "token_ids": [sample.token_ids_T for sample in samples],
-            "loss_mask": [sample.loss_mask_T for sample in samples],
-            "sampling_logprobs": [sample.sampling_logprobs_T for sample in samples],
-            "text": [sample.text for sample in samples],
-            "finish_reason": [sample.finish_reason for sample in samples],
-            "reward": [reward for group in groups for reward in group.rewards_G],
-            "advantage": [each for group in groups for each in group.advantages_G],
-            "failure": [sample.failure for sample in samples],
-            "detail": [sample.detail for sample in samples],
-            "weights": [sample.weights.value for sample in samples],
-            "first_identity": [origin.first for origin in origins],
-            "last_identity": [origin.last for origin in origins],
-            "identities": [origin.observed for origin in origins],
-            "replica": [origin.replica for origin in origins],
-            "request_id": [origin.request_id for origin in origins],
-            "session_id": [origin.session_id for origin in origins],
-            "response_id": [origin.response_id for origin in origins],
-            "attempts": [origin.attempts for origin in origins],
-            "latency_seconds": [sample.latency_seconds for sample in samples],
-            "cached_prompt_token_count": [sample.cached_prompt_token_count for sample in samples],
-        },
-    )
+    """The segments of scored groups, group by group in sample order; keeps `Rollouts`."""
+    columns: dict[str, list[object]] = {name: [] for name in Rollouts.to_schema().columns}
+    for group in groups:
+        parts_G = group.reward_parts_G or ({},) * len(group.trajectories_G)
+        scored = zip(
+            group.trajectories_G, group.rewards_G, group.advantages_G, parts_G, strict=True
+        )
+        for sample, reward, advantage, parts in scored:
+            origin = sample.provenance
+            shared = {
+                "identity": origin.identity,
+                "policy_version": policy_version,
+                "problem_id": sample.problem_id,
+                "sample_number": sample.sample_number,
+                "segment_count": 1 + len(sample.further),
+                "turn_count": sample.turn_count,
+                "seed": sample.seed,
+                "text": sample.text,
+                "finish_reason": sample.finish_reason,
+                "reward": reward,
+                "reward_parts": [{"name": name, "value": parts[name]} for name in sorted(parts)],
+                "advantage": advantage,
+                "mark": group.mark,
+                "failure": sample.failure,
+                "detail": sample.detail,
+                "weights": sample.weights.value,
+                "first_identity": origin.first,
+                "last_identity": origin.last,
+                "identities": list(origin.observed),
+                "replica": origin.replica,
+                "request_id": origin.request_id,
+                "session_id": origin.session_id,
+                "response_id": origin.response_id,
+                "is_hedge": sample.is_hedge,
+                "attempts": origin.attempts,
+                "latency_seconds": sample.latency_seconds,
+                "cached_prompt_token_count": sample.cached_prompt_token_count,
+            }
+            for own in _segment_columns(group.problem, sample):
+                for name, value in (shared | own).items():
+                    columns[name].append(value)
+    return _frame(Rollouts, columns)
+
+
+def _segment_columns(problem: Problem, sample: Trajectory) -> Iterable[dict[str, object]]:
+    start = 0
+    for number, segment in enumerate(sample.segments):
+        is_first = number == 0
+        yield {
+            "segment_number": number,
+            "prompt_token_ids": segment.prompt_token_ids,
+            "token_ids": segment.token_ids_T,
+            "loss_mask": segment.loss_mask_T,
+            "sampling_logprobs": segment.sampling_logprobs_T,
+            "identity_runs": _runs_of(segment, start, sample.provenance.runs),
+            "prompt": _prompt(problem) if is_first else None,
+            "answer": None if problem.answer is None or not is_first else _json(problem.answer),
+            "transcript": _json(sample.transcript) if is_first and sample.transcript else None,
+            "routing_matrix": sample.routing_matrix if is_first else None,
+        }
+        start += len(segment.token_ids_T)
+
+
+def _runs_of(
+    segment: Segment, start: int, runs: Sequence[tuple[int, str]]
+) -> list[dict[str, object]]:
+    """The part of a sample's runs that lies in the segment whose first token has number `start`."""
+    length = len(segment.token_ids_T)
+    bounds = [*(first - start for first, _ in runs), length]
+    return [
+        {"start": max(bounds[i], 0), "identity": identity}
+        for i, (_, identity) in enumerate(runs)
+        if max(bounds[i], 0) < min(bounds[i + 1], length)
+    ]
+
+
+def _prompt(problem: Problem) -> str | None:
+    if problem.messages is not None:
+        return _json(problem.messages)
+    return problem.prompt if isinstance(problem.prompt, str) else None
+
+
+def _json(value: object) -> str:
+    def plain(other: object) -> object:
+        return dict(other) if isinstance(other, Mapping) else str(other)
+
+    return json.dumps(value, ensure_ascii=False, default=plain)
 
 
 def ledger_frame(manifests: Iterable[SnapshotManifest]) -> pl.DataFrame:
@@ -241,22 +320,23 @@ def part_facts(
     frame: pl.DataFrame, *, file: str, size_bytes: int, sha256: str, digest: str
 ) -> RolloutPart:
     """What a part's rows come to. Samples that straddle a swap count under `first → … → last`."""
+    samples = frame.filter(pl.col("segment_number") == 0)
     identities: Counter[str] = Counter()
-    columns = frame.select("weights", "identity", "identities").iter_rows()
+    columns = samples.select("weights", "identity", "identities").iter_rows()
     for weights, identity, observed in columns:
         if weights == Weights.ASSUMED.value:
             identities[f"{identity} (assumed)"] += 1
         elif weights != Weights.NONE.value:
             identities[" → ".join(observed)] += 1
-    failures = Counter(failure for failure in frame["failure"] if failure is not None)
-    rewards = frame["reward"].drop_nulls()
+    failures = Counter(failure for failure in samples["failure"] if failure is not None)
+    rewards = samples["reward"].drop_nulls()
     return RolloutPart(
         file=file,
         size_bytes=size_bytes,
         sha256=sha256,
         digest=digest,
-        group_count=frame["problem_id"].n_unique(),
-        sample_count=frame.height,
+        group_count=samples["problem_id"].n_unique(),
+        sample_count=samples.height,
         failed_samples=dict(failures),
         samples_by_identity=dict(identities),
         reward_count=len(rewards),

@@ -1,46 +1,66 @@
-"""Scored groups as they lie in the store: parts, and a manifest written after all of them.
+"""Scored groups as they lie in the store: part files, and a manifest that names them.
 
-A cycle's rollouts are planned first: which problems make which part. A part carries the digest of
-what was asked for, so a cycle that starts again knows which parts it has.
+A cycle's rollouts are planned first: which problems make which part. A part is written in one file
+or several, as its groups finish; each carries the digest of what was asked for, so that a cycle
+that starts again knows which groups it has. The manifest is written after the files it names, again
+and again while the cycle runs, and says at last that it is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Literal
 
 from pydantic import Field
 
-from hotload.report import RolloutSummary
+from hotload.report import GroupCounts, RolloutSummary, added
 from hotload.snapshot import FileName, Record, Sha256
 from hotload.spec import CycleSpec
 from hotload.trajectories import Problem, chunk, problems_for
 
-SCHEMA_NUMBER = 1
+SCHEMA_NUMBER = 2
 PART_COUNT_LIMIT = 50
 PARTS = "_hotload/rollouts"
 MANIFEST_FILE = "manifest.json"
 # How fast samples are asked for changes nothing about them.
-PACE_FIELDS = {"concurrency", "sample_timeout", "problems_per_task"}
+PACE_FIELDS = {
+    "concurrency",
+    "sample_timeout",
+    "problems_per_task",
+    "max_head_offpolicy_versions",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class PartPlan:
-    """The problems of one part; `digest` says what is asked for, whatever the pace."""
+    """The problems of one part; `digest` says what is asked for, whatever the pace.
+
+    `reserve` are the rows of the problem file that may take the place of dropped ones, in order and
+    for this part alone.
+    """
 
     number: int
     problems: tuple[Problem, ...]
     digest: str
+    reserve: tuple[Problem, ...] = ()
 
-    @property
-    def file(self) -> str:
-        """Name of the part below its rollout's directory."""
-        return f"part-{self.number:05d}.parquet"
+    def file(self, piece: int) -> str:
+        """Name of one of the part's files below its rollout's directory."""
+        return f"part-{self.number:05d}-{piece:02d}.parquet"
+
+    def pieces(self, names: Iterable[str]) -> Iterator[int]:
+        """The numbers of this part's files among `names`, in order."""
+        prefix, suffix = f"part-{self.number:05d}-", ".parquet"
+        stems = [
+            name[len(prefix) : -len(suffix)]
+            for name in names
+            if name.startswith(prefix) and name.endswith(suffix)
+        ]
+        yield from sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +72,7 @@ class RolloutPlan:
     directory: str
     parts: tuple[PartPlan, ...]
     digest: str
+    group_size: int
 
     @property
     def problem_count(self) -> int:
@@ -77,17 +98,30 @@ class RolloutPart(Record):
     reward_count: int = Field(ge=0)
     reward_sum: float
     completion_token_count: int = Field(ge=0)
+    groups: GroupCounts = GroupCounts()
+
+
+class PartNotes(Record):
+    """What a part file carries beside its rows: groups that left no row, and what the rules did."""
+
+    dropped_problem_ids: tuple[str, ...] = ()
+    groups: GroupCounts = GroupCounts()
 
 
 class RolloutManifest(Record):
-    """Names every part of one rollout. Written last: what it names exists."""
+    """Names the part files of one rollout: all of them once `is_complete`, until then those that
+    are there. What it names exists."""
 
-    schema_number: Literal[1] = 1
+    schema_number: Literal[2] = 2
     identity: str
     policy_version: int = Field(ge=0)
     digest: Sha256
     parts: tuple[RolloutPart, ...]
     summary: RolloutSummary
+    is_complete: bool = True
+    """Whether the cycle has ended; before, more parts may come."""
+    planned_group_count: int = Field(0, ge=0)
+    """Groups there will be, less those that are dropped without another in their place."""
     created_at: datetime
 
     def render(self) -> bytes:
@@ -119,16 +153,31 @@ def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) ->
         spec.sampling.model_dump(mode="json", exclude=PACE_FIELDS),
         spec.reward.model_dump(mode="json"),
     ]
-    parts = tuple(
-        PartPlan(number, some, _digest([*asked, [asdict(problem) for problem in some]]))
-        for number, some in enumerate(chunk(chosen, size))
-    )
+    chunks = chunk(chosen, size)
+    reserve: tuple[Problem, ...] = ()
+    if spec.sampling.groups.on_uniform == "refill":
+        reserve = _after(problems[: spec.problems.max_rows], chosen)
+    parts = []
+    for number, some in enumerate(chunks):
+        # Rows of its own, so that no two parts take the same one, whichever drops first.
+        own = reserve[number :: len(chunks)]
+        facts = [*asked, [asdict(problem) for problem in (*some, *own)]]
+        parts.append(PartPlan(number, some, _digest(facts), own))
     directory = f"{PARTS}/{identity}"
     if not identity.startswith(f"{spec.name}-"):
         # This version was not published: it samples an earlier one, whose rollouts lie there.
         directory += f"/{spec.policy_version:06d}"
     digest = _digest([part.digest for part in parts])
-    return RolloutPlan(identity, spec.policy_version, directory, parts, digest)
+    size = spec.sampling.completions_per_prompt
+    return RolloutPlan(identity, spec.policy_version, directory, tuple(parts), digest, size)
+
+
+def _after(problems: Sequence[Problem], chosen: Sequence[Problem]) -> tuple[Problem, ...]:
+    """The rows that were not chosen, from the one after the last chosen on."""
+    taken = {problem.id for problem in chosen}
+    last = next(i for i, problem in enumerate(problems) if problem.id == chosen[-1].id)
+    following = (*problems[last + 1 :], *problems[:last])
+    return tuple(problem for problem in following if problem.id not in taken)
 
 
 def _digest(facts: object) -> str:
@@ -136,26 +185,26 @@ def _digest(facts: object) -> str:
 
 
 def summarize(
-    identity: str, parts: Iterable[RolloutPart], *, parts_uri: str, seconds: float
+    identity: str,
+    parts: Iterable[RolloutPart],
+    *,
+    parts_uri: str,
+    seconds: float,
+    window_trace: Iterable[tuple[float, int, int]] = (),
 ) -> RolloutSummary:
-    """What all parts of one rollout came to; the mean is over the samples that have a reward."""
+    """What these parts of one rollout came to; the mean is over the samples that have a reward."""
     parts = tuple(parts)
     rewarded = sum(part.reward_count for part in parts)
     return RolloutSummary(
         identity=identity,
         group_count=sum(part.group_count for part in parts),
         sample_count=sum(part.sample_count for part in parts),
-        failed_samples=_added(part.failed_samples for part in parts),
-        samples_by_identity=_added(part.samples_by_identity for part in parts),
+        failed_samples=added(part.failed_samples for part in parts),
+        samples_by_identity=added(part.samples_by_identity for part in parts),
         mean_reward=sum(part.reward_sum for part in parts) / rewarded if rewarded else None,
         completion_token_count=sum(part.completion_token_count for part in parts),
         parts_uri=parts_uri,
         seconds=seconds,
+        groups=GroupCounts.total(part.groups for part in parts),
+        window_trace=tuple(window_trace),
     )
-
-
-def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    return dict(total.most_common())

@@ -106,6 +106,15 @@ class ServiceDescription:
     min_replica_count: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Convergence:
+    """How the replicas came to serve a snapshot: how many do, and (seconds since the wait began,
+    replicas that served it) wherever the number changed."""
+
+    ready_count: int
+    trace: tuple[tuple[float, int], ...]
+
+
 class Verdict(StrEnum):
     """What a status means for the identity we wait for."""
 

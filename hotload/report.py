@@ -6,13 +6,55 @@ names it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
+from hotload.readiness import Convergence
 from hotload.snapshot import CheckpointContent, Record, Shard, SnapshotKind, SnapshotManifest
 from hotload.spec import CycleSpec
+
+
+class GroupCounts(Record):
+    """What the rules for groups did (protocol §16); what is in no row is counted here alone."""
+
+    groups_by_mark: dict[str, int] = Field({})
+    """Groups that are kept and not simply complete."""
+    dropped_groups: dict[str, int] = Field({})
+    """Groups that are not in the data, by why."""
+    refilled_groups: int = Field(0, ge=0)
+    """Groups that were sampled in place of dropped ones."""
+    raw_samples: int = Field(0, ge=0)
+    """Samples of all groups, dropped ones included."""
+    raw_reward_count: int = Field(0, ge=0)
+    raw_reward_sum: float = 0.0
+    asked_again: dict[str, int] = Field({})
+    """Samples that another was asked for in place of, by their cause of failure."""
+    hedges: int = Field(0, ge=0)
+    """Samples that were asked for a second time because a group waited for them alone."""
+    hedges_won: int = Field(0, ge=0)
+    """Those where the second answer came first."""
+    cut_off: int = Field(0, ge=0)
+    """Requests that were given up while under way: slower ones of a pair, and past a deadline."""
+    straddling_samples: int = Field(0, ge=0)
+    """Samples that more than one version of the weights made."""
+    tokens_masked: int = Field(0, ge=0)
+    """Tokens from the change on, where the rules take those out of the loss."""
+    attempts: int = Field(0, ge=0)
+    """Requests sent for all samples: dropped, replaced and cut-off ones included."""
+
+    @classmethod
+    def total(cls, counts: Iterable[GroupCounts]) -> GroupCounts:
+        """The sum, field by field."""
+        counts = tuple(counts)
+        total: dict[str, object] = {}
+        for name, declared in cls.model_fields.items():
+            values = [getattr(each, name) for each in counts]
+            total[name] = added(values) if isinstance(declared.default, dict) else sum(values)
+        return cls.model_validate(total)
 
 
 class RolloutSummary(Record):
@@ -30,6 +72,11 @@ class RolloutSummary(Record):
     completion_token_count: int = Field(0, ge=0)
     parts_uri: str = ""
     seconds: float = Field(0, ge=0)
+    groups: GroupCounts = GroupCounts()
+    """What the rules for groups did."""
+    window_trace: tuple[tuple[float, int, int], ...] = ()
+    """The window through time, thinned out: (seconds since sampling began, slots, slots in
+    use)."""
 
 
 class Carried(Record):
@@ -56,6 +103,10 @@ class Published(Record):
     seconds_by_stage: dict[str, float] = Field({})
     """Seconds of encode, verify and upload, summed over overlapping shards; wall seconds of publish
     (all of those), signal and converge."""
+    began_at: AwareDatetime | None = None
+    """When the publication began; publish, signal and converge follow each other from there."""
+    convergence: tuple[tuple[float, int], ...] = ()
+    """(Seconds since the signal, replicas that served it), wherever the number changed."""
     hint_count: int = Field(0, ge=0)
     warnings: tuple[str, ...] = ()
 
@@ -65,11 +116,13 @@ class Published(Record):
         manifest: SnapshotManifest,
         reason: str,
         carried: Sequence[Carried],
-        replica_count: int,
+        convergence: Convergence,
         warnings: tuple[str, ...],
         wall_seconds: dict[str, float],
+        *,
+        began_at: datetime,
     ) -> Published:
-        """What is to be told of a snapshot that `replica_count` replicas serve."""
+        """What is to be told of a snapshot that the replicas serve."""
         return cls(
             identity=manifest.identity,
             policy_version=manifest.policy_version,
@@ -78,13 +131,15 @@ class Published(Record):
             reason=reason,
             size_bytes=manifest.size_bytes,
             content_size_bytes=manifest.content_size_bytes,
-            replica_count=replica_count,
+            replica_count=convergence.ready_count,
             seconds_by_stage={
                 "encode": sum(batch.encode_seconds for batch in carried),
                 "verify": sum(batch.verify_seconds for batch in carried),
                 "upload": sum(batch.upload_seconds for batch in carried),
                 **wall_seconds,
             },
+            began_at=began_at,
+            convergence=convergence.trace,
             hint_count=sum(batch.hint_count for batch in carried),
             warnings=warnings,
         )
@@ -93,6 +148,23 @@ class Published(Record):
     def ratio(self) -> float:
         """Bytes of the checkpoint over bytes that travelled."""
         return self.content_size_bytes / self.size_bytes if self.size_bytes else 0.0
+
+
+class Publication(Record):
+    """How one cycle's publication ended: what it published, from what, and why by a fallback."""
+
+    content: CheckpointContent
+    snapshot: Published
+    fallback: str | None = None
+
+    @classmethod
+    def parse(cls, data: bytes, *, path: str) -> Publication:
+        """The publication in `data`.
+
+        Raises:
+            StoreError: it is not one.
+        """
+        return cls.parse_stored(data, path)
 
 
 class CycleReport(Record):
@@ -110,24 +182,20 @@ class CycleReport(Record):
 
     @classmethod
     def of(
-        cls,
-        spec: CycleSpec,
-        content: CheckpointContent,
-        snapshot: Published,
-        fallback_reason: str | None,
-        rollouts: RolloutSummary,
-        seconds: float,
+        cls, spec: CycleSpec, publication: Publication, rollouts: RolloutSummary, seconds: float
     ) -> CycleReport:
         """The report of a cycle that has come to its end."""
+        content, snapshot = publication.content, publication.snapshot
         is_own = snapshot.policy_version == spec.policy_version
         warned = snapshot.model_copy(update={"warnings": (*content.warnings, *snapshot.warnings)})
+        fell_back = publication.fallback is not None
         return cls(
             name=spec.name,
             policy_version=spec.policy_version,
             content_sha256=content.sha256,
-            outcome="fell back" if fallback_reason else "published" if is_own else "not due",
+            outcome="fell back" if fell_back else "published" if is_own else "not due",
             snapshot=warned,
-            fallback_reason=fallback_reason,
+            fallback_reason=publication.fallback,
             rollouts=rollouts,
             seconds=seconds,
         )
@@ -151,12 +219,37 @@ class CycleReport(Record):
             "… rollouts": f"{rollouts.seconds:.2f}",
             "groups": f"{rollouts.group_count} ({rollouts.sample_count} samples)",
             "samples without reward": counts(rollouts.failed_samples),
+            **_told(rollouts.groups),
             "mean reward": "" if mean is None else f"{mean:.3f}",
             "samples by identity": counts(rollouts.samples_by_identity),
             "warnings": "; ".join(snapshot.warnings),
             "data": rollouts.parts_uri,
         }
         return [{"what": what, "value": value} for what, value in facts.items() if value]
+
+
+def _told(groups: GroupCounts) -> dict[str, str]:
+    """The rules that did something, in words."""
+    hedged = f"{groups.hedges} ({groups.hedges_won} came first)" if groups.hedges else ""
+    masked = f", {groups.tokens_masked} tokens masked" if groups.tokens_masked else ""
+    refilled = f", {groups.refilled_groups} refilled" if groups.refilled_groups else ""
+    dropped = counts(groups.dropped_groups)
+    return {
+        "groups, marked": counts(groups.groups_by_mark),
+        "groups, dropped": dropped and dropped + refilled,
+        "samples asked again": counts(groups.asked_again),
+        "samples hedged": hedged,
+        "samples cut off": str(groups.cut_off or ""),
+        "samples straddling": str(groups.straddling_samples or "") + masked,
+    }
+
+
+def added(numbers: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Counts by name, summed, the highest first."""
+    total: Counter[str] = Counter()
+    for each in numbers:
+        total.update(each)
+    return dict(total.most_common())
 
 
 def megabytes(size_bytes: int) -> str:

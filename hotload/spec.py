@@ -207,8 +207,8 @@ class Groups(Declared):
     """Ask a second time for the one sample a group still waits for after so many seconds; the first
     answer counts. Empty never does."""
     deadline_seconds: float | None = Field(None, gt=0, le=86_400)
-    """Seconds a group may take from its first request; what is missing then is marked. Empty is no
-    limit."""
+    """Seconds a group may take once it is begun, waits for a slot included; what is missing then is
+    marked. Empty is no limit."""
 
 
 class Sampling(Declared):
@@ -264,15 +264,20 @@ class RewardSpec(Declared):
     """What scores a sample."""
 
     name: str = Field("exact_match", min_length=1, max_length=256)
-    """A built-in reward, or `package.module:function` of yours, called with (problem,
-    trajectory)."""
+    """A built-in reward; `weighted_sum` of several; `remote` for a service over HTTP; or
+    `package.module:function` of yours, plain or async, called with (problem, trajectory), returning
+    a number or a mapping of named parts."""
     arguments: dict[str, JsonValue] = {}
     """Keyword arguments for the reward. Everybody who may look at the server sees them: a key of a
     judge belongs into the worker's environment."""
+    environment: tuple[str, ...] = Field((), max_length=32)
+    """Variables of a cloud that your reward may read (AWS_…, GOOGLE_…, AZURE_…); without being
+    named they are withheld from it."""
     timeout_seconds: float = Field(10, gt=0, le=3600)
     """Seconds one call may take; beyond, the sample is marked and its worker ended."""
     per_group: bool = False
-    """Call it once a group, with (problem, trajectories), for a list of rewards."""
+    """Call it once a group, with (problem, trajectories), for a list of what it returns for each.
+    Samples that failed are not among them."""
     advantage: Literal["grpo", "leave_one_out", "mean_only"] = "grpo"
     """Reward to advantage within a group: centred and divided by the standard deviation; centred on
     the mean of the others; or centred alone."""
@@ -283,6 +288,18 @@ class RewardSpec(Declared):
         if not re.fullmatch(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?", name):
             raise ValueError("expected a built-in name or `package.module:function`")
         return name
+
+
+class Wandb(Declared):
+    """A run at Weights & Biases that gets every cycle's metrics; off unless `entity` is given. Its
+    package and WANDB_API_KEY belong into the worker's environment."""
+
+    entity: str | None = Field(None, min_length=1, max_length=128)
+    """User or team the run belongs to."""
+    project: str = Field("hotload", min_length=1, max_length=128)
+    """Project the run belongs to."""
+    run_name: str | None = Field(None, min_length=1, max_length=128)
+    """Name of the run; empty is the run id."""
 
 
 def local_path(uri: str) -> PurePosixPath:
@@ -336,8 +353,13 @@ class CycleSpec(Declared):
     """How every problem is sampled."""
     reward: RewardSpec = RewardSpec()
     """What scores a sample."""
+    prometheus_file: str | None = None
+    """Absolute path of a .prom file that every cycle replaces, for the textfile collector of
+    Prometheus' node exporter. Empty writes none."""
+    wandb: Wandb = Wandb()
+    """A run at Weights & Biases that gets every cycle's metrics."""
 
-    @field_validator("checkpoint", "base_model", "work_dir")
+    @field_validator("checkpoint", "base_model", "work_dir", "prometheus_file")
     @classmethod
     def _absolute(cls, uri: str | None) -> str | None:
         return None if uri is None else str(local_path(uri))

@@ -1,23 +1,38 @@
-"""Conclude: the cycle's report, into the store and before a person's eyes."""
+"""Conclude: the cycle's report, into the store and before a person's eyes.
+
+_hotload/metrics/<run>-<version>.jsonl    its numbers under the names of protocol §19
+_hotload/reports/<run>-<version>.html     the same to look at
+_hotload/reports/<run>-<version>.json     last of all: the cycle has ended
+"""
 
 import asyncio
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
-from prefect import task
+from polars.exceptions import PolarsError
+from prefect import get_run_logger, task
 from prefect.artifacts import acreate_link_artifact, acreate_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.errors import IdentityConflictError
+from hotload.errors import IdentityConflictError, StoreError, StoreUnavailableError
+from hotload.figures import Figures
+from hotload.html_report import render_report
 from hotload.local import read_checkpoint
+from hotload.metrics import cycle_metrics, json_lines
+from hotload.parts import MANIFEST_FILE, RolloutManifest
 from hotload.report import CycleReport
+from hotload.snapshot import MANIFEST_LIMIT_BYTES
 from hotload.spec import CycleSpec
-from tasks.records import read_report, write_report
+from tasks.records import REPORTS, read_report, write_report
 from tasks.retrying import RETRIED
+from tasks.send_metrics import send_metrics
 from tasks.validate import read_content
+
+METRICS = "_hotload/metrics"
 
 
 @task(cache_policy=NO_CACHE, task_run_name="report-{spec.name}", **RETRIED)
@@ -42,13 +57,63 @@ async def find_report(store: CheckpointStore, spec: CycleSpec) -> CycleReport | 
 
 
 @task(cache_policy=NO_CACHE, task_run_name="conclude-{report.name}", **RETRIED)
-async def conclude_cycle(store: CheckpointStore, report: CycleReport) -> None:
-    """Record in the store that the cycle has ended, then show the report as artifacts."""
+async def conclude_cycle(store: CheckpointStore, spec: CycleSpec, report: CycleReport) -> None:
+    """Leave metrics and a page to look at, record that the cycle has ended, show it as artifacts.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    figures, rollouts_ended_at = await _read_rollouts(store, report)
+    ended_at = datetime.now(UTC)
+    metrics = cycle_metrics(report, figures)
+    lines = json_lines(report, metrics, rollouts_ended_at=rollouts_ended_at or ended_at)
+    await store.put_bytes(lines, f"{METRICS}/{report.name}.jsonl")
+    page = await asyncio.to_thread(
+        render_report, report, figures, ended_at=ended_at, rollouts_ended_at=rollouts_ended_at
+    )
+    page_path = f"{REPORTS}/{report.name}.html"
+    await store.put_bytes(page.encode(), page_path)
+    await send_metrics(spec, report, metrics)
     await write_report(store, report)
+    await _show(report, f"{store.url}/{page_path}")
+
+
+async def _read_rollouts(
+    store: CheckpointStore, report: CycleReport
+) -> tuple[Figures, datetime | None]:
+    """What the rows come to, and when they were handed back.
+
+    They only inform: where the data is damaged or was moved, the report does without.
+    """
+    figures = Figures()
+    directory = "_hotload/" + report.rollouts.parts_uri.rpartition("/_hotload/")[2]
+    path = f"{directory}/{MANIFEST_FILE}"
+    try:
+        data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
+        manifest = RolloutManifest.parse(data, path=path)
+        for part in manifest.parts:
+            path = f"{directory}/{part.file}"
+            data = await store.read_bytes(path, limit_bytes=part.size_bytes)
+            await asyncio.to_thread(figures.add, data)
+    except StoreUnavailableError:
+        raise
+    except (StoreError, PolarsError) as error:
+        get_run_logger().warning("the page shows only some of the samples: %s: %s", path, error)
+        return figures, None
+    return figures, manifest.created_at
+
+
+async def _show(report: CycleReport, page: str) -> None:
     key = re.sub(r"[^a-z0-9]+", "-", f"cycle-{report.name}".lower())
     snapshot, rollouts = report.snapshot, report.rollouts
     await acreate_table_artifact(
         report.rows(), key=key, description=f"**{snapshot.kind.value}** – {snapshot.reason}"
+    )
+    await acreate_link_artifact(
+        page,
+        key=f"{key}-page",
+        link_text=page,
+        description=f"Version {report.policy_version} as a page to look at, in any browser",
     )
     await acreate_link_artifact(
         rollouts.parts_uri,

@@ -1,26 +1,27 @@
-"""Hand back: scored groups as Parquet parts in the store, the manifest after all of them (design,
+"""Hand back: scored groups as Parquet parts in the store, and the manifest that names them (design,
 rule 2).
 
     _hotload/rollouts/<identity>/
-        part-00000.parquet …    one per chunk of problems, whole or not there
-        manifest.json           last; names the parts, their counts and digests
+        part-00000-00.parquet …   a chunk of problems in one file or several, each whole or absent
+        manifest.json             after what it names; complete when the cycle's rollouts are
 """
 
 import asyncio
 import hashlib
-import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import polars as pl
-from pandera.errors import SchemaErrors
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.errors import StoreError
-from hotload.frames import check_rollouts, part_facts, rollouts_frame
+from hotload.errors import StoreError, StoreUnavailableError
+from hotload.frames import part_facts, rollouts_frame
+from hotload.part_files import notes_of, parse_rollouts, render_rollouts
 from hotload.parts import (
+    PartNotes,
     PartPlan,
     RolloutManifest,
     RolloutPart,
@@ -33,63 +34,89 @@ from hotload.trajectories import ScoredGroup
 from tasks.retrying import RETRIED
 
 PART_LIMIT_BYTES = 4 << 30
-DIGEST_KEY = "hotload.digest"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPart:
+    """A part file that an earlier run of this cycle left, and the problems it settles."""
+
+    piece: int
+    part: RolloutPart
+    problem_ids: frozenset[str]
+    dropped_problem_ids: frozenset[str]
 
 
 async def write_part(
-    store: CheckpointStore, plan: RolloutPlan, part: PartPlan, groups: Sequence[ScoredGroup]
+    store: CheckpointStore,
+    plan: RolloutPlan,
+    part: PartPlan,
+    piece: int,
+    groups: Sequence[ScoredGroup],
+    notes: PartNotes,
 ) -> RolloutPart:
-    """Write one part, after its rows kept their schema.
+    """Write one file of a part, after its rows kept their schema.
 
     Raises:
         StoreError: the store refuses.
     """
-    facts, data = await asyncio.to_thread(_render, plan, part, groups)
-    await store.put_bytes(data, plan.path(part.file))
+    facts, data = await asyncio.to_thread(_render, plan, part, piece, groups, notes)
+    await store.put_bytes(data, plan.path(facts.file))
     return facts
 
 
 def _render(
-    plan: RolloutPlan, part: PartPlan, groups: Sequence[ScoredGroup]
+    plan: RolloutPlan, part: PartPlan, piece: int, groups: Sequence[ScoredGroup], notes: PartNotes
 ) -> tuple[RolloutPart, bytes]:
-    frame = check_rollouts(rollouts_frame(groups, policy_version=plan.policy_version))
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer, metadata={DIGEST_KEY: part.digest})
-    data = buffer.getvalue()
-    return _facts(frame, part, data), data
+    frame = rollouts_frame(groups, policy_version=plan.policy_version)
+    data = render_rollouts(frame, digest=part.digest, notes=notes.model_dump_json())
+    return _facts(frame, part, piece, data, notes), data
 
 
-def _facts(frame: pl.DataFrame, part: PartPlan, data: bytes) -> RolloutPart:
-    return part_facts(
+def _facts(
+    frame: pl.DataFrame, part: PartPlan, piece: int, data: bytes, notes: PartNotes
+) -> RolloutPart:
+    facts = part_facts(
         frame,
-        file=part.file,
+        file=part.file(piece),
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         digest=part.digest,
     )
+    return facts.model_copy(update={"groups": notes.groups})
 
 
-async def read_part(
-    store: CheckpointStore, plan: RolloutPlan, part: PartPlan
-) -> RolloutPart | None:
-    """What an earlier run of this cycle wrote for this part; `None` if it asked for something
-    else.
+async def read_parts(
+    store: CheckpointStore, plan: RolloutPlan, part: PartPlan, names: Iterable[str]
+) -> list[FoundPart]:
+    """What an earlier run of this cycle wrote of this part, in order; files that asked for
+    something else, or are damaged, count as not there.
+
+    Args:
+        names: of all files of the rollout.
     """
-    path = plan.path(part.file)
-    if await store.size(path) is None:
-        return None
-    data = await store.read_bytes(path, limit_bytes=PART_LIMIT_BYTES)
-    return await asyncio.to_thread(_parse, part, data)
+    found = []
+    for piece in part.pieces(names):
+        path = plan.path(part.file(piece))
+        data = await store.read_bytes(path, limit_bytes=PART_LIMIT_BYTES)
+        read = await asyncio.to_thread(_parse, part, piece, data, path)
+        found += [read] if read else []
+    return found
 
 
-def _parse(part: PartPlan, data: bytes) -> RolloutPart | None:
+def _parse(part: PartPlan, piece: int, data: bytes, path: str) -> FoundPart | None:
     try:
-        if pl.read_parquet_metadata(io.BytesIO(data)).get(DIGEST_KEY) != part.digest:
-            return None
-        frame = check_rollouts(pl.read_parquet(io.BytesIO(data)))
-    except (pl.exceptions.PolarsError, SchemaErrors):
+        frame, digest = parse_rollouts(data, path=path)
+        notes = PartNotes.parse_stored(notes_of(data).encode(), path)
+    except StoreError:
         return None  # not a part of ours: it is sampled again and replaced
-    return _facts(frame, part, data)
+    if digest != part.digest:
+        return None
+    return FoundPart(
+        piece,
+        _facts(frame, part, piece, data, notes),
+        frozenset(frame["problem_id"].unique()),
+        frozenset(notes.dropped_problem_ids),
+    )
 
 
 # Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.
@@ -105,22 +132,38 @@ async def find_rollout(store: CheckpointStore, path: str, digest: str) -> Rollou
     data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
     try:
         manifest = RolloutManifest.parse(data, path=path)
+    except StoreUnavailableError:
+        raise
     except StoreError:
         return None  # of another schema: it is written again
-    return manifest.summary if manifest.digest == digest else None
+    is_ours = manifest.is_complete and manifest.digest == digest
+    return manifest.summary if is_ours else None
 
 
 def sum_up(
-    store: CheckpointStore, plan: RolloutPlan, parts: Sequence[RolloutPart], seconds: float
+    store: CheckpointStore,
+    plan: RolloutPlan,
+    parts: Iterable[RolloutPart],
+    seconds: float,
+    *,
+    is_complete: bool,
+    window_trace: Iterable[tuple[float, int, int]] = (),
 ) -> RolloutManifest:
-    """The manifest of a rollout whose parts all lie in the store; `seconds` is its wall time."""
+    """The manifest of part files that lie in the store; `seconds` is the wall time so far."""
+    parts = tuple(sorted(parts, key=lambda part: part.file))
     return RolloutManifest(
         identity=plan.identity,
         policy_version=plan.policy_version,
         digest=plan.digest,
-        parts=tuple(parts),
+        is_complete=is_complete,
+        planned_group_count=plan.problem_count,
+        parts=parts,
         summary=summarize(
-            plan.identity, parts, parts_uri=f"{store.url}/{plan.directory}", seconds=seconds
+            plan.identity,
+            parts,
+            parts_uri=f"{store.url}/{plan.directory}",
+            seconds=seconds,
+            window_trace=window_trace,
         ),
         created_at=datetime.now(UTC),
     )

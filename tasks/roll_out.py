@@ -1,48 +1,46 @@
-"""Roll out: sample a chunk of problems, score it, hand its part back. All chunks share one
-window.
+"""Roll out: sample a chunk of problems, score its groups, hand its part back as they finish. All
+chunks share one window, one gate and one breaker.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from math import ceil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
 from blocks.sampler import Sampler
-from hotload.errors import RolloutsFailedError
+from hotload.admission import Admission
+from hotload.breaker import Breaker
+from hotload.errors import StoreError, StoreUnavailableError
 from hotload.faults import Cause
-from hotload.parts import PartPlan, RolloutPart, RolloutPlan
+from hotload.groups import Tally, Verdict, causes, is_outage, judge, stale_group
+from hotload.parts import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.spec import CycleSpec
-from hotload.trajectories import ScoredGroup, TrajectoryGroup
-from tasks.hand_back import read_part, write_part
-from tasks.overlap import overlap
+from hotload.trajectories import Problem, TrajectoryGroup
+from tasks.draw import Drawing
+from tasks.gate import Gate
+from tasks.hand_back import sum_up
+from tasks.part_writer import PartWriter, Settled
 from tasks.retrying import RETRIED
+from tasks.sample_group import GroupSampler
 from tasks.score import Scorer, open_scorer
+from tasks.watch_versions import watch_versions
 
-# What another try may mend; a request that is refused, or too long, is so every time.
-OUTAGES = frozenset(
-    {
-        Cause.TIMEOUT,
-        Cause.OVERLOADED,
-        Cause.SERVER_ERROR,
-        Cause.CONNECTION,
-        Cause.TRUNCATED,
-        Cause.SWAP_TIMEOUT,
-        Cause.MALFORMED,
-        Cause.MISSING_TOKEN_IDS,
-        Cause.MISSING_LOGPROBS,
-    }
-)
+SECONDS_BETWEEN_WRITES = 10.0
 
 
 class Rollout:
-    """What the chunks of one rollout share: the sampler with its window, the scorer, the store."""
+    """What the chunks of one rollout share: the sampler with its window, the scorer, the store.
+
+    Raises:
+        RolloutFunctionError: the spec names a rollout function that cannot be used.
+    """
 
     def __init__(
         self, plan: RolloutPlan, sampler: Sampler, scorer: Scorer, store: CheckpointStore
@@ -51,50 +49,164 @@ class Rollout:
         self._sampler = sampler
         self._scorer = scorer
         self._store = store
+        self._rules = sampler.sampling.groups
         self._started = monotonic()
-        per_part = len(plan.parts[0].problems) * sampler.sampling.completions_per_prompt
-        # Enough parts to fill the window twice; the others wait, so that memory stays bounded.
-        parts = 1 + ceil(2 * sampler.widest / per_part)
-        self._under_way = asyncio.Semaphore(parts)
-        self._unwritten: dict[int, tuple[ScoredGroup, ...]] = {}
+        admission = Admission(
+            group_size=plan.group_size,
+            batch_size=plan.problem_count * plan.group_size,
+            initial_version=plan.policy_version,
+            max_head_offpolicy_versions=sampler.sampling.max_head_offpolicy_versions,
+        )
+        # A window's worth waits behind the window, so that it never runs empty and little is held.
+        self.gate = Gate(admission, lambda: 2 * sampler.size)
+        self._breaker = Breaker()
+        self._groups = GroupSampler(
+            Drawing(sampler),
+            self._rules,
+            plan.group_size,
+            self.gate,
+            lambda: not self._breaker.is_open,
+        )
+        self._writers = [PartWriter(store, plan, part) for part in plan.parts]
+        self._told = 0
+        self._names: list[str] | None = None
+        self._looking = asyncio.Lock()
+        self._telling = asyncio.Lock()
 
     @property
     def seconds(self) -> float:
         """Wall seconds since sampling could begin."""
         return monotonic() - self._started
 
-    async def carry(self, part: PartPlan) -> RolloutPart:
-        """Sample, score and write one part, or find that an earlier run has written it.
+    async def carry(self, number: int) -> tuple[RolloutPart, ...]:
+        """Sample, score and write what is missing of one part; all its files.
 
         Called again after the store failed, it writes what it has and samples nothing twice.
         """
-        async with self._under_way:
-            groups = self._unwritten.get(part.number)
-            if groups is None:
-                if found := await read_part(self._store, self.plan, part):
-                    return found
-                groups = await self._scorer.score(await self._sample(part))
-                self._unwritten[part.number] = groups
-            written = await write_part(self._store, self.plan, part, groups)
-            del self._unwritten[part.number]
-            return written
+        writer = self._writers[number]
+        await self._find(writer)
+        try:
+            async with asyncio.TaskGroup() as rows:
+                with self.gate.beginning(number):
+                    for problem in writer.to_do():
+                        # Let in before its task is made: rows that wait cost nothing.
+                        await self.gate.enter(number)
+                        rows.create_task(self._carry_row(writer, problem))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        await writer.finish(is_answered=any(each.is_answered for each in self._writers))
+        await self._tell()
+        return tuple(writer.parts)
 
-    async def _sample(self, part: PartPlan) -> list[TrajectoryGroup]:
-        count = self._sampler.sampling.completions_per_prompt
-        samples = await overlap(
-            self._sampler.sample(problem, number)
-            for problem in part.problems
-            for number in range(count)
+    async def _find(self, writer: PartWriter) -> None:
+        async with self._looking:
+            if self._names is None:
+                self._names = await self._store.names(self.plan.directory)
+            await writer.find(self._names)
+
+    async def _carry_row(self, writer: PartWriter, problem: Problem) -> None:
+        """A group, and the next in its place as long as the rules drop it."""
+        instead = await self._carry_group(writer, problem)
+        while instead is not None:
+            await self.gate.enter(writer.part.number)
+            instead = await self._carry_group(writer, instead)
+
+    async def _carry_group(self, writer: PartWriter, problem: Problem) -> Problem | None:
+        size = self.plan.group_size
+        if self.gate.is_stale:
+            self.gate.end(size)
+            self.gate.leave(is_kept=True)
+            return writer.take(self._stale(problem))
+        if self._breaker.is_open:
+            self.gate.end(size)
+            self.gate.leave(is_kept=False)
+            writer.leave_out(Counter({Cause.BREAKER_OPEN.value: size}))
+            return None
+        is_kept, instead = False, None
+        try:
+            group, tally = await self._groups.sample(problem)
+            is_failure = is_outage(group.trajectories_G)
+            if self._breaker.note(is_failure=is_failure) and is_failure:
+                writer.leave_out(causes(group.trajectories_G))
+                return None
+            settled = await self._settle(writer, group, tally)
+            is_kept = not settled.is_dropped
+            instead = writer.take(settled)
+            if writer.is_full:  # the row stays in until then, so that the store sets the pace
+                await self._write(writer)
+        finally:
+            self.gate.leave(is_kept=is_kept)
+        return instead if self._rules.on_uniform == "refill" else None
+
+    async def _settle(self, writer: PartWriter, group: TrajectoryGroup, tally: Tally) -> Settled:
+        verdict = judge(await self._scorer.score_group(group), self._rules)
+        is_refill = writer.is_refill(group.problem)
+        counts = tally.counts(verdict, self._rules, is_refill=is_refill)
+        return Settled(verdict.group, counts, verdict.is_dropped)
+
+    def _stale(self, problem: Problem) -> Settled:
+        group = stale_group(
+            problem,
+            self.plan.group_size,
+            identity=self.plan.identity,
+            policy_version=self.plan.policy_version,
+            run_seed=self._sampler.sampling.seed,
         )
-        # Recorded, a part without one answer would count as done for ever.
-        causes = Counter(sample.failure for sample in samples)
-        if all(cause in OUTAGES for cause in causes):
-            told = ", ".join(f"{cause} {count}" for cause, count in causes.items())
-            raise RolloutsFailedError(self.plan.identity, told)
-        return [
-            TrajectoryGroup(problem, tuple(samples[i * count : (i + 1) * count]))
-            for i, problem in enumerate(part.problems)
+        counts = Tally().counts(Verdict(group), self._rules, is_refill=False)
+        return Settled(group, counts, is_dropped=False)
+
+    async def write_along(self) -> None:
+        """Write groups that have waited for their part to fill up; never ends."""
+        while True:
+            await asyncio.sleep(SECONDS_BETWEEN_WRITES)
+            for writer in self._writers:
+                if writer.waits_seconds >= SECONDS_BETWEEN_WRITES:
+                    await self._write(writer)
+
+    async def save(self) -> None:
+        """Write whatever has ended, when sampling does before its end."""
+        with suppress(StoreError):  # what is lost is sampled again
+            for writer in self._writers:
+                await writer.write()
+            await self._tell()
+
+    async def _write(self, writer: PartWriter) -> None:
+        """Write before the part has ended; while the store does not answer, that can wait."""
+        try:
+            if await writer.write():
+                await self._tell()
+        except StoreUnavailableError as error:
+            get_run_logger().warning("groups are written later: %s", error)
+
+    async def _tell(self) -> None:
+        """Name what is there in the manifest, so that it can be read while sampling goes on."""
+        if not all(writer.is_read for writer in self._writers):
+            return  # it would name less than an earlier run of this cycle did
+        async with self._telling:
+            manifest = self.manifest(is_complete=False)
+            if len(manifest.parts) == self._told:
+                return
+            try:
+                await self._store.put_bytes(manifest.render(), self.plan.path(MANIFEST_FILE))
+                self._told = len(manifest.parts)
+            except StoreUnavailableError as error:
+                get_run_logger().warning("the manifest is written later: %s", error)
+
+    def manifest(self, *, is_complete: bool) -> RolloutManifest:
+        """The manifest of what is in the store now."""
+        parts = [part for writer in self._writers for part in writer.parts]
+        trace = [
+            (point.seconds - self._started, point.size, point.in_flight)
+            for point in self._sampler.trace()
         ]
+        return sum_up(
+            self._store,
+            self.plan,
+            parts,
+            self.seconds,
+            is_complete=is_complete,
+            window_trace=trace if is_complete else (),
+        )
 
     def log_window(self) -> None:
         """Say what the window did, in the flow run's log."""
@@ -116,14 +228,17 @@ async def open_rollout(
     client: RolloutClient,
     store: CheckpointStore,
     replica_count: int | None,
+    service: HotLoadService | None = None,
 ) -> AsyncIterator[Rollout]:
     """What the chunks of `plan` share, for as long as they run in this event loop.
 
     Args:
         replica_count: for the window's first size; `None` is not known.
+        service: watched for newer versions, where the spec allows the next cycle to publish while
+            this one samples.
 
     Raises:
-        RewardError: the reward cannot be used; nothing was sampled.
+        RewardError, RolloutFunctionError: the user's own code cannot be used; nothing was sampled.
         ServiceRefusedError: there is no API key.
     """
     async with (
@@ -136,24 +251,38 @@ async def open_rollout(
             swap_timeout_seconds=spec.readiness.weight_sync_timeout,
         ) as sampler,
     ):
-        yield Rollout(plan, sampler, scorer, store)
+        rollout = Rollout(plan, sampler, scorer, store)
+        beside = [asyncio.create_task(rollout.write_along())]
+        if service is not None:
+            watching = watch_versions(
+                service, spec.run_id, sampler, rollout.gate, spec.readiness.poll_interval_seconds
+            )
+            beside.append(asyncio.create_task(watching))
+        try:
+            yield rollout
+        finally:
+            for each in beside:
+                each.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            await rollout.save()
 
 
 # A retry writes what was sampled; only the sampler's own budget repeats a request.
 @task(cache_policy=NO_CACHE, task_run_name="roll-out-{number}", **RETRIED)
-async def roll_out_chunk(rollout: Rollout, number: int) -> RolloutPart:
-    """One part of the rollout in the store, and the counts of what is in it.
+async def roll_out_chunk(rollout: Rollout, number: int) -> Sequence[RolloutPart]:
+    """One part of the rollout in the store, and the counts of what is in its files.
 
     Raises:
         ServiceRefusedError: key, names or billing are wrong: no sample can succeed.
         StoreError: the store refuses.
-        RolloutsFailedError: not one sample of the part got an answer; nothing is recorded.
+        RolloutsFailedError: not one sample got an answer so far, or the service failed row after
+            row; what was answered is in the store, the rest is not recorded.
     """
-    part = await rollout.carry(rollout.plan.parts[number])
+    parts = await rollout.carry(number)
     get_run_logger().info(
         "%d samples, %d failed, %d bytes",
-        part.sample_count,
-        sum(part.failed_samples.values()),
-        part.size_bytes,
+        sum(part.sample_count for part in parts),
+        sum(sum(part.failed_samples.values()) for part in parts),
+        sum(part.size_bytes for part in parts),
     )
-    return part
+    return parts

@@ -1,217 +1,166 @@
 """Score: a reward and an advantage for every sample that has an answer.
 
-Built-in rewards run here; a user's own runs in processes of its own, under a time limit, so that
-one that hangs, raises, dies or returns nonsense costs one sample, marked, and never a batch.
+Quick built-ins run here, remote services are asked from here; a user's own reward runs in processes
+of its own. Each under a time limit where it needs one, so that a reward that hangs, raises, dies or
+returns nonsense costs one sample, marked, and never a batch.
 """
 
-import asyncio
-import contextlib
-import json
-import os
-import pickle
-import signal
-import struct
-import sys
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 from hotload.advantages import advantages
+from hotload.built_ins import BUILT_INS, QUICK
 from hotload.errors import RewardError
 from hotload.faults import Cause
-from hotload.rewards import BUILT_INS, as_number, check_arguments, load_reward
+from hotload.rewards import (
+    REMOTE,
+    WEIGHTED_SUM,
+    Outcome,
+    Score,
+    Unscored,
+    check_arguments,
+    load_reward,
+    read_outcome,
+)
 from hotload.spec import RewardSpec
 from hotload.trajectories import Problem, ScoredGroup, Trajectory, TrajectoryGroup
-from hotload.wire import fireworks
+from hotload.weighted import add_up, weighted_parts
 from tasks.overlap import overlap
+from tasks.remote_reward import RemoteReward
+from tasks.reward_processes import RewardProcesses
 
-WORKER_COUNT = 2
-START_TIMEOUT_SECONDS = 120.0
-REPLY_LIMIT_BYTES = 64 << 10
-LENGTH = struct.Struct(">I")
 
-Scored = tuple[Trajectory, float | None]
+class Judge(Protocol):
+    """Whatever gives rewards."""
+
+    async def start(self) -> None:
+        """Look at the reward before anything is sampled; raises RewardError."""
+
+    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        """A reward, or why there is none, for each of a group's samples; raises nothing."""
+
+    async def stop(self) -> None:
+        """End what `start` began."""
 
 
 class Scorer:
     """Scores groups by one declared reward; made by `open_scorer`."""
 
-    def __init__(self, reward: RewardSpec) -> None:
+    def __init__(self, reward: RewardSpec, judge: Judge) -> None:
         self._spec = reward
-        self._is_built_in = reward.name in BUILT_INS
-        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
-
-    async def start(self) -> None:
-        """Look at the reward before anything is sampled.
-
-        Raises:
-            RewardError: unknown, not importable, or it cannot take the declared arguments.
-        """
-        if ":" not in self._spec.name:
-            check_arguments(self._spec.name, load_reward(self._spec.name), self._spec.arguments)
-            return
-        workers = [_Worker(self._spec) for _ in range(WORKER_COUNT)]
-        for worker in workers:
-            self._idle.put_nowait(worker)
-        await workers[0].start()
-
-    async def stop(self) -> None:
-        """End the reward's processes."""
-        while not self._idle.empty():
-            await self._idle.get_nowait().stop()
+        self._judge = judge
 
     async def score(self, groups: Iterable[TrajectoryGroup]) -> tuple[ScoredGroup, ...]:
-        """The groups with rewards and advantages; what could not be scored is marked with its
-        cause.
+        """The groups, each scored as `score_group` does."""
+        return tuple(await overlap(self.score_group(group) for group in groups))
+
+    async def score_group(self, group: TrajectoryGroup) -> ScoredGroup:
+        """The group with rewards and advantages; what could not be scored is marked with its
+        cause. Samples that failed before are not scored, and a reward called per group does not
+        see them.
         """
-        groups = tuple(groups)
-        samples = [(group.problem, one) for group in groups for one in group.trajectories_G]
-        if self._is_built_in:
-            reward = load_reward(self._spec.name)
-            scored = [self._call(reward, problem, sample) for problem, sample in samples]
-        else:
-            scored = await overlap(self._send(problem, sample) for problem, sample in samples)
-        remaining = iter(scored)
-        return tuple(
-            _scored_group(group.problem, [next(remaining) for _ in group.trajectories_G])
-            for group in groups
+        answered = [one for one in group.trajectories_G if one.failure is None]
+        judged = iter(await self._judge.judge(group.problem, answered) if answered else ())
+        outcomes_G = [
+            None if one.failure is not None else next(judged) for one in group.trajectories_G
+        ]
+        scores_G = [each if isinstance(each, Score) else None for each in outcomes_G]
+        rewards_G = tuple(None if each is None else each.reward for each in scores_G)
+        parts_G = tuple({} if each is None else each.parts for each in scores_G)
+        return ScoredGroup(
+            problem=group.problem,
+            trajectories_G=tuple(
+                _marked(one, outcome) if isinstance(outcome, Unscored) else one
+                for one, outcome in zip(group.trajectories_G, outcomes_G, strict=True)
+            ),
+            rewards_G=rewards_G,
+            advantages_G=advantages(rewards_G, self._spec.advantage),
+            reward_parts_G=parts_G if any(parts_G) else (),
         )
-
-    def _call(self, reward: Any, problem: Problem, sample: Trajectory) -> Scored:
-        if sample.failure is not None:
-            return sample, None
-        try:
-            number = as_number(reward(problem, sample, **self._spec.arguments))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the sample is what failed
-            return _marked(sample, Cause.REWARD_RAISED, f"{type(error).__name__}: {error}"), None
-        if number is None:
-            return _marked(sample, Cause.REWARD_NOT_A_NUMBER, ""), None
-        return sample, number
-
-    async def _send(self, problem: Problem, sample: Trajectory) -> Scored:
-        if sample.failure is not None:
-            return sample, None
-        worker = await self._idle.get()
-        try:
-            reply = await worker.call(problem, sample)
-        finally:
-            self._idle.put_nowait(worker)
-        if isinstance(reply, float):
-            return sample, reply
-        return _marked(sample, *reply), None
 
 
 @asynccontextmanager
 async def open_scorer(reward: RewardSpec) -> AsyncIterator[Scorer]:
-    """A scorer, looked at before use; its processes end with it.
+    """A scorer, looked at before use; its processes and connections end with it.
 
     Raises:
-        RewardError: as `Scorer.start`.
+        RewardError: the reward is unknown or not importable, it cannot take the declared arguments,
+            or it asks for a variable of the environment that is not set.
     """
-    scorer = Scorer(reward)
+    judge = _judge(reward)
     try:
-        await scorer.start()
-        yield scorer
+        await judge.start()
+        yield Scorer(reward, judge)
     finally:
-        await scorer.stop()
+        await judge.stop()
 
 
-def _marked(sample: Trajectory, cause: Cause, detail: str) -> Trajectory:
+def _judge(reward: RewardSpec) -> Judge:
+    if reward.name == WEIGHTED_SUM:
+        return _WeightedSum(reward)
+    if reward.name == REMOTE:
+        return RemoteReward(reward)
+    if reward.name in BUILT_INS or ":" not in reward.name:
+        return _BuiltIn(reward)
+    return RewardProcesses(reward)
+
+
+def _marked(sample: Trajectory, outcome: Unscored) -> Trajectory:
     # A reward's own text may hold what no file can: halves of surrogate pairs.
-    readable = detail[:200].encode("utf-8", "replace").decode()
-    return replace(sample, failure=cause.value, detail=readable)
+    readable = outcome.detail[:200].encode("utf-8", "replace").decode()
+    return replace(sample, failure=outcome.cause.value, detail=readable)
 
 
-def _scored_group(problem: Problem, scored_G: list[Scored]) -> ScoredGroup:
-    rewards_G = tuple(reward for _, reward in scored_G)
-    return ScoredGroup(
-        problem, tuple(sample for sample, _ in scored_G), rewards_G, advantages(rewards_G)
-    )
-
-
-class _Worker:
-    """One process that runs the reward, started when needed and again after it was ended."""
+class _BuiltIn:
+    """A built-in: in this process if it is quick, else in one that can be ended."""
 
     def __init__(self, reward: RewardSpec) -> None:
-        self._reward = reward
-        self._process: asyncio.subprocess.Process | None = None
+        self._spec = reward
+        self._elsewhere = None if reward.name in QUICK else RewardProcesses(reward)
 
     async def start(self) -> None:
-        """Start the process and have it import the reward.
+        self._reward = load_reward(self._spec.name)
+        if self._spec.per_group:
+            raise RewardError(self._spec.name, "it looks at one sample: leave out `per_group`")
+        check_arguments(self._spec.name, self._reward, self._spec.arguments)
+        if self._elsewhere is not None:
+            await self._elsewhere.start()
 
-        Raises:
-            RewardError: it cannot, or not within 120 s.
-        """
-        environment = {
-            # What a reward says is stored, so it does not get the service's key.
-            **{k: v for k, v in os.environ.items() if k != fireworks.API_KEY_VARIABLE},
-            "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
-        }
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tasks.reward_worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
+    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        if self._elsewhere is not None:
+            return await self._elsewhere.judge(problem, samples)
+        return [self._call(problem, sample) for sample in samples]
+
+    def _call(self, problem: Problem, sample: Trajectory) -> Outcome:
         try:
-            async with asyncio.timeout(START_TIMEOUT_SECONDS):
-                answer = await self._exchange((self._reward.name, self._reward.arguments))
-        except (OSError, EOFError, TimeoutError):
-            await self.stop()
-            reason = "its process ended, or did not import it in time"
-            raise RewardError(self._reward.name, reason) from None
-        if "refused" in answer:
-            await self.stop()
-            raise RewardError(self._reward.name, str(answer["refused"]))
-
-    async def call(self, problem: Problem, sample: Trajectory) -> float | tuple[Cause, str]:
-        """The reward as a finite number, or why there is none. Leaves a process only if it
-        answered.
-        """
-        try:
-            if self._process is None:
-                await self.start()
-            async with asyncio.timeout(self._reward.timeout_seconds):
-                answer = await self._exchange((problem, sample))
-        except TimeoutError:
-            await self.stop()
-            limit = f"no reward within {self._reward.timeout_seconds:g} s"
-            return Cause.REWARD_TIMEOUT, limit
-        except (OSError, EOFError, RewardError) as error:
-            await self.stop()
-            return Cause.REWARD_CRASHED, f"its process ended: {error}"
-        except BaseException:
-            await self.stop()
-            raise
-        if "reward" in answer:
-            return float(answer["reward"])
-        if "raised" in answer:
-            return Cause.REWARD_RAISED, str(answer["raised"])
-        return Cause.REWARD_NOT_A_NUMBER, str(answer.get("not_a_number"))
-
-    async def _exchange(self, call: object) -> dict[str, Any]:
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise EOFError("no process")
-        data = pickle.dumps(call)
-        process.stdin.write(LENGTH.pack(len(data)) + data)
-        await process.stdin.drain()
-        (size,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
-        if size > REPLY_LIMIT_BYTES:
-            raise EOFError("a reply is too long")
-        return json.loads(await process.stdout.readexactly(size))
+            return read_outcome(self._reward(problem, sample, **self._spec.arguments))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the sample is what failed
+            return Unscored(Cause.REWARD_RAISED, f"{type(error).__name__}: {error}")
 
     async def stop(self) -> None:
-        """End the process and whatever it started."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        if process.stdin is not None:
-            process.stdin.close()
-        await process.wait()
+        if self._elsewhere is not None:
+            await self._elsewhere.stop()
+
+
+class _WeightedSum:
+    """Several rewards, each judged where it belongs, added up."""
+
+    def __init__(self, reward: RewardSpec) -> None:
+        self._spec = reward
+        self._opened = AsyncExitStack()
+
+    async def start(self) -> None:
+        self._parts = weighted_parts(self._spec)
+        self._judges = [_judge(part.reward) for part in self._parts]
+        for judge in self._judges:
+            self._opened.push_async_callback(judge.stop)
+            await judge.start()
+
+    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        by_part = await overlap(judge.judge(problem, samples) for judge in self._judges)
+        return [add_up(self._parts, outcomes) for outcomes in zip(*by_part, strict=True)]
+
+    async def stop(self) -> None:
+        await self._opened.aclose()

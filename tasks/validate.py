@@ -14,6 +14,7 @@ from hotload.local import read_checkpoint, sha256_file
 from hotload.shards import Checkpoint, Finding, read_json_object
 from hotload.snapshot import CONFIG_FILE, CheckpointContent, FileDigest, SnapshotKind
 from hotload.spec import CycleSpec
+from tasks.draw import load_rollout
 from tasks.progress import Progress
 from tasks.read_problems import read_problems
 from tasks.score import open_scorer
@@ -61,15 +62,19 @@ async def read_content(
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="problems-{spec.name}")
 async def validate_rollouts(spec: CycleSpec) -> int:
-    """How many problems there are, once they and the reward are known to be usable.
+    """How many problems there are, once they, the reward and the rollout function are known to be
+    usable.
 
     Looked at before anything is published, so that a typing mistake costs no upload.
 
     Raises:
         InvalidProblemsError: the problem file cannot be read, is empty, or has a malformed row.
         RewardError: the reward cannot be imported.
+        RolloutFunctionError: the rollout function cannot be used.
     """
     problems = await asyncio.to_thread(read_problems, spec.problems.dataset)
+    if spec.sampling.rollout is not None:
+        load_rollout(spec.sampling.rollout)
     async with open_scorer(spec.reward):
         return len(problems)
 

@@ -14,7 +14,7 @@ from hotload.errors import (
     ServiceError,
     ServiceUnavailableError,
 )
-from hotload.readiness import ServiceStatus, Verdict, assess
+from hotload.readiness import Convergence, ServiceStatus, Verdict, assess
 from hotload.snapshot import SnapshotManifest
 from hotload.spec import CycleSpec, ReadinessPolicy
 
@@ -67,8 +67,8 @@ async def wait_until_ready(
     manifest: SnapshotManifest,
     readiness: ReadinessPolicy,
     expected_replica_count: int | None,
-) -> int:
-    """How many replicas serve the snapshot, once every expected one does.
+) -> Convergence:
+    """How the replicas came to serve the snapshot, once every expected one does.
 
     A GET that fails is a warning: gateways do fail now and then (protocol §5).
 
@@ -78,8 +78,10 @@ async def wait_until_ready(
         ProtocolError: the answer is not of the documented form.
     """
     logger = get_run_logger()
-    deadline = monotonic() + readiness.weight_sync_timeout
+    began = monotonic()
+    deadline = began + readiness.weight_sync_timeout
     detail, last = "", ""
+    trace = [(0.0, 0)]
     while True:
         try:
             status = await service.observe()
@@ -91,9 +93,11 @@ async def wait_until_ready(
                 expected_replica_count=expected_replica_count,
             )
             detail = seen.detail
+            if seen.ready_count != trace[-1][1]:
+                trace.append((monotonic() - began, seen.ready_count))
             if seen.verdict is Verdict.READY:
                 logger.info(detail)
-                return seen.ready_count
+                return Convergence(seen.ready_count, tuple(trace))
             if seen.verdict is Verdict.FAILED:
                 # No known field carries the cause, so the replica is shown as it is.
                 logger.warning(status.failed(manifest.identity)[0].raw)

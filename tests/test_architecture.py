@@ -204,6 +204,7 @@ EXAMPLES: dict[type[HotLoadError], HotLoadError] = {
         errors.RolloutsFailedError("run-000001-0123abcd", "timeout: 8"),
         errors.FullSnapshotFailedError("run-000001-0123abcd", "replica 2: no space"),
         errors.LeaseLostError("host-7", "token 4 after 3"),
+        errors.RolloutFunctionError("mine:play", "is not async"),
         errors.RewardError("rewards:exact", "not a function"),
         errors.StoreError("bucket/key", "access denied"),
         errors.StoreUnavailableError("bucket/key", "connection reset"),

@@ -6,10 +6,11 @@ reads values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from hotload.faults import Action, Cause, Fault, fault_of_status
+from hotload.routing import join_routing
 from hotload.spec import Sampling
 from hotload.trajectories import TOKEN_ID_LIMIT, Problem
 from hotload.wire.fireworks import served_identity
@@ -52,6 +53,8 @@ def sample_body(problem: Problem, sampling: Sampling, *, model: str, seed: int) 
     }
     if sampling.stop:
         body["stop"] = list(sampling.stop)
+    if sampling.include_routing_matrix:
+        body["include_routing_matrix"] = True
     return body
 
 
@@ -103,77 +106,96 @@ class Answer:
         # protocol §12: `logprob` may stand in only where the whole, untempered policy was sampled.
         self._is_plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1, 1, 0)
         self._sent_prompt = prompt
+        self._wants_routing = sampling.include_routing_matrix
         self._model: object = None
         self._texts: list[str] = []
         self._content_ids: list[Any] = []
         self._raw_ids: list[Any] = []
         self._last_raw_ids: list[Any] = []
+        self._routing: list[Any] = []
         self._lacks_logprobs = False
         self.is_done = False
         """Whether the closing `[DONE]` was seen; a plain response is done by itself."""
         self.observed: list[str] = []
         self.last_identity: str | None = None
+        self.runs: list[tuple[int, str]] = []
+        """Which tokens each identity made: (number of the first token, identity); an empty identity
+        is one that was not told."""
         self.finish_reason: Any = None
         self.text = ""
         self.token_ids: tuple[int, ...] = ()
         self.sampling_logprobs: list[Any] = []
         self.prompt_token_ids: tuple[int, ...] = prompt or ()
+        self.routing: bytes | None = None
+        """The routing matrices of all tokens, where they were asked for and every token has one."""
         self.prompt_token_count = self.cached_prompt_token_count = 0
         self.prefill_queue_seconds: float | None = None
         self.replica: str | None = None
         self.response_id: str | None = None
 
-    def add(self, chunk: Any) -> Fault | None:
-        """Take one decoded chunk in; the fault, if it is or carries an error."""
+    def add(self, *chunks: Any) -> Fault | None:
+        """Take decoded chunks in; the fault, if one of them is or carries an error."""
         try:
-            error = chunk.get("error")
-            if error:
-                return fault_in_stream(chunk)
-            self._add(chunk)
+            for chunk in chunks:
+                if chunk.get("error"):
+                    return fault_in_stream(chunk)
+                model = chunk.get("model")
+                if model != self._model:
+                    self._model = model
+                    self._observe(model)
+                for choice in chunk.get("choices") or ():
+                    self._add(choice)
+                if usage := chunk.get("usage"):
+                    self._add_usage(usage)
+                if metrics := chunk.get("perf_metrics"):
+                    self.add_metrics(metrics)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return malformed("a chunk is not of the documented form")
         return None
 
-    def _add(self, chunk: Mapping[str, Any]) -> None:
-        model = chunk.get("model")
-        if model != self._model:
-            self._model = model
-            self._observe(model)
-        for choice in chunk.get("choices") or ():
-            message = choice.get("delta") or choice.get("message")
-            text = choice.get("text") if message is None else message.get("content")
-            if text:
-                self._texts.append(text)
-            logprobs = choice.get("logprobs")
-            if logprobs:
-                for entry in logprobs.get("content") or ():
-                    self._content_ids.append(entry.get("token_id"))
-                    value = entry.get("sampling_logprob")
-                    if value is None and self._is_plain:
-                        value = entry.get("logprob")
+    def _add(self, choice: Mapping[str, Any]) -> None:
+        text = choice.get("text")
+        if text is None:
+            text = (choice.get("delta") or choice.get("message") or {}).get("content")
+        if text:
+            self._texts.append(text)
+        logprobs = choice.get("logprobs")
+        if logprobs:
+            for entry in logprobs.get("content") or ():
+                self._content_ids.append(entry.get("token_id"))
+                value = entry.get("sampling_logprob")
+                if value is None:
+                    value = entry.get("logprob") if self._is_plain else None
                     self._lacks_logprobs |= value is None
-                    self.sampling_logprobs.append(value)
-            raw = choice.get("raw_output")
-            if raw or "token_ids" in choice:
-                self._add_raw(raw or {}, choice)
-            if choice.get("finish_reason"):
-                self.finish_reason = choice["finish_reason"]
-        usage = chunk.get("usage")
-        if usage:
-            self.prompt_token_count = int(_number(usage.get("prompt_tokens")) or 0)
-            details = usage.get("prompt_tokens_details") or {}
-            self.cached_prompt_token_count = int(_number(details.get("cached_tokens")) or 0)
-        metrics = chunk.get("perf_metrics")
-        if metrics:
-            self.add_metrics(metrics)
+                self.sampling_logprobs.append(value)
+                if self._wants_routing:
+                    self._routing.append(entry.get("routing_matrix"))
+        raw = choice.get("raw_output")
+        if raw or "token_ids" in choice:
+            self._add_raw(raw or {}, choice)
+        reason = choice.get("finish_reason")
+        if reason:
+            self.finish_reason = reason
+
+    def _add_usage(self, usage: Mapping[str, Any]) -> None:
+        self.prompt_token_count = int(_number(usage.get("prompt_tokens")) or 0)
+        details = usage.get("prompt_tokens_details") or {}
+        self.cached_prompt_token_count = int(_number(details.get("cached_tokens")) or 0)
 
     def _observe(self, model: object) -> None:
         identity = served_identity(model)
+        count = len(self.sampling_logprobs)
+        if self.runs and self.runs[-1][0] == count:
+            self.runs.pop()  # it made no token
+        told = "" if identity is None else identity[:256]
+        is_new = told != self.runs[-1][1] if self.runs else told != ""
+        if is_new and len(self.runs) < IDENTITY_LIMIT:
+            self.runs.append((count, told))
         if identity is None:
             return
-        self.last_identity = identity[:256]
-        if self.last_identity not in self.observed and len(self.observed) < IDENTITY_LIMIT:
-            self.observed.append(self.last_identity)
+        self.last_identity = told
+        if told not in self.observed and len(self.observed) < IDENTITY_LIMIT:
+            self.observed.append(told)
 
     def _add_raw(self, raw: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
         ids = raw.get("completion_token_ids") or choice.get("token_ids")
@@ -234,10 +256,17 @@ class Answer:
             told = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
             return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
         self.token_ids = ids
+        while self.runs and self.runs[-1][0] >= count:
+            self.runs.pop()  # it made no token
         if not _are_ids(self.prompt_token_ids):
             return malformed("the prompt's token ids are not ids")
+        if count and not self.prompt_token_ids:
+            told = "the prompt's token ids are missing"
+            return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
         if self._sent_prompt is not None and self.prompt_token_ids != self._sent_prompt:
             return malformed("the prompt's token ids came back changed", Action.FAIL_SAMPLE)
+        if self._routing and None not in self._routing:
+            self.routing = join_routing(self._routing)
         if count > self._max_tokens:
             told = f"{count} tokens, {self._max_tokens} asked for"
             return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, told)
@@ -262,8 +291,10 @@ class Answer:
         return tuple(ids) if _are_ids(ids) else None
 
 
-def _are_ids(tokens: Iterable[Any]) -> bool:
-    return all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in tokens)
+def _are_ids(tokens: Collection[Any]) -> bool:
+    if not tokens:
+        return True
+    return set(map(type, tokens)) == {int} and 0 <= min(tokens) <= max(tokens) < TOKEN_ID_LIMIT
 
 
 def _number(value: Any) -> float | None:

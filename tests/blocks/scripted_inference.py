@@ -7,6 +7,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from blocks.rollout_client import RolloutClient
+from blocks.sampler import Sampler
+from hotload.spec import Sampling
+from hotload.trajectories import Problem, Trajectory
 
 KEY = "sk-very-secret"
 IDENTITY = "run-000003-0badf00d"
@@ -112,3 +115,32 @@ class Naps:
 def client(port: int, **fields: Any) -> RolloutClient:
     names = {"account_id": "a", "model_id": "m", "deployment_id": "d", "api_key": KEY}
     return RolloutClient(**{"base_url": f"http://127.0.0.1:{port}", **names, **fields})
+
+
+PROBLEM = Problem("p1", prompt="the secret prompt", answer="ab")
+
+
+@asynccontextmanager
+async def sampling(
+    *replies: bytes,
+    naps: Naps | None = None,
+    swap: float = 600,
+    script: Script | None = None,
+    **fields: Any,
+) -> AsyncIterator[tuple[Sampler, Script]]:
+    async with (
+        (script or Script(*replies)).running() as script,
+        client(script.port).session(
+            Sampling(max_completion_tokens=8, **fields),
+            identity=IDENTITY,
+            policy_version=3,
+            swap_timeout_seconds=swap,
+            sleep=naps or Naps(),
+        ) as sampler,
+    ):
+        yield sampler, script
+
+
+async def sample_once(*replies: bytes, problem: Problem = PROBLEM, **fields: Any) -> Trajectory:
+    async with sampling(*replies, **fields) as (sampler, _):
+        return await sampler.sample(problem, 0)

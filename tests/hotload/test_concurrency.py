@@ -1,5 +1,7 @@
 """The window of protocol §15, rule by rule; time is a number."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,6 +120,91 @@ def test_bounds() -> None:
     assert slots.size == 2
     run(slots, OK, OK, OK, OK)
     assert slots.size == 3
+
+
+def congested(width: int, shrinks: int) -> Window:
+    """A window that was `width` wide and was halved by refusals, the last one at 100 s."""
+    slots = window(initial=width, interval=1000)
+    for number in range(shrinks):
+        run(slots, Attempt(429), now=100.0 - 2 * (shrinks - 1 - number))
+    assert slots.size == width >> shrinks
+    return slots
+
+
+def test_after_a_run_of_calm_the_window_doubles_up_to_what_it_was() -> None:
+    slots = congested(100, shrinks=5)
+    run(slots, *[OK] * 15, now=101.0)
+    assert slots.size == 3
+    run(slots, OK, now=101.0)
+    assert slots.size == 6
+    sizes = []
+    for _ in range(5):
+        run(slots, *[OK] * 8, now=102.0)
+        sizes.append(slots.size)
+    assert sizes == [12, 25, 50, 100, 100]
+
+
+def test_one_halving_is_not_a_time_of_congestion() -> None:
+    slots = congested(64, shrinks=1)
+    run(slots, *[OK] * 100, now=101.0)
+    assert slots.size == 32
+
+
+def test_answers_sent_before_the_last_refusal_show_no_calm() -> None:
+    slots = congested(64, shrinks=3)
+    run(slots, *[Attempt(200, seconds=2.0)] * 50, now=101.0)
+    assert slots.size == 8
+    run(slots, *[Attempt(200, seconds=0.5)] * 16, now=101.0)
+    assert slots.size == 16
+
+
+def test_a_refusal_or_a_long_queue_ends_a_run_of_calm() -> None:
+    for sign in (Attempt(429), queued(0.6)):
+        slots = congested(64, shrinks=3)
+        run(slots, *[OK] * 15, sign, *[OK] * 15, now=100.5)
+        assert slots.size == 8
+
+
+def test_three_tries_to_come_back() -> None:
+    slots, now = congested(64, shrinks=3), 100.0
+    for _ in range(3):
+        run(slots, *[OK] * 16, now=now + 1)
+        assert slots.size == 16
+        now += 2
+        run(slots, Attempt(429), now=now)
+        assert slots.size == 8
+    run(slots, *[OK] * 100, now=now + 1)
+    assert slots.size == 8
+
+
+def test_the_trace_is_the_path_through_time() -> None:
+    slots = window(interval=1)
+    for second in range(3):
+        run(slots, OK, now=float(second))
+    assert [(point.seconds, point.size) for point in slots.trace()] == [(0, 17), (1, 18), (2, 19)]
+    assert slots.try_acquire()
+    run(slots, Attempt(429), now=2.01)
+    assert slots.trace()[-1] == (2.01, 9, 1)
+    run(slots, Attempt(400), now=2.02)  # nothing has changed, and it is soon after
+    assert slots.trace()[-1].seconds == 2.01
+
+
+def test_a_long_trace_is_thinned_and_keeps_both_ends() -> None:
+    slots = window(interval=1)
+    for second in range(20_000):
+        run(slots, OK if second % 50 else Attempt(429), now=float(second))
+    trace = slots.trace()
+    assert 900 < len(trace) <= 2001
+    assert trace[0].seconds == 0
+    assert trace[-1].seconds == 19_999
+    gaps = [later.seconds - earlier.seconds for earlier, later in pairwise(trace)]
+    assert max(gaps) <= 16
+
+
+def test_a_fixed_window_has_a_trace_too() -> None:
+    slots = Window(Concurrency(mode="fixed", initial_window=5))
+    run(slots, OK, Attempt(429), now=1.0)
+    assert slots.trace() == ((1.0, 5, 0),)
 
 
 def test_the_step_report() -> None:

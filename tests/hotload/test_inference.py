@@ -37,6 +37,7 @@ def test_byte_by_byte() -> None:
 
 def answer(*chunks: Any, **sampling: Any) -> Answer:
     whole = Answer(Sampling(**sampling), None)
+    whole.prompt_token_ids = (7,)
     for chunk in chunks:
         assert whole.add(chunk) is None
     whole.is_done = True
@@ -88,6 +89,66 @@ def test_raw_ids_in_pieces_or_at_once() -> None:
     whole = answer(*grown, chunk(finish_reason="stop"))
     assert whole.finish() is None
     assert whole.token_ids == (0, 1, 2)
+
+
+def test_a_prompt_whose_ids_are_not_told_cannot_be_trained_on() -> None:
+    whole = Answer(Sampling(), None)
+    assert whole.add(chunk(text="a", finish_reason="stop", logprobs=LOGPROBS)) is None
+    whole.is_done = True
+    fault = whole.finish()
+    assert fault is not None
+    assert (fault.cause, fault.action) == (Cause.MISSING_TOKEN_IDS, Action.FAIL_SAMPLE)
+
+
+def named(model: str | None, *numbers: int) -> dict[str, Any]:
+    content = [{"token_id": number, "sampling_logprob": -1.0} for number in numbers]
+    choice = {"text": "a" * len(numbers), "logprobs": {"content": content}}
+    return {"model": model, "choices": [choice]}
+
+
+STOP = chunk(finish_reason="stop")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "runs"),
+    [
+        ([named("m@a", 1, 2), named("m@a", 3)], [(0, "a")]),
+        ([named("m@a", 1, 2), named("m@b", 3), named("m@b", 4)], [(0, "a"), (2, "b")]),
+        ([named("m@a", 1), named("m@b", 2), named("m@a", 3)], [(0, "a"), (1, "b"), (2, "a")]),
+        ([named("m@a"), named("m@b", 1), named("m@c")], [(0, "b")]),
+        ([named("m", 1), named("m@a", 2)], [(1, "a")]),
+        ([named("m@a", 1), named("m", 2)], [(0, "a"), (1, "")]),
+        ([named("m@a", 1), named("m@b"), named("m@a", 2)], [(0, "a")]),
+        ([named("m", 1)], []),
+        ([named("m@a")], []),
+    ],
+)
+def test_which_tokens_each_identity_made(chunks: list[Any], runs: list[Any]) -> None:
+    whole = answer(*chunks, {**STOP, "model": chunks[-1]["model"]})
+    assert whole.finish() is None
+    assert whole.runs == runs
+
+
+def test_routing_matrices_of_all_tokens_or_none() -> None:
+    def routed(*texts: object) -> Answer:
+        content = [
+            {"token_id": 1, "sampling_logprob": -1.0, "routing_matrix": text} for text in texts
+        ]
+        return answer(
+            chunk(text="a", finish_reason="stop", logprobs={"content": content}),
+            include_routing_matrix=True,
+        )
+
+    whole = routed("AQI=", "AwQ=")
+    assert whole.finish() is None
+    assert whole.routing == bytes([1, 2, 3, 4])
+    lacking = routed("AQI=", None)
+    assert lacking.finish() is None
+    assert lacking.routing is None
+    for odd in (("AQI=", "AQ=="), ("AQI=", "%"), (3, 4)):
+        fault = routed(*odd).finish()
+        assert fault is not None
+        assert fault.cause is Cause.MALFORMED
 
 
 def test_a_null_or_absent_logprob_is_missing() -> None:

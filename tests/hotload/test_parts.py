@@ -165,9 +165,12 @@ def test_the_plan_of_a_rollout() -> None:
         ["2", "3", "4"],
         ["5"],
     ]
-    assert plan.path(plan.parts[1].file) == (
-        "_hotload/rollouts/run-000003-00000000/part-00001.parquet"
+    assert plan.path(plan.parts[1].file(2)) == (
+        "_hotload/rollouts/run-000003-00000000/part-00001-02.parquet"
     )
+    names = ["part-00001-10.parquet", "part-00001-02.parquet", "part-00000-01.parquet"]
+    names += ["manifest.json", "part-00001-x.parquet", "part-00001-03.parquet.tmp"]
+    assert list(plan.parts[1].pieces(names)) == [2, 10]
     earlier = plan_rollout(spec(), "run-000002-00000000", PROBLEMS)
     assert earlier.directory == "_hotload/rollouts/run-000002-00000000/000003"
     many = [Problem(str(i), "x") for i in range(1001)]
@@ -177,6 +180,18 @@ def test_the_plan_of_a_rollout() -> None:
     assert [len(part.problems) for part in few.parts] == [2]
 
 
+def test_rows_in_place_of_dropped_ones_are_each_part_s_own() -> None:
+    sampling = {"problems_per_task": 3, "groups": {"on_uniform": "refill"}}
+    plan = plan_rollout(spec(sampling=sampling), "run-000003-00000000", PROBLEMS)
+    reserves = [[problem.id for problem in part.reserve] for part in plan.parts]
+    # The rows after the last chosen one, round the end of the file, dealt to the parts in turn.
+    assert reserves == [["6", "8", "0"], ["7", "9", "1"]]
+    keeps = plan_rollout(spec(), "run-000003-00000000", PROBLEMS)
+    assert all(part.reserve == () for part in keeps.parts)
+    all_rows = spec(sampling=sampling, problems={"dataset": "/d"})
+    assert all(part.reserve == () for part in plan_rollout(all_rows, "i", PROBLEMS).parts)
+
+
 def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
     plan = plan_rollout(spec(), "i", PROBLEMS)
 
@@ -184,10 +199,12 @@ def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
         return plan_rollout(spec(**changes), "i", PROBLEMS).parts[0].digest
 
     pace = {"problems_per_task": 3, "sample_timeout": 9, "concurrency": {"max_concurrency": 2}}
+    pace["max_head_offpolicy_versions"] = 2
     assert digest(sampling=pace) == plan.parts[0].digest
     for changes in (
         {"sampling": {"problems_per_task": 3, "seed": 1}},
         {"sampling": {"problems_per_task": 3, "completions_per_prompt": 5}},
+        {"sampling": {"problems_per_task": 3, "groups": {"on_uniform": "refill"}}},
         {"reward": {"name": "contains"}},
         {"policy_version": 4},
     ):
@@ -210,7 +227,7 @@ def test_the_manifest_there_and_back() -> None:
     for data in (
         b"",
         b"{}",
-        manifest.render().replace(b'"schema_number": 1', b'"schema_number": 2'),
+        manifest.render().replace(b'"schema_number": 2', b'"schema_number": 1'),
     ):
         with pytest.raises(StoreError, match="not a rollout manifest"):
             RolloutManifest.parse(data, path="p")

@@ -1,64 +1,36 @@
-"""Built-in rewards, import by name, and what counts as a number."""
+"""Import by name, and what a returned value means."""
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import pytest
 
+from hotload.built_ins import BUILT_INS
 from hotload.errors import RewardError
-from hotload.rewards import BUILT_INS, as_number, check_arguments, load_reward
-from hotload.trajectories import Problem, Provenance, Trajectory
-
-
-def score(name: str, answer: object, text: str, tokens: int = 1, **arguments: object) -> float:
-    origin = Provenance("i", "r", "s", 1)
-    ids = tuple(range(tokens))
-    sample = Trajectory("p", 0, 1, origin, 0.0, token_ids_T=ids, text=text)
-    reward = load_reward(name)
-    check_arguments(name, reward, arguments)  # type: ignore[arg-type]
-    return float(reward(Problem("p", "x", answer=answer), sample, **arguments))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "text", "reward"),
-    [
-        ("exact_match", "yes", " yes\n", 1),
-        ("exact_match", "yes", "Yes", 0),
-        ("exact_match", 3, "3", 1),
-        ("normalised_match", "It's  A!", "its a", 0),
-        ("normalised_match", "A, b", "a b.", 1),
-        ("contains", "blue", "It is Blue.", 1),
-        ("contains", "blue", "blueish", 0),
-        ("contains", "...", "anything", 0),
-        ("numeric_answer", 72, "so it is 72.", 1),
-        ("numeric_answer", "steps … #### 1,234", "The answer is \\boxed{1234}, not 7", 1),
-        ("numeric_answer", "#### 5", "first 5 then 6", 0),
-        ("numeric_answer", "0.5", "= .50", 1),
-        ("numeric_answer", "-3", "minus: -3.0", 1),
-        ("numeric_answer", "2", "no number", 0),
-        ("numeric_answer", "none", "2", 0),
-        ("numeric_answer", "1e3", "1000", 1),
-    ],
+from hotload.faults import Cause
+from hotload.rewards import (
+    Score,
+    Unscored,
+    as_number,
+    check_arguments,
+    is_async,
+    load_reward,
+    read_outcome,
+    read_outcomes,
 )
-def test_built_ins(name: str, answer: object, text: str, reward: float) -> None:
-    assert score(name, answer, text) == reward
-
-
-def test_arguments_of_built_ins() -> None:
-    assert score("numeric_answer", 100, "101", tolerance=0.02) == 1
-    assert score("length", None, "", tokens=8, target=8) == 1
-    assert score("length", None, "", tokens=12, target=8) == 0.5
-    assert score("length", None, "", tokens=99, target=8) == 0
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("nothing", "no such built-in"),
+        ("nothing", "no such built-in; there are exact_match, .*, remote, weighted_sum"),
         ("nowhere_at_all:f", "ModuleNotFoundError"),
         ("math:nothing", "AttributeError"),
-        ("math:pi", "plain function"),
-        ("asyncio:sleep", "plain function"),
+        ("math:pi", "expected a function"),
     ],
 )
 def test_what_cannot_be_used(name: str, reason: str) -> None:
@@ -67,14 +39,130 @@ def test_what_cannot_be_used(name: str, reason: str) -> None:
 
 
 def test_arguments_that_do_not_fit() -> None:
-    for name in BUILT_INS:
-        with pytest.raises(RewardError, match="unknown"):
-            check_arguments(name, BUILT_INS[name], {"unknown": 1})
-    with pytest.raises(RewardError):
+    for name, reward in BUILT_INS.items():
+        with pytest.raises(RewardError, match=r"unknown|missing a required argument"):
+            check_arguments(name, reward, {"unknown": 1})
+    with pytest.raises(RewardError, match="too many positional"):
         check_arguments("f", lambda trajectory: 1, {})
+    with pytest.raises(RewardError, match="cannot use its arguments"):
+        check_arguments("regex", BUILT_INS["regex"], {"pattern": "["})
 
 
-def test_numbers() -> None:
-    assert [as_number(value) for value in (1, True, 0.5, np.float32(2))] == [1, 1, 0.5, 2]
-    for value in (math.nan, math.inf, None, "1", b"1", [1], {}, 10**400, object(), 1j):
-        assert as_number(value) is None
+def plain(problem: object, trajectory: object) -> float:
+    return 1.0
+
+
+async def later(problem: object, trajectory: object) -> float:
+    return 1.0
+
+
+class Later:
+    async def __call__(self, problem: object, trajectory: object) -> float:
+        return 1.0
+
+
+def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def around(*operands: Any) -> Any:
+        return function(*operands)
+
+    return around
+
+
+def test_async_functions_are_known() -> None:
+    assert all(is_async(reward) for reward in (later, Later(), decorated(later), Later().__call__))
+    assert not any(is_async(reward) for reward in (plain, decorated(plain), float, math.dist))
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (1, 1.0),
+        (True, 1.0),
+        (0.5, 0.5),
+        (np.float32(2), 2.0),
+        (np.array(3), 3.0),
+        (Fraction(1, 4), 0.25),
+        (-1e30, -1e30),
+        (2e30, None),
+        (math.nan, None),
+        (math.inf, None),
+        (-math.inf, None),
+        (None, None),
+        ("1", None),
+        (b"1", None),
+        ([1], None),
+        (10**400, None),
+        (object(), None),
+        (1j, None),
+    ],
+)
+def test_numbers(value: object, number: float | None) -> None:
+    assert as_number(value) == number
+    outcome = read_outcome(value)
+    if number is None:
+        assert isinstance(outcome, Unscored)
+        assert outcome.cause is Cause.REWARD_NOT_A_NUMBER
+    else:
+        assert outcome == Score(number)
+
+
+@pytest.mark.parametrize(
+    ("value", "reward", "parts"),
+    [
+        ({"format": 1, "answer": 0.5}, 1.5, {"format": 1.0, "answer": 0.5}),
+        ({"format": 1, "answer": 0.5, "reward": 0.25}, 0.25, {"format": 1.0, "answer": 0.5}),
+        ({"reward": True}, 1.0, {}),
+        ({"judge/tone v2": -1}, -1.0, {"judge/tone v2": -1.0}),
+    ],
+)
+def test_named_parts(value: dict[str, Any], reward: float, parts: dict[str, float]) -> None:
+    assert read_outcome(value) == Score(reward, parts)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({}, "0 parts"),
+        ({str(n): 1 for n in range(33)}, "33 parts"),
+        ({"a": math.nan}, "part 'a' is the float nan"),
+        ({"a": 1, "b": None}, "part 'b' is NoneType"),
+        ({"a": {"b": 1}}, "part 'a' is dict"),
+        ({1: 1}, "name"),
+        ({"": 1}, "name"),
+        ({"x" * 65: 1}, "name"),
+        ({"a\nb": 1}, "name"),
+        ({"\ud800": 1}, "name"),
+        ({"a": 1e30, "b": 1e30}, "too large"),
+        ({"a": 1, "reward": math.inf}, "part 'reward'"),
+    ],
+)
+def test_parts_that_are_none(value: dict[Any, Any], reason: str) -> None:
+    outcome = read_outcome(value)
+    assert isinstance(outcome, Unscored)
+    assert outcome.cause is Cause.REWARD_NOT_A_NUMBER
+    assert reason in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("value", "rewards"),
+    [
+        ([1, 0], [1, 0]),
+        ((1, None), [1, None]),
+        (np.array([0.5, np.nan]), [0.5, None]),
+        ([{"a": 1, "b": 1}, "1"], [2, None]),
+        ([1], [None, None]),
+        ([1, 2, 3], [None, None]),
+        ([], [None, None]),
+        (1.0, [None, None]),
+        (None, [None, None]),
+        ("12", [None, None]),
+        ({"a": 1, "b": 2}, [None, None]),
+        (np.array(1.0), [None, None]),
+        ((n for n in range(2)), [None, None]),
+    ],
+)
+def test_rewards_of_a_group(value: object, rewards: list[float | None]) -> None:
+    outcomes = read_outcomes(value, 2)
+    found = [each.reward if isinstance(each, Score) else None for each in outcomes]
+    assert found == rewards

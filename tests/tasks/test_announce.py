@@ -169,7 +169,8 @@ async def test_an_unhonoured_cache_policy_is_a_warning(
         warnings = await signal_snapshot.fn(service, publisher.store, full, lease.token)
     assert "all, is in force instead of none" in warnings[0]
     readiness = ReadinessPolicy(poll_interval_seconds=0.01, weight_sync_timeout=15)
-    assert await wait_until_ready.fn(service, full, readiness, REPLICAS) == REPLICAS
+    seen = await wait_until_ready.fn(service, full, readiness, REPLICAS)
+    assert seen.ready_count == REPLICAS
 
 
 def hinting(publisher: Publisher) -> HotLoadService:

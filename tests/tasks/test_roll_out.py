@@ -14,10 +14,10 @@ from prefect.logging import disable_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import InvalidProblemsError, ServiceRefusedError, StoreError
-from hotload.parts import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
+from hotload.parts import MANIFEST_FILE, RolloutManifest, RolloutPlan
 from hotload.report import RolloutSummary
 from hotload.spec import CycleSpec
-from tasks.hand_back import find_rollout, hand_back, sum_up
+from tasks.hand_back import find_rollout, hand_back
 from tasks.overlap import overlap
 from tasks.read_problems import plan_rollouts, read_problems
 from tasks.roll_out import open_rollout, roll_out_chunk
@@ -59,19 +59,17 @@ async def served(*replies: bytes) -> AsyncIterator[Script]:
 
 async def roll_out(
     spec: CycleSpec, store: CheckpointStore, script: Script
-) -> tuple[RolloutPlan, list[RolloutPart]]:
+) -> tuple[RolloutPlan, RolloutManifest]:
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
         async with open_rollout(spec, plan, client(script.port), store, 3) as rollout:
-            parts = await overlap(
-                roll_out_chunk.fn(rollout, number) for number in range(len(plan.parts))
-            )
-    return plan, parts
+            await overlap(roll_out_chunk.fn(rollout, number) for number in range(len(plan.parts)))
+            return plan, rollout.manifest(is_complete=True)
 
 
 async def whole(spec: CycleSpec, store: CheckpointStore, script: Script) -> RolloutSummary:
-    plan, parts = await roll_out(spec, store, script)
-    return await hand_back.fn(store, sum_up(store, plan, parts, 1.5), plan.path(MANIFEST_FILE))
+    plan, manifest = await roll_out(spec, store, script)
+    return await hand_back.fn(store, manifest, plan.path(MANIFEST_FILE))
 
 
 async def test_parts_and_then_the_manifest(spec: CycleSpec, store: CheckpointStore) -> None:
@@ -105,15 +103,17 @@ async def test_parts_and_then_the_manifest(spec: CycleSpec, store: CheckpointSto
 
 async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: CheckpointStore) -> None:
     async with served(http(GOOD)) as script:
-        plan, parts = await roll_out(spec, store, script)
+        plan, manifest = await roll_out(spec, store, script)
+        # So far the manifest names all there is and says that more may come.
         assert await find_rollout.fn(store, plan.path(MANIFEST_FILE), plan.digest) is None
-        await store.put_bytes(b"damaged", plan.path(plan.parts[1].file))
+        damaged = manifest.parts[1].file
+        await store.put_bytes(b"damaged", plan.path(damaged))
         again, found = await roll_out(spec, store, script)
         assert len(script.requests) == 10 + 4
         assert again == plan
-        assert (found[0], found[2]) == (parts[0], parts[2])
-        manifest = sum_up(store, plan, found, 1.0)
-        summary = await hand_back.fn(store, manifest, plan.path(MANIFEST_FILE))
+        assert [part.file for part in found.parts] == [part.file for part in manifest.parts]
+        assert (found.parts[0], found.parts[2]) == (manifest.parts[0], manifest.parts[2])
+        summary = await hand_back.fn(store, found, plan.path(MANIFEST_FILE))
         assert await find_rollout.fn(store, plan.path(MANIFEST_FILE), plan.digest) == summary
 
         other = spec.model_copy(update={"sampling": spec.sampling.model_copy(update={"seed": 9})})
@@ -140,7 +140,7 @@ async def test_a_failed_write_costs_no_sample(
             with pytest.raises(StoreError):
                 await roll_out_chunk.fn(rollout, 0)
             in_the_way.unlink()
-            part = await roll_out_chunk.fn(rollout, 0)
+            (part,) = await roll_out_chunk.fn(rollout, 0)
             assert len(script.requests) == part.sample_count == 4
 
 

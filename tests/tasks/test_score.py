@@ -18,7 +18,7 @@ from hotload.trajectories import Problem, Provenance, Trajectory, TrajectoryGrou
 from tasks.score import open_scorer
 
 REWARDS = """
-import fcntl, os, sys, time
+import asyncio, fcntl, os, sys, time
 
 def misbehave(problem, sample, scale=1):
     print("to standard output, which is not the reply channel")
@@ -44,14 +44,74 @@ def misbehave(problem, sample, scale=1):
         return None
     return scale * float(kind) + problem.extra.get("bonus", 0)
 
+def announce(problem, sample):
+    if sample.text == "hang":
+        open(problem.extra["pipe"], "w").close()
+        time.sleep(600)
+    return 1.0
+
+async def announce_later(problem, sample):
+    if sample.text == "hang":
+        open(problem.extra["pipe"], "w").close()
+        await asyncio.sleep(600)
+    return 1.0
+
 def slow_child(problem, sample):
     lock = os.open(problem.extra["lock"], os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.fork()  # the child holds the lock, too
     time.sleep(600)
 
-async def coroutine(problem, sample):
+def parts(problem, sample):
+    return {"length": len(sample.text), "format": sample.text.isdigit()}
+
+def group(problem, samples, best=1):
+    texts = [sample.text for sample in samples]
+    if "raise" in texts:
+        raise RuntimeError("on purpose")
+    if "short" in texts:
+        return [1]
+    return [None if text == "nothing" else {"rank": sorted(texts).index(text)} for text in texts]
+
+waiting = 0
+everybody = asyncio.Event()
+
+async def meet(problem, sample):
+    global waiting
+    waiting += 1
+    if waiting == problem.answer:
+        everybody.set()
+    await everybody.wait()
     return 1.0
+
+async def misbehave_later(problem, sample):
+    kind = sample.text
+    await asyncio.sleep(0)
+    if kind == "hang":
+        await asyncio.sleep(600)
+    if kind == "hang deaf":
+        time.sleep(600)
+    if kind == "cancelled":
+        raise asyncio.CancelledError
+    if kind == "own timeout":
+        raise TimeoutError
+    return misbehave(problem, sample)
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+def speaks(problem, sample):
+    if sample.text == "unprintable":
+        raise Unprintable
+    if sample.text == "long":
+        raise ValueError("x" * 1_000_000)
+    if sample.text == "surrogate":
+        raise ValueError("\\ud800")
+    return os.environ.get(sample.text, "none") != "none"
+
+def tells(problem, sample):
+    raise ValueError("no such key: " + os.environ["REWARD_JUDGE_KEY"])
 """
 
 
@@ -87,11 +147,12 @@ async def test_a_built_in_scores_here() -> None:
 
 
 async def test_a_built_in_that_raises_is_marked() -> None:
-    spec = RewardSpec(name="length", arguments={"target": 0})
-    async with open_scorer(spec) as scorer:
-        [scored] = await scorer.score([group("a", "b")])
-    assert scored.rewards_G == (None, None)
-    assert {each.failure for each in scored.trajectories_G} == {"reward_raised"}
+    good, other = group("a", "b").trajectories_G
+    torn = TrajectoryGroup(group().problem, (good, replace(other, loss_mask_T=())))
+    async with open_scorer(RewardSpec(name="length", arguments={"target": 1})) as scorer:
+        [scored] = await scorer.score([torn])
+    assert scored.rewards_G == (1, None)
+    assert [each.failure for each in scored.trajectories_G] == [None, "reward_raised"]
 
 
 async def test_whatever_a_reward_does_costs_one_sample(module: str) -> None:
@@ -128,6 +189,23 @@ async def test_a_reward_that_hangs_takes_its_children_along(module: str, tmp_pat
             await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)  # free once both are gone
 
 
+@pytest.mark.parametrize("function", ["announce", "announce_later"])
+async def test_a_group_that_is_given_up_holds_up_no_other(
+    module: str, function: str, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    spec = RewardSpec(name=f"{module}:{function}", timeout_seconds=600)
+    async with open_scorer(spec) as scorer:
+        hanging = asyncio.create_task(scorer.score_group(group("hang", pipe=str(pipe))))
+        await asyncio.to_thread(pipe.read_bytes)  # ends once the reward was called
+        hanging.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hanging
+        scored = await scorer.score_group(group(*"abcdef"))
+    assert scored.rewards_G == (1,) * 6
+
+
 def test_a_worker_ends_with_its_parent(module: str) -> None:
     """Also in the middle of a reward that hangs, when nobody is left to stop it."""
     worker = subprocess.Popen(
@@ -140,13 +218,19 @@ def test_a_worker_ends_with_its_parent(module: str) -> None:
         assert worker.stdin is not None
         assert worker.stdout is not None
         hanging = group("hang")
-        calls = [(f"{module}:misbehave", {}), (hanging.problem, hanging.trajectories_G[0])]
+        setup = {
+            "name": f"{module}:misbehave",
+            "arguments": {},
+            "per_group": False,
+            "timeout_seconds": 600,
+        }
+        calls = [(0, setup), (1, (hanging.problem, hanging.trajectories_G))]
         for call in calls:
             data = pickle.dumps(call)
             worker.stdin.write(struct.pack(">I", len(data)) + data)
         worker.stdin.flush()
         (size,) = struct.unpack(">I", worker.stdout.read(4))
-        assert worker.stdout.read(size) == b'{"ready": true}'
+        assert worker.stdout.read(size) == b'{"call": 0, "is_async": false}'
         worker.stdin.close()
         assert worker.stdout.read() == b""
         assert worker.wait() == 0
@@ -164,7 +248,6 @@ async def test_a_failed_sample_is_not_scored(module: str) -> None:
     ("function", "arguments", "reason"),
     [
         ("nowhere", {}, "AttributeError"),
-        ("coroutine", {}, "plain function"),
         ("misbehave", {"unknown": 1}, "unknown"),
     ],
 )
@@ -172,6 +255,188 @@ async def test_a_reward_is_looked_at_before_it_is_used(
     module: str, function: str, arguments: dict[str, int], reason: str
 ) -> None:
     spec = RewardSpec(name=f"{module}:{function}", arguments=arguments)
+    with pytest.raises(RewardError, match=reason):
+        async with open_scorer(spec):
+            pass
+
+
+async def test_named_parts_are_told_beside_the_reward(module: str) -> None:
+    async with open_scorer(RewardSpec(name=f"{module}:parts")) as scorer:
+        scored = await scorer.score_group(group("12", "abc"))
+    assert scored.rewards_G == (3, 3)
+    assert scored.reward_parts_G == ({"length": 2, "format": 1}, {"length": 3, "format": 0})
+    async with open_scorer(RewardSpec()) as scorer:
+        assert (await scorer.score_group(group("a", answer="a"))).reward_parts_G == ()
+
+
+async def test_the_spec_chooses_the_advantage(module: str) -> None:
+    for method, expected in {"leave_one_out": (2, -2), "mean_only": (1, -1)}.items():
+        spec = RewardSpec(name=f"{module}:misbehave", advantage=method)
+        async with open_scorer(spec) as scorer:
+            assert (await scorer.score_group(group("3", "1"))).advantages_G == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "rewards", "failures"),
+    [
+        (("b", "a", "c"), (1, 0, 2), (None, None, None)),
+        (("b", "nothing"), (0, None), (None, "reward_not_a_number")),
+        (("a", "raise"), (None, None), ("reward_raised", "reward_raised")),
+        (("a", "short"), (None, None), ("reward_not_a_number", "reward_not_a_number")),
+    ],
+)
+async def test_a_reward_per_group(
+    module: str,
+    texts: tuple[str, ...],
+    rewards: tuple[float | None, ...],
+    failures: tuple[str | None, ...],
+) -> None:
+    asked = group(*texts)
+    failed = replace(asked.trajectories_G[0], failure="timeout", text="0")
+    mixed = TrajectoryGroup(asked.problem, (failed, *asked.trajectories_G))
+    spec = RewardSpec(name=f"{module}:group", per_group=True, arguments={"best": 1})
+    async with open_scorer(spec) as scorer:
+        scored = await scorer.score_group(mixed)
+    assert scored.rewards_G == (None, *rewards)
+    assert [each.failure for each in scored.trajectories_G] == ["timeout", *failures]
+
+
+async def test_calls_of_an_async_reward_are_under_way_together(module: str) -> None:
+    """Each waits for all the others: one after the other they would never end."""
+    count = 30
+    spec = RewardSpec(name=f"{module}:meet", timeout_seconds=15)
+    async with open_scorer(spec) as scorer:
+        scored = await scorer.score_group(group(*"x" * count, answer=count))
+    assert scored.rewards_G == (1,) * count
+
+
+async def test_whatever_an_async_reward_does_costs_one_sample(module: str) -> None:
+    told = {
+        "raise": "reward_raised",
+        "exit": "reward_raised",
+        "cancelled": "reward_raised",
+        "own timeout": "reward_raised",
+        "die": "reward_crashed",
+        "hang": "reward_timeout",
+        "hang deaf": "reward_timeout",
+        "nan": "reward_not_a_number",
+    }
+    texts = ["1", *told, *(str(n) for n in range(2, 12))]
+    spec = RewardSpec(name=f"{module}:misbehave_later", timeout_seconds=0.5)
+    async with open_scorer(spec) as scorer:
+        scored = await scorer.score_group(group(*texts))
+    assert scored.rewards_G == (1, *[None] * len(told), *range(2, 12))
+    failures = [each.failure for each in scored.trajectories_G]
+    assert failures == [None, *told.values(), *[None] * 10]
+    details = {each.text: each.detail for each in scored.trajectories_G}
+    assert details["die"] == "its process ended with exit code 3"
+    assert details["hang"] == "no reward within 0.5 s"
+
+
+async def test_a_pattern_without_end_costs_one_sample() -> None:
+    """The regular expression lets no other thread run; the process is ended all the same."""
+    spec = RewardSpec(name="regex", arguments={"pattern": "^(a+)+$"}, timeout_seconds=0.5)
+    async with open_scorer(spec) as scorer:
+        scored = await scorer.score_group(group("aaa", "a" * 100 + "b", "b"))
+    assert scored.rewards_G == (1, None, 0)
+    assert scored.trajectories_G[1].failure == "reward_timeout"
+
+
+async def test_each_problem_may_have_a_schema_of_its_own() -> None:
+    async with open_scorer(RewardSpec(name="json_schema")) as scorer:
+        numbers = group("1", '"a"', answer={"type": "integer"})
+        broken = group("1", answer={"type": "nothing"})
+        scored, other = await scorer.score([numbers, broken])
+    assert scored.rewards_G == (1, 0)
+    assert other.trajectories_G[0].failure == "reward_raised"
+    assert "the schema is none" in other.trajectories_G[0].detail
+
+
+async def test_a_weighted_sum_of_what_runs_here_and_elsewhere(module: str) -> None:
+    parts = [
+        {"name": "exact_match", "weight": 2},
+        {"name": f"{module}:parts", "weight": 0.5, "label": "form"},
+        {"name": f"{module}:group", "per_group": True},
+    ]
+    spec = RewardSpec(name="weighted_sum", arguments={"parts": parts})
+    async with open_scorer(spec) as scorer:
+        scored, failed = await scorer.score([group("b1", "a", answer="a"), group("1", "nothing")])
+    assert scored.rewards_G == (0 + 1 + 1, 2 + 0.5 + 0)
+    assert scored.reward_parts_G[1] == {
+        "exact_match": 1,
+        "form": 1,
+        "form/length": 1,
+        "form/format": 0,
+        "group": 0,
+        "group/rank": 0,
+    }
+    assert failed.rewards_G == (1, None)
+    assert failed.trajectories_G[1].failure == "reward_not_a_number"
+    assert failed.trajectories_G[1].detail.startswith("group: ")
+
+
+async def test_what_a_reward_says_is_bounded_and_readable(module: str) -> None:
+    async with open_scorer(RewardSpec(name=f"{module}:speaks")) as scorer:
+        scored = await scorer.score_group(group("unprintable", "long", "surrogate"))
+    details = [each.detail for each in scored.trajectories_G]
+    assert details[0] == "Unprintable"
+    assert len(details[1]) == 200
+    assert details[2] == "ValueError: ?"
+
+
+async def test_a_reward_reads_no_key_it_did_not_ask_for(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = ["AWS_PROFILE", "REWARD_JUDGE_KEY", "OPENAI_API_KEY", "PLAIN"]
+    withheld = [
+        "FIREWORKS_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "AZURE_CLIENT_SECRET",
+        "PREFECT_API_KEY",
+    ]
+    for name in (*theirs, *withheld):
+        monkeypatch.setenv(name, "a value of some length")
+    spec = RewardSpec(name=f"{module}:speaks", environment=("AWS_PROFILE",))
+    async with open_scorer(spec) as scorer:
+        scored = await scorer.score_group(group(*theirs, *withheld))
+    assert scored.rewards_G == (1,) * len(theirs) + (0,) * len(withheld)
+    async with open_scorer(RewardSpec(name=f"{module}:tells")) as scorer:
+        scored = await scorer.score_group(group("x"))
+    assert scored.trajectories_G[0].detail == "ValueError: no such key: ********"
+
+
+@pytest.mark.parametrize("name", ["FIREWORKS_API_KEY", "AWS_NOT_SET_ANYWHERE"])
+async def test_a_variable_that_cannot_be_had_is_refused(
+    module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIREWORKS_API_KEY", "secret")
+    spec = RewardSpec(name=f"{module}:speaks", environment=(name,))
+    with pytest.raises(RewardError, match=name):
+        async with open_scorer(spec):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (RewardSpec(name="exact_match", per_group=True), "per_group"),
+        (RewardSpec(name="regex"), "pattern"),
+        (RewardSpec(name="regex", arguments={"pattern": "("}), "cannot use its arguments"),
+        (RewardSpec(name="length", arguments={"target": 0}), "ZeroDivisionError"),
+        (RewardSpec(name="remote"), "url"),
+        (
+            RewardSpec(
+                name="weighted_sum",
+                arguments={"parts": [{"name": "length"}, {"name": "nowhere_at_all:f"}]},
+            ),
+            "ModuleNotFoundError",
+        ),
+    ],
+)
+async def test_what_cannot_work_is_refused_before_anything_is_sampled(
+    spec: RewardSpec, reason: str
+) -> None:
     with pytest.raises(RewardError, match=reason):
         async with open_scorer(spec):
             pass

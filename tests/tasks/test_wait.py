@@ -30,7 +30,8 @@ async def manifest(publisher: Publisher) -> SnapshotManifest:
 async def ready(
     publisher: Publisher, manifest: SnapshotManifest, expected: int | None = REPLICAS
 ) -> int:
-    return await wait_until_ready.fn(publisher.service, manifest, IMPATIENT, expected)
+    seen = await wait_until_ready.fn(publisher.service, manifest, IMPATIENT, expected)
+    return seen.ready_count
 
 
 def impatient(publisher: Publisher, version: int = 1) -> CycleSpec:
@@ -130,7 +131,9 @@ async def test_what_passes_is_waited_out(publisher: Publisher, manifest: Snapsho
     publisher.fleet.fault(fault="stale_error", count=1)
     publisher.fleet.fault(fault="odd_stage", count=1)
     patient = IMPATIENT.model_copy(update={"weight_sync_timeout": 15})
-    assert await wait_until_ready.fn(publisher.service, manifest, patient, REPLICAS) == REPLICAS
+    seen = await wait_until_ready.fn(publisher.service, manifest, patient, REPLICAS)
+    assert seen.ready_count == REPLICAS
+    assert seen.trace[-1][1] == REPLICAS
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""Memory of a long rollout: 100,000 samples of 1,000 tokens, scored and streamed to Parquet.
+
+The whole path of a cycle's rollouts but the network: the answers are made in this process, at most
+256 at once, with token ids and log-probabilities of their own, so that nothing is shared between
+samples. Groups go through gate, reward, rules and part files into a store on disk. Bar: the peak of
+the resident memory stays 400 MiB above where it began, and does not grow as the run goes on.
+"""
+
+import argparse
+import asyncio
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.parts import plan_rollout
+from hotload.spec import CycleSpec
+from hotload.trajectories import Problem, Provenance, Trajectory
+from tasks.overlap import overlap
+from tasks.roll_out import Rollout
+from tasks.score import open_scorer
+
+BAR_MIB = 400
+IDENTITY = "bench-000001-00000000"
+IN_FLIGHT = 256
+VOCABULARY = range(1000, 150_000)
+
+
+class CannedSampler:
+    """What a rollout needs of a sampler; every answer is new objects of the size of a real one."""
+
+    def __init__(self, spec: CycleSpec, tokens: int) -> None:
+        self.sampling = spec.sampling
+        self.size = self.widest = IN_FLIGHT
+        self.identity = IDENTITY
+        self._tokens = tokens
+
+    def converse(self, problem: Problem, number: int, *, is_hedge: bool = False) -> Any:
+        """One answer."""
+
+        async def ask(*_: object) -> None:
+            await asyncio.sleep(0)
+
+        def trajectory() -> Trajectory:
+            count = self._tokens
+            return Trajectory(
+                problem_id=problem.id,
+                sample_number=number,
+                seed=number,
+                provenance=Provenance(IDENTITY, f"r-{problem.id}-{number}", "s", 1, (IDENTITY,)),
+                latency_seconds=1.0,
+                prompt_token_ids=tuple(random.choices(VOCABULARY, k=32)),
+                token_ids_T=tuple(random.choices(VOCABULARY, k=count)),
+                sampling_logprobs_T=tuple([-random.random() for _ in range(count)]),
+                loss_mask_T=(True,) * count,
+                text="word " * count,
+                finish_reason="length",
+            )
+
+        return SimpleNamespace(ask=ask, trajectory=trajectory, attempts=1)
+
+    def trace(self) -> tuple[()]:
+        """No window, no path."""
+        return ()
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[float, int]]]:
+    """(seconds, resident bytes) every 50 ms, from the first moment on."""
+    process, seen, stop = psutil.Process(), [], threading.Event()
+    started = time.monotonic()
+
+    def look() -> None:
+        while not stop.wait(0.05):
+            seen.append((time.monotonic() - started, process.memory_info().rss))
+
+    seen.append((0.0, process.memory_info().rss))
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+
+
+async def roll_out(root: Path, problems: int, samples: int, tokens: int) -> int:
+    """Everything through the rollout engine; bytes of Parquet."""
+    spec = CycleSpec.model_validate(
+        {
+            "checkpoint": str(root),
+            "work_dir": str(root),
+            "run_id": "bench",
+            "policy_version": 1,
+            "problems": {"dataset": str(root / "none")},
+            "sampling": {"completions_per_prompt": samples, "max_completion_tokens": tokens},
+            "reward": {"name": "length", "arguments": {"target": tokens}},
+        }
+    )
+    plan = plan_rollout(spec, IDENTITY, [Problem(str(n), "x") for n in range(problems)])
+    store = CheckpointStore(url=(root / "bucket").as_uri())
+    sampler: Any = CannedSampler(spec, tokens)
+    async with open_scorer(spec.reward) as scorer:
+        rollout = Rollout(plan, sampler, scorer, store)
+        await overlap([rollout.carry(number) for number in range(len(plan.parts))])
+        manifest = rollout.manifest(is_complete=True)
+    if manifest.summary.sample_count != problems * samples:
+        raise SystemExit(f"{manifest.summary.sample_count} samples were written")
+    return sum(part.size_bytes for part in manifest.parts)
+
+
+def main() -> None:
+    """Run the benchmark and print what it found."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--problems", type=int, default=12_500)
+    parser.add_argument("--samples", type=int, default=8, help="per problem")
+    parser.add_argument("--tokens", type=int, default=1000, help="per sample")
+    options = parser.parse_args()
+    total = options.problems * options.samples
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        (root / "bucket").mkdir()
+        with watched() as seen:
+            size_bytes = asyncio.run(
+                roll_out(root, options.problems, options.samples, options.tokens)
+            )
+    start = seen[0][1]
+    tenth = max(1, len(seen) // 10)
+    peaks = [
+        max(rss for _, rss in seen[at : at + tenth]) - start for at in range(0, len(seen), tenth)
+    ]
+    print("peak above start in each tenth of the run, MiB:")
+    print("  " + "  ".join(f"{peak / (1 << 20):.0f}" for peak in peaks))
+    print(
+        f"rollout memory, {total} samples x {options.tokens} tokens in {seen[-1][0]:.0f} s, "
+        f"{size_bytes / 1e6:.0f} MB of Parquet: {max(peaks) / (1 << 20):.0f} MiB above start "
+        f"(bar {BAR_MIB})"
+    )
+
+
+if __name__ == "__main__":
+    main()

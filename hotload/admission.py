@@ -1,0 +1,99 @@
+"""Admission: when a row of the problem file may be begun, and when it is too late (protocol §16).
+
+A row is a problem with its G draws, begun together and under one policy version. Pure: who samples
+reports what happened, in samples.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+def version_of(identity: str, run_id: str) -> int | None:
+    """The policy version that an identity of this run names (wire-format §8); `None` for any
+    other.
+    """
+    found = re.fullmatch(rf"{re.escape(run_id)}-(\d{{6,9}})-[0-9a-f]{{8}}", identity)
+    return int(found[1]) if found else None
+
+
+@dataclass(slots=True)
+class Admission:
+    """The counts behind the two capacities, in samples.
+
+    Args:
+        group_size: G.
+        batch_size: B, the samples one policy version is to have.
+        initial_version: the version sampling began under.
+        max_head_offpolicy_versions: O.
+    """
+
+    group_size: int
+    batch_size: int
+    initial_version: int
+    max_head_offpolicy_versions: int
+    published_version: int = -1
+    """Moves on only after a confirmed hot-load."""
+    accepted: int = 0
+    """Samples of rows that are kept."""
+    reserved: int = 0
+    """Samples of rows that were begun and not settled."""
+    in_flight: int = 0
+    """Samples that were begun and have not ended."""
+
+    def __post_init__(self) -> None:
+        self.published_version = max(self.published_version, self.initial_version)
+
+    @property
+    def staleness_capacity(self) -> int:
+        """Samples that may still be begun without running ahead of the versions."""
+        allowed = self.published_version + self.max_head_offpolicy_versions + 1
+        used = self.initial_version * self.batch_size + self.accepted + self.reserved
+        return allowed * self.batch_size - used
+
+    def concurrency_capacity(self, limit: int) -> int:
+        """Samples that may still be begun when `limit` (C, at least G) may be in flight."""
+        return max(limit, self.group_size) - self.in_flight
+
+    def admits(self, limit: int) -> bool:
+        """Whether a whole row may be begun.
+
+        Rows that wait to be scored hold back new ones too, once they are as many as may be in
+        flight: a slow reward must not pile up samples.
+        """
+        capacity = min(self.staleness_capacity, self.concurrency_capacity(limit))
+        return capacity >= self.group_size and self.reserved - self.in_flight <= limit
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the service is ahead by more than O versions: what is begun now comes too
+        late.
+        """
+        ahead = self.published_version - self.initial_version
+        return ahead > self.max_head_offpolicy_versions
+
+    def begin_row(self) -> None:
+        """A row was begun: its G draws are in flight."""
+        self.reserved += self.group_size
+        self.begin_draws(self.group_size)
+
+    def begin_draws(self, count: int) -> None:
+        """Draws of a row that was begun before are asked for again."""
+        self.in_flight += count
+
+    def end_draws(self, count: int = 1) -> None:
+        """Draws of a row ended, well or not."""
+        self.in_flight -= count
+
+    def settle_row(self, *, is_kept: bool) -> None:
+        """A row was settled: kept, or dropped so that another may take its place."""
+        self.reserved -= self.group_size
+        self.accepted += self.group_size if is_kept else 0
+
+    def publish(self, version: int) -> bool:
+        """Whether `version`, which every replica was seen to serve, is a newer one."""
+        if version <= self.published_version:
+            return False
+        self.published_version = version
+        return True

@@ -1,0 +1,208 @@
+"""Draw: one sample of a group, by a single request or by the user's own rollout function.
+
+A function runs in the event loop of the rollouts; one that raises, hangs or returns nonsense costs
+its own sample, marked. One that blocks the loop blocks everything: what computes belongs into a
+thread or a process of its own.
+"""
+
+import asyncio
+import importlib
+import inspect
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from blocks.conversation import Conversation, TurnFailedError
+from blocks.sampler import Sampler
+from hotload.errors import RolloutFunctionError, ServiceError
+from hotload.faults import Action, Cause, Fault
+from hotload.spec import RolloutFunction
+from hotload.trajectories import TOKEN_ID_LIMIT, Problem, Segment, Trajectory
+
+Rollout = Callable[..., Awaitable[Any]]
+
+GRACE_SECONDS = 5.0
+DETAIL_CHARACTERS = 200
+
+
+class Draw:
+    """One sample under way; made by `Drawing.begin`."""
+
+    def __init__(self, conversation: Conversation, answer: Callable[[], Awaitable[Trajectory]]):
+        self._conversation = conversation
+        self.answer = answer
+        """The sample, marked if it failed; raises ServiceError if none can succeed."""
+
+    @property
+    def attempts(self) -> int:
+        """Requests sent for it so far."""
+        return self._conversation.attempts
+
+    def cut_off(self, cause: Cause, detail: str) -> Trajectory:
+        """What there is of a sample that was ended before it had."""
+        return self._conversation.trajectory(_fault(cause, detail))
+
+
+class Drawing:
+    """Makes the draws of one rollout, as its spec declares them.
+
+    Raises:
+        RolloutFunctionError: there is a rollout function and it cannot be used.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._declared = sampler.sampling.rollout
+        self._function = None if self._declared is None else load_rollout(self._declared)
+
+    def begin(self, problem: Problem, number: int, *, is_hedge: bool = False) -> Draw:
+        """The draw with this number; nothing is sent before it is awaited."""
+        declared, function = self._declared, self._function
+        if declared is None or function is None:
+            single = self._sampler.converse(problem, number, is_hedge=is_hedge)
+            return Draw(single, lambda: self._ask(problem, single))
+        conversation = self._sampler.converse(
+            problem,
+            number,
+            turn_timeout_seconds=declared.turn_timeout_seconds,
+            is_hedge=is_hedge,
+        )
+        return Draw(conversation, lambda: _play(declared, function, problem, conversation))
+
+    async def _ask(self, problem: Problem, conversation: Conversation) -> Trajectory:
+        await conversation.ask(problem, self._sampler.sampling)
+        return conversation.trajectory()
+
+
+def load_rollout(declared: RolloutFunction) -> Rollout:
+    """The rollout function, imported here and now.
+
+    Raises:
+        RolloutFunctionError: not importable, not async, or it cannot take the declared arguments.
+    """
+    module, _, attribute = declared.name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of theirs may raise anything
+        told = f"cannot be imported: {type(error).__name__}: {error}"
+        raise RolloutFunctionError(declared.name, told) from error
+    if not inspect.iscoroutinefunction(found):
+        raise RolloutFunctionError(declared.name, "expected `async def rollout(problem, sampler)`")
+    try:
+        inspect.signature(found).bind(None, None, **declared.arguments)
+    except TypeError as error:
+        told = f"cannot be called with its arguments: {error}"
+        raise RolloutFunctionError(declared.name, told) from None
+    return found
+
+
+async def _play(
+    declared: RolloutFunction, function: Rollout, problem: Problem, conversation: Conversation
+) -> Trajectory:
+    """One call of a rollout function, and what came of it.
+
+    Raises:
+        ServiceError: a turn met it: no sample can succeed.
+    """
+    limit = declared.trajectory_timeout_seconds
+    call = asyncio.ensure_future(_call(function(problem, conversation, **declared.arguments)))
+    try:
+        await asyncio.wait({call}, timeout=limit)
+    except asyncio.CancelledError:
+        await _end(call)
+        raise
+    if not call.done():
+        await _end(call)
+        told = f"the trajectory took more than {limit:g} s"
+        return conversation.trajectory(_fault(Cause.TRAJECTORY_TIMEOUT, told))
+    fault: Fault | None = None
+    try:
+        return _readable(_taken(conversation, call.result()))
+    except TurnFailedError as error:
+        fault = error.fault
+    except ServiceError:
+        raise
+    except asyncio.CancelledError:  # the function's own: ours would have ended the wait above
+        fault = _fault(Cause.ROLLOUT_RAISED, "CancelledError")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the sample is what failed
+        fault = _fault(Cause.ROLLOUT_RAISED, f"{type(error).__name__}: {error}")
+    return _readable(conversation.trajectory(fault))
+
+
+async def _call(made: Awaitable[Any]) -> Any:
+    try:
+        return await made
+    except SystemExit as error:  # of a task's own, it would end the loop
+        raise RuntimeError(f"SystemExit: {error.code}") from None
+
+
+async def _end(call: asyncio.Future[Any]) -> None:
+    """End a call; one that does not let itself be ended is left behind."""
+    call.cancel()
+    await asyncio.wait({call}, timeout=GRACE_SECONDS)
+    if call.done() and not call.cancelled():
+        call.exception()  # seen
+
+
+def _taken(conversation: Conversation, made: object) -> Trajectory:
+    """What a rollout function returned, as a sample of ours.
+
+    Raises:
+        ValueError, TypeError: it is not of the expected form.
+    """
+    if made is None:
+        return conversation.trajectory(_fault(Cause.ROLLOUT_SKIPPED, "it returned None"))
+    if isinstance(made, Trajectory):
+        own = conversation.trajectory(segments=_checked(made.segments))
+        json.dumps(made.transcript)
+        return replace(
+            own,
+            text=str(made.text),
+            finish_reason=_text(made.finish_reason),
+            transcript=tuple(made.transcript) or own.transcript,
+            routing_matrix=_text(made.routing_matrix),
+            failure=own.failure or _text(made.failure),
+            detail=own.detail or str(made.detail),
+        )
+    if isinstance(made, (list, tuple)) and all(isinstance(each, Segment) for each in made):
+        return conversation.trajectory(segments=_checked(made))
+    raise TypeError(
+        f"it returned {type(made).__name__}, expected a Trajectory, a list of Segments, or None"
+    )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _checked(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    checked = []
+    for segment in segments:
+        prompt, tokens = tuple(segment.prompt_token_ids), tuple(segment.token_ids_T)
+        logprobs = tuple(map(float, segment.sampling_logprobs_T))
+        mask = tuple(map(bool, segment.loss_mask_T))
+        if not len(tokens) == len(logprobs) == len(mask):
+            raise ValueError("a segment's tokens, log-probabilities and mask differ in length")
+        if not all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in prompt + tokens):
+            raise ValueError("a segment has token ids that are none")
+        if not all(-1e9 <= logprob <= 0.01 for logprob in logprobs):
+            raise ValueError("a segment has a log-probability out of range")
+        checked.append(Segment(prompt, tokens, logprobs, mask))
+    return tuple(checked)
+
+
+def _fault(cause: Cause, detail: str) -> Fault:
+    return Fault(Action.FAIL_SAMPLE, cause, None, detail[:DETAIL_CHARACTERS])
+
+
+def _readable(sample: Trajectory) -> Trajectory:
+    """The sample with texts that a file can hold: a function's own may have half a surrogate
+    pair.
+    """
+    transcript = json.dumps(sample.transcript, ensure_ascii=False)
+    texts = (sample.text, sample.detail, transcript)
+    if all(text.isprintable() or text.isascii() for text in texts):
+        return sample
+    text, detail, transcript = (each.encode("utf-8", "replace").decode() for each in texts)
+    return replace(sample, text=text, detail=detail, transcript=tuple(json.loads(transcript)))

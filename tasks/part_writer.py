@@ -1,0 +1,161 @@
+"""Part writer: the settled groups of one part, on their way into its files.
+
+Groups are written as they finish, in files that are whole or not there. What an earlier run of the
+cycle has written is found, and what is left to do follows from it.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.errors import RolloutsFailedError
+from hotload.groups import causes, is_unanswered, token_count
+from hotload.parts import PartNotes, PartPlan, RolloutPart, RolloutPlan
+from hotload.report import GroupCounts
+from hotload.trajectories import Problem, ScoredGroup
+from tasks.hand_back import read_parts, write_part
+
+# About 20 MB of Python objects.
+FULL_TOKENS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A group that has ended; a dropped one leaves its counts and its name."""
+
+    group: ScoredGroup
+    counts: GroupCounts
+    is_dropped: bool
+
+
+class PartWriter:
+    """One part of a rollout: what of it is done, written or not."""
+
+    def __init__(self, store: CheckpointStore, plan: RolloutPlan, part: PartPlan) -> None:
+        self.part = part
+        self.parts: list[RolloutPart] = []
+        """The files there are."""
+        self.left_out: Counter[str] = Counter()
+        """Samples that are for a later run, by cause."""
+        self.is_read = False
+        """Whether what an earlier run wrote is known."""
+        self._store, self._plan = store, plan
+        self._done: set[str] = set()
+        self._dropped_count = 0
+        self._pieces: set[int] = set()
+        self._unwritten: list[Settled] = []
+        self._unanswered: list[Settled] = []
+        self._unwritten_tokens = 0
+        self._oldest_at = 0.0
+        self._one_at_a_time = asyncio.Lock()
+
+    async def find(self, names: Sequence[str]) -> None:
+        """Look for what an earlier run has written among the files `names`, once."""
+        if self.is_read:
+            return
+        for found in await read_parts(self._store, self._plan, self.part, names):
+            if found.problem_ids & self._done:
+                continue  # two runs at once wrote the same groups: the first file counts
+            self.parts.append(found.part)
+            self._pieces.add(found.piece)
+            self._done |= found.problem_ids | found.dropped_problem_ids
+            self._dropped_count += len(found.dropped_problem_ids)
+        self.is_read = True
+
+    def to_do(self) -> list[Problem]:
+        """The problems that are not settled; rows in place of dropped ones come last."""
+        planned = (*self.part.problems, *self.part.reserve[: self._dropped_count])
+        return [problem for problem in planned if problem.id not in self._done]
+
+    def is_refill(self, problem: Problem) -> bool:
+        """Whether the problem is sampled in place of a dropped one."""
+        return all(problem.id != planned.id for planned in self.part.problems)
+
+    def take(self, settled: Settled) -> Problem | None:
+        """Keep a group that has ended; the row to sample in its place, if it was dropped and there
+        is one.
+        """
+        group = settled.group
+        self._done.add(group.problem.id)
+        if is_unanswered(group.trajectories_G):
+            self._unanswered.append(settled)
+            return None
+        if not self._unwritten:
+            self._oldest_at = monotonic()
+        self._unwritten.append(settled)
+        if not settled.is_dropped:
+            self._unwritten_tokens += sum(
+                len(sample.prompt_token_ids) + token_count(sample)
+                for sample in group.trajectories_G
+            )
+            return None
+        number, self._dropped_count = self._dropped_count, self._dropped_count + 1
+        return self.part.reserve[number] if number < len(self.part.reserve) else None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is not written is enough for a file."""
+        return self._unwritten_tokens >= FULL_TOKENS
+
+    @property
+    def waits_seconds(self) -> float:
+        """Seconds that a settled group has waited to be written."""
+        return monotonic() - self._oldest_at if self._unwritten else 0.0
+
+    def leave_out(self, why: Counter[str]) -> None:
+        """Samples are left for a later run."""
+        self.left_out += why
+
+    async def write(self) -> bool:
+        """Whether there was something to write; it is in the store now.
+
+        Raises:
+            StoreError: the store refuses; the groups are kept for another call.
+        """
+        async with self._one_at_a_time:
+            settled, count = tuple(self._unwritten), len(self._unwritten)
+            if not settled:
+                return False
+            piece = next(n for n in range(count + len(self._pieces) + 1) if n not in self._pieces)
+            notes = PartNotes(
+                dropped_problem_ids=tuple(s.group.problem.id for s in settled if s.is_dropped),
+                groups=GroupCounts.total(each.counts for each in settled),
+            )
+            groups = [each.group for each in settled if not each.is_dropped]
+            written = await write_part(self._store, self._plan, self.part, piece, groups, notes)
+            self.parts.append(written)
+            self._pieces.add(piece)
+            # Groups that ended in the meantime are behind those that were written.
+            del self._unwritten[:count]
+            self._unwritten_tokens = 0
+            self._oldest_at = monotonic()
+            return True
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether a group of the part got an answer, now or in an earlier run."""
+        return bool(self.parts or self._unwritten)
+
+    async def finish(self, *, is_answered: bool) -> None:
+        """Write what is left, once every problem is settled or left out.
+
+        Args:
+            is_answered: whether any group of the rollout got an answer.
+
+        Raises:
+            RolloutsFailedError: none did, or samples were left out: what failed is not recorded,
+                since recorded it would count as done for ever.
+            StoreError: as `write`.
+        """
+        failed = sum((causes(s.group.trajectories_G) for s in self._unanswered), self.left_out)
+        if self.left_out or not is_answered:
+            await self.write()
+            if failed:
+                told = ", ".join(f"{cause} {count}" for cause, count in failed.items())
+                raise RolloutsFailedError(self._plan.identity, told)
+        self._unwritten += self._unanswered
+        self._unanswered = []
+        await self.write()

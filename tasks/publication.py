@@ -1,0 +1,59 @@
+"""Publication: the record that a cycle has published, kept while it samples and others may publish.
+
+Without it a cycle that was killed while sampling would be refused when it starts again: the service
+may serve a later version by then.
+"""
+
+import asyncio
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.errors import IdentityConflictError
+from hotload.local import read_checkpoint
+from hotload.report import Publication
+from hotload.snapshot import MANIFEST_LIMIT_BYTES
+from hotload.spec import CycleSpec
+from tasks.retrying import RETRIED
+from tasks.validate import read_content
+
+PUBLICATIONS = "_hotload/publications"
+
+
+@task(cache_policy=NO_CACHE, task_run_name="publication-{spec.name}", **RETRIED)
+async def find_publication(store: CheckpointStore, spec: CycleSpec) -> Publication | None:
+    """What this very cycle has published, if it came so far before.
+
+    The checkpoint is compared with it while there is one; a trainer may have removed it since.
+
+    Raises:
+        IdentityConflictError: it published other content under the same run and version.
+        StoreError: the record cannot be read.
+    """
+    path = f"{PUBLICATIONS}/{spec.name}.json"
+    if await store.size(path) is None:
+        return None
+    data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
+    publication = Publication.parse(data, path=path)
+    if await asyncio.to_thread(Path(spec.checkpoint).exists):
+        checkpoint = await asyncio.to_thread(read_checkpoint, Path(spec.checkpoint))
+        found = await read_content(spec, checkpoint)
+        if found.sha256 != publication.content.sha256:
+            digests = f"{publication.content.sha256[:12]}…, now {found.sha256[:12]}…"
+            reason = f"the cycle has published other content (sha256 {digests})"
+            raise IdentityConflictError(spec.name, reason)
+    return publication
+
+
+@task(cache_policy=NO_CACHE, task_run_name="published-{name}", **RETRIED)
+async def record_publication(store: CheckpointStore, name: str, publication: Publication) -> None:
+    """Record that the replicas serve what cycle `name` published. Written under its lease.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    await store.put_bytes(
+        publication.model_dump_json(indent=1).encode(), f"{PUBLICATIONS}/{name}.json"
+    )

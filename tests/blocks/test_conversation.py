@@ -1,0 +1,235 @@
+"""Trajectories of several turns, against a server that answers byte for byte as a script says."""
+
+import asyncio
+import pickle
+from typing import Any
+
+import pytest
+
+from blocks.conversation import Conversation, TurnFailedError
+from hotload.errors import ProtocolError, ServiceRefusedError
+from hotload.faults import Action, Cause, Fault
+from hotload.trajectories import Problem, Segment
+from tests.blocks.scripted_inference import (
+    DONE,
+    GOOD,
+    IDENTITY,
+    MODEL,
+    PROBLEM,
+    Script,
+    event,
+    http,
+    last,
+    sampling,
+    token,
+)
+
+
+def spoken(prompt: list[int], ids: list[int], text: str = "ok", model: str = MODEL) -> bytes:
+    """A plain answer to a prompt of known ids."""
+    content = [{"token_id": number, "sampling_logprob": -1.0} for number in ids]
+    raw = {"completion_token_ids": ids, "prompt_token_ids": prompt}
+    choice = {
+        "delta": {"role": "assistant", "content": text},
+        "logprobs": {"content": content},
+        "raw_output": raw,
+        "finish_reason": "stop",
+    }
+    return http(event({"model": model, "choices": [choice]}) + DONE)
+
+
+def headers(script: Script, name: str) -> list[str]:
+    return [request[0][name] for request in script.requests]
+
+
+async def test_turns_share_a_session_and_are_named_each() -> None:
+    replies = [spoken([1], [2]), http(b"", 500), http(b"", 425), spoken([1, 2, 3], [4])]
+    async with sampling(*replies) as (sampler, script):
+        conversation = sampler.converse(PROBLEM, 5)
+        first = await conversation.sample([1])
+        second = await conversation.sample([*first.prompt_token_ids, *first.token_ids, 3])
+        sample = conversation.trajectory()
+        alone = await sampler.sample(Problem("p1", (1, 2, 3)), 5)
+    assert len(set(headers(script, "x-multi-turn-session-id"))) == 1
+    assert len(set(headers(script, "x-session-affinity"))) == 1
+    names = headers(script, "x-request-id")
+    assert len(set(names)) == 2
+    assert names[1] == names[2] == names[3] == f"{names[0]}-1"
+    assert names[4] == names[0]  # the same facts, the same request
+    seeds = [request[1]["seed"] for request in script.requests]
+    assert seeds[1:4] == [seeds[0] + 1] * 3
+    assert (first.message, second.token_ids) == ({"role": "assistant", "content": "ok"}, (4,))
+    assert sample.segments == (Segment((1,), (2, 3, 4), (-1.0, 0.0, -1.0), (True, False, True)),)
+    assert (sample.failure, sample.turn_count, sample.provenance.attempts) == (None, 2, 4)
+    assert sample.provenance.runs == ((0, IDENTITY),)
+    assert sample.provenance.request_id == names[0]
+    assert sample.seed == seeds[0] == alone.seed
+
+
+async def test_a_chat_is_told_and_merged_where_its_template_repeats_it() -> None:
+    replies = [spoken([1, 2], [3], "hi"), spoken([1, 2, 3, 4], [5], "so"), spoken([9], [6], "end")]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+    async with sampling(*replies) as (sampler, script):
+        conversation = sampler.converse(PROBLEM, 0)
+        for question in ("and?", "well?", None):
+            turn = await conversation.sample(messages, max_tokens=4, stop=["."])
+            messages += [turn.message]
+            messages += [{"role": "user", "content": question}] if question else []
+    sample = conversation.trajectory()
+    assert [len(segment.token_ids_T) for segment in sample.segments] == [3, 1]
+    assert sample.text == "end"
+    assert list(sample.transcript) == messages
+    body = script.requests[1][1]
+    assert (body["max_tokens"], body["stop"]) == (4, ["."])
+    assert body["messages"] == messages[:3]
+    assert set(script.paths) == {"/inference/v1/chat/completions"}
+
+
+async def test_text_and_ids_are_told_line_by_line() -> None:
+    async with sampling(spoken([1], [2], "yes")) as (sampler, _):
+        conversation = sampler.converse(PROBLEM, 0)
+        await conversation.sample("Is it?")
+    assert list(conversation.trajectory().transcript) == [
+        {"role": "user", "content": "Is it?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+
+
+async def test_a_failed_turn_marks_the_sample_and_keeps_the_turns_before() -> None:
+    async with sampling(spoken([1], [2]), http(b"", 400)) as (sampler, _):
+        conversation = sampler.converse(PROBLEM, 0)
+        await conversation.sample([1])
+        with pytest.raises(TurnFailedError) as caught:
+            await conversation.sample([1, 2, 3])
+        sample = conversation.trajectory()
+    assert caught.value.fault.cause is Cause.REFUSED
+    assert "secret" not in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.fault == caught.value.fault
+    assert (sample.failure, sample.token_ids_T) == ("refused", (2,))
+    assert sample.detail == "HTTP 400 at attempt 1: an empty body"
+    assert (sample.turn_count, sample.provenance.attempts) == (2, 2)
+
+
+async def test_a_function_may_go_on_after_a_failed_turn() -> None:
+    async with sampling(http(b"", 413), spoken([1], [2])) as (sampler, _):
+        conversation = sampler.converse(PROBLEM, 0)
+        with pytest.raises(TurnFailedError):
+            await conversation.sample([1, 2, 3])
+        await conversation.sample([1])
+    assert conversation.trajectory().failure is None
+
+
+async def test_what_stops_the_run_cannot_be_swallowed() -> None:
+    for reply, error in (
+        (http(b"", 401), ServiceRefusedError),
+        (http(b"<html>", content_type="text/html"), ProtocolError),
+    ):
+        async with sampling(reply) as (sampler, _):
+            conversation = sampler.converse(PROBLEM, 0)
+            with pytest.raises(error):
+                await conversation.sample([1])
+            with pytest.raises(error):
+                conversation.trajectory()
+
+
+async def test_a_turn_has_its_time() -> None:
+    class Silent(Script):
+        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(1 << 16)
+            self.requests.append(({}, {}))
+            await reader.read()
+
+    async with sampling(script=Silent()) as (sampler, script):
+        conversation = sampler.converse(PROBLEM, 0, turn_timeout_seconds=0.05)
+        with pytest.raises(TurnFailedError) as caught:
+            await conversation.sample([1])
+        report = sampler.end_step()
+    assert caught.value.fault.cause is Cause.TURN_TIMEOUT
+    sample = conversation.trajectory()
+    assert (sample.failure, sample.provenance.attempts) == ("turn_timeout", 1)
+    assert sample.detail == "no answer at attempt 1: turn 1 took more than 0.05 s"
+    assert (report.requests, report.abandoned, sampler.in_flight) == (0, 1, 0)
+    assert len(script.requests) == 1
+
+
+async def test_a_deadline_outside_is_not_taken_for_the_turns() -> None:
+    async with sampling(http(b"", 425)) as (sampler, _):
+        stuck = asyncio.Event()
+        sampler._sleep = lambda seconds: stuck.wait()
+        conversation = sampler.converse(PROBLEM, 0, turn_timeout_seconds=60)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await conversation.sample([1])
+    fault = Fault(Action.FAIL_SAMPLE, Cause.TRAJECTORY_TIMEOUT, None, "too slow")
+    sample = conversation.trajectory(fault)
+    assert (sample.failure, sample.detail, sample.provenance.attempts) == (
+        "trajectory_timeout",
+        "too slow",
+        1,
+    )
+
+
+async def test_segments_of_the_functions_own() -> None:
+    own = [Segment((1,), (2,), (-0.5,), (True,)), Segment((3,), (4,), (-0.25,), (False,))]
+    async with sampling(spoken([1], [2])) as (sampler, _):
+        conversation = sampler.converse(PROBLEM, 0)
+        await conversation.sample([1])
+    sample = conversation.trajectory(segments=own)
+    assert list(sample.segments) == own
+    assert sample.provenance.observed == (IDENTITY,)
+    assert sample.provenance.runs == ()
+
+
+async def test_turns_by_two_versions_straddle() -> None:
+    other = MODEL.replace("000003", "000004")
+    replies = [spoken([1], [2]), spoken([1, 2, 3], [4], model=other)]
+    masks = {"accept": (True, False, True), "mask_from_change": (True, False, False)}
+    for policy, mask in masks.items():
+        async with sampling(*replies, groups={"on_straddling": policy}) as (sampler, _):
+            conversation = sampler.converse(PROBLEM, 0)
+            await conversation.sample([1])
+            await conversation.sample([1, 2, 3])
+        assert conversation.trajectory().loss_mask_T == mask
+
+
+@pytest.mark.parametrize(
+    "asked", ["", [], [1, "a"], [-1], [True], [{"content": "x"}], [{"role": "user"}, 3]]
+)
+async def test_what_cannot_be_asked(asked: Any) -> None:
+    async with sampling(http(GOOD)) as (sampler, script):
+        with pytest.raises(ValueError, match="expected text"):
+            await sampler.converse(PROBLEM, 0).sample(asked)
+    assert script.requests == []
+
+
+async def test_limits_of_a_turn_are_checked() -> None:
+    async with sampling(http(GOOD)) as (sampler, script):
+        conversation: Conversation = sampler.converse(PROBLEM, 0)
+        with pytest.raises(ValueError, match="max_completion_tokens"):
+            await conversation.sample("x", max_tokens=0)
+        with pytest.raises(ValueError, match="stop"):
+            await conversation.sample("x", stop=["a"] * 5)
+    assert script.requests == []
+
+
+async def test_a_turn_that_fills_the_sequence_fails_but_keeps_its_tokens() -> None:
+    async with sampling(spoken([1], [2]), spoken([1, 2, 3], [4]), max_seq_len=4) as (sampler, _):
+        conversation = sampler.converse(PROBLEM, 0)
+        await conversation.sample([1])
+        await conversation.sample([1, 2, 3])
+        with pytest.raises(TurnFailedError):
+            await conversation.sample([1, 2, 3, 4])
+    sample = conversation.trajectory()
+    assert (sample.failure, sample.token_ids_T) == ("too_long", (2, 3, 4))
+    assert sample.provenance.attempts == 2
+
+
+async def test_a_hedge_is_another_request_with_the_same_seed() -> None:
+    async with sampling(http(token(1, "a") + last([1]) + DONE)) as (sampler, script):
+        first = await sampler.sample(PROBLEM, 0)
+        second = await sampler.sample(PROBLEM, 0, is_hedge=True)
+    assert (first.is_hedge, second.is_hedge) == (False, True)
+    for name in ("x-request-id", "x-session-affinity"):
+        assert len(set(headers(script, name))) == 2
+    assert script.requests[0][1] == script.requests[1][1]

@@ -1,0 +1,350 @@
+"""Groups delivered while a cycle samples: each to one consumer, again after a death, never after an
+acknowledgement."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hotload.advantages import advantages
+from hotload.batches import make_batch
+from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
+from hotload.frames import Rollouts, part_facts, rollouts_frame
+from hotload.part_files import render_rollouts
+from hotload.parts import RolloutManifest, RolloutPart, summarize
+from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory
+from tests.blocks.conftest import make_store
+
+if TYPE_CHECKING:
+    from blocks.checkpoint_store import CheckpointStore
+    from blocks.rollout_reader import RolloutReader
+
+IDENTITY = "run-000003-0123abcd"
+SHA = "0" * 64
+SIZE = 2
+
+
+def scored(problem_id: str) -> ScoredGroup:
+    samples = tuple(
+        Trajectory(
+            problem_id=problem_id,
+            sample_number=number,
+            seed=number,
+            provenance=Provenance(IDENTITY, "r", "s", 1, (IDENTITY,), IDENTITY),
+            latency_seconds=0.5,
+            prompt_token_ids=(1,),
+            token_ids_T=(5, 6 + number),
+            sampling_logprobs_T=(-0.5, -0.25),
+            loss_mask_T=(True, True),
+            text="ab",
+            finish_reason="stop",
+        )
+        for number in range(SIZE)
+    )
+    rewards = tuple(float(number) for number in range(SIZE))
+    return ScoredGroup(Problem(problem_id, "x"), samples, rewards, advantages(rewards))
+
+
+@dataclass
+class Clock:
+    """Moves when it is told to."""
+
+    now: datetime = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def pass_seconds(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+@dataclass
+class Cycle:
+    """A cycle that hands back: parts first, then a manifest that names them."""
+
+    store: CheckpointStore
+    directory: str = f"_hotload/rollouts/{IDENTITY}"
+    parts: list[RolloutPart] = field(default_factory=list)
+
+    async def write(self, *problem_ids: str) -> None:
+        frame = rollouts_frame([scored(problem) for problem in problem_ids], policy_version=3)
+        data = render_rollouts(frame, digest=SHA)
+        file = f"part-{len(self.parts):05d}.parquet"
+        await self.store.put_bytes(data, f"{self.directory}/{file}")
+        digest = hashlib.sha256(data).hexdigest()
+        self.parts.append(
+            part_facts(frame, file=file, size_bytes=len(data), sha256=digest, digest=SHA)
+        )
+        await self.tell(is_complete=False)
+
+    async def tell(self, *, is_complete: bool) -> None:
+        manifest = RolloutManifest(
+            identity=IDENTITY,
+            policy_version=3,
+            digest=SHA,
+            parts=tuple(self.parts),
+            summary=summarize(IDENTITY, self.parts, parts_uri="", seconds=1.0),
+            is_complete=is_complete,
+            created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        )
+        await self.store.put_bytes(manifest.render(), f"{self.directory}/manifest.json")
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def store(request: pytest.FixtureRequest) -> CheckpointStore:
+    return make_store(request.param, request)
+
+
+@pytest.fixture
+def file_store(request: pytest.FixtureRequest) -> CheckpointStore:
+    return make_store("file", request)
+
+
+def reader(store: CheckpointStore, consumer: str = "a", **changes: Any) -> RolloutReader:
+    from blocks.rollout_reader import RolloutReader
+
+    arguments = {"groups_per_batch": 2, "poll_seconds": 0.001} | changes
+    return RolloutReader(store, "run", arguments.pop("version", 3), consumer=consumer, **arguments)
+
+
+async def read_all(one: RolloutReader) -> list[tuple[str, ...]]:
+    found = []
+    async for delivery in one:
+        found.append(delivery.problem_ids)
+        await one.acknowledge(delivery)
+    return found
+
+
+def flat(found: Iterable[tuple[str, ...]]) -> list[str]:
+    return [problem for problems in found for problem in problems]
+
+
+async def test_batches_span_parts_and_are_read_while_the_cycle_samples(
+    store: CheckpointStore,
+) -> None:
+    cycle = Cycle(store)
+    async with reader(store) as one:
+        waiting = asyncio.ensure_future(one.next())
+        await cycle.write("a", "b", "c")
+        first = await waiting
+        assert first is not None
+        assert first.problem_ids == ("a", "b")
+        assert first.frame["problem_id"].to_list() == ["a", "a", "b", "b"]
+        assert len(make_batch(first.frame)) == 4
+        await one.acknowledge(first)
+        waiting = asyncio.ensure_future(one.next())
+        await cycle.write("d", "e")
+        second = await waiting
+        assert second is not None
+        assert second.problem_ids == ("c", "d")
+        await cycle.tell(is_complete=True)
+        last = await one.next()
+        assert last is not None
+        assert last.problem_ids == ("e",)
+        assert await one.next() is None  # all of them delivered, some not acknowledged
+        await one.acknowledge(last)
+        await one.acknowledge(second)
+        await one.acknowledge(second)
+    assert await reader(store, "b").next() is None
+
+
+async def test_a_consumer_that_died_gets_its_groups_again_and_no_acknowledged_one(
+    store: CheckpointStore,
+) -> None:
+    cycle, clock = Cycle(store), Clock()
+    await cycle.write("a", "b", "c", "d")
+    await cycle.write("e", "f")
+    await cycle.tell(is_complete=True)
+    dead = reader(store, clock=clock, lease_seconds=60)
+    used = await dead.next()
+    assert used is not None
+    await dead.acknowledge(used)
+    lost = await dead.next()
+    assert lost is not None
+    assert lost.problem_ids == ("c", "d")
+
+    heir = reader(store, "a", clock=clock, lease_seconds=60)
+    assert (await heir.next() or used).problem_ids == ("e", "f")  # the free part alone
+    clock.pass_seconds(61)
+    assert await read_all(heir) == [("c", "d")]
+    with pytest.raises(LeaseLostError, match=r"held by 'a': groups of part-00000"):
+        await dead.acknowledge(lost)
+    await dead.acknowledge(used)
+
+
+CONSUMER = """
+import asyncio, sys
+from blocks.checkpoint_store import CheckpointStore
+from blocks.rollout_reader import RolloutReader
+
+async def consume():
+    store = CheckpointStore(url=sys.argv[1])
+    reader = RolloutReader(store, "run", 3, consumer="doomed", groups_per_batch=2)
+    await reader.acknowledge(await reader.next())
+    print(*(await reader.next()).problem_ids, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(consume())
+"""
+
+
+async def test_a_consumer_that_is_killed(file_store: CheckpointStore) -> None:
+    cycle = Cycle(file_store)
+    await cycle.write("a", "b", "c", "d")
+    await cycle.tell(is_complete=True)
+    doomed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CONSUMER, file_store.url, stdout=asyncio.subprocess.PIPE
+    )
+    assert doomed.stdout is not None
+    assert await doomed.stdout.readline() == b"c d\n"
+    doomed.kill()
+    await doomed.wait()
+    later = Clock(datetime.now(UTC) + timedelta(seconds=901))
+    assert await read_all(reader(file_store, clock=later)) == [("c", "d")]
+
+
+async def test_a_late_acknowledgement_counts_while_nobody_took_over(
+    file_store: CheckpointStore,
+) -> None:
+    cycle, clock = Cycle(file_store), Clock()
+    await cycle.write("a", "b")
+    await cycle.tell(is_complete=True)
+    slow = reader(file_store, clock=clock, lease_seconds=60)
+    delivery = await slow.next()
+    assert delivery is not None
+    clock.pass_seconds(1000)
+    await slow.acknowledge(delivery)
+    assert await reader(file_store, "b", clock=clock).next() is None
+
+
+async def test_a_working_consumer_keeps_its_lease(file_store: CheckpointStore) -> None:
+    cycle, clock = Cycle(file_store), Clock()
+    await cycle.write("a", "b", "c")
+    await cycle.tell(is_complete=True)
+    one = reader(file_store, clock=clock, lease_seconds=60, groups_per_batch=1)
+    other = reader(file_store, "b", clock=clock, lease_seconds=60)
+    found = []
+    for _ in range(3):
+        delivery = await one.next()
+        assert delivery is not None
+        found.append(delivery.problem_ids)
+        clock.pass_seconds(40)
+        waiting = asyncio.ensure_future(other.next())
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        waiting.cancel()
+        await one.acknowledge(delivery)
+    assert flat(found) == ["a", "b", "c"]
+
+
+async def test_what_is_given_back_is_free_at_once(file_store: CheckpointStore) -> None:
+    cycle = Cycle(file_store)
+    await cycle.write("a", "b", "c")
+    await cycle.tell(is_complete=True)
+    async with reader(file_store, groups_per_batch=1) as one:
+        await one.acknowledge(await one.__anext__())
+        await one.__anext__()
+    assert flat(await read_all(reader(file_store, "b"))) == ["b", "c"]
+
+
+async def test_each_group_is_used_once_by_several_consumers(store: CheckpointStore) -> None:
+    cycle = Cycle(store)
+    problems = [f"p{number}" for number in range(12)]
+    for start in range(0, 12, 2):
+        await cycle.write(*problems[start : start + 2])
+    await cycle.tell(is_complete=True)
+    readers = [reader(store, f"c{number}", groups_per_batch=3) for number in range(3)]
+    found = await asyncio.gather(*map(read_all, readers))
+    assert sorted(flat(flat(each) for each in found)) == sorted(problems)
+
+
+async def test_a_version_that_was_not_published_lies_below_an_earlier_one(
+    file_store: CheckpointStore,
+) -> None:
+    other = Cycle(file_store, f"_hotload/rollouts/run-000001-00000000/{4:06d}")
+    await other.write("old")
+    cycle = Cycle(file_store, f"_hotload/rollouts/{IDENTITY}/{4:06d}")
+    await cycle.write("x")
+    await cycle.tell(is_complete=True)
+    assert await read_all(reader(file_store, version=4)) == [("x",)]
+
+
+async def test_waiting_without_an_end_is_said(file_store: CheckpointStore) -> None:
+    clock = Clock()
+    one = reader(file_store, clock=clock, patience_seconds=5)
+    waiting = asyncio.ensure_future(one.next())
+    await asyncio.sleep(0.01)
+    clock.pass_seconds(6)
+    with pytest.raises(StoreUnavailableError, match="no group came for 5 s"):
+        await waiting
+    cycle = Cycle(file_store)
+    await cycle.write("a", "b")
+    assert (await one.__anext__()).problem_ids == ("a", "b")
+
+
+async def test_a_part_that_is_not_what_the_manifest_says(file_store: CheckpointStore) -> None:
+    cycle = Cycle(file_store)
+    await cycle.write("a", "b")
+    path = f"{cycle.directory}/part-00000.parquet"
+    data = await file_store.read_bytes(path, limit_bytes=1 << 20)
+    await file_store.put_bytes(data[:-1] + b"x", path)
+    with pytest.raises(StoreError, match="SHA-256"):
+        await reader(file_store).next()
+
+
+async def test_a_log_that_cannot_be_read(file_store: CheckpointStore) -> None:
+    cycle = Cycle(file_store)
+    await cycle.write("a", "b")
+    first = reader(file_store)
+    await first.next()
+    claims = f"{cycle.directory}/claims"
+    (log,) = await file_store.names(claims)
+    await file_store.put_bytes(b'{"kind": "lease"}', f"{claims}/{log}/000000.json")
+    with pytest.raises(StoreError, match="not a claim"):
+        await reader(file_store, "b").next()
+
+
+def test_without_an_event_loop(file_store: CheckpointStore) -> None:
+    async def hand_back() -> None:
+        cycle = Cycle(file_store)
+        await cycle.write("a", "b", "c")
+        await cycle.tell(is_complete=True)
+
+    asyncio.run(hand_back())
+    found = []
+    with reader(file_store).blocking() as deliveries:
+        for delivery in deliveries:
+            found.append(delivery.problem_ids)
+            deliveries.acknowledge(delivery)
+    assert found == [("a", "b"), ("c",)]
+
+
+def test_the_page_for_trainers_is_true(file_store: CheckpointStore) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text()
+    table = page[page.index("## A row") : page.index("## A batch")]
+    missing = set(Rollouts.to_schema().columns) - set(re.findall(r"`(\w+)`", table))
+    assert not missing
+
+    async def hand_back() -> None:
+        cycle = Cycle(file_store, "_hotload/rollouts/grpo7-000012-0123abcd")
+        await cycle.write("a", "b")
+        await cycle.tell(is_complete=True)
+
+    asyncio.run(hand_back())
+    code = page.split("```python\n")[1].split("```")[0]
+    assert "s3://acme-rl/acme-rollouts" in code
+    trained: list[dict[str, Any]] = []
+    names = {"train": trained.append, "save": lambda: None}
+    # Without torch the page's last call stands for itself.
+    code = code.replace("to_tensors(trl_batch(batch))", "trl_batch(batch)")
+    exec(code.replace("s3://acme-rl/acme-rollouts", file_store.url), names)
+    assert [arrays["completion_ids"].shape for arrays in trained] == [(4, 2)]

@@ -1,0 +1,259 @@
+"""Rows of rollouts: written and read under a schema, padded for a trainer, under its own names."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+
+from hotload.batches import make_batch, slime_batch, to_tensors, trl_batch, verl_batch
+from hotload.errors import StoreError
+from hotload.frames import check_rollouts, part_facts, rollouts_frame
+from hotload.part_files import parse_rollouts, render_rollouts
+from hotload.trajectories import Problem, Provenance, ScoredGroup, Segment, Trajectory
+
+SHA = "0" * 64
+PAD = 99
+
+
+def sample(number: int, tokens: int = 2, *, failure: str | None = None) -> Trajectory:
+    return Trajectory(
+        problem_id="p",
+        sample_number=number,
+        seed=number,
+        provenance=Provenance("now", f"r{number}", "s", 1, ("now",), "now"),
+        latency_seconds=0.5,
+        prompt_token_ids=(1, 2, 3)[: number + 1],
+        token_ids_T=tuple(range(10, 10 + tokens)),
+        sampling_logprobs_T=(-0.5,) * tokens,
+        loss_mask_T=(True,) * tokens,
+        text="ab",
+        finish_reason="length" if number else "stop",
+        failure=failure,
+    )
+
+
+# Two turns and a tool's result between them; then a turn whose prompt was rewritten, made by two
+# versions of the weights: tokens 0-3 and 4 by "old", 5 and 6 by "now".
+TURNS = replace(
+    sample(1, 4),
+    loss_mask_T=(True, False, False, True),
+    sampling_logprobs_T=(-0.5, 0.0, 0.0, -0.25),
+    provenance=Provenance(
+        "old", "r1", "s", 2, ("old", "now"), "now", runs=((0, "old"), (5, "now"))
+    ),
+    turn_count=3,
+    further=(Segment((7, 8), (20, 21, 22), (-1.0, -2.0, -3.0), (True, True, False)),),
+    transcript=({"role": "user", "content": "2 + 2 – ?"}, {"role": "tool", "content": "4"}),
+    routing_matrix="AAE=",
+    is_hedge=True,
+)
+PARTS = ({"format": 0.0, "answer": 1.0}, {"answer": 2.0}, {})
+GROUP = ScoredGroup(
+    Problem("p", messages=({"role": "user", "content": "2 + 2 – ?"},), answer=4),
+    (sample(0), TURNS, sample(2, 0, failure="timeout")),
+    (1.0, 2.0, None),
+    (-0.5, 0.5, None),
+    PARTS,
+    "partial",
+)
+UNUSED = ScoredGroup(
+    Problem("q", "x"), (replace(sample(0), problem_id="q"),), (3.0,), (None,), mark="incomplete"
+)
+FRAME = rollouts_frame([GROUP, UNUSED], policy_version=4)
+BATCH = make_batch(FRAME, pad_token_id=PAD)
+
+
+def test_a_row_per_segment() -> None:
+    frame = check_rollouts(FRAME)
+    assert frame["segment_number"].to_list() == [0, 0, 1, 0, 0]
+    assert frame["segment_count"].to_list() == [1, 2, 2, 1, 1]
+    assert frame["turn_count"].to_list() == [1, 3, 3, 1, 1]
+    assert frame["reward"].to_list() == [1.0, 2.0, 2.0, None, 3.0]
+    assert frame["mark"].to_list() == ["partial"] * 4 + ["incomplete"]
+    assert frame["reward_parts"].to_list()[0] == [
+        {"name": "answer", "value": 1.0},
+        {"name": "format", "value": 0.0},
+    ]
+    assert frame["identity_runs"].to_list()[:3] == [
+        [],
+        [{"start": 0, "identity": "old"}],
+        [{"start": 0, "identity": "old"}, {"start": 1, "identity": "now"}],
+    ]
+    told = frame["transcript"].to_list()
+    assert json.loads(told[1]) == [dict(message) for message in TURNS.transcript]
+    assert told[2] is None
+    assert json.loads(frame["prompt"][0]) == [{"role": "user", "content": "2 + 2 – ?"}]
+    assert frame["prompt"].to_list()[2:] == [None, frame["prompt"][0], "x"]
+    assert frame["answer"].to_list() == ["4", "4", None, "4", None]
+    assert frame["routing_matrix"].to_list() == [None, "AAE=", None, None, None]
+
+
+def test_what_a_part_holds_counts_samples_and_not_segments() -> None:
+    facts = part_facts(FRAME, file="part-00000.parquet", size_bytes=1, sha256=SHA, digest=SHA)
+    assert (facts.group_count, facts.sample_count, facts.reward_count) == (2, 4, 3)
+    assert (facts.reward_sum, facts.completion_token_count) == (6.0, 2 + 4 + 3 + 2)
+    assert facts.samples_by_identity == {"now": 2, "old → now": 1}
+    assert facts.failed_samples == {"timeout": 1}
+
+
+def with_number(frame: pl.DataFrame, number: str) -> bytes:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, metadata={"hotload.schema": number})
+    return buffer.getvalue()
+
+
+def test_a_part_there_and_back() -> None:
+    data = render_rollouts(FRAME, digest=SHA)
+    frame, digest = parse_rollouts(data, path="p")
+    assert frame.equals(FRAME)
+    assert digest == SHA
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (with_number(FRAME, "1"), "rows with schema '1', expected 2"),
+        (b"PAR1", "not a Parquet file"),
+        (
+            with_number(FRAME.with_columns(advantage=pl.lit(float("nan"))), "2"),
+            "reward and advantage are finite",
+        ),
+        (with_number(FRAME.drop("mark"), "2"), "break their schema"),
+        (with_number(pl.concat([FRAME, FRAME]), "2"), "a segment occurs twice"),
+        (with_number(FRAME.with_columns(mark=pl.lit(None, pl.String)), "2"), "or a mark"),
+    ],
+)
+def test_a_part_that_is_refused(data: bytes, told: str) -> None:
+    with pytest.raises(StoreError, match=told):
+        parse_rollouts(data, path="p")
+
+
+def test_padded_arrays() -> None:
+    # The failed sample and the group that is not to be used are left out.
+    assert len(BATCH) == 3
+    assert BATCH.prompt_ids.tolist() == [[PAD, 1], [1, 2], [7, 8]]
+    assert BATCH.prompt_mask.tolist() == [[False, True], [True, True], [True, True]]
+    assert BATCH.completion_ids.tolist() == [
+        [10, 11, PAD, PAD],
+        [10, 11, 12, 13],
+        [20, 21, 22, PAD],
+    ]
+    assert BATCH.loss_mask.astype(int).tolist() == [[1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 0]]
+    assert BATCH.sampling_logprobs.tolist() == [
+        [-0.5, -0.5, 0, 0],
+        [-0.5, 0, 0, -0.25],
+        [-1, -2, 0, 0],
+    ]
+    assert BATCH.rewards.tolist() == [1, 2, 2]
+    assert BATCH.advantages.tolist() == [-0.5, 0.5, 0.5]
+    assert BATCH.group_numbers.tolist() == [0, 0, 0]
+    assert BATCH.sample_numbers.tolist() == [0, 1, 1]
+    assert BATCH.segment_numbers.tolist() == [0, 0, 1]
+    assert BATCH.is_truncated.tolist() == [False, True, True]
+    assert BATCH.identities == (("now",), ("old",), ("old", "now"))
+    assert BATCH.token_count == 6
+
+
+def test_a_batch_of_nothing() -> None:
+    batch = make_batch(FRAME.head(0))
+    assert len(batch) == 0
+    assert batch.completion_ids.shape == (0, 0)
+    assert verl_batch(batch)["input_ids"].shape == (0, 0)
+    assert slime_batch(batch)["tokens"] == []
+
+
+def test_as_trl_names_it() -> None:
+    arrays = trl_batch(BATCH)
+    assert set(arrays) == {
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
+        "tool_mask",
+        "advantages",
+        "old_per_token_logps",
+        "sampling_per_token_logps",
+        "num_items_in_batch",
+    }
+    assert arrays["prompt_ids"].shape == arrays["prompt_mask"].shape == (3, 2)
+    for name in ("completion_ids", "completion_mask", "tool_mask", "old_per_token_logps"):
+        assert arrays[name].shape == (3, 4)
+    assert arrays["advantages"].shape == (3,)
+    assert arrays["completion_mask"].dtype == np.int64
+    # Its loss is over completion_mask × tool_mask.
+    assert (arrays["completion_mask"] * arrays["tool_mask"]).sum() == arrays["num_items_in_batch"]
+
+
+def test_as_verl_names_it() -> None:
+    arrays = verl_batch(BATCH)
+    assert set(arrays) == {
+        "prompts",
+        "responses",
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "response_mask",
+        "rollout_log_probs",
+        "old_log_probs",
+        "token_level_scores",
+        "token_level_rewards",
+        "advantages",
+        "returns",
+        "uid",
+        "data_source",
+    }
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        assert arrays[name].shape == (3, 6)
+    for name in ("responses", "response_mask", "rollout_log_probs", "advantages", "returns"):
+        assert arrays[name].shape == (3, 4)
+    assert arrays["position_ids"].tolist()[0] == [0, 0, 1, 2, 2, 2]
+    assert arrays["token_level_scores"].tolist() == [[0, 1, 0, 0], [0, 0, 0, 2], [0, 0, 2, 0]]
+    assert arrays["advantages"].tolist()[1] == [0.5, 0, 0, 0.5]
+    assert arrays["uid"].tolist() == ["p", "p", "p"]
+    assert arrays["uid"].dtype == object
+
+
+def test_as_slime_names_it() -> None:
+    lists = slime_batch(BATCH)
+    assert set(lists) == {
+        "tokens",
+        "response_lengths",
+        "rewards",
+        "raw_reward",
+        "truncated",
+        "sample_indices",
+        "loss_masks",
+        "rollout_log_probs",
+        "weight_versions",
+    }
+    assert lists["tokens"] == [[1, 10, 11], [1, 2, 10, 11, 12, 13], [7, 8, 20, 21, 22]]
+    assert lists["response_lengths"] == [2, 4, 3]
+    assert lists["rewards"] == [-0.5, 0.5, 0.5]
+    assert lists["raw_reward"] == [1.0, 2.0, 2.0]
+    assert lists["truncated"] == [0, 1, 1]
+    assert lists["sample_indices"] == [0, 1, 1]
+    assert lists["loss_masks"][1] == [1, 0, 0, 1]
+    assert [len(each) for each in lists["rollout_log_probs"]] == lists["response_lengths"]
+    assert lists["weight_versions"][2] == ["old", "now"]
+
+
+def test_tensors_where_torch_is_there() -> None:
+    torch = pytest.importorskip("torch")
+    tensors = to_tensors(trl_batch(BATCH))
+    assert tensors["completion_ids"].dtype == torch.int64
+    assert tensors["old_per_token_logps"].dtype == torch.float32
+    assert tensors["completion_ids"].shape == (3, 4)
+    assert tensors["num_items_in_batch"].item() == 6
+    assert to_tensors(verl_batch(BATCH))["uid"] is not None
+
+
+def test_nothing_here_needs_torch() -> None:
+    code = "import sys, hotload.batches; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,116 @@
+"""Distributions and drift, against numbers worked out by hand and against the definition."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hotload.drift import distribution, entropy_nats, logprob_drift, uniform_share
+
+
+def test_a_distribution() -> None:
+    found = distribution([0, 0, 0.25, 0.5, 1, 1, 1, 1], bin_count=4)
+    assert found is not None
+    assert (found.count, found.least, found.greatest) == (8, 0, 1)
+    assert found.edges == (0, 0.25, 0.5, 0.75, 1)
+    assert found.counts == (2, 1, 1, 4)
+    assert found.mean == pytest.approx(0.59375)
+    assert found.std == pytest.approx(0.43188, abs=1e-5)
+
+
+@given(st.lists(st.floats(-1e30, 1e30), min_size=1))
+def test_every_number_is_in_one_bin(values: list[float]) -> None:
+    found = distribution(values)
+    assert found is not None
+    assert sum(found.counts) == found.count == len(values)
+    assert len(found.edges) == len(found.counts) + 1
+    assert (found.edges[0], found.edges[-1]) == (min(values), max(values))
+
+
+def test_numbers_that_hardly_differ() -> None:
+    found = distribution([1.0, math.nextafter(1.0, 2.0)])
+    assert found is not None
+    assert sum(found.counts) == 2
+
+
+def test_nothing_has_no_distribution() -> None:
+    assert distribution([]) is None
+    same = distribution([0.5, 0.5])
+    assert same is not None
+    assert (same.edges, same.counts, same.std) == ((0.5, 0.5), (2,), 0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "share"),
+    [
+        ([], None),
+        ([(None, None)], None),
+        ([(1, 1), (0, 1)], 0.5),
+        ([(1, None, 1), (None, None), (0, 0)], 1.0),
+        ([(1, None)], 1.0),
+        ([(0, 1), (1, 0, 0)], 0.0),
+    ],
+)
+def test_uniform_groups(groups: list[Sequence[float | None]], share: float | None) -> None:
+    assert uniform_share(groups) == share
+
+
+def test_entropy_of_a_known_distribution() -> None:
+    probabilities = np.array([0.5, 0.25, 0.125, 0.125])
+    drawn = np.random.default_rng(7).choice(4, 20_000, p=probabilities)
+    logprobs = np.log(probabilities)[drawn]
+    entropy = -float((probabilities * np.log(probabilities)).sum())
+    assert entropy_nats(logprobs, np.ones(20_000)) == pytest.approx(entropy, rel=0.02)
+
+
+def test_entropy_leaves_out_what_was_not_sampled() -> None:
+    assert entropy_nats([-1.0, 0.0, -3.0], [True, False, True]) == 2.0
+    assert entropy_nats([-1.0], [False]) is None
+    assert entropy_nats([], []) is None
+
+
+def test_drift_by_hand() -> None:
+    found = logprob_drift([-1.0, -2.0, -9.0], [-1.5, -1.0, 0.0], [True, True, False])
+    assert found is not None
+    assert (found.token_count, found.not_finite_count) == (2, 0)
+    assert found.k1 == pytest.approx(0.25)  # differences are 0.5 and -1
+    k3 = (math.exp(0.5) - 1.5 + math.exp(-1.0)) / 2
+    assert found.k3 == pytest.approx(k3)
+    assert (found.mean_abs, found.max_abs) == (0.75, 1.0)
+
+
+def test_both_estimates_come_to_the_divergence() -> None:
+    sampler, trainer = np.array([0.7, 0.2, 0.1]), np.array([0.6, 0.3, 0.1])
+    drawn = np.random.default_rng(7).choice(3, 50_000, p=sampler)
+    true = float((sampler * np.log(sampler / trainer)).sum())
+    found = logprob_drift(np.log(trainer)[drawn], np.log(sampler)[drawn], np.ones(50_000))
+    assert found is not None
+    assert found.k1 == pytest.approx(true, abs=0.003)
+    assert found.k3 == pytest.approx(true, abs=0.001)
+
+
+@given(st.lists(st.tuples(st.floats(-50, 0), st.floats(-50, 0)), min_size=1))
+def test_k3_is_never_negative(pairs: list[tuple[float, float]]) -> None:
+    trainer, sampler = zip(*pairs, strict=True)
+    found = logprob_drift(trainer, sampler, [True] * len(pairs))
+    assert found is not None
+    assert 0 <= found.k3 < math.inf
+    assert logprob_drift(sampler, sampler, [True] * len(pairs)).max_abs == 0  # type: ignore[union-attr]
+
+
+def test_tokens_without_a_number_are_counted_and_left_out() -> None:
+    found = logprob_drift([-1, math.nan, -math.inf, -1], [-1, -1, -1, -math.inf], [True] * 4)
+    assert found is not None
+    assert (found.token_count, found.not_finite_count, found.k1) == (1, 3, 0)
+    with pytest.raises(ValueError, match="on any of 1 tokens"):
+        logprob_drift([math.nan], [-1], [True])
+
+
+def test_what_does_not_line_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="2, 3 and 3"):
+        logprob_drift([-1, -1], [-1, -1, -1], [True] * 3)
+    assert logprob_drift([], [], []) is None
+    assert logprob_drift([-1], [-2], [False]) is None

@@ -1,0 +1,210 @@
+"""The rules for groups, each as a table of cases (protocol §16, §17)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hotload.advantages import advantages
+from hotload.groups import (
+    Tally,
+    Verdict,
+    draw_number,
+    is_outage,
+    is_unanswered,
+    judge,
+    seconds_to_hedge,
+    stale_group,
+    to_ask_again,
+)
+from hotload.report import GroupCounts
+from hotload.spec import Groups
+from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory, sample_seed
+
+PROBLEM = Problem("p", "x")
+
+
+def sample(number: int = 0, failure: str | None = None, **fields: Any) -> Trajectory:
+    origin = Provenance("run-000001-00000000", f"r{number}", "s", attempts=1)
+    return Trajectory("p", number, number, origin, 0.5, failure=failure, **fields)
+
+
+def samples(*failures: str | None) -> tuple[Trajectory, ...]:
+    return tuple(sample(number, failure) for number, failure in enumerate(failures))
+
+
+def scored(*rewards: float | None) -> ScoredGroup:
+    drawn = samples(*("timeout" if reward is None else None for reward in rewards))
+    return ScoredGroup(PROBLEM, drawn, rewards, advantages(rewards))
+
+
+def test_every_draw_of_a_group_has_a_number_of_its_own() -> None:
+    numbers = [draw_number(position, number, 4) for number in range(3) for position in range(4)]
+    assert numbers == list(range(12))
+    assert len({sample_seed(0, "p", 1, number) for number in numbers}) == 12
+
+
+@pytest.mark.parametrize(
+    ("rules", "failures", "rounds", "asked"),
+    [
+        ({"max_incomplete_group_retries": 1}, [None, "timeout", None, "truncated"], 0, (1, 3)),
+        ({"max_incomplete_group_retries": 1}, [None, "timeout"], 1, ()),
+        ({"max_incomplete_group_retries": 2}, [None, "timeout"], 1, (1,)),
+        ({}, [None, "timeout"], 0, ()),
+        ({"max_incomplete_group_retries": 3}, [None, None], 0, ()),
+        ({"max_incomplete_group_retries": 3}, ["refused", "deadline", "stale"], 0, ()),
+        ({"max_incomplete_group_retries": 3}, ["straddling", "rollout_raised"], 0, (0, 1)),
+        ({"max_incomplete_group_retries": 3, "on_incomplete": "fail_group"}, ["timeout"], 0, ()),
+        (
+            {"max_incomplete_group_retries": 3, "on_incomplete": "accept_partial"},
+            ["timeout"],
+            0,
+            (),
+        ),
+    ],
+)
+def test_what_is_asked_again(
+    rules: Mapping[str, Any], failures: list[str | None], rounds: int, asked: tuple[int, ...]
+) -> None:
+    assert to_ask_again(samples(*failures), Groups(**rules), rounds) == asked
+
+
+@pytest.mark.parametrize(
+    ("after", "pending", "alone", "is_hedged", "seconds"),
+    [
+        (None, 1, 99.0, False, None),
+        (5.0, 2, 99.0, False, None),
+        (5.0, 0, 99.0, False, None),
+        (5.0, 1, 0.0, False, 5.0),
+        (5.0, 1, 3.5, False, 1.5),
+        (5.0, 1, 5.0, False, 0.0),
+        (5.0, 1, 7.0, False, 0.0),
+        (5.0, 1, 7.0, True, None),
+    ],
+)
+def test_when_a_second_request_is_worth_it(
+    after: float | None, pending: int, alone: float, is_hedged: bool, seconds: float | None
+) -> None:
+    rules = Groups(hedge_after_seconds=after)
+    assert seconds_to_hedge(pending, alone, rules, is_hedged=is_hedged) == seconds
+
+
+@pytest.mark.parametrize(
+    ("rewards", "rules", "mark", "is_dropped", "is_used"),
+    [
+        ((0.0, 1.0, 0.5), {}, None, False, True),
+        # Short of samples.
+        ((0.0, 1.0, None), {}, "incomplete", False, False),
+        ((0.0, 1.0, None), {"on_incomplete": "fail_group"}, "incomplete", False, False),
+        ((0.0, 1.0, None), {"on_incomplete": "accept_partial"}, "partial", False, True),
+        (
+            (0.0, 1.0, None),
+            {"on_incomplete": "accept_partial", "min_group_size": 2},
+            "partial",
+            False,
+            True,
+        ),
+        (
+            (0.0, 1.0, None),
+            {"on_incomplete": "accept_partial", "min_group_size": 3},
+            "incomplete",
+            False,
+            False,
+        ),
+        ((None, None), {"on_incomplete": "accept_partial"}, "incomplete", False, False),
+        ((None,), {}, "incomplete", False, False),
+        # One distinct reward.
+        ((1.0, 1.0), {}, "uniform", False, True),
+        ((1.0, 1.0), {"on_uniform": "drop"}, "uniform", True, True),
+        ((1.0, 1.0), {"on_uniform": "refill"}, "uniform", True, True),
+        ((1.0,), {"on_uniform": "drop"}, None, False, True),
+        (
+            (1.0, 1.0, None),
+            {"on_incomplete": "accept_partial", "on_uniform": "drop"},
+            "uniform",
+            True,
+            True,
+        ),
+        ((1.0, None), {"on_incomplete": "accept_partial"}, "uniform", False, True),
+        # What has too few samples is kept to be looked at, uniform or not.
+        ((1.0, 1.0, None), {"on_uniform": "drop"}, "incomplete", False, False),
+    ],
+)
+def test_what_becomes_of_a_group(
+    rewards: tuple[float | None, ...],
+    rules: Mapping[str, Any],
+    mark: str | None,
+    is_dropped: bool,
+    is_used: bool,
+) -> None:
+    verdict = judge(scored(*rewards), Groups(**rules))
+    assert (verdict.group.mark, verdict.is_dropped) == (mark, is_dropped)
+    assert any(each is not None for each in verdict.group.advantages_G) is is_used
+    assert verdict.group.rewards_G == rewards
+
+
+def test_a_stale_group_was_never_asked_for() -> None:
+    group = stale_group(PROBLEM, 2, identity="i", policy_version=3, run_seed=9)
+    assert [one.failure for one in group.trajectories_G] == ["stale", "stale"]
+    assert [one.provenance.attempts for one in group.trajectories_G] == [0, 0]
+    assert group.trajectories_G[1].seed == sample_seed(9, "p", 3, 1)
+    assert (group.mark, group.rewards_G) == ("stale", (None, None))
+
+
+@pytest.mark.parametrize(
+    ("failures", "is_failed_row", "is_empty_row"),
+    [
+        (["timeout", "overloaded", None, None], True, False),
+        (["timeout", None, None], False, False),
+        (["refused", "refused"], False, False),
+        (["timeout", "connection"], True, True),
+        (["timeout", "refused"], True, False),
+        ([None], False, False),
+    ],
+)
+def test_rows_the_breaker_counts_and_rows_that_are_not_recorded(
+    failures: list[str | None], is_failed_row: bool, is_empty_row: bool
+) -> None:
+    assert is_outage(samples(*failures)) is is_failed_row
+    assert is_unanswered(samples(*failures)) is is_empty_row
+
+
+def test_every_rule_s_effect_is_counted() -> None:
+    rules = Groups(on_straddling="mask_from_change", on_incomplete="accept_partial")
+    origin = Provenance("a", "r", "s", attempts=3, observed=("a", "b"), runs=((0, "a"), (1, "b")))
+    straddling = sample(
+        1,
+        token_ids_T=(5, 6, 7),
+        sampling_logprobs_T=(-1.0,) * 3,
+        loss_mask_T=(True, False, False),
+    )
+    drawn = (sample(0), replace(straddling, provenance=origin), sample(2, "timeout"))
+    rewards = (0.0, 1.0, None)
+    tally = Tally(attempts=4, hedges=2, hedges_won=1, cut_off=2)
+    tally.replace(sample(9, "truncated"))
+    verdict = judge(ScoredGroup(PROBLEM, drawn, rewards, advantages(rewards)), rules)
+    kept = tally.counts(verdict, rules, is_refill=True)
+    assert kept == GroupCounts(
+        groups_by_mark={"partial": 1},
+        refilled_groups=1,
+        raw_samples=3,
+        raw_reward_count=2,
+        raw_reward_sum=1.0,
+        asked_again={"truncated": 1},
+        hedges=2,
+        hedges_won=1,
+        cut_off=2,
+        straddling_samples=1,
+        tokens_masked=2,
+        attempts=4 + 1 + 1 + 3 + 1,
+    )
+    dropped = Tally().counts(
+        Verdict(judge(scored(1.0, 1.0), rules).group, True), rules, is_refill=False
+    )
+    assert (dropped.dropped_groups, dropped.groups_by_mark) == ({"uniform": 1}, {})
+    total = GroupCounts.total([kept, dropped, kept])
+    assert total.asked_again == {"truncated": 2}
+    assert (total.raw_samples, total.raw_reward_sum, total.hedges) == (8, 4.0, 4)
+    assert total.dropped_groups == {"uniform": 1}
+    assert GroupCounts.total([]) == GroupCounts()

@@ -1,0 +1,357 @@
+"""The page of a cycle stands alone, escapes what others wrote, and says its report's numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from hotload.advantages import advantages
+from hotload.drawing import Bar, bars, columns, histogram, nice_ticks, stack, steps, timeline
+from hotload.figures import Figures
+from hotload.frames import part_facts, rollouts_frame
+from hotload.html_report import render_report
+from hotload.metrics import cycle_metrics, json_lines, prometheus_text
+from hotload.part_files import render_rollouts
+from hotload.parts import summarize
+from hotload.quantities import duration, number, percent, size
+from hotload.report import CycleReport, GroupCounts, Published
+from hotload.snapshot import SnapshotKind
+from hotload.trajectories import Problem, Provenance, ScoredGroup, Segment, Trajectory
+
+SHA = "0" * 64
+NOW, NEXT = "run-000003-0123abcd", "run-000004-0123abcd"
+EVIL = "</pre><script>alert('x')</script><img src=http://evil.example/x.png>\x1b[31m\x00"
+ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def sample(number: int, tokens: int = 2, **changes: Any) -> Trajectory:
+    made = Trajectory(
+        problem_id="p",
+        sample_number=number,
+        seed=number,
+        provenance=Provenance(NOW, f"r{number}", "s", 1, (NOW,), NOW, "replica-0"),
+        latency_seconds=1.0 + number,
+        prompt_token_ids=(1, 2),
+        token_ids_T=tuple(range(tokens)),
+        sampling_logprobs_T=(-0.5,) * tokens,
+        loss_mask_T=(True,) * tokens,
+        text="four",
+        finish_reason="stop" if number else "length",
+        cached_prompt_token_count=1,
+    )
+    return replace(made, **changes)
+
+
+SWAPPED = Provenance(NOW, "r1", "s", 2, (NOW, NEXT), NEXT)
+CHAT = ({"role": "user", "content": EVIL}, {"role": "assistant", "content": ["part"], "tool": 1})
+SAMPLES = (
+    sample(0, text=EVIL),
+    sample(
+        1,
+        provenance=SWAPPED,
+        turn_count=2,
+        transcript=CHAT,
+        further=(Segment((3,), (4, 5), (-1.5, 0.0), (True, False)),),
+    ),
+    sample(2, 0, text="", failure="timeout", detail=EVIL),
+)
+UNIFORM = tuple(replace(sample(number), problem_id="q") for number in range(2))
+
+
+def group(samples: tuple[Trajectory, ...], rewards: tuple[float | None, ...]) -> ScoredGroup:
+    name = samples[0].problem_id
+    mark = None if all(reward is not None for reward in rewards) else "partial"
+    problem = Problem(name, EVIL, answer=EVIL)
+    return ScoredGroup(problem, samples, rewards, advantages(rewards), mark=mark)
+
+
+GROUPS = [group(SAMPLES, (1.0, 0.0, None)), group(UNIFORM, (1.0, 1.0))]
+FRAME = rollouts_frame(GROUPS, policy_version=3)
+PART = part_facts(FRAME, file="part-00000.parquet", size_bytes=9, sha256=SHA, digest=SHA)
+
+
+def figures() -> Figures:
+    found = Figures()
+    found.add(render_rollouts(FRAME, digest=SHA))
+    return found
+
+
+def report(**changes: Any) -> CycleReport:
+    snapshot = Published(
+        identity=NOW,
+        policy_version=3,
+        kind=SnapshotKind.DELTA,
+        previous="run-000002-0123abcd",
+        reason=f"every replica serves {EVIL}",
+        size_bytes=2_000_000,
+        content_size_bytes=100_000_000,
+        replica_count=2,
+        seconds_by_stage={"publish": 2.0, "signal": 0.1, "converge": 3.0, "encode": 4.0},
+        began_at=ENDED - timedelta(seconds=19),
+        convergence=((0.0, 0), (1.0, 1), (3.0, 2)),
+        warnings=(EVIL,),
+    )
+    rollouts = summarize(
+        NOW,
+        [PART],
+        parts_uri="file:///bucket/_hotload/rollouts/x",
+        seconds=10.0,
+        window_trace=((0.0, 8, 8), (5.0, 4, 3), (10.0, 6, 5)),
+    ).model_copy(
+        update={
+            "groups": GroupCounts(
+                groups_by_mark={"partial": 1},
+                dropped_groups={"uniform": 2},
+                asked_again={"timeout": 3},
+                raw_samples=9,
+                raw_reward_count=4,
+                raw_reward_sum=0.0,
+                attempts=12,
+            )
+        }
+    )
+    made = CycleReport(
+        name="run-000003",
+        policy_version=3,
+        content_sha256=SHA,
+        outcome="published",
+        snapshot=snapshot,
+        rollouts=rollouts,
+        seconds=20.0,
+    )
+    return made.model_copy(update=changes)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would act on, and whether every element is closed."""
+
+    VOID = frozenset({"meta", "br", "line", "rect", "path"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page(made: CycleReport | None = None, found: Figures | None = None) -> str:
+    return render_report(
+        made or report(), found or figures(), ended_at=ENDED, rollouts_ended_at=ENDED
+    )
+
+
+def test_what_others_wrote_is_text_and_nothing_else() -> None:
+    read = Page(page())
+    assert read.open == []
+    assert not {"script", "img", "link", "iframe", "a"} & set(read.tags)
+    assert not [name for name, _ in read.attributes if name.startswith("on")]
+    assert not {"src", "href", "xlink:href"} & {name for name, _ in read.attributes}
+    # It is there to be read, with controls made visible.
+    assert "</pre><script>alert('x')</script>" in read.text
+    assert "␛[31m␀" in read.text
+    assert "\x1b" not in page()
+
+
+def test_nothing_is_loaded_from_anywhere() -> None:
+    text = page()
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in style
+    assert 'name="viewport"' in text
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "delta of 2.0 MB , 2 % of the checkpoint, reached 2 replicas 3 s after the signal",
+        "5 samples of 2 problems came back in 10 s, with a mean reward of 0.750",
+        "Fetched by 2 replicas: 4.0 MB instead of 200 MB",
+        "timeout 1 · 20 %",
+        "5 samples; in 50 % of the groups all are equal".replace("5", "4", 1),
+        "groups dropped uniform 2",
+        "samples asked for again timeout 3",
+        "highest reward",
+        "two versions of the weights",
+        f"{NOW} → {NEXT}",
+        "requests per sample 1.33",
+        "prompt tokens from the cache",
+        "2026-01-02 03:04:05 UTC",
+    ],
+)
+def test_the_page_says(told: str) -> None:
+    assert told in Page(page()).text
+
+
+def test_a_page_of_nothing() -> None:
+    empty = report(
+        rollouts=summarize(NOW, [], parts_uri="", seconds=0),
+        snapshot=Published(
+            identity=NOW,
+            policy_version=2,
+            kind=SnapshotKind.FULL,
+            previous=None,
+            reason="",
+            size_bytes=0,
+            content_size_bytes=0,
+            replica_count=0,
+        ),
+        outcome="not due",
+        seconds=0.0,
+    )
+    read = Page(render_report(empty, Figures(), ended_at=ENDED))
+    assert read.open == []
+    assert "version 2 was sampled again on 0 replicas" in read.text
+    assert "No sample has a reward" in read.text
+    assert "nan" not in read.text.casefold().split()
+
+
+def test_a_fallback_is_told() -> None:
+    read = Page(page(report(fallback_reason="a replica is <torn>", outcome="fell back")))
+    assert "After a first attempt that failed, a delta" in read.text
+    assert "First attempt: a replica is <torn>" in read.text
+    assert "check, plan, first attempt" in read.text
+
+
+def test_figures() -> None:
+    found = figures()
+    assert (found.group_count, found.sample_count, found.uniform_group_count) == (2, 5, 1)
+    assert found.latency_seconds == [1.0, 2.0, 1.0, 2.0]
+    assert found.token_counts == [2, 4, 2, 2]
+    assert found.trainable_token_counts == [2, 3, 2, 2]
+    assert found.turn_counts == {1: 4, 2: 1}
+    assert found.versions == {NOW: 3, f"{NOW} → {NEXT}": 1}
+    assert found.versions_ahead == {0: 3, 1: 1}
+    assert found.failures == {"timeout": 1}
+    assert found.entropy_nats == pytest.approx((8 * 0.5 + 1.5) / 9)
+    assert found.percentile_seconds(50) == 1.5
+    three = [(each.why, each.facts["sample_number"]) for each in found.three()]
+    assert three == [
+        (("highest reward",), 1),
+        (("lowest reward", "two versions of the weights", "most turns"), 1),
+        (("failed",), 2),
+    ]
+    found.add(render_rollouts(FRAME, digest=SHA))
+    assert found.sample_count == 10
+
+
+def test_metrics_by_their_names() -> None:
+    metrics = cycle_metrics(report(), figures())
+    assert metrics["rollout/raw_reward"] == 0.0  # with the dropped groups
+    assert metrics["rollout/filtered_reward"] == 0.75
+    assert (metrics["rollout/raw_samples"], metrics["rollout/filtered_samples"]) == (9, 4)
+    assert metrics["rollout/trainable_tokens_total"] == 9
+    assert metrics["async/version_offset_max"] == 1
+    assert metrics["async/in_flight_samples_mean"] == 5.5
+    assert metrics["async/concurrency_capacity_samples_mean"] == 0.5
+    assert metrics["perf/step_time"] == 20.0
+    assert metrics["perf/step_samples_per_s"] == 0.5
+    assert metrics["perf/update_weights_density"] == 0.02
+    assert metrics["publish/hotload_time_s"] == pytest.approx(3.1)
+    assert metrics["publish/total_time_s"] == pytest.approx(5.1)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_json_lines() -> None:
+    metrics = cycle_metrics(report(), figures())
+    lines = [
+        json.loads(line)
+        for line in json_lines(report(), metrics, rollouts_ended_at=ENDED).splitlines()
+    ]
+    assert [line["at"][17:19] for line in lines] == ["55", "05", "05", "05"]
+    assert [line.get("producer/in_flight_samples") for line in lines] == [8, 5, 0, None]
+    assert lines[2]["producer/rows_dropped_total"] == 2
+    assert lines[2]["producer/recoverable_errors_total"] == 3
+    assert {line["policy_version"] for line in lines} == {3}
+    assert lines[-1]["run_id"] == "run"
+    assert lines[-1].items() >= metrics.items()
+
+
+def test_prometheus_text() -> None:
+    text = prometheus_text({"rollout/raw_reward": 0.5, "perf/x": 2}, {"run": 'a"b\\\n'})
+    assert text == (
+        "# TYPE hotload_perf_x gauge\n"
+        'hotload_perf_x{run="a\\"b\\\\\\n"} 2\n'
+        "# TYPE hotload_rollout_raw_reward gauge\n"
+        'hotload_rollout_raw_reward{run="a\\"b\\\\\\n"} 0.5\n'
+    )
+
+
+def test_quantities() -> None:
+    seconds = (0, 0.0001, 0.085, 2, 2.44, 9.97, 41.4, 59.7, 60, 200, 3900, 7200)
+    assert [duration(each) for each in seconds] == [
+        "0 s", "< 1 ms", "85 ms", "2 s", "2.4 s", "10 s", "41 s", "1 min", "1 min",
+        "3 min 20 s", "1 h 5 min", "2 h",
+    ]  # fmt: skip
+    numbers = (0, -0.0001, -1.5, 12.34, 0.4279, 12345.6, 3.0, math.nan)
+    assert [number(each) for each in numbers] == [
+        "0", "0.000", "−1.50", "12.3", "0.428", "12,346", "3", "–",
+    ]  # fmt: skip
+    sizes = (0, 999, 3400, 1_200_000, 941_000_000, 999_950_000, 1.5e12)
+    assert [size(each) for each in sizes] == [
+        "0 B", "999 B", "3.4 kB", "1.2 MB", "941 MB", "1.0 GB", "1.5 TB",
+    ]  # fmt: skip
+    assert [percent(part, 1000) for part in (0, 0.1, 41, 380, 1000)] == [
+        "0 %", "< 0.1 %", "4.1 %", "38 %", "100 %",
+    ]  # fmt: skip
+    assert percent(1, 0) == "–"
+
+
+def test_ticks_are_round() -> None:
+    assert nice_ticks(63.4) == [0, 20, 40, 60]
+    assert nice_ticks(7.3, 4) == [0, 2, 4, 6]
+    assert nice_ticks(0) == [0]
+    assert nice_ticks(math.nan) == [0]
+
+
+def test_drawings_keep_inside_the_picture() -> None:
+    drawn = [
+        timeline([Bar("a", 0, 3, "3 s"), Bar("b", 3, 3, "0 s")], 3.0, duration),
+        bars([Bar("a", 0, 3, "3"), Bar("b", 0, 0, "0")], "bars"),
+        stack([Bar("a", 0, 3, "3"), Bar("b", 0, 1, "1")], "stack"),
+        histogram([0.0, 1.0, 2.0], [3, 0], "bins", number, marks=[(1.0, "median")]),
+        histogram([1.0, 1.0], [3], "one", number),
+        columns([Bar("0", 0, 3, "3"), Bar("1", 0, 1, "1")], "columns"),
+        steps(
+            [([(0.0, 0.0), (2.0, 3.0)], "main-line"), ([], "wash-area")], 2.0, 3.0, "s", duration
+        ),
+    ]
+    for svg in drawn:
+        assert Page(svg).open == []
+        assert "nan" not in svg
+        for x, width in re.findall(r'<rect x="([\d.]+)%" [^>]*?width="([\d.]+)%"', svg):
+            assert 0 <= float(x) <= 100
+            assert float(x) + float(width) <= 100.5

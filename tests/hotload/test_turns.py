@@ -1,0 +1,166 @@
+"""Turns merged into sequences, straddling ones masked, routing matrices as arrays."""
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hotload.routing import join_routing, routing_array
+from hotload.spec import Sampling
+from hotload.straddling import settle_straddling
+from hotload.trajectories import Provenance, Segment, Trajectory
+from hotload.turns import Turns
+from hotload.wire.inference import Answer
+
+
+def answered(
+    prompt: tuple[int, ...], tokens: tuple[int, ...], identity: str | None = "a", **entry: Any
+) -> Answer:
+    answer = Answer(Sampling(include_routing_matrix="routing_matrix" in entry), prompt)
+    content = [{"token_id": token, "sampling_logprob": -float(token), **entry} for token in tokens]
+    model = "m" if identity is None else f"m@{identity}"
+    choice = {
+        "text": "x" * len(tokens),
+        "finish_reason": "stop",
+        "logprobs": {"content": content},
+    }
+    assert answer.add({"model": model, "choices": [choice]}) is None
+    assert answer.finish() is None
+    return answer
+
+
+def turns_of(*answers: Answer) -> Turns:
+    turns = Turns()
+    for answer in answers:
+        turns.note(answer)
+        turns.take(answer)
+    return turns
+
+
+def test_a_prompt_that_repeats_the_tokens_goes_on_with_the_sequence() -> None:
+    turns = turns_of(answered((7, 8), (1, 2)), answered((7, 8, 1, 2, 9, 9), (3,)))
+    assert turns.segments == (
+        Segment(
+            (7, 8),
+            (1, 2, 9, 9, 3),
+            (-1.0, -2.0, 0.0, 0.0, -3.0),
+            (True, True, False, False, True),
+        ),
+    )
+    assert turns.runs == ((0, "a"),)
+    assert turns.text == "x"
+
+
+@pytest.mark.parametrize("prompt", [(7, 8, 1), (7, 8, 1, 3, 9), (7,), (8, 8, 1, 2, 9)])
+def test_any_other_prompt_begins_a_new_sequence(prompt: tuple[int, ...]) -> None:
+    turns = turns_of(answered((7, 8), (1, 2)), answered(prompt, (3,)))
+    assert turns.segments == (
+        Segment((7, 8), (1, 2), (-1.0, -2.0), (True, True)),
+        Segment(prompt, (3,), (-3.0,), (True,)),
+    )
+
+
+def test_a_prompt_without_anything_new_leaves_no_gap() -> None:
+    turns = turns_of(answered((7,), (1,)), answered((7, 1), (2,)), answered((7, 1, 2, 5), (3,)))
+    (segment,) = turns.segments
+    assert segment.token_ids_T == (1, 2, 5, 3)
+    assert segment.loss_mask_T == (True, True, False, True)
+
+
+def test_empty_answers() -> None:
+    assert turns_of().segments == (Segment((), (), (), ()),)
+    assert turns_of(answered((7,), ())).segments == (Segment((7,), (), (), ()),)
+    turns = turns_of(answered((7,), ()), answered((7, 8), (1,)), answered((5,), ()))
+    assert turns.segments == (Segment((7, 8), (1,), (-1.0,), (True,)),)
+
+
+def test_runs_count_over_all_sequences() -> None:
+    turns = turns_of(
+        answered((7,), (1, 2)),
+        answered((7, 1, 2, 9), (3,)),
+        answered((5,), (4, 5), "b"),
+        answered((5, 4, 5), (6,), None),
+        answered((5, 4, 5, 6), (7,), "b"),
+    )
+    assert turns.runs == ((0, "a"), (4, "b"), (6, ""), (7, "b"))
+    assert turns.observed == ("a", "b")
+    assert turns.last_identity == "b"
+
+
+def test_experts_of_what_was_not_sampled_are_zeros() -> None:
+    first = answered((7,), (1,), routing_matrix="AQI=")
+    turns = turns_of(first, answered((7, 1, 9), (2,), routing_matrix="AwQ="))
+    assert turns.routing_matrix is not None
+    experts = routing_array(turns.routing_matrix, 3, active_expert_count=2)
+    assert experts.tolist() == [[[1, 2]], [[0, 0]], [[3, 4]]]
+    assert turns_of(first, answered((7, 1, 9), (2,))).routing_matrix is None
+    only_first = turns_of(first, answered((5,), (2,)))
+    assert only_first.routing_matrix == "AQI="
+
+
+def test_routing_of_a_real_models_form() -> None:
+    rng = np.random.default_rng(0)
+    matrices = rng.integers(0, 256, (5, 58, 8)).astype(np.uint8)
+    texts = [base64.b64encode(matrix.tobytes()).decode() for matrix in matrices]
+    whole = base64.b64encode(join_routing(texts)).decode()
+    found = routing_array(whole, 5, active_expert_count=8)
+    assert found.shape == (5, 58, 8)
+    assert (found == matrices).all()
+    for text, tokens, experts in ((whole, 7, 8), (whole, 5, 9), (whole, 0, 8), ("", 5, 8)):
+        with pytest.raises(ValueError, match="bytes of routing"):
+            routing_array(text, tokens, active_expert_count=experts)
+    with pytest.raises(ValueError, match="not base64"):
+        routing_array("?", 1, active_expert_count=1)
+
+
+def trajectory(runs: tuple[tuple[int, str], ...], *lengths: int, **fields: Any) -> Trajectory:
+    first, *further = (
+        Segment((7,), (1,) * length, (-1.0,) * length, (True,) * length) for length in lengths
+    )
+    observed = tuple(dict.fromkeys(identity for _, identity in runs if identity))
+    return Trajectory(
+        "p",
+        0,
+        0,
+        Provenance("a", "r", "s", 1, observed=fields.pop("observed", observed), runs=runs),
+        0.0,
+        first.prompt_token_ids,
+        first.token_ids_T,
+        first.sampling_logprobs_T,
+        first.loss_mask_T,
+        further=tuple(further),
+        **fields,
+    )
+
+
+@pytest.mark.parametrize(
+    ("runs", "kept"),
+    [
+        (((0, "a"), (1, "b")), 1),
+        (((0, "a"), (3, "b")), 3),
+        (((0, "a"), (4, "b")), 4),
+        (((0, "a"), (1, ""), (2, "a"), (4, "b")), 4),
+        (((2, "a"), (4, "b"), (5, "a")), 4),
+    ],
+)
+def test_tokens_from_the_change_on_are_masked(runs: tuple[tuple[int, str], ...], kept: int) -> None:
+    masked = settle_straddling(trajectory(runs, 3, 3), "mask_from_change")
+    assert masked.failure is None
+    found = [flag for segment in masked.segments for flag in segment.loss_mask_T]
+    assert found == [True] * kept + [False] * (6 - kept)
+    assert [len(segment.loss_mask_T) for segment in masked.segments] == [3, 3]
+
+
+def test_what_is_dropped_and_what_is_left_alone() -> None:
+    straddling = trajectory(((0, "a"), (1, "b")), 3)
+    assert settle_straddling(straddling, "accept") == straddling
+    dropped = settle_straddling(straddling, "drop")
+    assert dropped.failure == "straddling"
+    assert dropped.token_ids_T == straddling.token_ids_T
+    single, failed = trajectory(((0, "b"),), 3), trajectory(((0, "a"),), 3, failure="too_long")
+    for policy in ("drop", "mask_from_change"):
+        assert settle_straddling(single, policy) == single
+        assert settle_straddling(failed, policy) == failed
+    unknown = trajectory((), 3, observed=("a", "b"))
+    assert settle_straddling(unknown, "mask_from_change").failure == "straddling"

@@ -1,0 +1,488 @@
+"""Every rule for groups at work against a real HTTP server, and its effect in the counts."""
+
+import asyncio
+import io
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from prefect.logging import disable_run_logger
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.errors import RolloutFunctionError, RolloutsFailedError
+from hotload.parts import MANIFEST_FILE, RolloutManifest
+from hotload.spec import CycleSpec
+from tasks.overlap import overlap
+from tasks.read_problems import plan_rollouts
+from tasks.roll_out import Rollout, open_rollout, roll_out_chunk
+from tests.blocks.scripted_inference import IDENTITY, MODEL, client
+from tests.tasks.answering import NO_IDS, Answering, Asked, Reply, never, saying
+
+NEWER = "run-000004-0badf00d"
+
+
+class Bench:
+    """Problems, a store, and rollouts of them by a server that a test scripts."""
+
+    def __init__(self, root: Path) -> None:
+        (root / "store").mkdir()
+        self.store = CheckpointStore(url=f"file://{root}/store")
+        self._root = root
+
+    def spec(self, problems: int | list[dict[str, Any]] = 2, **changes: Any) -> CycleSpec:
+        """Groups of 2, right answers `ab`; `changes` go into `sampling`, `groups` within it."""
+        if isinstance(problems, int):
+            problems = [{"prompt": f"problem {i}", "answer": "ab"} for i in range(problems)]
+        dataset = self._root / "problems.jsonl"
+        rows = ({"id": i, **problem} for i, problem in enumerate(problems))
+        dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        groups = changes.pop("groups", {})
+        per_step = changes.pop("prompt_groups_per_step", None)
+        reward = changes.pop("reward", {"name": "exact_match"})
+        return CycleSpec.model_validate(
+            {
+                "checkpoint": str(self._root),
+                "work_dir": str(self._root),
+                "run_id": "run",
+                "policy_version": 3,
+                "problems": {"dataset": str(dataset), "prompt_groups_per_step": per_step},
+                "sampling": {"completions_per_prompt": 2, **changes, "groups": groups},
+                "reward": reward,
+            }
+        )
+
+    @asynccontextmanager
+    async def rollout(
+        self, spec: CycleSpec, reply: Reply
+    ) -> AsyncIterator[tuple[Rollout, Answering]]:
+        plan = await plan_rollouts(spec, IDENTITY)
+        with disable_run_logger():
+            async with (
+                Answering(reply).running() as server,
+                open_rollout(spec, plan, client(server.port), self.store, None) as rollout,
+            ):
+                yield rollout, server
+
+    async def run(self, spec: CycleSpec, reply: Reply) -> tuple[RolloutManifest, Answering]:
+        """All parts, and the manifest at their end."""
+        async with self.rollout(spec, reply) as (rollout, server):
+            await carry_all(rollout)
+            return rollout.manifest(is_complete=True), server
+
+    async def rows(self, manifest: RolloutManifest) -> list[dict[str, Any]]:
+        """What is in the part files, in order of problem and sample."""
+        frames = []
+        for part in manifest.parts:
+            path = f"_hotload/rollouts/{IDENTITY}/{part.file}"
+            data = await self.store.read_bytes(path, limit_bytes=1 << 20)
+            frames.append(pl.read_parquet(io.BytesIO(data)))
+        return pl.concat(frames).sort("problem_id", "sample_number").to_dicts()
+
+    async def published(self) -> RolloutManifest:
+        """The manifest as it lies in the store."""
+        path = f"_hotload/rollouts/{IDENTITY}/{MANIFEST_FILE}"
+        return RolloutManifest.parse(
+            await self.store.read_bytes(path, limit_bytes=1 << 20), path=path
+        )
+
+
+async def carry_all(rollout: Rollout) -> None:
+    await overlap(roll_out_chunk.fn(rollout, number) for number in range(len(rollout.plan.parts)))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def replying(answer: Callable[[Asked], bytes]) -> Reply:
+    async def reply(asked: Asked) -> bytes:
+        return answer(asked)
+
+    return reply
+
+
+def right_and_wrong(asked: Asked) -> bytes:
+    """Two answers of which one is right, whichever comes first."""
+    return saying("ab" if asked.number % 2 else "ba")
+
+
+async def test_missing_samples_are_asked_again_under_new_numbers(bench: Bench) -> None:
+    seen: Counter[str] = Counter()
+
+    def first_of_every_problem_fails(asked: Asked) -> bytes:
+        seen[asked.prompt] += 1
+        return NO_IDS if seen[asked.prompt] == 1 else right_and_wrong(asked)
+
+    spec = bench.spec(groups={"max_incomplete_group_retries": 1})
+    manifest, server = await bench.run(spec, replying(first_of_every_problem_fails))
+    rows = await bench.rows(manifest)
+    assert all(row["failure"] is None for row in rows)
+    assert {row["sample_number"] for row in rows} <= {0, 1, 2, 3}
+    assert manifest.summary.groups.asked_again == {"missing_token_ids": 2}
+    assert len(server.asked) == manifest.summary.groups.attempts == 6
+    assert len({asked.body["seed"] for asked in server.asked}) == 6
+
+
+@pytest.mark.parametrize(
+    ("groups", "mark", "requests"),
+    [
+        ({}, "incomplete", 4),
+        ({"on_incomplete": "fail_group"}, "incomplete", 4),
+        ({"on_incomplete": "accept_partial", "min_group_size": 2}, "incomplete", 4),
+        ({"max_incomplete_group_retries": 2}, "incomplete", 4 + 4),
+    ],
+)
+async def test_a_group_that_stays_short(
+    bench: Bench, groups: dict[str, Any], mark: str, requests: int
+) -> None:
+    good_session: dict[str, str] = {}
+
+    def only_one_session_is_answered(asked: Asked) -> bytes:
+        is_good = good_session.setdefault(asked.prompt, asked.session) == asked.session
+        return saying("ab") if is_good else NO_IDS
+
+    manifest, server = await bench.run(
+        bench.spec(groups=groups), replying(only_one_session_is_answered)
+    )
+    rows = await bench.rows(manifest)
+    assert Counter(row["failure"] for row in rows) == {None: 2, "missing_token_ids": 2}
+    assert {row["mark"] for row in rows} == {mark}
+    assert {row["advantage"] for row in rows} == {None}
+    assert manifest.summary.groups.groups_by_mark == {mark: 2}
+    assert len(server.asked) == manifest.summary.groups.attempts == requests
+
+
+async def test_a_group_is_used_with_what_it_has(bench: Bench) -> None:
+    count: Counter[str] = Counter()
+
+    def third_fails(asked: Asked) -> bytes:
+        count[asked.prompt] += 1
+        texts = {1: saying("ab"), 2: saying("ba"), 3: NO_IDS}
+        return texts[count[asked.prompt]]
+
+    spec = bench.spec(
+        completions_per_prompt=3, groups={"on_incomplete": "accept_partial", "min_group_size": 2}
+    )
+    manifest, _ = await bench.run(spec, replying(third_fails))
+    rows = await bench.rows(manifest)
+    assert {row["mark"] for row in rows} == {"partial"}
+    assert sum(row["advantage"] is not None for row in rows) == 4
+    assert manifest.summary.groups.groups_by_mark == {"partial": 2}
+
+
+async def test_a_group_s_time_is_up(bench: Bench) -> None:
+    async def one_answer_each(asked: Asked) -> bytes:
+        if any(other.prompt == asked.prompt for other in server_asked[: asked.number]):
+            return await never()
+        return saying("ab")
+
+    spec = bench.spec(groups={"deadline_seconds": 1.0})
+    async with bench.rollout(spec, one_answer_each) as (rollout, server):
+        server_asked = server.asked
+        await carry_all(rollout)
+        manifest = rollout.manifest(is_complete=True)
+    rows = await bench.rows(manifest)
+    assert Counter(row["failure"] for row in rows) == {None: 2, "deadline": 2}
+    assert manifest.summary.failed_samples == {"deadline": 2}
+    assert manifest.summary.groups.cut_off == 2
+    assert manifest.summary.groups.attempts == len(server.asked) == 4
+    late = next(row for row in rows if row["failure"] == "deadline")
+    assert late["request_id"] in {asked.headers["x-request-id"] for asked in server.asked}
+
+
+async def test_the_slowest_sample_is_asked_for_twice(bench: Bench) -> None:
+    hung: dict[str, Asked] = {}
+
+    async def one_session_hangs(asked: Asked) -> bytes:
+        if hung.setdefault(asked.prompt, asked) is asked:
+            return await never()
+        return saying("ab")
+
+    spec = bench.spec(groups={"hedge_after_seconds": 0.05})
+    manifest, server = await bench.run(spec, one_session_hangs)
+    rows = await bench.rows(manifest)
+    assert [row["failure"] for row in rows] == [None] * 4
+    assert {row["sample_number"] for row in rows} == {0, 1}
+    assert sum(row["is_hedge"] for row in rows) == 2
+    counts = manifest.summary.groups
+    assert (counts.hedges, counts.hedges_won, counts.cut_off) == (2, 2, 2)
+    assert counts.attempts == len(server.asked) == 6
+    for prompt, first in hung.items():
+        (second,) = [
+            asked
+            for asked in server.asked
+            if asked.prompt == prompt
+            and asked.body["seed"] == first.body["seed"]
+            and asked is not first
+        ]
+        # The same sample, in another session: another replica may answer.
+        assert second.session != first.session
+        assert second.headers["x-request-id"] != first.headers["x-request-id"]
+
+
+async def test_a_hedge_that_fails_leaves_the_first_request_its_time(bench: Bench) -> None:
+    release = asyncio.Event()
+    seen: Counter[int] = Counter()
+
+    async def first_waits_for_the_second(asked: Asked) -> bytes:
+        seen[asked.body["seed"]] += 1
+        if asked.prompt.endswith("0") and asked.number == 0:
+            await release.wait()
+            return saying("ab")
+        if seen[asked.body["seed"]] == 2:
+            release.set()
+            return NO_IDS
+        return saying("ba")
+
+    spec = bench.spec(1, groups={"hedge_after_seconds": 0.02})
+    manifest, server = await bench.run(spec, first_waits_for_the_second)
+    rows = await bench.rows(manifest)
+    assert [row["failure"] for row in rows] == [None, None]
+    assert [row["is_hedge"] for row in rows] == [False, False]
+    counts = manifest.summary.groups
+    assert (counts.hedges, counts.hedges_won, counts.cut_off) == (1, 0, 0)
+    assert counts.attempts == len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("on_uniform", "rows_left", "dropped", "refilled"),
+    [("keep", 4, 0, 0), ("drop", 2, 2, 0), ("refill", 3, 3, 2)],
+)
+async def test_groups_that_teach_nothing(
+    bench: Bench, on_uniform: str, rows_left: int, dropped: int, refilled: int
+) -> None:
+    """Rows 0 and 1 are right in all answers, as is row 4; of 4 rows asked for, 6 are there."""
+
+    def uniform_for_some(asked: Asked) -> bytes:
+        return saying("ab") if asked.prompt[-1] in "014" else right_and_wrong(asked)
+
+    spec = bench.spec(
+        6,
+        prompt_groups_per_step=4,
+        groups={"on_uniform": on_uniform},
+        concurrency={"max_concurrency": 1},
+    )
+    manifest, server = await bench.run(spec, replying(uniform_for_some))
+    rows = await bench.rows(manifest)
+    assert len(rows) == 2 * rows_left
+    counts = manifest.summary.groups
+    assert sum(counts.dropped_groups.values()) == dropped
+    assert counts.refilled_groups == refilled
+    assert counts.groups_by_mark == ({"uniform": 2} if on_uniform == "keep" else {})
+    assert counts.raw_samples == len(server.asked) == 2 * (rows_left + dropped)
+    assert {row["problem_id"] for row in rows} == {
+        "keep": {"0", "1", "2", "3"},
+        "drop": {"2", "3"},
+        "refill": {"2", "3", "5"},
+    }[on_uniform]
+    # Dropped groups are not sampled again either.
+    again, silent = await bench.run(spec, replying(uniform_for_some))
+    assert silent.asked == []
+    assert again.summary.groups == counts
+
+
+@pytest.mark.parametrize(
+    ("policy", "failures", "masks"),
+    [
+        ("accept", {None: 4}, [True, True]),
+        ("mask_from_change", {None: 4}, [True, False]),
+        ("drop", {None: 2, "straddling": 2}, [True, True]),
+    ],
+)
+async def test_samples_of_two_versions(
+    bench: Bench, policy: str, failures: dict[str | None, int], masks: list[bool]
+) -> None:
+    newer = f"accounts/a/models/m@{NEWER}"
+
+    def every_second_changes(asked: Asked) -> bytes:
+        return saying("ab", MODEL, newer) if asked.number % 2 else saying("ba")
+
+    spec = bench.spec(groups={"on_straddling": policy}, concurrency={"max_concurrency": 1})
+    manifest, _ = await bench.run(spec, replying(every_second_changes))
+    rows = await bench.rows(manifest)
+    straddling = [row for row in rows if row["weights"] == "straddling"]
+    assert [row["loss_mask"] for row in straddling] == [masks, masks]
+    assert Counter(row["failure"] for row in rows) == failures
+    counts = manifest.summary.groups
+    assert counts.straddling_samples == 2
+    assert counts.tokens_masked == (2 if policy == "mask_from_change" else 0)
+    assert manifest.summary.samples_by_identity[f"{IDENTITY} → {NEWER}"] == 2
+
+
+async def test_groups_begun_too_late_are_marked(bench: Bench) -> None:
+    """O = 1: two versions ahead, what has not begun is not begun any more."""
+    release = asyncio.Event()
+
+    async def first_group_waits(asked: Asked) -> bytes:
+        if len(server.asked) == 2:
+            assert rollout.gate.publish(4)
+            assert not rollout.gate.is_stale
+            assert rollout.gate.publish(5)
+            release.set()
+        await release.wait()
+        return right_and_wrong(asked)
+
+    spec = bench.spec(
+        3, max_head_offpolicy_versions=1, concurrency={"max_concurrency": 2}, problems_per_task=1
+    )
+    async with bench.rollout(spec, first_group_waits) as (rollout, server):
+        await carry_all(rollout)
+        manifest = rollout.manifest(is_complete=True)
+    rows = await bench.rows(manifest)
+    stale = [row for row in rows if row["failure"] == "stale"]
+    assert 0 < len(stale) < len(rows) == 6
+    assert len(server.asked) == 6 - len(stale)
+    assert {(row["mark"], row["attempts"], row["request_id"]) for row in stale} == {
+        ("stale", 0, "")
+    }
+    assert manifest.summary.groups.groups_by_mark == {"stale": len(stale) // 2}
+
+
+async def test_the_breaker_leaves_the_rest_for_a_later_run(bench: Bench) -> None:
+    spec = bench.spec(12, concurrency={"max_concurrency": 1})
+    is_down = True
+
+    def fails_after_two_rows(asked: Asked) -> bytes:
+        return NO_IDS if is_down and asked.number >= 4 else right_and_wrong(asked)
+
+    with pytest.raises(RolloutsFailedError, match="missing_token_ids 10, breaker_open 10"):
+        await bench.run(spec, replying(fails_after_two_rows))
+    begun = await bench.published()
+    assert not begun.is_complete
+    assert begun.planned_group_count == 12
+    answered = [part.group_count for part in begun.parts]
+    is_down = False
+    manifest, server = await bench.run(spec, replying(right_and_wrong))
+    rows = await bench.rows(manifest)
+    assert Counter(row["problem_id"] for row in rows) == {str(n): 2 for n in range(12)}
+    assert len(server.asked) == 2 * (12 - sum(answered))
+    assert manifest.summary.failed_samples == {}
+
+
+async def test_groups_are_handed_back_while_others_are_sampled(bench: Bench) -> None:
+    so_far: list[RolloutManifest] = []
+
+    async def row_1_waits_for_a_file(asked: Asked) -> bytes:
+        if asked.prompt.endswith("1") and not so_far:
+            while not rollout.manifest(is_complete=False).parts:
+                await asyncio.sleep(0)
+                await rollout.save()
+            so_far.append(rollout.manifest(is_complete=False))
+        return right_and_wrong(asked)
+
+    spec = bench.spec(3, concurrency={"max_concurrency": 1})
+    async with bench.rollout(spec, row_1_waits_for_a_file) as (rollout, _):
+        await carry_all(rollout)
+        manifest = rollout.manifest(is_complete=True)
+    (first,) = so_far[0].parts
+    assert (first.file, first.group_count) == ("part-00000-00.parquet", 1)
+    assert {row["problem_id"] for row in await bench.rows(so_far[0])} == {"0"}
+    files = ["part-00000-00.parquet", "part-00000-01.parquet"]
+    assert [part.file for part in manifest.parts] == files
+    assert (manifest.summary.group_count, manifest.summary.sample_count) == (3, 6)
+    # A file that is there is named in the store's manifest, which says that more may come.
+    published = await bench.published()
+    assert [part.file for part in published.parts] == files
+    assert not published.is_complete
+
+
+async def test_the_same_row_gives_the_same_requests(bench: Bench, tmp_path: Path) -> None:
+    spec = bench.spec(3)
+    (tmp_path / "other").mkdir()
+    twice = []
+    for root in (bench, Bench(tmp_path / "other")):
+        _, server = await root.run(spec, replying(right_and_wrong))
+        asked = [(one.headers["x-request-id"], one.session, one.body) for one in server.asked]
+        twice.append(sorted(asked, key=lambda one: one[0]))
+    assert twice[0] == twice[1]
+
+
+def playing(name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": f"tests.tasks.playing:{name}", **fields}
+
+
+async def test_a_rollout_of_two_turns(bench: Bench) -> None:
+    spec = bench.spec(rollout=playing("two_turns", arguments={"question": "sure?"}))
+    manifest, server = await bench.run(spec, replying(right_and_wrong))
+    rows = await bench.rows(manifest)
+    assert [row["turn_count"] for row in rows if row["segment_number"] == 0] == [2] * 4
+    assert len(server.asked) == manifest.summary.groups.attempts == 8
+    sessions = Counter(asked.session for asked in server.asked)
+    assert set(sessions.values()) == {2}
+    assert len(sessions) == 4
+    assert len({asked.headers["x-request-id"] for asked in server.asked}) == 8
+    second = next(asked for asked in server.asked if len(asked.body["messages"]) == 3)
+    assert (second.prompt, second.body["max_tokens"]) == ("sure?", 3)
+
+
+async def test_segments_of_a_function_s_own(bench: Bench) -> None:
+    manifest, _ = await bench.run(
+        bench.spec(rollout=playing("own_segments")), replying(right_and_wrong)
+    )
+    rows = await bench.rows(manifest)
+    assert [row["token_ids"] for row in rows] == [[0, 1]] * 4
+    assert [row["loss_mask"] for row in rows] == [[True, True]] * 4
+
+
+ENDS = {
+    "fine": None,
+    "none": "rollout_skipped",
+    "raise": "rollout_raised",
+    "exit": "rollout_raised",
+    "cancel": "rollout_raised",
+    "number": "rollout_raised",
+    "uneven": "rollout_raised",
+    "nan": "rollout_raised",
+    "negative": "rollout_raised",
+    "half": None,
+}
+
+
+async def test_a_failing_function_never_takes_the_batch_with_it(bench: Bench) -> None:
+    problems = [{"prompt": "go", "answer": each} for each in ENDS]
+    spec = bench.spec(problems, rollout=playing("by_problem"), reward={"name": "length"})
+    manifest, _ = await bench.run(spec, replying(lambda _: saying("ab")))
+    rows = await bench.rows(manifest)
+    found = {problems[int(row["problem_id"])]["answer"]: row["failure"] for row in rows}
+    assert found == ENDS
+    half = next(row for row in rows if problems[int(row["problem_id"])]["answer"] == "half")
+    assert half["text"] == "half ?"
+    assert manifest.summary.failed_samples == {"rollout_raised": 14, "rollout_skipped": 2}
+
+
+async def test_a_trajectory_that_takes_too_long(bench: Bench) -> None:
+    rollout = playing("by_problem", trajectory_timeout_seconds=0.2)
+    spec = bench.spec([{"prompt": "go", "answer": "hang"}], rollout=rollout)
+    manifest, _ = await bench.run(spec, replying(lambda _: saying("ab")))
+    assert manifest.summary.failed_samples == {"trajectory_timeout": 2}
+
+
+async def test_turns_that_take_too_long_are_an_outage(bench: Bench) -> None:
+    async def silence(asked: Asked) -> bytes:
+        return await never()
+
+    spec = bench.spec(1, rollout=playing("two_turns", turn_timeout_seconds=0.2))
+    with pytest.raises(RolloutsFailedError, match="turn_timeout 2"):
+        await bench.run(spec, silence)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("nowhere", {}, "cannot be imported"),
+        ("not_async", {}, "expected `async def"),
+        ("two_turns", {"other": 1}, "cannot be called"),
+    ],
+)
+async def test_a_function_that_cannot_be_used(
+    bench: Bench, name: str, arguments: dict[str, Any], told: str
+) -> None:
+    spec = bench.spec(rollout=playing(name, arguments=arguments))
+    with pytest.raises(RolloutFunctionError, match=told):
+        await bench.run(spec, replying(right_and_wrong))
