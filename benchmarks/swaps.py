@@ -1,0 +1,324 @@
+"""Three policy versions sampled while the next ones are swapped in, on bad days: what the reports
+count against what the emulator's own log of requests says. Not equal to the last one is a failure.
+
+Each version samples every problem; once a quarter of a version lies in the store, the next is
+published. Meanwhile the service refuses (425, 429 with and without Retry-After, 503), cuts streams
+with and without the connection, and one replica is slow to swap. The log knows requests, not
+versions: a request is a version's if a row of it has that request id.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import httpx
+import polars as pl
+
+from examples.processes import emulator, prefect_server
+
+if TYPE_CHECKING:
+    from hotload.report import CycleReport, RolloutSummary
+    from hotload.spec import CycleSpec
+
+VERSIONS = (1, 2, 3)
+PARTS = 8
+PARTS_BEFORE_THE_NEXT = 2
+STORMS = 12
+TOKENS = 16
+CUT = 499  # how the log marks a stream that did not come to its end
+NAMES = {"account_id": "bench", "model_id": "tiny", "deployment_id": "fleet"}
+FLEET = ["--replicas", "3", "--engine", "stub", "--seconds-per-token", "0.04"]
+FLEET += ["--seconds-per-state", "0.2"]
+FLEET += ["--account", "bench", "--model", "tiny", "--deployment", "fleet"]
+REFUSALS: tuple[dict[str, Any], ...] = (
+    {"fault": "respond", "status": 425, "message": "hot loading"},
+    {"fault": "respond", "status": 429},
+    {"fault": "respond", "status": 429, "retry_after": 3},
+    {"fault": "respond", "status": 503},
+)
+CUTS: tuple[dict[str, Any], ...] = (
+    {"fault": "truncate_stream", "after_tokens": 5},
+    {"fault": "truncate_stream", "after_tokens": 5, "abrupt": True},
+)
+SLOW_REPLICA: tuple[dict[str, Any], ...] = (
+    {"fault": "lagging_replica", "replica": "replica-2", "seconds": 1.0},
+    {"fault": "slow_swap", "replica": "replica-2", "seconds": 3.0},
+)
+
+
+class Counts(NamedTuple):
+    """One side's counts. `by_status` is of requests without a whole answer, where it is known."""
+
+    samples: int
+    sent: int
+    whole: int
+    straddling: int
+    tokens: int
+    by_identity: dict[str, int]
+    by_status: dict[str, int]
+
+    @classmethod
+    def of_report(cls, rollouts: "RolloutSummary") -> "Counts":
+        """What a cycle's report says."""
+        return cls(
+            samples=rollouts.sample_count,
+            sent=rollouts.groups.attempts,
+            whole=rollouts.sample_count - sum(rollouts.failed_samples.values()),
+            straddling=rollouts.groups.straddling_samples,
+            tokens=rollouts.completion_token_count,
+            by_identity=rollouts.samples_by_identity,
+            by_status={},
+        )
+
+    @classmethod
+    def of_log(cls, requests: Iterable[dict[str, Any]]) -> "Counts":
+        """What the emulator's records of requests say; those of one session are one sample."""
+        requests = list(requests)
+        whole = [each for each in requests if each["status"] == 200]
+        met = [list(dict.fromkeys((r["identity_first"], r["identity_last"]))) for r in whole]
+        refused = Counter(each["status"] for each in requests if each["status"] != 200)
+        return cls(
+            samples=len({each["session"] for each in requests}),
+            sent=len(requests),
+            whole=len(whole),
+            straddling=sum(len(identities) > 1 for identities in met),
+            tokens=sum(each["completion_tokens"] for each in whole),
+            by_identity=Counter(" → ".join(map(str, identities)) for identities in met),
+            by_status={_name(status): refused[status] for status in sorted(refused)},
+        )
+
+    @classmethod
+    def total(cls, sides: Iterable["Counts"]) -> "Counts":
+        """The sum of several."""
+        columns = list(zip(*sides, strict=True))
+        sums = [sum(column) for column in columns[:5]]
+        found = [sum(map(Counter, column), Counter[str]()) for column in columns[5:]]
+        return cls(*sums, *found)
+
+    def lines(self) -> dict[str, int]:
+        """What both sides know, to be compared line by line."""
+        return {
+            "samples": self.samples,
+            "requests sent": self.sent,
+            "answered 200, whole": self.whole,
+            "refused or cut": self.sent - self.whole,
+            "samples straddling": self.straddling,
+            "tokens of whole answers": self.tokens,
+            **{f"by {name}": count for name, count in sorted(self.by_identity.items())},
+        }
+
+
+def _name(status: int) -> str:
+    return "cut" if status == CUT else f"refused {status}"
+
+
+def storms(sample_count: int) -> list[dict[str, Any]]:
+    """Every kind of refusal and of cut, a hundredth of all samples each, in twelve bursts."""
+    size = max(1, sample_count // (100 * STORMS))
+    return [
+        {**fault, "count": size, "after": number * sample_count // STORMS}
+        for number in range(STORMS)
+        for fault in (*REFUSALS, *CUTS)
+    ]
+
+
+def spec_of(options: argparse.Namespace, root: Path, version: int) -> "CycleSpec":
+    """The cycle of one version."""
+    from hotload.spec import CycleSpec
+
+    return CycleSpec.model_validate(
+        {
+            "checkpoint": str(root / "checkpoints" / f"{version:06d}"),
+            "work_dir": str(root / "work"),
+            "run_id": "swaps",
+            "policy_version": version,
+            **dict.fromkeys(("service", "store", "rollouts"), "swaps"),
+            "problems": {"dataset": str(root / "problems.jsonl")},
+            "readiness": {"poll_interval_seconds": 0.25, "warmup_after_hotload": False},
+            "sampling": {
+                "completions_per_prompt": options.samples,
+                "max_completion_tokens": TOKENS,
+                "max_head_offpolicy_versions": len(VERSIONS) - 1,
+                "problems_per_task": -(-options.problems // PARTS),
+                # No hedges and no deadlines: a request given up may never have reached the service.
+                "concurrency": {"initial_window": 48, "min_window": 16, "max_window": 96},
+            },
+            "reward": {"name": "length", "arguments": {"target": TOKENS}},
+        }
+    )
+
+
+async def run_cycles(options: argparse.Namespace, root: Path, url: str) -> "list[CycleReport]":
+    """Three cycles, each begun while the one before still samples."""
+    from blocks.checkpoint_store import CheckpointStore
+    from blocks.hot_load_service import HotLoadService
+    from blocks.rollout_client import RolloutClient
+    from flows.cycle import checkpoint_to_rollout
+
+    access = {"base_url": url, "api_key": "bench", **NAMES}
+    service = HotLoadService(hot_load_transition_type=options.mode, **access)
+    for block in (
+        service,
+        RolloutClient(**access),
+        CheckpointStore(url=(root / "bucket").as_uri()),
+    ):
+        await block.save("swaps", overwrite=True)
+    cycles: list[asyncio.Task[CycleReport]] = []
+    for version in VERSIONS:
+        cycle = asyncio.create_task(checkpoint_to_rollout(spec_of(options, root, version)))
+        cycles.append(cycle)
+        # The next begins by what the bucket holds, as another machine's trainer would see it.
+        while not cycle.done() and len(part_files(root, version)) < PARTS_BEFORE_THE_NEXT:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    return await asyncio.gather(*cycles)
+
+
+def part_files(root: Path, version: int) -> list[Path]:
+    """The Parquet files of a version that are there."""
+    rollouts = root / "bucket" / "_hotload" / "rollouts"
+    return list(rollouts.glob(f"swaps-{version:06d}-*/part-*"))
+
+
+def compare(
+    reports: "list[CycleReport]",
+    rows: list[pl.DataFrame],
+    requests: list[dict[str, Any]],
+    ordered: Counter[str],
+) -> list[str]:
+    """Print both sides, version by version and in total; what is not equal.
+
+    A report does not tell refusals apart: by status, the log is held against what was `ordered`.
+    """
+    version_of = {
+        request_id: number
+        for number, frame in enumerate(rows)
+        for request_id in frame["request_id"]
+    }
+    logged: list[list[dict[str, Any]]] = [[] for _ in rows]
+    strangers = [each for each in requests if each["request_id"] not in version_of]
+    for each in requests:
+        if each["request_id"] in version_of:
+            logged[version_of[each["request_id"]]].append(each)
+    wrong = [f"{len(strangers)} requests that no row knows"] if strangers else []
+    reported = [Counts.of_report(report.rollouts) for report in reports]
+    found = [Counts.of_log(each) for each in logged]
+    for report, frame, ours, theirs, log in zip(
+        reports, rows, reported, found, logged, strict=True
+    ):
+        name = f"version {report.policy_version}"
+        wrong += table(f"{name}, {report.snapshot.identity}", ours, theirs)
+        odd = len(told_by_rows(frame) ^ told_by_log(log))
+        wrong += [f"{name}: {odd} lines, of a row or of the log, without their like"] * bool(odd)
+    total = Counts.of_log(requests)
+    wrong += table("total", Counts.total(reported), total)
+    print("\nwithout a whole answer, in total: by the log, and as ordered")
+    for name, count in total.by_status.items():
+        print(f"{name:18}  {count:8}  {ordered[name]:8}")
+        # A drain refuses with 425 of its own.
+        if count != ordered[name] and not (name == "refused 425" and count > ordered[name]):
+            wrong.append(f"{name}: {count} in the log, {ordered[name]} ordered")
+    return wrong
+
+
+def told_by_rows(frame: pl.DataFrame) -> set[tuple[Any, ...]]:
+    """Request, its attempts, first and last identity of the answer: sample by sample."""
+    columns = ("request_id", "attempts", "first_identity", "last_identity")
+    return set(frame.select(columns).iter_rows())
+
+
+def told_by_log(requests: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    """The same of the requests; two whole answers to one would be one line too many."""
+    attempts = Counter(each["request_id"] for each in requests)
+    names = ("identity_first", "identity_last")
+    return {
+        (each["request_id"], attempts[each["request_id"]], *(each[name] for name in names))
+        for each in requests
+        if each["status"] == 200
+    }
+
+
+def table(title: str, ours: Counts, theirs: Counts) -> list[str]:
+    """Print one table; its lines that are not equal."""
+    left, right = ours.lines(), theirs.lines()
+    width = max(map(len, (*left, *right)))
+    print(f"\n{title:{width}}  {'report':>8}  {'log':>8}")
+    wrong = []
+    for name in left | right:
+        one, other = left.get(name, 0), right.get(name, 0)
+        print(f"{name:{width}}  {one:8}  {other:8}{'' if one == other else '  <- not equal'}")
+        if one != other:
+            wrong.append(f"{title}: {name}: {one} reported, {other} in the log")
+        if name == "refused or cut":
+            for status, count in theirs.by_status.items():
+                print(f"{'  ' + status:{width}}  {'':8}  {count:8}")
+    return wrong
+
+
+def check_conditions(
+    options: argparse.Namespace,
+    reports: "list[CycleReport]",
+    faults: list[dict[str, Any]],
+    log: dict[str, Any],
+) -> list[str]:
+    """What makes the run not the one it claims to be."""
+    wrong = []
+    straddling = sum(report.rollouts.groups.straddling_samples for report in reports)
+    if options.mode == "SYNC" and straddling:
+        wrong.append(f"{straddling} samples straddle a swap that drains")
+    for report in reports[:-1]:
+        if len(report.rollouts.samples_by_identity) < 2:
+            wrong.append(f"no swap fell into the sampling of version {report.policy_version}")
+    wrong += [f"never struck: {fault}" for fault in faults if not fault["struck"]]
+    if log["client_bugs"]:
+        wrong.append(f"client bugs: {log['client_bugs']}")
+    return wrong
+
+
+def main() -> int:
+    """Run it and print the tables; 1 if anything is not equal."""
+    parser = argparse.ArgumentParser(description="Reports against the service's own log.")
+    parser.add_argument("--mode", choices=("ASYNC", "SYNC"), default="ASYNC", help="of the swaps")
+    parser.add_argument("--problems", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=8, help="per problem and version")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        (root / "bucket").mkdir()
+        problems = ({"id": n, "prompt": f"{n}: say ab"} for n in range(options.problems))
+        (root / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+        with prefect_server(root / "prefect"):
+            from examples.five_cycles import write_checkpoints
+
+            base = write_checkpoints(root / "checkpoints", len(VERSIONS))[0]
+            fleet = [*FLEET, "--transition", options.mode]
+            bucket = (root / "bucket").as_uri()
+            with emulator(bucket, base, root / "emulator.log", fleet) as url:
+                orders = storms(len(VERSIONS) * options.problems * options.samples)
+                body = {"faults": [*orders, *SLOW_REPLICA]}
+                httpx.post(f"{url}/emulator/faults", json=body).raise_for_status()
+                began = time.perf_counter()
+                reports = asyncio.run(run_cycles(options, root, url))
+                seconds = time.perf_counter() - began
+                log = httpx.get(f"{url}/emulator/log", timeout=60).raise_for_status().json()
+                faults = httpx.get(f"{url}/emulator/faults").raise_for_status().json()["faults"]
+        frames = [pl.read_parquet(part_files(root, version)) for version in VERSIONS]
+    what = f"{options.problems} x {options.samples} samples x {len(VERSIONS)} versions"
+    print(f"swaps under {options.mode}, {what}: {seconds:.0f} s")
+    ordered: Counter[str] = Counter()
+    for fault in faults:
+        if fault["fault"] in ("respond", "truncate_stream"):
+            ordered[_name(fault.get("status", CUT))] += fault["struck"]
+    wrong = compare(reports, frames, log["requests"], ordered)
+    wrong += check_conditions(options, reports, faults, log)
+    print("\n".join(["", *wrong]) if wrong else "\nevery count is equal")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
