@@ -5,7 +5,7 @@ stored as a `U8` vector; the frame states its content size and nothing follows i
 maps each tensor to the checksum of its target bytes, spelled as the envelope says.
 
 Nothing below opens a file: shards come in as `Readable`, outputs as `Writable`. Work goes in pieces
-of 1 MiB that stay in a core's cache, and memory grows with the threads, not with a tensor. An
+of 2 MiB that stay in the cache, and memory grows with the threads, not with a tensor. An
 output is whole only once the function that writes it has returned; `hotload.local` throws it away
 otherwise.
 

@@ -329,7 +329,7 @@ def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
     """A directory that becomes `out` when the block ends, and vanishes when it raises."""
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(errno.EEXIST, "there is something already", str(out))
+        raise _taken(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(out.parent))
     for source in sources:
@@ -339,12 +339,20 @@ def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
     try:
         staged.mkdir()
         yield staged
-        # Takes the place of nothing, or of an empty directory; what came meanwhile stays.
-        staged.rename(out)
+        try:
+            staged.rename(out)  # takes the place of nothing, or of an empty directory
+        except OSError:
+            if out.exists():  # what came meanwhile stays
+                raise _taken(out) from None
+            raise
         local.sync_directory(out.parent)
     except BaseException:  # an interrupt leaves no half directory either
         local.remove_tree(staged)
         raise
+
+
+def _taken(out: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "there is something already", str(out))
 
 
 def _finish(

@@ -29,7 +29,7 @@ from hotload.zstd_frame import (
     writer_for,
 )
 
-SPAN_BYTES = 4 * PIECE_BYTES  # what a thread takes at a time
+SPAN_BYTES = 2 * PIECE_BYTES  # what a thread takes at a time
 
 _SCRATCH = local()  # of a thread, not of a shard: several shards share the threads
 

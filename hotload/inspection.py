@@ -179,7 +179,7 @@ def total(part: str, tensors: Iterable[TensorFacts]) -> PartFacts:
         size_bytes=sum(tensor.size_bytes for tensor in tensors),
         stored_size_bytes=sum(tensor.stored_size_bytes for tensor in tensors),
         element_count=sum(tensor.element_count for tensor in tensors),
-        changed_element_count=sum(known) if len(known) == len(changes) else None,
+        changed_element_count=sum(known) if known and len(known) == len(changes) else None,
     )
 
 

@@ -138,7 +138,7 @@ class _OpenDelta(OpenShard):
         try:
             super().read_into(offset, view)
         except InvalidCheckpointError as error:
-            raise DeltaError(self.file, str(error.findings[0])) from None
+            raise DeltaError(self.file, error.findings[0].told) from None
 
 
 @contextmanager
@@ -255,7 +255,7 @@ def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
         DeltaError: keys or payloads are not those of a delta on this base.
     """
     for finding in check_delta_shard(delta.header, base.header):
-        raise DeltaError(delta.file, str(finding))
+        raise DeltaError(finding.where, finding.told)
     return payloads(delta, delta.header)
 
 
@@ -367,7 +367,7 @@ def open_delta(path: Path) -> Iterator[OpenShard]:
             descriptor = stack.enter_context(_open_regular(path))
             delta = _OpenDelta(descriptor, path.name, os.fstat(descriptor).st_size)
         except InvalidCheckpointError as error:
-            raise DeltaError(path.name, str(error.findings[0])) from None
+            raise DeltaError(path.name, error.findings[0].told) from None
         yield delta
 
 
@@ -375,8 +375,11 @@ def _files(directory: Path, findings: list[Finding]) -> list[Path]:
     """The files of a checkpoint by name; what is no plain file becomes a finding."""
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         _refuse("missing_directory", str(directory), "no such directory", "a checkpoint directory")
+    except NotADirectoryError:
+        expected = "a checkpoint directory"
+        _refuse("not_a_directory", str(directory), "something else", expected, "caller")
     except OSError as error:
         _refuse_unreadable(str(directory), error)
     paths = []
@@ -388,7 +391,8 @@ def _files(directory: Path, findings: list[Finding]) -> list[Path]:
         elif not entry.is_file(follow_symlinks=False):
             # Receivers do not walk sub-directories, and a link may lead out of the checkpoint.
             found = "a link" if entry.is_symlink() else "a directory or device"
-            findings.append(Finding("not_a_file", entry.name, None, found, "files only"))
+            expected = "files only; `hotload doctor` makes such a directory"
+            findings.append(Finding("not_a_file", entry.name, None, found, expected))
         else:
             paths.append(directory / entry.name)
     return paths

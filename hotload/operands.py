@@ -15,6 +15,7 @@ from hotload import local
 from hotload.codec import Payload, payloads
 from hotload.envelope import ARC_V2, Envelope
 from hotload.errors import DeltaError, InvalidCheckpointError
+from hotload.inspection import is_delta
 from hotload.layout import check_payload
 from hotload.manifests import check_index
 from hotload.shards import SHARD_SUFFIX, Checkpoint, Finding, read_json_object, shorten
@@ -125,19 +126,19 @@ def read_delta(directory: Path) -> DeltaDirectory:
     try:
         checkpoint = local.read_checkpoint(directory)
     except InvalidCheckpointError as error:
-        raise DeltaError(directory.name, str(error.findings[0])) from None
+        raise DeltaError(error.findings[0].where, error.findings[0].told) from None
     index = checkpoint.documents.get(INDEX_FILE)
     said = DeltaIndex(Dialect.FIREWORKS, ARC_V2, None, {}) if index is None else parse_index(index)
     if not checkpoint.shards and not said.dialect.tells_lineage:
         raise DeltaError(directory.name, "neither shards nor the index of a delta")
     if checkpoint.shards or said.weight_map:  # a delta that changes nothing has neither
         for finding in check_index(checkpoint, said.weight_map) if index is not None else ():
-            raise DeltaError(finding.file, str(finding))
+            raise DeltaError(finding.where, finding.told)
     files: dict[str, str] = {}
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
             for finding in check_payload(shard, tensor, said.envelope):
-                raise DeltaError(shard.file, str(finding))
+                raise DeltaError(finding.where, finding.told)
             if tensor.name in files:
                 raise DeltaError(f"{shard.file}: {tensor.name}", f"also in {files[tensor.name]}")
             files[tensor.name] = shard.file
@@ -161,6 +162,11 @@ def _whole(checkpoint: Checkpoint) -> Iterator[Finding]:
     if checkpoint.is_lora:
         expected = "full weights: an adapter has no deltas"
         yield Finding("adapter", ADAPTER_CONFIG_FILE, None, "a LoRA adapter", expected)
+    has_checksums = all(
+        tensor.name in shard.metadata for shard in checkpoint.shards for tensor in shard.tensors
+    )
+    if has_checksums and is_delta(checkpoint.shards, None):
+        yield Finding("delta", f"*{SHARD_SUFFIX}", None, "a delta", "a full checkpoint", "caller")
     if not checkpoint.shards:
         yield Finding("no_shard", f"*{SHARD_SUFFIX}", None, "no such file", "a checkpoint's shards")
     if (index := checkpoint.documents.get(INDEX_FILE)) is not None:

@@ -25,7 +25,7 @@ Positions = npt.NDArray[np.signedinteger]
 Rows = npt.NDArray[np.uint32]
 
 BLOCK_BYTES = 1 << 17  # the most a zstd block holds
-PIECE_LIMIT_BYTES = 1 << 20
+PIECE_LIMIT_BYTES = 2 << 20
 
 _NAMES = ("libzstd.so.1", "libzstd.1.dylib", "libzstd.dll")
 _OLDEST = 10500  # before 1.5.0 the function was another

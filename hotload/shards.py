@@ -63,10 +63,18 @@ class Finding:
     who: str = "trainer"
     severity: Severity = "error"
 
+    @property
+    def where(self) -> str:
+        """The file, and the tensor in it where the rule is about one."""
+        return self.file if self.tensor is None else f"{self.file}, tensor {shorten(self.tensor)}"
+
+    @property
+    def told(self) -> str:
+        """The rule, what was found and what was expected."""
+        return f"{self.rule}: found {self.found}, expected {self.expected}"
+
     def __str__(self) -> str:
-        where = self.file if self.tensor is None else f"{self.file}, tensor {shorten(self.tensor)}"
-        told = f"{where}: {self.rule}: found {self.found}, expected {self.expected}"
-        return f"{told} [{self.severity}, {self.who} acts]"
+        return f"{self.where}: {self.told} [{self.severity}, {self.who} acts]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from hotload.sequences import (
     zero_blocks,
 )
 
-PIECE_BYTES = PIECE_LIMIT_BYTES  # a piece, its base and what is made of them stay in a core's cache
+PIECE_BYTES = PIECE_LIMIT_BYTES  # a piece, its base and what is made of them stay in the cache
 WINDOW_LIMIT_BYTES = 1 << 27  # the most a frame may make its decoder allocate
 
 _SMALL_BYTES = 1 << 12  # in a smaller frame, tables cost what sequences gain
@@ -207,6 +207,8 @@ def read_frame(
         if reader.read(1):
             raise DeltaError(subject, f"frame holds more than the {size_bytes} bytes it states")
     except zstandard.ZstdError as error:
+        if "not enough memory" in str(error):
+            raise MemoryError(f"{subject}: no memory to decode its frame") from None
         raise DeltaError(subject, f"frame does not decode: {error}") from None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -120,6 +122,7 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         epilog=MORE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(
         dest="command", title="commands", metavar="COMMAND", required=True
     )
@@ -237,6 +240,13 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
     return parser.parse_args(arguments)
 
 
+def _version() -> str:
+    try:
+        return f"hotload {metadata.version('hotload')}"
+    except metadata.PackageNotFoundError:
+        return "hotload, not installed"
+
+
 def _filled(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 79)
 
@@ -249,7 +259,6 @@ def _existing(text: str) -> Path:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number from 1 to 9999")
+    return int(text)

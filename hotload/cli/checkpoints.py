@@ -36,6 +36,8 @@ def check(options: Namespace, _: Bar | None) -> Outcome:
         findings = tuple(_findings(directory, checkpoint, kind, previous))
     except InvalidCheckpointError as error:
         findings = error.findings
+        if any(finding.who != "trainer" for finding in findings):
+            raise  # not about the checkpoint
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
     noun = "directory" if kind is None else f"{kind.value} snapshot"

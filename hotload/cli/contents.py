@@ -12,6 +12,7 @@ from typing import Any
 from hotload.cli.outcome import Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.wording import count, percent, ratio, size, table
+from hotload.errors import InvalidCheckpointError
 from hotload.inspection import (
     PartFacts,
     TensorFacts,
@@ -25,7 +26,7 @@ from hotload.inspection import (
 from hotload.local import read_checkpoint
 from hotload.model_config import is_tied
 from hotload.operands import open_delta
-from hotload.shards import Checkpoint, read_json_object
+from hotload.shards import Checkpoint, Finding, read_json_object
 from hotload.snapshot import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -35,6 +36,9 @@ from hotload.snapshot import (
     SnapshotKind,
     SnapshotManifest,
 )
+from hotload.wire.dialects import Dialect
+
+FIREWORKS = Dialect.FIREWORKS.value
 
 # Where the publisher keeps its records, seen from the directory of a snapshot in a local bucket.
 _RECORDS = Path("..", "_hotload", "snapshots")
@@ -53,6 +57,11 @@ def inspect(options: Namespace, bar: Bar | None) -> Outcome:
     directory: Path = options.dir
     checkpoint = read_checkpoint(directory)
     kind = kind_of(checkpoint)
+    if kind is SnapshotKind.FULL and not any(shard.tensors for shard in checkpoint.shards):
+        expected = "a checkpoint's shards"
+        raise InvalidCheckpointError(
+            (Finding("no_shard", str(directory), None, "no tensor", expected),)
+        )
     facts: dict[str, Any] = {"directory": str(directory), "kind": kind.value}
     lines: list[str]
     if kind is SnapshotKind.DELTA:
@@ -68,7 +77,8 @@ def inspect(options: Namespace, bar: Bar | None) -> Outcome:
     facts |= {
         "shard_count": len(checkpoint.shards),
         **_part(everything),
-        "unchanged_tensor_count": unchanged if kind is SnapshotKind.DELTA else None,
+        # In the dialects of changed tensors only, the others are not there to be counted.
+        "unchanged_tensor_count": unchanged if facts.get("dialect") == FIREWORKS else None,
         "dtypes": _dtypes(tensors),
         "parts": [{"part": one.part, **_part(one)} for one in parts(tensors)],
     }
@@ -170,9 +180,9 @@ def _total_lines(facts: dict[str, Any], everything: PartFacts) -> list[str]:
         stored, whole = everything.stored_size_bytes, everything.size_bytes
         told = f"{size(stored)} for {size(whole)}, 1 : {ratio(whole, stored)}"
         changed = f"{percent(everything.density)} of the {facts['counted_in']} changed"
-        lines.append(
-            f"{told}; {changed}; {count(facts['unchanged_tensor_count'], 'tensor')} unchanged"
-        )
+        unchanged = facts["unchanged_tensor_count"]
+        more = "" if unchanged is None else f"; {count(unchanged, 'tensor')} unchanged"
+        lines.append(f"{told}; {changed}{more}")
     return lines
 
 

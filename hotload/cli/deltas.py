@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import time
 from argparse import Namespace
@@ -201,8 +200,9 @@ def _encode_lines(facts: dict[str, Any]) -> list[str]:
     tensors = count(facts["tensor_count"], "tensor")
     unchanged = f"{facts['unchanged_tensor_count']:,} of them unchanged"
     rate = f"{size(int(content / seconds))}/s" if seconds else "at once"
+    advice = " (larger than the target: publish that in full)" if stored > content else ""
     return [
-        f"{facts['out']}: {size(stored)} for {size(content)}, 1 : {ratio(content, stored)}",
+        f"{facts['out']}: {size(stored)} for {size(content)}, 1 : {ratio(content, stored)}{advice}",
         f"{tensors}, {unchanged}; {percent(facts['density'])} of the elements changed",
         f"{seconds:.1f} s, {rate}; frames by {facts['frame_writer']}",
         *_signal_lines(facts),
@@ -219,7 +219,7 @@ def _are_files(*paths: Path) -> bool:
 
 def _refuse_taken(out: Path) -> None:
     if out.exists():
-        raise FileExistsError(errno.EEXIST, "there is something already", str(out))
+        raise UsageError(f"{out}: there is something already, expected a new name for a file")
 
 
 def _size_bytes(path: Path) -> int:

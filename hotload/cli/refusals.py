@@ -25,12 +25,12 @@ _ADVICE = {
     errno.ENOENT: "a directory that is there",
     errno.ENOTDIR: "a directory",
     errno.EEXIST: "a new name, or an empty directory",
-    errno.ENOTEMPTY: "a new name: somebody else has used this one meanwhile",
     errno.EINVAL: "an OUT of its own",
     errno.EFBIG: "a file system and a limit (ulimit -f) that let a file grow so large",
     errno.EMFILE: "a higher limit of open files (ulimit -n)",
 }
-_ABOUT_ARGUMENTS = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL}
+_EXIT_CODES = {"caller": USAGE, "operator": MACHINE}
+_ABOUT_ARGUMENTS = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EINVAL}
 
 
 class UsageError(Exception):
@@ -43,13 +43,14 @@ def refusal(error: Exception) -> Outcome:
         findings = error.findings
         facts = {"findings": [asdict(finding) for finding in findings]}
         lines = tuple(map(str, findings))  # a finding says itself who acts
-        return _refusal(error, REFUSED, findings[0].who, lines, facts)
+        who = findings[0].who
+        return _refusal(error, _EXIT_CODES.get(who, REFUSED), who, lines, facts)
     if isinstance(error, OSError) and not isinstance(error, HotLoadError):
         if error.errno in _ABOUT_ARGUMENTS:
             return _refused(error, USAGE, "caller", _os_line(error))
         return _refused(error, MACHINE, "operator", _os_line(error))
     if isinstance(error, MemoryError):
-        line = "found too little memory, expected room for a few pieces of 1 MiB per worker"
+        line = "found too little memory, expected room for a few megabytes per worker"
         return _refused(error, MACHINE, "operator", line)
     if isinstance(error, UsageError | InvalidIdentityError):
         return _refused(error, USAGE, "caller", str(error))

@@ -147,7 +147,7 @@ def parse_index(data: bytes) -> DeltaIndex:
     try:
         index = read_json_object(data, file=INDEX_FILE)
     except InvalidCheckpointError as error:
-        raise DeltaError(INDEX_FILE, str(error.findings[0])) from None
+        raise DeltaError(INDEX_FILE, error.findings[0].told) from None
     metadata = index.get("metadata", {})
     if not isinstance(metadata, dict):
         _refuse("metadata", metadata, "an object")

@@ -428,7 +428,7 @@ def test_json_is_one_object_also_for_errors(
         ("encode base target new --identity a", 2, "go together.*caller acts"),
         ("encode base target new --identity a/b --previous a", 2, "'a/b' refused.*caller acts"),
         ("encode base target new --checksum blake3", 2, "--dialect slime alone.*caller acts"),
-        ("encode base target new --workers 0", 2, "0 is not 1 or more.*caller acts"),
+        ("encode base target new --workers 0", 2, "expected a number from 1 to 9999.*caller acts"),
         ("encode base target new --workers two", 2, "caller acts"),
         (
             "redress delta new --dialect slime --identity 2 --previous 1",
@@ -637,3 +637,42 @@ def test_it_runs_on_the_dependencies_of_the_wheel_alone(here: Path) -> None:
     modules = set(printed.partition("] ")[2].split())
     installed = set(packages_distributions())
     assert modules & installed <= wheel_modules()
+
+
+def test_inspect_of_nothing_is_a_refusal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", str(tmp_path / "empty"), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["error"]["findings"][0]["rule"] == "no_shard"
+
+
+def test_a_file_for_a_directory_is_the_callers_to_mend(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "delta.safetensors"
+    file.write_bytes(b"x")
+    for command in ("inspect", "check"):
+        assert main([command, str(file)]) == 2
+        assert "expected a checkpoint directory [error, caller acts]" in capsys.readouterr().err
+
+
+def test_a_delta_is_no_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base, target = (save(tmp_path / name, step, files=1) for step, name in enumerate(("a", "b")))
+    delta, out = str(tmp_path / "d"), str(tmp_path / "out")
+    assert main(["encode", str(base), str(target), delta]) == 0
+    assert main(["encode", delta, delta, out]) == 2
+    assert "found a delta, expected a full checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "2.5", "foo", "99999999999999999999999"])
+def test_a_number_of_workers_is_one(number: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["encode", ".", ".", "out", "--workers", number])
+    assert ended.value.code == 2
+    assert "expected a number from 1 to 9999" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("hotload 0.")

@@ -946,7 +946,7 @@ def test_what_takes_out_meanwhile_stays(tmp_path: Path) -> None:
             out.mkdir()
             (out / "precious").write_text("theirs")
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(FileExistsError, match="something already"):
         make_ours()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "precious").read_text() == "theirs"

@@ -109,12 +109,20 @@ def test_hidden_files_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
     assert read_checkpoint(directory) == expected
 
 
-@pytest.mark.parametrize("name", ["missing", "a-file"])
-def test_a_directory_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("missing", ("missing_directory", "trainer")),
+        ("a-file", ("not_a_directory", "caller")),
+    ],
+)
+def test_a_directory_that_is_none_is_refused(
+    tmp_path: Path, name: str, found: tuple[str, str]
+) -> None:
     (tmp_path / "a-file").write_bytes(b"")
     with pytest.raises(InvalidCheckpointError) as caught:
         read_checkpoint(tmp_path / name)
-    assert rule(caught) == [("missing_directory", str(tmp_path / name), "trainer")]
+    assert rule(caught) == [(found[0], str(tmp_path / name), found[1])]
 
 
 def test_all_findings_come_at_once(tmp_path: Path) -> None:
