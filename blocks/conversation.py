@@ -215,7 +215,10 @@ class Conversation:
         Raises:
             ServiceRefusedError: a turn met it, even if the rollout function went on.
             ProtocolError: as above.
+            ValueError: `segments` is empty.
         """
+        if segments is not None and not segments:
+            raise ValueError("expected one segment or more")
         if self._stop is not None:
             raise self._stop
         fault = fault or self._fault

@@ -137,7 +137,8 @@ class Chunks:
             if self._tail:
                 piece = self._tail + piece
             end = piece.rfind(b"\n\n")
-            if end < 0 and len(piece) < PLAIN_LIMIT_BYTES:
+            # JSON has no raw line ends: these are of lines that end in CRLF, which are not plain.
+            if end < 0 and len(piece) < PLAIN_LIMIT_BYTES and b"\r" not in piece:
                 self._tail = piece
                 return None
             fault, is_plain = self._feed_plain(piece[:end]) if end >= 0 else (None, False)

@@ -32,13 +32,14 @@ class Delivery:
     """Whole groups for one consumer, to be acknowledged; `frame` has the rows of `Rollouts`."""
 
     frame: pl.DataFrame
-    claims: tuple[tuple[str, tuple[str, ...]], ...]
-    """The problems of the groups, by the log of the part they lie in."""
+    claims: tuple[tuple[str, int, tuple[str, ...]], ...]
+    """The problems of the groups, by the log of the part they lie in and the number of the lease
+    in it that they were delivered under."""
 
     @property
     def problem_ids(self) -> tuple[str, ...]:
         """The problem of each group, in order."""
-        return tuple(problem for _, problems in self.claims for problem in problems)
+        return tuple(problem for _, _, problems in self.claims for problem in problems)
 
 
 @dataclass(eq=False)
@@ -155,13 +156,14 @@ class RolloutReader:
         """Record that these groups are used: nobody gets them again. Repeating it changes nothing.
 
         Raises:
-            LeaseLostError: the lease expired and another consumer has taken them; what was learnt
-                from them counts twice now. Groups of other parts may be acknowledged already.
+            LeaseLostError: the lease expired and another consumer has taken them, or had them for
+                a while; what was learnt from them may count twice now. Groups of other parts may be
+                acknowledged already.
             StoreError: as `next`; call again.
         """
-        for path, problems in delivery.claims:
+        for path, leased_at, problems in delivery.claims:
             part = self._parts[path]
-            while not self._is_acknowledged(part, problems):
+            while not self._is_acknowledged(part, leased_at, problems):
                 await self._append(part, self._claim("acknowledge", problems))
 
     async def give_back(self) -> None:
@@ -251,10 +253,15 @@ class RolloutReader:
         for part, problems in found:
             assert part.groups is not None
             frames += [part.groups.pop(problem) for problem in problems]
-        claims = tuple((part.path, problems) for part, problems in found)
+        claims = tuple((part.path, self._leased_at(part), problems) for part, problems in found)
         return Delivery(pl.concat(frames), claims)
 
-    def _is_acknowledged(self, part: _Part, problems: tuple[str, ...]) -> bool:
+    def _leased_at(self, part: _Part) -> int:
+        """The number in its log of our last lease of the part."""
+        leases = (n for n, each in enumerate(part.log) if each.kind == "lease")
+        return max(n for n in leases if part.log[n].nonce == self._nonce)
+
+    def _is_acknowledged(self, part: _Part, leased_at: int, problems: tuple[str, ...]) -> bool:
         """Whether we have acknowledged the groups.
 
         Raises:
@@ -263,9 +270,10 @@ class RolloutReader:
         done = part.holding.acknowledged
         if all(done.get(problem) == self._nonce for problem in problems):
             return True
-        if not part.holding.is_held_by(self._nonce):
-            lease = part.holding.lease
-            holder = lease.consumer if lease else "nobody"
+        since = [claim for claim in part.log[leased_at:] if claim.kind == "lease"]
+        others = [lease.consumer for lease in since if lease.nonce != self._nonce]
+        if others or not part.holding.is_held_by(self._nonce):
+            holder = others[-1] if others else "nobody"
             reason = f"groups of {part.info.file} were leased again before they were acknowledged"
             raise LeaseLostError(holder, reason)
         return False

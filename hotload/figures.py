@@ -45,6 +45,8 @@ class Figures:
     """Of samples with an answer."""
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+    filtered_reward_sum: float = 0.0
+    """Of samples with an advantage."""
     token_counts: list[int] = field(default_factory=list)
     """Completion tokens per sample with an answer."""
     trainable_token_counts: list[int] = field(default_factory=list)
@@ -121,6 +123,7 @@ class Figures:
         self.rewards += samples["reward"].drop_nulls().to_list()
         taught = samples.filter(pl.col("advantage").is_not_null())
         self.advantages += taught["advantage"].to_list()
+        self.filtered_reward_sum += float(taught["reward"].sum())
         self.trainable_token_counts += taught["trained_count"].to_list()
         self.turn_counts.update(samples["turn_count"])
         self.failures.update(samples["failure"].drop_nulls())

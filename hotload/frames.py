@@ -16,6 +16,7 @@ import pandera.polars as pa
 import polars as pl
 from pandera.api.polars.types import PolarsData
 
+from hotload.admission import version_of
 from hotload.parts import RolloutPart
 from hotload.snapshot import SnapshotKind, SnapshotManifest
 from hotload.trajectories import Problem, ScoredGroup, Segment, Trajectory, Weights
@@ -70,10 +71,10 @@ class Rollouts(_Table):
     (as JSON).
 
     `token_ids`, `loss_mask` and `sampling_logprobs` have the same length. `identity` is what was
-    confirmed at dispatch, `weights` how the answer's own words compare with it, `identity_runs`
-    which weights made the tokens from `start` (of this row's, from 0) on. Without a reward there is
-    a `failure`; `mark` says what became of a group that is not simply complete. A row without an
-    advantage is not to be trained on.
+    confirmed at dispatch, `policy_version` the version it names, `weights` how the answer's own
+    words compare with it, `identity_runs` which weights made the tokens from `start` (of this
+    row's, from 0) on. Without a reward there is a `failure`; `mark` says what became of a group
+    that is not simply complete. A row without an advantage is not to be trained on.
     """
 
     identity: pl.String
@@ -184,8 +185,14 @@ def tensors_frame(shards: Iterable[ShardHeader]) -> pl.DataFrame:
     )
 
 
-def rollouts_frame(groups: Sequence[ScoredGroup], *, policy_version: int) -> pl.DataFrame:
-    """The segments of scored groups, group by group in sample order; keeps `Rollouts`."""
+def rollouts_frame(
+    groups: Sequence[ScoredGroup], *, run_id: str, policy_version: int
+) -> pl.DataFrame:
+    """The segments of scored groups, group by group in sample order; keeps `Rollouts`.
+
+    Args:
+        policy_version: the cycle's, for samples whose identity names no version of `run_id`.
+    """
     columns: dict[str, list[object]] = {name: [] for name in Rollouts.to_schema().columns}
     for group in groups:
         parts_G = group.reward_parts_G or ({},) * len(group.trajectories_G)
@@ -194,9 +201,10 @@ def rollouts_frame(groups: Sequence[ScoredGroup], *, policy_version: int) -> pl.
         )
         for sample, reward, advantage, parts in scored:
             origin = sample.provenance
+            confirmed = version_of(origin.identity, run_id)
             shared = {
                 "identity": origin.identity,
-                "policy_version": policy_version,
+                "policy_version": policy_version if confirmed is None else confirmed,
                 "problem_id": sample.problem_id,
                 "sample_number": sample.sample_number,
                 "segment_count": 1 + len(sample.further),

@@ -41,6 +41,8 @@ OUTAGES = frozenset(
         Cause.MISSING_LOGPROBS,
     }
 )
+# As long as nothing was said: what cut it short was not the user's own code.
+CUT_SHORT = frozenset({Cause.DEADLINE, Cause.TRAJECTORY_TIMEOUT})
 # Asked again, these would end the same way, or too late.
 FINAL = frozenset({Cause.REFUSED, Cause.DEADLINE, Cause.STALE})
 
@@ -151,14 +153,29 @@ def token_count(sample: Trajectory) -> int:
 
 
 def is_outage(samples_G: Sequence[Trajectory]) -> bool:
-    """Whether at least half of a row failed by what may pass: what the breaker counts."""
-    failed = sum(sample.failure in OUTAGES for sample in samples_G)
+    """Whether at least half of a row failed by what may pass: what the breaker counts.
+
+    Samples that were cut short count where none of the row got an answer: a deadline that is tight
+    is no outage.
+    """
+    counts = _may_pass if is_unanswered(samples_G) else _is_outage
+    failed = sum(map(counts, samples_G))
     return failed > 0 and 2 * failed >= len(samples_G)
 
 
 def is_unanswered(samples_G: Sequence[Trajectory]) -> bool:
     """Whether all of a row failed by what may pass: recorded, it would count as done for ever."""
-    return all(sample.failure in OUTAGES for sample in samples_G)
+    return all(map(_may_pass, samples_G))
+
+
+def _may_pass(sample: Trajectory) -> bool:
+    if sample.failure in CUT_SHORT:
+        return token_count(sample) == 0
+    return _is_outage(sample)
+
+
+def _is_outage(sample: Trajectory) -> bool:
+    return sample.failure in OUTAGES
 
 
 def causes(samples_G: Sequence[Trajectory]) -> Counter[str]:

@@ -1,7 +1,7 @@
 """The numbers of a cycle under the names of protocol §19, and the forms they are written in.
 
-What a cycle does not know (`train/*`, waiting times of the trainer) is left out: a name that is
-there has a measured value.
+What a cycle does not know (`train/*`, waiting times of the trainer, how many errors passed) is left
+out: a name that is there has a measured value.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 
 from hotload.figures import Figures
+from hotload.groups import Mark
 from hotload.report import CycleReport
 
 PRODUCER_SECONDS = 10.0
@@ -44,7 +45,7 @@ def _rollout(report: CycleReport, figures: Figures) -> dict[str, float]:
             if did.raw_reward_count
             else rollouts.mean_reward
         ),
-        "filtered_reward": rollouts.mean_reward,
+        "filtered_reward": _mean_of(figures.filtered_reward_sum, used),
         "raw_samples": raw,
         "filtered_samples": used,
         "filter_ratio": _mean_of(used, raw),
@@ -137,17 +138,15 @@ def producer_metrics(report: CycleReport) -> list[tuple[float, dict[str, float]]
                 "concurrency_capacity_samples": max(size - in_use, 0),
             }
             lines.append((at, _named("producer", found)))
+    unused = sum(did.groups_by_mark.get(mark, 0) for mark in (Mark.INCOMPLETE, Mark.STALE))
     totals = {
         "elapsed_time_s": rollouts.seconds,
         "published_version": version,
         "in_flight_samples": 0,
-        "rows_accepted_total": rollouts.group_count,
+        "rows_accepted_total": rollouts.group_count - unused,
         "rows_dropped_total": sum(did.dropped_groups.values()),
         "rows_refilled_total": did.refilled_groups,
-        "recoverable_errors_total": max(did.attempts - did.raw_samples, 0),
         "trajectory_drops_total": sum(rollouts.failed_samples.values()),
-        "incomplete_group_retries_total": sum(did.asked_again.values()),
-        "source_exhausted": 1,
     }
     return [*lines, (rollouts.seconds, _named("producer", totals))]
 

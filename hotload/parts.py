@@ -33,6 +33,8 @@ PACE_FIELDS = {
     "problems_per_task",
     "max_head_offpolicy_versions",
 }
+# Neither does where the reward runs, and how long it may.
+PLACE_FIELDS = {"timeout_seconds", "environment"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class PartPlan:
 class RolloutPlan:
     """Which parts one policy version's rollouts have, below `directory` in the store."""
 
+    run_id: str
     identity: str
     policy_version: int
     directory: str
@@ -151,7 +154,7 @@ def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) ->
         identity,
         spec.policy_version,
         spec.sampling.model_dump(mode="json", exclude=PACE_FIELDS),
-        spec.reward.model_dump(mode="json"),
+        spec.reward.model_dump(mode="json", exclude=PLACE_FIELDS),
     ]
     chunks = chunk(chosen, size)
     reserve: tuple[Problem, ...] = ()
@@ -169,7 +172,8 @@ def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) ->
         directory += f"/{spec.policy_version:06d}"
     digest = _digest([part.digest for part in parts])
     size = spec.sampling.completions_per_prompt
-    return RolloutPlan(identity, spec.policy_version, directory, tuple(parts), digest, size)
+    version = spec.policy_version
+    return RolloutPlan(spec.run_id, identity, version, directory, tuple(parts), digest, size)
 
 
 def _after(problems: Sequence[Problem], chosen: Sequence[Problem]) -> tuple[Problem, ...]:

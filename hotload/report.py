@@ -42,7 +42,8 @@ class GroupCounts(Record):
     straddling_samples: int = Field(0, ge=0)
     """Samples that more than one version of the weights made."""
     tokens_masked: int = Field(0, ge=0)
-    """Tokens from the change on, where the rules take those out of the loss."""
+    """Tokens from a change of weights on, where the rules keep those out of the loss; those that
+    tools and users said in between, which are never in it, are among them."""
     attempts: int = Field(0, ge=0)
     """Requests sent for all samples: dropped, replaced and cut-off ones included."""
 

@@ -9,21 +9,24 @@ import asyncio
 import importlib
 import inspect
 import json
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from blocks.conversation import Conversation, TurnFailedError
+from blocks.redaction import redact
 from blocks.sampler import Sampler
 from hotload.errors import RolloutFunctionError, ServiceError
 from hotload.faults import Action, Cause, Fault
 from hotload.spec import RolloutFunction
 from hotload.trajectories import TOKEN_ID_LIMIT, Problem, Segment, Trajectory
+from hotload.wire.inference import LOGPROB_RANGE
+from tasks.reward_worker import DETAIL_LIMIT_CHARACTERS, secrets_of, told
 
 Rollout = Callable[..., Awaitable[Any]]
 
 GRACE_SECONDS = 5.0
-DETAIL_CHARACTERS = 200
 
 
 class Draw:
@@ -41,7 +44,7 @@ class Draw:
 
     def cut_off(self, cause: Cause, detail: str) -> Trajectory:
         """What there is of a sample that was ended before it had."""
-        return self._conversation.trajectory(_fault(cause, detail))
+        return _failed(self._conversation, _fault(cause, detail))
 
 
 class Drawing:
@@ -85,15 +88,15 @@ def load_rollout(declared: RolloutFunction) -> Rollout:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a module of theirs may raise anything
-        told = f"cannot be imported: {type(error).__name__}: {error}"
-        raise RolloutFunctionError(declared.name, told) from error
+        why = f"cannot be imported: {told(error, secrets_of(os.environ))}"
+        raise RolloutFunctionError(declared.name, why) from error
     if not inspect.iscoroutinefunction(found):
         raise RolloutFunctionError(declared.name, "expected `async def rollout(problem, sampler)`")
     try:
         inspect.signature(found).bind(None, None, **declared.arguments)
     except TypeError as error:
-        told = f"cannot be called with its arguments: {error}"
-        raise RolloutFunctionError(declared.name, told) from None
+        why = f"cannot be called with its arguments: {error}"
+        raise RolloutFunctionError(declared.name, why) from None
     return found
 
 
@@ -114,20 +117,18 @@ async def _play(
         raise
     if not call.done():
         await _end(call)
-        told = f"the trajectory took more than {limit:g} s"
-        return conversation.trajectory(_fault(Cause.TRAJECTORY_TIMEOUT, told))
-    fault: Fault | None = None
+        why = f"the trajectory took more than {limit:g} s"
+        return _failed(conversation, _fault(Cause.TRAJECTORY_TIMEOUT, why))
     try:
         return _readable(_taken(conversation, call.result()))
     except TurnFailedError as error:
         fault = error.fault
-    except ServiceError:
+    except (ServiceError, KeyboardInterrupt):
         raise
-    except asyncio.CancelledError:  # the function's own: ours would have ended the wait above
-        fault = _fault(Cause.ROLLOUT_RAISED, "CancelledError")
-    except Exception as error:  # noqa: BLE001 - whatever it is, the sample is what failed
-        fault = _fault(Cause.ROLLOUT_RAISED, f"{type(error).__name__}: {error}")
-    return _readable(conversation.trajectory(fault))
+    # Whatever it is, the sample is what failed; a cancellation of ours would have ended the wait.
+    except BaseException as error:  # noqa: BLE001
+        fault = _fault(Cause.ROLLOUT_RAISED, told(error, secrets_of(os.environ)))
+    return _failed(conversation, fault)
 
 
 async def _call(made: Awaitable[Any]) -> Any:
@@ -155,7 +156,7 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
         return conversation.trajectory(_fault(Cause.ROLLOUT_SKIPPED, "it returned None"))
     if isinstance(made, Trajectory):
         own = conversation.trajectory(segments=_checked(made.segments))
-        json.dumps(made.transcript)
+        detail = redact(str(made.detail), secrets_of(os.environ))[:DETAIL_LIMIT_CHARACTERS]
         return replace(
             own,
             text=str(made.text),
@@ -163,7 +164,7 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
             transcript=tuple(made.transcript) or own.transcript,
             routing_matrix=_text(made.routing_matrix),
             failure=own.failure or _text(made.failure),
-            detail=own.detail or str(made.detail),
+            detail=own.detail or detail,
         )
     if isinstance(made, (list, tuple)) and all(isinstance(each, Segment) for each in made):
         return conversation.trajectory(segments=_checked(made))
@@ -173,7 +174,12 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
 
 
 def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+    return None if value is None else _whole(str(value))
+
+
+def _whole(text: str) -> str:
+    """The text as a file can hold it: a function's own may have half a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _checked(segments: Sequence[Segment]) -> tuple[Segment, ...]:
@@ -186,23 +192,42 @@ def _checked(segments: Sequence[Segment]) -> tuple[Segment, ...]:
             raise ValueError("a segment's tokens, log-probabilities and mask differ in length")
         if not all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in prompt + tokens):
             raise ValueError("a segment has token ids that are none")
-        if not all(-1e9 <= logprob <= 0.01 for logprob in logprobs):
+        if not all(LOGPROB_RANGE[0] <= logprob <= LOGPROB_RANGE[1] for logprob in logprobs):
             raise ValueError("a segment has a log-probability out of range")
         checked.append(Segment(prompt, tokens, logprobs, mask))
     return tuple(checked)
 
 
 def _fault(cause: Cause, detail: str) -> Fault:
-    return Fault(Action.FAIL_SAMPLE, cause, None, detail[:DETAIL_CHARACTERS])
+    return Fault(Action.FAIL_SAMPLE, cause, None, detail[:DETAIL_LIMIT_CHARACTERS])
+
+
+def _failed(conversation: Conversation, fault: Fault) -> Trajectory:
+    """What there is of a sample that failed.
+
+    Raises:
+        ServiceError: a turn met it: no sample can succeed.
+    """
+    sample = conversation.trajectory(fault)
+    try:
+        return _readable(sample)
+    except (TypeError, ValueError, RecursionError):  # what it said was never JSON
+        return _readable(replace(sample, transcript=()))
 
 
 def _readable(sample: Trajectory) -> Trajectory:
-    """The sample with texts that a file can hold: a function's own may have half a surrogate
-    pair.
+    """The sample with nothing in it but what a file can hold and another process can read.
+
+    Raises:
+        TypeError, ValueError, RecursionError: the transcript is not JSON.
     """
-    transcript = json.dumps(sample.transcript, ensure_ascii=False)
-    texts = (sample.text, sample.detail, transcript)
-    if all(text.isprintable() or text.isascii() for text in texts):
-        return sample
-    text, detail, transcript = (each.encode("utf-8", "replace").decode() for each in texts)
-    return replace(sample, text=text, detail=detail, transcript=tuple(json.loads(transcript)))
+    transcript = json.loads(_whole(json.dumps(sample.transcript, ensure_ascii=False)))
+    return replace(
+        sample,
+        text=_whole(sample.text),
+        finish_reason=_text(sample.finish_reason),
+        failure=_text(sample.failure),
+        detail=_whole(sample.detail),
+        routing_matrix=_text(sample.routing_matrix),
+        transcript=tuple(transcript),
+    )

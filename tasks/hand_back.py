@@ -56,18 +56,28 @@ async def write_part(
 ) -> RolloutPart:
     """Write one file of a part, after its rows kept their schema.
 
+    No file is ever overwritten: another run of this cycle may have written it, or may rely on it.
+
+    Args:
+        piece: the first number to try; where there is a file already, the next free one is taken.
+
     Raises:
         StoreError: the store refuses.
     """
     facts, data = await asyncio.to_thread(_render, plan, part, piece, groups, notes)
-    await store.put_bytes(data, plan.path(facts.file))
+    while not await store.create_bytes(data, path := plan.path(facts.file)):
+        is_same = await store.size(path) == len(data)
+        if is_same and await store.read_bytes(path, limit_bytes=len(data)) == data:
+            break  # ours: the answer to an earlier attempt was lost
+        piece += 1
+        facts = facts.model_copy(update={"file": part.file(piece)})
     return facts
 
 
 def _render(
     plan: RolloutPlan, part: PartPlan, piece: int, groups: Sequence[ScoredGroup], notes: PartNotes
 ) -> tuple[RolloutPart, bytes]:
-    frame = rollouts_frame(groups, policy_version=plan.policy_version)
+    frame = rollouts_frame(groups, run_id=plan.run_id, policy_version=plan.policy_version)
     data = render_rollouts(frame, digest=part.digest, notes=notes.model_dump_json())
     return _facts(frame, part, piece, data, notes), data
 
@@ -108,7 +118,7 @@ def _parse(part: PartPlan, piece: int, data: bytes, path: str) -> FoundPart | No
         frame, digest = parse_rollouts(data, path=path)
         notes = PartNotes.parse_stored(notes_of(data).encode(), path)
     except StoreError:
-        return None  # not a part of ours: it is sampled again and replaced
+        return None  # not a part of ours: it is sampled again, into a file beside it
     if digest != part.digest:
         return None
     return FoundPart(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.errors import RolloutsFailedError
+from hotload.errors import StoreUnavailableError
 from hotload.groups import causes, is_unanswered, token_count
 from hotload.parts import PartNotes, PartPlan, RolloutPart, RolloutPlan
 from hotload.report import GroupCounts
@@ -38,17 +38,17 @@ class PartWriter:
         self.part = part
         self.parts: list[RolloutPart] = []
         """The files there are."""
-        self.left_out: Counter[str] = Counter()
-        """Samples that are for a later run, by cause."""
         self.is_read = False
         """Whether what an earlier run wrote is known."""
         self._store, self._plan = store, plan
         self._done: set[str] = set()
         self._dropped_count = 0
         self._pieces: set[int] = set()
+        self._left_out: dict[str, Counter[str]] = {}
         self._unwritten: list[Settled] = []
         self._unanswered: list[Settled] = []
         self._unwritten_tokens = 0
+        self._is_refused = False
         self._oldest_at = 0.0
         self._one_at_a_time = asyncio.Lock()
 
@@ -66,9 +66,12 @@ class PartWriter:
         self.is_read = True
 
     def to_do(self) -> list[Problem]:
-        """The problems that are not settled; rows in place of dropped ones come last."""
+        """The problems that are neither settled nor left out; rows in place of dropped ones come
+        last.
+        """
         planned = (*self.part.problems, *self.part.reserve[: self._dropped_count])
-        return [problem for problem in planned if problem.id not in self._done]
+        past = self._done | self._left_out.keys()
+        return [problem for problem in planned if problem.id not in past]
 
     def is_refill(self, problem: Problem) -> bool:
         """Whether the problem is sampled in place of a dropped one."""
@@ -87,10 +90,7 @@ class PartWriter:
             self._oldest_at = monotonic()
         self._unwritten.append(settled)
         if not settled.is_dropped:
-            self._unwritten_tokens += sum(
-                len(sample.prompt_token_ids) + token_count(sample)
-                for sample in group.trajectories_G
-            )
+            self._unwritten_tokens += _tokens(settled)
             return None
         number, self._dropped_count = self._dropped_count, self._dropped_count + 1
         return self.part.reserve[number] if number < len(self.part.reserve) else None
@@ -105,9 +105,25 @@ class PartWriter:
         """Seconds that a settled group has waited to be written."""
         return monotonic() - self._oldest_at if self._unwritten else 0.0
 
-    def leave_out(self, why: Counter[str]) -> None:
-        """Samples are left for a later run."""
-        self.left_out += why
+    @property
+    def is_held_up(self) -> bool:
+        """Whether a file's worth waits for a store that did not answer."""
+        return self._is_refused and self.is_full
+
+    def leave_out(self, problem: Problem, why: Counter[str]) -> None:
+        """A problem's samples are left for a later run."""
+        self._left_out[problem.id] = why
+
+    @property
+    def missing(self) -> Counter[str]:
+        """Samples that are not recorded, by cause: left out, or held back without an answer."""
+        held_back = [causes(each.group.trajectories_G) for each in self._unanswered]
+        return sum((*self._left_out.values(), *held_back), Counter[str]())
+
+    def keep_unanswered(self) -> None:
+        """Groups that were held back are as good as any: they are written with the next file."""
+        self._unwritten += self._unanswered
+        self._unanswered = []
 
     async def write(self) -> bool:
         """Whether there was something to write; it is in the store now.
@@ -116,46 +132,57 @@ class PartWriter:
             StoreError: the store refuses; the groups are kept for another call.
         """
         async with self._one_at_a_time:
-            settled, count = tuple(self._unwritten), len(self._unwritten)
-            if not settled:
+            return await self._write()
+
+    async def make_room(self) -> bool:
+        """Write once there is enough for a file, unless that is held up; whether it was written.
+
+        Raises:
+            StoreError: the store refuses for good.
+        """
+        async with self._one_at_a_time:
+            if not self.is_full or self.is_held_up:
                 return False
-            piece = next(n for n in range(count + len(self._pieces) + 1) if n not in self._pieces)
-            notes = PartNotes(
-                dropped_problem_ids=tuple(s.group.problem.id for s in settled if s.is_dropped),
-                groups=GroupCounts.total(each.counts for each in settled),
-            )
-            groups = [each.group for each in settled if not each.is_dropped]
+            try:
+                return await self._write()
+            except StoreUnavailableError:
+                return False
+
+    async def _write(self) -> bool:
+        settled, count = tuple(self._unwritten), len(self._unwritten)
+        if not settled:
+            return False
+        piece = next(n for n in range(count + len(self._pieces) + 1) if n not in self._pieces)
+        notes = PartNotes(
+            dropped_problem_ids=tuple(s.group.problem.id for s in settled if s.is_dropped),
+            groups=GroupCounts.total(each.counts for each in settled),
+        )
+        groups = [each.group for each in settled if not each.is_dropped]
+        try:
             written = await write_part(self._store, self._plan, self.part, piece, groups, notes)
-            self.parts.append(written)
-            self._pieces.add(piece)
-            # Groups that ended in the meantime are behind those that were written.
-            del self._unwritten[:count]
-            self._unwritten_tokens = 0
-            self._oldest_at = monotonic()
-            return True
+        except StoreUnavailableError:
+            self._is_refused = True
+            raise
+        self._is_refused = False
+        self.parts.append(written)
+        self._pieces.add(piece)
+        # Groups that ended in the meantime are behind those that were written.
+        del self._unwritten[:count]
+        self._unwritten_tokens = sum(map(_tokens, self._unwritten))
+        self._oldest_at = monotonic()
+        return True
 
     @property
     def is_answered(self) -> bool:
         """Whether a group of the part got an answer, now or in an earlier run."""
         return bool(self.parts or self._unwritten)
 
-    async def finish(self, *, is_answered: bool) -> None:
-        """Write what is left, once every problem is settled or left out.
 
-        Args:
-            is_answered: whether any group of the rollout got an answer.
-
-        Raises:
-            RolloutsFailedError: none did, or samples were left out: what failed is not recorded,
-                since recorded it would count as done for ever.
-            StoreError: as `write`.
-        """
-        failed = sum((causes(s.group.trajectories_G) for s in self._unanswered), self.left_out)
-        if self.left_out or not is_answered:
-            await self.write()
-            if failed:
-                told = ", ".join(f"{cause} {count}" for cause, count in failed.items())
-                raise RolloutsFailedError(self._plan.identity, told)
-        self._unwritten += self._unanswered
-        self._unanswered = []
-        await self.write()
+def _tokens(settled: Settled) -> int:
+    """Tokens to be written of a group, prompts included."""
+    if settled.is_dropped:
+        return 0
+    return sum(
+        len(sample.prompt_token_ids) + token_count(sample)
+        for sample in settled.group.trajectories_G
+    )

@@ -33,5 +33,9 @@ async def plan_rollouts(spec: CycleSpec, identity: str) -> RolloutPlan:
     Raises:
         InvalidProblemsError: as `read_problems`.
     """
-    problems = await asyncio.to_thread(read_problems, spec.problems.dataset)
-    return plan_rollout(spec, identity, problems)
+    # Tens of seconds where the problems are many: meanwhile leases have to be renewed.
+    return await asyncio.to_thread(_plan, spec, identity)
+
+
+def _plan(spec: CycleSpec, identity: str) -> RolloutPlan:
+    return plan_rollout(spec, identity, read_problems(spec.problems.dataset))

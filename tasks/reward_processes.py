@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import pickle
-import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from hotload.spec import RewardSpec
 from hotload.trajectories import Problem, Trajectory
 from hotload.wire import fireworks
 from tasks.overlap import overlap
-from tasks.reward_worker import LENGTH
+from tasks.reward_worker import LENGTH, secrets_of
 
 PROCESS_COUNT = min(8, max(2, os.cpu_count() or 2))
 CALLS_PER_ASYNC_PROCESS = 32
@@ -45,8 +44,6 @@ WITHHELD_PREFIXES = (
     "GOOGLE_",
     "PREFECT_API_",
 )
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL")
-SECRET_CHARACTERS = 8
 
 
 def reward_environment(reward: RewardSpec, own: Mapping[str, str]) -> dict[str, str]:
@@ -113,15 +110,6 @@ class RewardProcesses:
         """End the processes, whatever they do."""
         for place in (*self._places, self._apart):
             await place.clear()
-
-
-def _secrets(environment: Mapping[str, str]) -> list[str]:
-    """What a reward's errors are not to repeat."""
-    return [
-        value
-        for name, value in environment.items()
-        if SECRET_NAME.search(name) and len(value) >= SECRET_CHARACTERS
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +198,7 @@ class _Process:
             },
             start_new_session=True,
         )
-        process = cls(child, _secrets(environment))
+        process = cls(child, secrets_of(environment))
         setup = {
             "name": reward.name,
             "arguments": reward.arguments,

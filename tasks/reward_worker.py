@@ -9,14 +9,16 @@ import asyncio
 import json
 import os
 import pickle
+import re
 import signal
 import struct
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 from typing import Any, BinaryIO
 
+from blocks.redaction import redact
 from hotload.errors import RewardError
 from hotload.faults import Cause
 from hotload.rewards import (
@@ -34,14 +36,18 @@ from hotload.trajectories import Problem, Trajectory
 LENGTH = struct.Struct(">I")
 DETAIL_LIMIT_CHARACTERS = 200
 OVERTIME_SECONDS = 5.0
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+SECRET_CHARACTERS = 8
 
 Calls = SimpleQueue[tuple[int, Any]]
 
 
 def _read_frames(source: BinaryIO, calls: Calls) -> None:
-    while head := source.read(LENGTH.size):
-        calls.put(pickle.loads(source.read(*LENGTH.unpack(head))))
-    os._exit(0)  # the parent is gone; a reward that hangs must not outlive it
+    try:
+        while head := source.read(LENGTH.size):
+            calls.put(pickle.loads(source.read(*LENGTH.unpack(head))))
+    finally:  # the parent is gone, or not understood; a reward that hangs must not outlive it
+        os._exit(0)
 
 
 def _reply(sink: BinaryIO, number: int, **answer: Any) -> None:
@@ -50,11 +56,22 @@ def _reply(sink: BinaryIO, number: int, **answer: Any) -> None:
     sink.flush()
 
 
-def _told(error: BaseException) -> str:
+def secrets_of(environment: Mapping[str, str]) -> list[str]:
+    """What errors of a user's code are not to repeat."""
+    return [
+        value
+        for name, value in environment.items()
+        if SECRET_NAME.search(name) and len(value) >= SECRET_CHARACTERS
+    ]
+
+
+def told(error: BaseException, secrets: Sequence[str]) -> str:
+    """What an exception of a user's code says, in at most 200 characters, without `secrets`."""
     try:
-        return f"{type(error).__name__}: {error}"[:DETAIL_LIMIT_CHARACTERS]
+        text = f"{type(error).__name__}: {error}"
     except BaseException:  # noqa: BLE001 - its text is a user's code, too
-        return type(error).__name__
+        text = type(error).__name__
+    return redact(text, secrets)[:DETAIL_LIMIT_CHARACTERS]  # cut before, part of one would be left
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +82,7 @@ class _Judge:
     arguments: dict[str, Any]
     per_group: bool
     timeout_seconds: float
+    secrets: Sequence[str] = field(repr=False)
 
     def call(self, problem: Problem, samples: Sequence[Trajectory]) -> object:
         """What the function returns, to be awaited where it is async."""
@@ -74,9 +92,9 @@ class _Judge:
         """An outcome for each sample."""
         return read_outcomes(value, len(samples)) if self.per_group else [read_outcome(value)]
 
-
-def _raised(error: BaseException, samples: Sequence[Trajectory]) -> list[Outcome]:
-    return [Unscored(Cause.REWARD_RAISED, _told(error))] * len(samples)
+    def raised(self, error: BaseException, samples: Sequence[Trajectory]) -> list[Outcome]:
+        """The outcomes of a call that raised."""
+        return [Unscored(Cause.REWARD_RAISED, told(error, self.secrets))] * len(samples)
 
 
 def _answer_each(judge: _Judge, calls: Calls, sink: BinaryIO) -> None:
@@ -88,7 +106,7 @@ def _answer_each(judge: _Judge, calls: Calls, sink: BinaryIO) -> None:
         try:
             outcomes = judge.read(judge.call(problem, samples), samples)
         except BaseException as error:  # noqa: BLE001 - also a reward that calls sys.exit
-            outcomes = _raised(error, samples)
+            outcomes = judge.raised(error, samples)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _reply(sink, number, outcomes=[asdict(outcome) for outcome in outcomes])
 
@@ -107,7 +125,7 @@ async def _answer_all(judge: _Judge, calls: Calls, sink: BinaryIO) -> None:
                     value = await value
                 outcomes = judge.read(value, samples)
         except BaseException as error:  # noqa: BLE001 - as above
-            outcomes = _raised(error, samples)
+            outcomes = judge.raised(error, samples)
             if limit.expired():
                 late = f"no reward within {judge.timeout_seconds:g} s"
                 outcomes = [Unscored(Cause.REWARD_TIMEOUT, late)] * len(samples)
@@ -134,6 +152,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     calls: Calls = SimpleQueue()
     threading.Thread(target=_read_frames, args=(source, calls), daemon=True).start()
+    secrets = secrets_of(os.environ)
     number, setup = calls.get()
     try:
         reward = load_reward(setup["name"])
@@ -141,7 +160,9 @@ def main() -> None:
     except RewardError as error:
         _reply(sink, number, refused=error.reason)
         return
-    judge = _Judge(reward, setup["arguments"], setup["per_group"], setup["timeout_seconds"])
+    judge = _Judge(
+        reward, setup["arguments"], setup["per_group"], setup["timeout_seconds"], secrets
+    )
     _reply(sink, number, is_async=is_async(reward))
     if is_async(reward):
         asyncio.run(_answer_all(judge, calls, sink))

@@ -4,8 +4,9 @@ chunks share one window, one gate and one breaker.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from time import monotonic
 
 from prefect import get_run_logger, task
@@ -17,7 +18,7 @@ from blocks.rollout_client import RolloutClient
 from blocks.sampler import Sampler
 from hotload.admission import Admission
 from hotload.breaker import Breaker
-from hotload.errors import StoreError, StoreUnavailableError
+from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
 from hotload.faults import Cause
 from hotload.groups import Tally, Verdict, causes, is_outage, judge, stale_group
 from hotload.parts import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
@@ -30,7 +31,7 @@ from tasks.part_writer import PartWriter, Settled
 from tasks.retrying import RETRIED
 from tasks.sample_group import GroupSampler
 from tasks.score import Scorer, open_scorer
-from tasks.watch_versions import watch_versions
+from tasks.watch_versions import first_look, watch_versions
 
 SECONDS_BETWEEN_WRITES = 10.0
 
@@ -68,6 +69,7 @@ class Rollout:
             lambda: not self._breaker.is_open,
         )
         self._writers = [PartWriter(store, plan, part) for part in plan.parts]
+        self._ended: set[int] = set()
         self._told = 0
         self._names: list[str] | None = None
         self._looking = asyncio.Lock()
@@ -81,22 +83,53 @@ class Rollout:
     async def carry(self, number: int) -> tuple[RolloutPart, ...]:
         """Sample, score and write what is missing of one part; all its files.
 
-        Called again after the store failed, it writes what it has and samples nothing twice.
+        Once the store holds up what fills a file, no further row is begun, and those that were end
+        first. Called again after that, it writes what it has and samples nothing twice.
         """
         writer = self._writers[number]
         await self._find(writer)
+        while to_do := writer.to_do():
+            if writer.is_held_up:
+                await self._write(writer)
+            await self._carry_rows(writer, to_do)
+        await self._end(writer)
+        return tuple(writer.parts)
+
+    async def _carry_rows(self, writer: PartWriter, problems: Sequence[Problem]) -> None:
+        number = writer.part.number
         try:
             async with asyncio.TaskGroup() as rows:
                 with self.gate.beginning(number):
-                    for problem in writer.to_do():
+                    for problem in problems:
                         # Let in before its task is made: rows that wait cost nothing.
                         await self.gate.enter(number)
                         rows.create_task(self._carry_row(writer, problem))
+                        if writer.is_held_up:
+                            break
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
-        await writer.finish(is_answered=any(each.is_answered for each in self._writers))
+
+    async def _end(self, writer: PartWriter) -> None:
+        """Write the rest of a part, every problem of which is settled or left out.
+
+        Groups without any answer are written when the last part ends, and only if the service was
+        not failing row after row: recorded, they would count as done for ever.
+        """
+        self._ended.add(writer.part.number)
+        is_last = len(self._ended) == len(self._writers)
+        ending = self._writers if is_last else [writer]
+        is_dead = is_last and not any(each.is_answered for each in self._writers)
+        is_outage_now = self._breaker.is_open or is_dead
+        if is_last and not is_outage_now:
+            for each in ending:
+                each.keep_unanswered()
+        for each in ending:
+            await each.write()
+        missing = sum((each.missing for each in ending), Counter[str]())
+        if is_outage_now and missing:
+            told = ", ".join(f"{cause} {count}" for cause, count in missing.items())
+            raise RolloutsFailedError(self.plan.identity, told)
         await self._tell()
-        return tuple(writer.parts)
 
     async def _find(self, writer: PartWriter) -> None:
         async with self._looking:
@@ -107,7 +140,7 @@ class Rollout:
     async def _carry_row(self, writer: PartWriter, problem: Problem) -> None:
         """A group, and the next in its place as long as the rules drop it."""
         instead = await self._carry_group(writer, problem)
-        while instead is not None:
+        while instead is not None and not writer.is_held_up:
             await self.gate.enter(writer.part.number)
             instead = await self._carry_group(writer, instead)
 
@@ -120,20 +153,21 @@ class Rollout:
         if self._breaker.is_open:
             self.gate.end(size)
             self.gate.leave(is_kept=False)
-            writer.leave_out(Counter({Cause.BREAKER_OPEN.value: size}))
+            writer.leave_out(problem, Counter({Cause.BREAKER_OPEN.value: size}))
             return None
         is_kept, instead = False, None
         try:
             group, tally = await self._groups.sample(problem)
             is_failure = is_outage(group.trajectories_G)
             if self._breaker.note(is_failure=is_failure) and is_failure:
-                writer.leave_out(causes(group.trajectories_G))
+                writer.leave_out(problem, causes(group.trajectories_G))
                 return None
             settled = await self._settle(writer, group, tally)
             is_kept = not settled.is_dropped
             instead = writer.take(settled)
-            if writer.is_full:  # the row stays in until then, so that the store sets the pace
-                await self._write(writer)
+            # The row stays in until then, so that the store sets the pace.
+            if await writer.make_room():
+                await self._tell()
         finally:
             self.gate.leave(is_kept=is_kept)
         return instead if self._rules.on_uniform == "refill" else None
@@ -160,8 +194,12 @@ class Rollout:
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_WRITES)
             for writer in self._writers:
-                if writer.waits_seconds >= SECONDS_BETWEEN_WRITES:
+                if writer.waits_seconds < SECONDS_BETWEEN_WRITES:
+                    continue
+                try:
                     await self._write(writer)
+                except StoreUnavailableError as error:
+                    get_run_logger().warning("groups are written later: %s", error)
 
     async def save(self) -> None:
         """Write whatever has ended, when sampling does before its end."""
@@ -171,12 +209,9 @@ class Rollout:
             await self._tell()
 
     async def _write(self, writer: PartWriter) -> None:
-        """Write before the part has ended; while the store does not answer, that can wait."""
-        try:
-            if await writer.write():
-                await self._tell()
-        except StoreUnavailableError as error:
-            get_run_logger().warning("groups are written later: %s", error)
+        """Write before the part has ended."""
+        if await writer.write():
+            await self._tell()
 
     async def _tell(self) -> None:
         """Name what is there in the manifest, so that it can be read while sampling goes on."""
@@ -240,6 +275,7 @@ async def open_rollout(
     Raises:
         RewardError, RolloutFunctionError: the user's own code cannot be used; nothing was sampled.
         ServiceRefusedError: there is no API key.
+        ReadinessTimeoutError: as `first_look`.
     """
     async with (
         open_scorer(spec.reward) as scorer,
@@ -252,12 +288,13 @@ async def open_rollout(
         ) as sampler,
     ):
         rollout = Rollout(plan, sampler, scorer, store)
-        beside = [asyncio.create_task(rollout.write_along())]
         if service is not None:
-            watching = watch_versions(
-                service, spec.run_id, sampler, rollout.gate, spec.readiness.poll_interval_seconds
-            )
-            beside.append(asyncio.create_task(watching))
+            await first_look(service, spec.run_id, sampler, rollout.gate, spec.readiness)
+        beside = [asyncio.create_task(_beside("writing along", rollout.write_along))]
+        if service is not None:
+            seconds = spec.readiness.poll_interval_seconds
+            watching = partial(watch_versions, service, spec.run_id, sampler, rollout.gate, seconds)
+            beside.append(asyncio.create_task(_beside("watching for versions", watching)))
         try:
             yield rollout
         finally:
@@ -265,6 +302,14 @@ async def open_rollout(
                 each.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
             await rollout.save()
+
+
+async def _beside(name: str, endless: Callable[[], Awaitable[None]]) -> None:
+    """Run what serves the chunks; should it end, they go on without it, and the log says so."""
+    try:
+        await endless()
+    except Exception:  # noqa: BLE001 - nobody waits for it who could be told
+        get_run_logger().exception("%s came to an end", name)
 
 
 # A retry writes what was sampled; only the sampler's own budget repeats a request.
@@ -275,8 +320,8 @@ async def roll_out_chunk(rollout: Rollout, number: int) -> Sequence[RolloutPart]
     Raises:
         ServiceRefusedError: key, names or billing are wrong: no sample can succeed.
         StoreError: the store refuses.
-        RolloutsFailedError: not one sample got an answer so far, or the service failed row after
-            row; what was answered is in the store, the rest is not recorded.
+        RolloutsFailedError: not one sample of all parts got an answer, or the service failed row
+            after row; what was answered is in the store, the rest is not recorded.
     """
     parts = await rollout.carry(number)
     get_run_logger().info(

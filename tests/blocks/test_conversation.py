@@ -233,3 +233,11 @@ async def test_a_hedge_is_another_request_with_the_same_seed() -> None:
     for name in ("x-request-id", "x-session-affinity"):
         assert len(set(headers(script, name))) == 2
     assert script.requests[0][1] == script.requests[1][1]
+
+
+async def test_a_trajectory_has_a_segment() -> None:
+    async with sampling(spoken([1], [2])) as (sampler, _):
+        conversation = sampler.converse(PROBLEM, 0)
+        await conversation.sample([1])
+        with pytest.raises(ValueError, match="one segment or more"):
+            conversation.trajectory(segments=[])

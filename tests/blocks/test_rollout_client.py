@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from blocks.exchange import Chunks
 from hotload.errors import ProtocolError, ServiceRefusedError
 from hotload.spec import Sampling
 from hotload.trajectories import Problem, Weights
+from hotload.wire.inference import Answer
 from tests.blocks.scripted_inference import (
     DONE,
     GOOD,
@@ -204,6 +206,22 @@ async def test_heartbeats_are_no_error_and_bad_json_is() -> None:
     for chunk in ([], 3, {"choices": [3]}, {"choices": [{"logprobs": 4}]}, {"usage": "x"}):
         sample = await sample_once(http(event(chunk) + GOOD))
         assert sample.failure == "malformed", chunk
+
+
+async def test_lines_that_end_in_crlf() -> None:
+    stream = GOOD.replace(b"\n", b"\r\n")
+    sample = await sample_once(http(stream))
+    assert (sample.failure, sample.text, sample.provenance.attempts) == (None, "ab", 1)
+    # Each event counts as progress when it comes, wherever the stream is cut.
+    for cut in range(1, 4):
+        chunks = Chunks(Answer(Sampling(), None))
+        counts = []
+        for event_bytes in stream.split(b"\r\n\r\n")[:3]:
+            whole = event_bytes + b"\r\n\r\n"
+            assert chunks.feed(whole[:-cut]) is None
+            assert chunks.feed(whole[-cut:]) is None
+            counts.append(chunks.count)
+        assert counts == [1, 2, 3]
 
 
 async def test_html_with_200_stops_the_run() -> None:

@@ -76,7 +76,8 @@ class Cycle:
     parts: list[RolloutPart] = field(default_factory=list)
 
     async def write(self, *problem_ids: str) -> None:
-        frame = rollouts_frame([scored(problem) for problem in problem_ids], policy_version=3)
+        groups = [scored(problem) for problem in problem_ids]
+        frame = rollouts_frame(groups, run_id="run", policy_version=3)
         data = render_rollouts(frame, digest=SHA)
         file = f"part-{len(self.parts):05d}.parquet"
         await self.store.put_bytes(data, f"{self.directory}/{file}")
@@ -224,6 +225,29 @@ async def test_a_late_acknowledgement_counts_while_nobody_took_over(
     clock.pass_seconds(1000)
     await slow.acknowledge(delivery)
     assert await reader(file_store, "b", clock=clock).next() is None
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+async def test_what_another_consumer_had_in_between_is_not_acknowledged(
+    file_store: CheckpointStore, *, is_used: bool
+) -> None:
+    cycle, clock = Cycle(file_store), Clock()
+    await cycle.write("a", "b", "c", "d")
+    await cycle.tell(is_complete=True)
+    slow = reader(file_store, "slow", clock=clock, lease_seconds=60)
+    late = await slow.__anext__()
+    assert late.problem_ids == ("a", "b")
+    clock.pass_seconds(61)
+    async with reader(file_store, "quick", clock=clock, lease_seconds=60) as quick:
+        other = await quick.__anext__()
+        assert other.problem_ids == ("a", "b")
+        if is_used:
+            await quick.acknowledge(other)
+    again = await slow.__anext__()  # it has a lease of the part again, a later one
+    assert again.problem_ids == (("c", "d") if is_used else ("a", "b"))
+    with pytest.raises(LeaseLostError, match=r"held by 'quick': groups of part-00000"):
+        await slow.acknowledge(late)
+    await slow.acknowledge(again)
 
 
 async def test_a_working_consumer_keeps_its_lease(file_store: CheckpointStore) -> None:

@@ -66,7 +66,7 @@ GROUP = ScoredGroup(
 UNUSED = ScoredGroup(
     Problem("q", "x"), (replace(sample(0), problem_id="q"),), (3.0,), (None,), mark="incomplete"
 )
-FRAME = rollouts_frame([GROUP, UNUSED], policy_version=4)
+FRAME = rollouts_frame([GROUP, UNUSED], run_id="run", policy_version=4)
 BATCH = make_batch(FRAME, pad_token_id=PAD)
 
 

@@ -208,3 +208,13 @@ def test_every_rule_s_effect_is_counted() -> None:
     assert (total.raw_samples, total.raw_reward_sum, total.hedges) == (8, 4.0, 4)
     assert total.dropped_groups == {"uniform": 1}
     assert GroupCounts.total([]) == GroupCounts()
+
+
+@pytest.mark.parametrize("cause", ["deadline", "trajectory_timeout"])
+def test_time_that_was_up_counts_where_nothing_was_said(cause: str) -> None:
+    silent, spoke = sample(0, cause), sample(1, cause, token_ids_T=(5,))
+    assert is_outage((silent, sample(1, "timeout")))
+    assert is_unanswered((silent, sample(1, "timeout")))
+    assert not is_outage((silent, sample(1)))  # a tight deadline
+    assert not is_outage((spoke, sample(0)))
+    assert not is_unanswered((silent, spoke))

@@ -73,7 +73,7 @@ def group(samples: tuple[Trajectory, ...], rewards: tuple[float | None, ...]) ->
 
 
 GROUPS = [group(SAMPLES, (1.0, 0.0, None)), group(UNIFORM, (1.0, 1.0))]
-FRAME = rollouts_frame(GROUPS, policy_version=3)
+FRAME = rollouts_frame(GROUPS, run_id="run", policy_version=3)
 PART = part_facts(FRAME, file="part-00000.parquet", size_bytes=9, sha256=SHA, digest=SHA)
 
 
@@ -285,6 +285,22 @@ def test_metrics_by_their_names() -> None:
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_what_is_not_trained_on_is_not_counted_as_filtered_or_accepted() -> None:
+    """A group that is incomplete has rewards, and no advantages."""
+    unused = replace(GROUPS[0], advantages_G=(None,) * 3, mark="incomplete")
+    frame = rollouts_frame([unused, GROUPS[1]], run_id="run", policy_version=3)
+    found = Figures()
+    found.add(render_rollouts(frame, digest=SHA))
+    told = report()
+    counts = told.rollouts.groups.model_copy(update={"groups_by_mark": {"incomplete": 1}})
+    told = report(rollouts=told.rollouts.model_copy(update={"groups": counts}))
+    metrics = cycle_metrics(told, found)
+    assert metrics["rollout/filtered_reward"] == 1.0
+    assert metrics["rollout/filtered_samples"] == 2
+    totals = json.loads(json_lines(told, metrics, rollouts_ended_at=ENDED).splitlines()[-2])
+    assert totals["producer/rows_accepted_total"] == 1
+
+
 def test_json_lines() -> None:
     metrics = cycle_metrics(report(), figures())
     lines = [
@@ -294,7 +310,16 @@ def test_json_lines() -> None:
     assert [line["at"][17:19] for line in lines] == ["55", "05", "05", "05"]
     assert [line.get("producer/in_flight_samples") for line in lines] == [8, 5, 0, None]
     assert lines[2]["producer/rows_dropped_total"] == 2
-    assert lines[2]["producer/recoverable_errors_total"] == 3
+    assert lines[2]["producer/rows_accepted_total"] == 2
+    assert {name for name in lines[2] if name.startswith("producer/")} == {
+        "producer/elapsed_time_s",
+        "producer/published_version",
+        "producer/in_flight_samples",
+        "producer/rows_accepted_total",
+        "producer/rows_dropped_total",
+        "producer/rows_refilled_total",
+        "producer/trajectory_drops_total",
+    }
     assert {line["policy_version"] for line in lines} == {3}
     assert lines[-1]["run_id"] == "run"
     assert lines[-1].items() >= metrics.items()

@@ -63,7 +63,7 @@ def facts(frame: pl.DataFrame) -> RolloutPart:
 
 
 def test_rollouts_and_what_they_come_to() -> None:
-    frame = check_rollouts(rollouts_frame(GROUPS, policy_version=4))
+    frame = check_rollouts(rollouts_frame(GROUPS, run_id="run", policy_version=4))
     assert frame["reward"].to_list() == [0.0, 1.0, None, 0.0, 1.0]
     assert frame["token_ids"].to_list() == [[5, 6], [5, 6], [], [5, 6], [5, 6]]
     assert frame["weights"].to_list() == ["expected", "straddling", "none", "assumed", "other"]
@@ -82,8 +82,19 @@ def test_rollouts_and_what_they_come_to() -> None:
     assert summarize("now", [], parts_uri="", seconds=0).mean_reward is None
 
 
+def test_a_row_names_the_version_that_was_confirmed_when_it_was_sent() -> None:
+    def stamped(identity: str) -> ScoredGroup:
+        of = sample(0)
+        origin = replace(of.provenance, identity=identity)
+        return group(replace(of, provenance=origin), problem_id=identity)
+
+    names = ["run-000004-0123abcd", "run-000005-0123abcd", "other-000009-0123abcd", "base"]
+    frame = rollouts_frame([stamped(name) for name in names], run_id="run", policy_version=4)
+    assert frame["policy_version"].to_list() == [4, 5, 4, 4]
+
+
 def test_an_empty_part_keeps_the_schema() -> None:
-    frame = check_rollouts(rollouts_frame([], policy_version=0))
+    frame = check_rollouts(rollouts_frame([], run_id="run", policy_version=0))
     assert facts(frame).reward_sum == 0
 
 
@@ -101,7 +112,7 @@ def test_an_empty_part_keeps_the_schema() -> None:
     ],
 )
 def test_rollouts_that_break_the_schema(change: pl.Expr, told: str) -> None:
-    frame = rollouts_frame(GROUPS, policy_version=4).with_columns(change)
+    frame = rollouts_frame(GROUPS, run_id="run", policy_version=4).with_columns(change)
     with pytest.raises(SchemaErrors, match=told):
         check_rollouts(frame)
 
@@ -201,6 +212,8 @@ def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
     pace = {"problems_per_task": 3, "sample_timeout": 9, "concurrency": {"max_concurrency": 2}}
     pace["max_head_offpolicy_versions"] = 2
     assert digest(sampling=pace) == plan.parts[0].digest
+    place = {"timeout_seconds": 1, "environment": ["HOME"]}
+    assert digest(reward=place) == plan.parts[0].digest
     for changes in (
         {"sampling": {"problems_per_task": 3, "seed": 1}},
         {"sampling": {"problems_per_task": 3, "completions_per_prompt": 5}},
@@ -214,7 +227,7 @@ def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
 
 
 def test_the_manifest_there_and_back() -> None:
-    part = facts(rollouts_frame(GROUPS, policy_version=4))
+    part = facts(rollouts_frame(GROUPS, run_id="run", policy_version=4))
     manifest = RolloutManifest(
         identity="now",
         policy_version=4,

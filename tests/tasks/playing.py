@@ -1,10 +1,28 @@
 """Rollout functions for tests: good ones, and every way to be none."""
 
 import asyncio
+import os
 from typing import Any
 
 from blocks.conversation import Conversation
 from hotload.trajectories import Problem, Segment, Trajectory
+
+KEY_VARIABLE = "judge_key"
+
+
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+class UnusualError(BaseException):
+    pass
+
+
+def made_otherwise(sampler: Conversation, **changes: Any) -> Trajectory:
+    made = sampler.trajectory()
+    fields = {name: getattr(made, name) for name in made.__slots__}
+    return Trajectory(**{**fields, **changes})
 
 
 async def two_turns(problem: Problem, sampler: Conversation, question: str = "and?") -> Any:
@@ -44,9 +62,30 @@ async def by_problem(problem: Problem, sampler: Conversation) -> Any:
         case "negative":
             return [Segment((-1,), (2,), (-1.0,), (True,))]
         case "half":
-            made = sampler.trajectory()
-            fields = {name: getattr(made, name) for name in made.__slots__}
-            return Trajectory(**{**fields, "text": "half \ud800"})
+            return made_otherwise(sampler, text="half \ud800")
+        case "halves":
+            half = "\ud800"
+            return made_otherwise(sampler, finish_reason=half, routing_matrix=half, detail=half)
+        case "half a cause":
+            return made_otherwise(sampler, failure="\ud800")
+        case "unpicklable":
+
+            class Text(str):
+                pass
+
+            return made_otherwise(sampler, transcript=({"role": "user", "content": Text("hi")},))
+        case "not json":
+            return made_otherwise(sampler, transcript=({"role": object()},))
+        case "unprintable":
+            raise UnprintableError
+        case "unusual":
+            raise UnusualError
+        case "no segments":
+            return []
+        case "key":
+            raise ValueError("x" * 180 + os.environ[KEY_VARIABLE])
+        case "key told":
+            return made_otherwise(sampler, failure="own", detail=os.environ[KEY_VARIABLE])
         case "turn":
             await sampler.sample("hang please")
     assert turn.text

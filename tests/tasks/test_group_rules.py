@@ -22,6 +22,7 @@ from tasks.read_problems import plan_rollouts
 from tasks.roll_out import Rollout, open_rollout, roll_out_chunk
 from tests.blocks.scripted_inference import IDENTITY, MODEL, client
 from tests.tasks.answering import NO_IDS, Answering, Asked, Reply, never, saying
+from tests.tasks.playing import KEY_VARIABLE
 
 NEWER = "run-000004-0badf00d"
 
@@ -365,6 +366,62 @@ async def test_the_breaker_leaves_the_rest_for_a_later_run(bench: Bench) -> None
     assert manifest.summary.failed_samples == {}
 
 
+async def test_a_failing_service_leaves_no_trace_in_earlier_parts(bench: Bench) -> None:
+    """Rows 1 to 5 fail, in three parts: the first two have ended when the breaker opens."""
+    spec = bench.spec(6, problems_per_task=2, concurrency={"max_concurrency": 1})
+
+    def row_0_alone(asked: Asked) -> bytes:
+        return right_and_wrong(asked) if asked.number < 2 else NO_IDS
+
+    with pytest.raises(RolloutsFailedError, match="missing_token_ids 10"):
+        await bench.run(spec, replying(row_0_alone))
+    manifest, server = await bench.run(spec, replying(right_and_wrong))
+    assert len(server.asked) == 10
+    assert manifest.summary.failed_samples == {}
+    assert manifest.summary.sample_count == 12
+
+
+async def test_what_one_row_lacks_is_recorded_where_others_were_answered(bench: Bench) -> None:
+    spec = bench.spec(3, problems_per_task=1, concurrency={"max_concurrency": 1})
+
+    def not_row_0(asked: Asked) -> bytes:
+        return NO_IDS if asked.number < 2 else right_and_wrong(asked)
+
+    manifest, _ = await bench.run(spec, replying(not_row_0))
+    assert manifest.summary.failed_samples == {"missing_token_ids": 2}
+    again, silent = await bench.run(spec, replying(right_and_wrong))
+    assert silent.asked == []
+    assert again.summary.sample_count == 6
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        ({"groups": {"deadline_seconds": 0.2}}, "deadline 2"),
+        (
+            {
+                "rollout": {
+                    "name": "tests.tasks.playing:two_turns",
+                    "trajectory_timeout_seconds": 0.2,
+                }
+            },
+            "trajectory_timeout 2",
+        ),
+    ],
+)
+async def test_silence_until_the_time_is_up_is_not_recorded(
+    bench: Bench, sampling: dict[str, Any], told: str
+) -> None:
+    async def silence(asked: Asked) -> bytes:
+        return await never()
+
+    spec = bench.spec(1, **sampling)
+    with pytest.raises(RolloutsFailedError, match=told):
+        await bench.run(spec, silence)
+    manifest, _ = await bench.run(spec, replying(right_and_wrong))
+    assert manifest.summary.failed_samples == {}
+
+
 async def test_groups_are_handed_back_while_others_are_sampled(bench: Bench) -> None:
     so_far: list[RolloutManifest] = []
 
@@ -441,19 +498,44 @@ ENDS = {
     "nan": "rollout_raised",
     "negative": "rollout_raised",
     "half": None,
+    "halves": None,
+    "half a cause": "?",
+    "unpicklable": None,
+    "not json": "rollout_raised",
+    "unprintable": "rollout_raised",
+    "unusual": "rollout_raised",
+    "no segments": "rollout_raised",
+    "key": "rollout_raised",
+    "key told": "own",
 }
+KEY = "judge-0123456789-0123456789"
 
 
-async def test_a_failing_function_never_takes_the_batch_with_it(bench: Bench) -> None:
+async def test_a_failing_function_never_takes_the_batch_with_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
     problems = [{"prompt": "go", "answer": each} for each in ENDS]
-    spec = bench.spec(problems, rollout=playing("by_problem"), reward={"name": "length"})
+    # In a process of its own, so that what it is given must be of a form that travels.
+    reward = {"name": "regex", "arguments": {"pattern": "."}}
+    spec = bench.spec(problems, rollout=playing("by_problem"), reward=reward)
     manifest, _ = await bench.run(spec, replying(lambda _: saying("ab")))
     rows = await bench.rows(manifest)
     found = {problems[int(row["problem_id"])]["answer"]: row["failure"] for row in rows}
     assert found == ENDS
-    half = next(row for row in rows if problems[int(row["problem_id"])]["answer"] == "half")
-    assert half["text"] == "half ?"
-    assert manifest.summary.failed_samples == {"rollout_raised": 14, "rollout_skipped": 2}
+    named = {problems[int(row["problem_id"])]["answer"]: row for row in rows}
+    assert named["half"]["text"] == "half ?"
+    assert named["halves"]["finish_reason"] == named["halves"]["routing_matrix"] == "?"
+    assert json.loads(named["unpicklable"]["transcript"]) == [{"role": "user", "content": "hi"}]
+    assert named["unprintable"]["detail"] == "UnprintableError"
+    assert named["key told"]["detail"] == "********"
+    assert not any(KEY[:6] in (row["detail"] or "") for row in rows)
+    assert manifest.summary.failed_samples == {
+        "rollout_raised": 24,
+        "rollout_skipped": 2,
+        "own": 2,
+        "?": 2,
+    }
 
 
 async def test_a_trajectory_that_takes_too_long(bench: Bench) -> None:

@@ -13,7 +13,12 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.errors import InvalidProblemsError, ServiceRefusedError, StoreError
+from hotload.errors import (
+    InvalidProblemsError,
+    ServiceRefusedError,
+    StoreError,
+    StoreUnavailableError,
+)
 from hotload.parts import MANIFEST_FILE, RolloutManifest, RolloutPlan
 from hotload.report import RolloutSummary
 from hotload.spec import CycleSpec
@@ -21,7 +26,16 @@ from tasks.hand_back import find_rollout, hand_back
 from tasks.overlap import overlap
 from tasks.read_problems import plan_rollouts, read_problems
 from tasks.roll_out import open_rollout, roll_out_chunk
-from tests.blocks.scripted_inference import GOOD, IDENTITY, Script, client, http
+from tests.blocks.scripted_inference import (
+    DONE,
+    GOOD,
+    IDENTITY,
+    Script,
+    client,
+    event,
+    http,
+    token,
+)
 
 
 @pytest.fixture
@@ -111,7 +125,12 @@ async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: Checkp
         again, found = await roll_out(spec, store, script)
         assert len(script.requests) == 10 + 4
         assert again == plan
-        assert [part.file for part in found.parts] == [part.file for part in manifest.parts]
+        # No file is written over: a reader may rely on it.
+        assert [part.file for part in found.parts] == [
+            "part-00000-00.parquet",
+            "part-00001-01.parquet",
+            "part-00002-00.parquet",
+        ]
         assert (found.parts[0], found.parts[2]) == (manifest.parts[0], manifest.parts[2])
         summary = await hand_back.fn(store, found, plan.path(MANIFEST_FILE))
         assert await find_rollout.fn(store, plan.path(MANIFEST_FILE), plan.digest) == summary
@@ -142,6 +161,56 @@ async def test_a_failed_write_costs_no_sample(
             in_the_way.unlink()
             (part,) = await roll_out_chunk.fn(rollout, 0)
             assert len(script.requests) == part.sample_count == 4
+
+
+class MovedBucket(CheckpointStore):
+    """A store that is not to be reached for as long as `is_away`."""
+
+    _block_type_slug = "moved-bucket"
+
+    is_away: bool = True
+    tries: int = 0
+
+    async def create_bytes(self, data: bytes, path: str) -> bool:
+        self.tries += 1
+        if self.is_away:
+            raise StoreUnavailableError(path, "no connection to the store")
+        return await super().create_bytes(data, path)
+
+
+def long_prompt() -> bytes:
+    """A good answer that says of its prompt that a group of two fills a file."""
+    raw = {"completion_token_ids": [1], "prompt_token_ids": [7] * (1 << 17)}
+    choice = {"index": 0, "text": "", "finish_reason": "stop", "raw_output": raw}
+    model = f"accounts/a/models/m@{IDENTITY}"
+    return token(1, "a") + event({"model": model, "choices": [choice]}) + DONE
+
+
+async def test_a_store_that_does_not_answer_holds_sampling_back(
+    spec: CycleSpec, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    away = MovedBucket(url=f"file://{tmp_path}/store")
+    many = spec.sampling.model_copy(update={"problems_per_task": 5})
+    spec = spec.model_copy(update={"sampling": many})
+    plan = await plan_rollouts(spec, IDENTITY)
+    with disable_run_logger():
+        async with (
+            served(http(long_prompt())) as script,
+            open_rollout(spec, plan, client(script.port), away, None) as rollout,
+        ):
+            with pytest.raises(StoreUnavailableError):
+                await roll_out_chunk.fn(rollout, 0)
+            sampled, tries = len(script.requests), away.tries
+            assert sampled < 10
+            with pytest.raises(StoreUnavailableError):
+                await roll_out_chunk.fn(rollout, 0)
+            assert (len(script.requests), away.tries) == (sampled, tries + 1)
+            away.is_away = False
+            parts = await roll_out_chunk.fn(rollout, 0)
+            assert sum(part.sample_count for part in parts) == len(script.requests) == 10
+            names = [headers["x-request-id"] for headers, _ in script.requests]
+            assert len(set(names)) == 10
 
 
 async def test_a_refused_key_stops_everything(spec: CycleSpec, store: CheckpointStore) -> None:

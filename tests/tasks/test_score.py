@@ -112,6 +112,9 @@ def speaks(problem, sample):
 
 def tells(problem, sample):
     raise ValueError("no such key: " + os.environ["REWARD_JUDGE_KEY"])
+
+def tells_late(problem, sample):
+    raise ValueError("x" * 170 + os.environ["reward_judge_key"])
 """
 
 
@@ -234,6 +237,21 @@ def test_a_worker_ends_with_its_parent(module: str) -> None:
         worker.stdin.close()
         assert worker.stdout.read() == b""
         assert worker.wait() == 0
+
+
+def test_a_worker_that_reads_nonsense_ends() -> None:
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tasks.reward_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+    )
+    with worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(struct.pack(">I", 4) + b"none")
+        worker.stdin.flush()
+        assert worker.stdout.read() == b""
 
 
 async def test_a_failed_sample_is_not_scored(module: str) -> None:
@@ -404,6 +422,13 @@ async def test_a_reward_reads_no_key_it_did_not_ask_for(
     async with open_scorer(RewardSpec(name=f"{module}:tells")) as scorer:
         scored = await scorer.score_group(group("x"))
     assert scored.trajectories_G[0].detail == "ValueError: no such key: ********"
+
+
+async def test_no_part_of_a_key_is_told(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("reward_judge_key", "judge-0123456789-0123456789")
+    async with open_scorer(RewardSpec(name=f"{module}:tells_late")) as scorer:
+        scored = await scorer.score_group(group("x"))
+    assert scored.trajectories_G[0].detail.endswith("x********")
 
 
 @pytest.mark.parametrize("name", ["FIREWORKS_API_KEY", "AWS_NOT_SET_ANYWHERE"])

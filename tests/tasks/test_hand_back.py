@@ -1,0 +1,97 @@
+"""Part files: two runs of one cycle at once never write over each other's."""
+
+import asyncio
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.parts import PartNotes, RolloutPart, RolloutPlan
+from hotload.spec import CycleSpec
+from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory
+from tasks.hand_back import read_parts, write_part
+from tasks.read_problems import plan_rollouts
+
+IDENTITY = "run-000003-0badf00d"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    (tmp_path / "store").mkdir()
+    return CheckpointStore(url=f"file://{tmp_path}/store")
+
+
+@pytest.fixture
+async def plan(tmp_path: Path) -> RolloutPlan:
+    dataset = tmp_path / "problems.jsonl"
+    dataset.write_text("".join(json.dumps({"id": n, "prompt": "x"}) + "\n" for n in range(4)))
+    spec = CycleSpec.model_validate(
+        {
+            "checkpoint": str(tmp_path),
+            "work_dir": str(tmp_path),
+            "run_id": "run",
+            "policy_version": 3,
+            "problems": {"dataset": str(dataset)},
+        }
+    )
+    return await plan_rollouts(spec, IDENTITY)
+
+
+def group(problem_id: str, text: str, identity: str = IDENTITY) -> ScoredGroup:
+    sample = Trajectory(
+        problem_id=problem_id,
+        sample_number=0,
+        seed=0,
+        provenance=Provenance(identity, "r", "s", 1, (identity,), identity),
+        latency_seconds=0.5,
+        prompt_token_ids=(1,),
+        token_ids_T=(5,),
+        sampling_logprobs_T=(-0.5,),
+        loss_mask_T=(True,),
+        text=text,
+        finish_reason="stop",
+    )
+    return ScoredGroup(Problem(problem_id, "x"), (sample,), (1.0,), (0.0,))
+
+
+async def write(
+    store: CheckpointStore, plan: RolloutPlan, *groups: ScoredGroup, piece: int = 0
+) -> RolloutPart:
+    return await write_part(store, plan, plan.parts[0], piece, groups, PartNotes())
+
+
+async def sha256(store: CheckpointStore, path: str) -> str:
+    return hashlib.sha256(await store.read_bytes(path, limit_bytes=1 << 20)).hexdigest()
+
+
+async def test_runs_at_once_take_files_of_their_own(
+    store: CheckpointStore, plan: RolloutPlan
+) -> None:
+    runs = (write(store, plan, group(str(n), f"run {n}")) for n in range(4))
+    written = await asyncio.gather(*runs)
+    files = [f"part-00000-{n:02d}.parquet" for n in range(4)]
+    assert sorted(part.file for part in written) == files
+    for part in written:
+        assert await sha256(store, plan.path(part.file)) == part.sha256
+    found = await read_parts(store, plan, plan.parts[0], files)
+    assert sorted((each.part for each in found), key=lambda part: part.file) == sorted(
+        written, key=lambda part: part.file
+    )
+
+
+async def test_an_answer_that_was_lost_makes_no_second_file(
+    store: CheckpointStore, plan: RolloutPlan
+) -> None:
+    first = await write(store, plan, group("0", "x"))
+    assert await write(store, plan, group("0", "x")) == first
+    assert await store.names(plan.directory) == [first.file]
+
+
+async def test_what_is_not_ours_is_left_as_it_is(store: CheckpointStore, plan: RolloutPlan) -> None:
+    await store.put_bytes(b"of an earlier plan", plan.path("part-00000-00.parquet"))
+    part = await write(store, plan, group("0", "ours"))
+    assert part.file == "part-00000-01.parquet"
+    left = await store.read_bytes(plan.path("part-00000-00.parquet"), limit_bytes=64)
+    assert left == b"of an earlier plan"

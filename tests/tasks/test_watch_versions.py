@@ -1,0 +1,121 @@
+"""Newer weights are noticed before the first sample of a cycle that goes on, and weights of nobody
+of ours are not sampled."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from hotload.admission import Admission
+from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
+from hotload.spec import CycleSpec, ReadinessPolicy, Sampling
+from tasks.gate import Gate
+from tasks.read_problems import plan_rollouts
+from tasks.roll_out import Rollout, open_rollout
+from tasks.watch_versions import first_look
+from tests.blocks.peers import answering, http
+from tests.blocks.scripted_inference import IDENTITY, KEY, client
+
+NEXT, LATER = "run-000004-0badf00d", "run-000005-0badf00d"
+NAMES = {"account_id": "a", "model_id": "m", "deployment_id": "d"}
+IMPATIENT = ReadinessPolicy(weight_sync_timeout=0.05, poll_interval_seconds=0.001)
+
+
+def serving(*identities: str | None) -> bytes:
+    """What the service says with one replica for each."""
+    replicas = [{"readiness": True, "current_snapshot_identity": each} for each in identities]
+    return http("200 OK", json.dumps({"replicas": replicas}).encode())
+
+
+async def look(*answers: bytes) -> tuple[str, Gate, int]:
+    """What samples are stamped with after the first look, the gate, and the requests it took."""
+    admission = Admission(
+        group_size=2, batch_size=4, initial_version=3, max_head_offpolicy_versions=1
+    )
+    gate = Gate(admission, lambda: 4)
+    with disable_run_logger():
+        async with (
+            answering() as server,
+            client(1).session(Sampling(), identity=IDENTITY, policy_version=3) as sampler,
+        ):
+            server.answers += answers
+            service = HotLoadService(base_url=server.address, api_key=KEY, **NAMES)
+            await first_look(service, "run", sampler, gate, IMPATIENT)
+            return sampler.identity, gate, len(server.requests)
+
+
+@pytest.mark.parametrize(
+    ("answers", "identity", "is_stale"),
+    [
+        ([serving(IDENTITY, IDENTITY)], IDENTITY, False),
+        ([serving(NEXT, NEXT)], NEXT, False),
+        ([serving(LATER)], LATER, True),
+        # A version on its way changes nothing as long as ours is there.
+        ([serving(IDENTITY, NEXT)], IDENTITY, False),
+        # It is gone, and what took its place is not everywhere yet.
+        ([serving(NEXT, LATER), serving(LATER, LATER)], LATER, True),
+        ([http("503 Busy"), serving(), serving(NEXT)], NEXT, False),
+    ],
+)
+async def test_the_first_look(answers: list[bytes], identity: str, *, is_stale: bool) -> None:
+    stamped, gate, requests = await look(*answers)
+    assert (stamped, gate.is_stale, requests) == (identity, is_stale, len(answers))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        serving("other-000009-0badf00d"),
+        serving("run-000002-0badf00d"),
+        serving(None),
+        serving(),
+        http("503 Busy"),
+    ],
+)
+async def test_weights_that_are_not_ours(answer: bytes) -> None:
+    with pytest.raises(ReadinessTimeoutError, match=IDENTITY):
+        await look(answer)
+
+
+async def test_a_refused_key() -> None:
+    with pytest.raises(ServiceRefusedError):
+        await look(http("401 No"))
+
+
+@asynccontextmanager
+async def opened(root: Path, answer: bytes) -> AsyncIterator[Rollout]:
+    (root / "problems.jsonl").write_text('{"id": 0, "prompt": "x", "answer": "y"}\n')
+    spec = CycleSpec.model_validate(
+        {
+            "checkpoint": str(root),
+            "work_dir": str(root),
+            "run_id": "run",
+            "policy_version": 3,
+            "problems": {"dataset": str(root / "problems.jsonl")},
+            "sampling": {"max_head_offpolicy_versions": 1},
+            "readiness": IMPATIENT.model_dump(),
+        }
+    )
+    plan = await plan_rollouts(spec, IDENTITY)
+    store = CheckpointStore(url=f"file://{root}")
+    with disable_run_logger():
+        async with answering() as server:
+            server.answers.append(answer)
+            service = HotLoadService(base_url=server.address, api_key=KEY, **NAMES)
+            async with open_rollout(spec, plan, client(1), store, None, service) as rollout:
+                yield rollout
+
+
+async def test_a_rollout_opens_after_the_first_look(tmp_path: Path) -> None:
+    async with opened(tmp_path, serving(LATER)) as rollout:
+        assert rollout.gate.is_stale
+        await asyncio.sleep(0)  # what runs beside it begins
+    with pytest.raises(ReadinessTimeoutError):
+        async with opened(tmp_path, serving("other-000009-0badf00d")):
+            pass
