@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
@@ -552,6 +552,15 @@ def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(here: Path, arguments: st
     assert drawn.endswith("\r\x1b[K")
 
 
+@pytest.fixture
+def hangups_are_heard() -> Iterator[None]:
+    """Whoever started the tests may ignore them, as nohup does, and commands go on doing so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_are_heard")
 @pytest.mark.parametrize(
     ("arguments", "number", "code"),
     [
