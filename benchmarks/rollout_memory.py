@@ -39,7 +39,7 @@ class CannedSampler:
 
     def __init__(self, spec: CycleSpec, tokens: int) -> None:
         self.sampling = spec.sampling
-        self.size = self.widest = IN_FLIGHT
+        self.size = IN_FLIGHT
         self.identity = IDENTITY
         self._tokens = tokens
 

@@ -61,11 +61,6 @@ class Sampler:
         self._uniform = random.Random().random
 
     @property
-    def widest(self) -> int:
-        """Samples that can ever be in flight."""
-        return self._slots.window.widest
-
-    @property
     def size(self) -> int:
         """Requests that may be in flight now."""
         return self._slots.window.size

@@ -8,7 +8,6 @@ _hotload/reports/<run>-<version>.json     last of all: the cycle has ended
 import asyncio
 import re
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import cast
 
 from polars.exceptions import PolarsError
@@ -18,10 +17,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.errors import IdentityConflictError, StoreError, StoreUnavailableError
+from hotload.errors import StoreError, StoreUnavailableError
 from hotload.figures import Figures
 from hotload.html_report import render_report
-from hotload.local import read_checkpoint
 from hotload.metrics import cycle_metrics, json_lines
 from hotload.parts import MANIFEST_FILE, RolloutManifest
 from hotload.report import CycleReport
@@ -30,7 +28,7 @@ from hotload.spec import CycleSpec
 from tasks.records import REPORTS, read_report, write_report
 from tasks.retrying import RETRIED
 from tasks.send_metrics import send_metrics
-from tasks.validate import read_content
+from tasks.validate import require_content
 
 METRICS = "_hotload/metrics"
 
@@ -45,14 +43,8 @@ async def find_report(store: CheckpointStore, spec: CycleSpec) -> CycleReport | 
         IdentityConflictError: it ended with other content under the same run and version.
     """
     report = await read_report(store, spec.name)
-    if report is None or not await asyncio.to_thread(Path(spec.checkpoint).exists):
-        return report
-    checkpoint = await asyncio.to_thread(read_checkpoint, Path(spec.checkpoint))
-    found = (await read_content(spec, checkpoint)).sha256
-    if report.content_sha256 != found:
-        digests = f"{report.content_sha256[:12]}…, now {found[:12]}…"
-        reason = f"the cycle has ended with other content (sha256 {digests})"
-        raise IdentityConflictError(spec.name, reason)
+    if report is not None:
+        await require_content(spec, report.content_sha256, "ended with")
     return report
 
 

@@ -4,20 +4,15 @@ Without it a cycle that was killed while sampling would be refused when it start
 may serve a later version by then.
 """
 
-import asyncio
-from pathlib import Path
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.errors import IdentityConflictError
-from hotload.local import read_checkpoint
 from hotload.report import Publication
 from hotload.snapshot import MANIFEST_LIMIT_BYTES
 from hotload.spec import CycleSpec
 from tasks.retrying import RETRIED
-from tasks.validate import read_content
+from tasks.validate import require_content
 
 PUBLICATIONS = "_hotload/publications"
 
@@ -37,13 +32,7 @@ async def find_publication(store: CheckpointStore, spec: CycleSpec) -> Publicati
         return None
     data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
     publication = Publication.parse(data, path=path)
-    if await asyncio.to_thread(Path(spec.checkpoint).exists):
-        checkpoint = await asyncio.to_thread(read_checkpoint, Path(spec.checkpoint))
-        found = await read_content(spec, checkpoint)
-        if found.sha256 != publication.content.sha256:
-            digests = f"{publication.content.sha256[:12]}…, now {found.sha256[:12]}…"
-            reason = f"the cycle has published other content (sha256 {digests})"
-            raise IdentityConflictError(spec.name, reason)
+    await require_content(spec, publication.content.sha256, "published")
     return publication
 
 

@@ -8,7 +8,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.hot_load_service import HotLoadService
-from hotload.errors import InvalidCheckpointError
+from hotload.errors import IdentityConflictError, InvalidCheckpointError
 from hotload.layout import check_full, check_lora, refuse_errors
 from hotload.local import read_checkpoint, sha256_file
 from hotload.shards import Checkpoint, Finding, read_json_object
@@ -113,3 +113,20 @@ def changed_since_validation(file: str, expected: str, found: str) -> InvalidChe
         f"sha256 {expected[:12]}…, as validated: a published checkpoint stays as it is",
     )
     return InvalidCheckpointError((finding,))
+
+
+async def require_content(spec: CycleSpec, sha256: str, what_it_did: str) -> None:
+    """Return if the checkpoint is what this cycle had before, or is gone, as a trainer may do.
+
+    Raises:
+        IdentityConflictError: it is another, under the same run and version.
+    """
+    if not await asyncio.to_thread(Path(spec.checkpoint).exists):
+        return
+    checkpoint = await asyncio.to_thread(read_checkpoint, Path(spec.checkpoint))
+    found = (await read_content(spec, checkpoint)).sha256
+    if found != sha256:
+        digests = f"(sha256 {sha256[:12]}…, now {found[:12]}…)"
+        raise IdentityConflictError(
+            spec.name, f"the cycle has {what_it_did} other content {digests}"
+        )
