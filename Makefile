@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test check bench test-stores oracles conformance fuzz lock golden deploy wheel clean
+.PHONY: help install demo ui test check bench swaps test-stores oracles conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -42,9 +42,14 @@ WITNESS := .oracle-venv/bin/python
 bench: install  ## the measured promises: codec (`make oracles` first adds its peers), rollouts, cost of a cycle
 	$(PY) -m benchmarks.codec --witness $(WITNESS) --write
 	$(PY) -m benchmarks.client
+	$(PY) -m benchmarks.whole_path
 	$(PY) -m benchmarks.fan_out
 	$(PY) -m benchmarks.rollout_memory
 	$(PY) -m benchmarks.cycle_overhead
+
+swaps: install  ## a run over three policy versions with swaps and faults: the report against the emulator's own log
+	$(PY) -m benchmarks.swaps --mode ASYNC
+	$(PY) -m benchmarks.swaps --mode SYNC
 
 test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: ceph-mon ceph-osd radosgw)
 	$(PY) -m tests.radosgw $(PY) -m pytest tests/blocks -m stores

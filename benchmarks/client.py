@@ -7,10 +7,8 @@ client as it comes. Then where a sample's CPU goes, and how the window takes ten
 
 import argparse
 import asyncio
-import cProfile
 import gc
 import json
-import pstats
 import statistics
 import tempfile
 import time
@@ -26,6 +24,7 @@ import orjson
 from httpx_aiohttp import AiohttpTransport
 from openai import AsyncOpenAI
 
+from benchmarks.profiles import print_costs
 from benchmarks.stub_service import PROMPT
 from blocks.exchange import Chunks
 from blocks.rollout_client import RolloutClient
@@ -218,32 +217,6 @@ def compare(url: str, options: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in ratios.items()}
 
 
-def profile(url: str, options: argparse.Namespace) -> None:
-    """Print where the CPU of a sample goes: the five costs on top, by their own time."""
-    profiler = cProfile.Profile()
-    profiler.enable()
-    asyncio.run(ours(url, options, options.samples // 2))
-    profiler.disable()
-    stats = pstats.Stats(profiler)
-    total = stats.total_tt  # type: ignore[attr-defined]
-    costs = sorted(
-        stats.stats.items(),  # type: ignore[attr-defined]
-        key=lambda item: -item[1][2],
-    )
-    costs = [item for item in costs if "select.epoll" not in item[0][2]]
-    waited = sum(
-        item[1][2]
-        for item in stats.stats.items()  # type: ignore[attr-defined]
-        if "select.epoll" in item[0][2]
-    )
-    print("\nCPU of a sample by profiler (its own cost included), five on top:")
-    for (path, line, name), (_, calls, own, _, _) in costs[: options.costs]:
-        where = name if path == "~" else f"{Path(path).name}:{line} {name}"
-        share = own / (total - waited)
-        per_sample = calls / (options.samples // 2)
-        print(f"  {share:5.1%}  {per_sample:7.1f} calls per sample  {where}")
-
-
 async def _through(url: str, options: argparse.Namespace) -> tuple[list[float], int, Any]:
     """Moments at which samples ended, how many failed, the window's trace."""
     window = Concurrency(initial_window=64, max_window=64)
@@ -314,7 +287,8 @@ def main() -> None:
         form += ["--events-per-write", str(options.events_per_write)]
         with stub(root, *form) as url:
             ratios = compare(url, options)
-            profile(url, options)
+            count = options.samples // 2
+            print_costs(lambda: asyncio.run(ours(url, options, count)), count, options.costs)
         with stub(root, *form, "--latency", "0.2", "--slow-at", str(options.slow_at)) as url:
             is_calm = storm(url, options)
     of_hand, of_openai = ratios["by hand"], ratios["openai"]

@@ -13,9 +13,10 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import polars as pl
@@ -31,7 +32,8 @@ PARTS = 8
 PARTS_BEFORE_THE_NEXT = 2
 STORMS = 12
 TOKENS = 16
-CUT = 499  # how the log marks a stream that did not come to its end
+WIDTH = 50
+CUT = "499"  # how the log marks an answer that did not come to its end
 NAMES = {"account_id": "bench", "model_id": "tiny", "deployment_id": "fleet"}
 FLEET = ["--replicas", "3", "--engine", "stub", "--seconds-per-token", "0.04"]
 FLEET += ["--seconds-per-state", "0.2"]
@@ -52,70 +54,71 @@ SLOW_REPLICA: tuple[dict[str, Any], ...] = (
 )
 
 
-class Counts(NamedTuple):
-    """One side's counts. `by_status` is of requests without a whole answer, where it is known."""
-
-    samples: int
-    sent: int
-    whole: int
-    straddling: int
-    tokens: int
-    by_identity: dict[str, int]
-    by_status: dict[str, int]
-
-    @classmethod
-    def of_report(cls, rollouts: "RolloutSummary") -> "Counts":
-        """What a cycle's report says."""
-        return cls(
-            samples=rollouts.sample_count,
-            sent=rollouts.groups.attempts,
-            whole=rollouts.sample_count - sum(rollouts.failed_samples.values()),
-            straddling=rollouts.groups.straddling_samples,
-            tokens=rollouts.completion_token_count,
-            by_identity=rollouts.samples_by_identity,
-            by_status={},
-        )
-
-    @classmethod
-    def of_log(cls, requests: Iterable[dict[str, Any]]) -> "Counts":
-        """What the emulator's records of requests say; those of one session are one sample."""
-        requests = list(requests)
-        whole = [each for each in requests if each["status"] == 200]
-        met = [list(dict.fromkeys((r["identity_first"], r["identity_last"]))) for r in whole]
-        refused = Counter(each["status"] for each in requests if each["status"] != 200)
-        return cls(
-            samples=len({each["session"] for each in requests}),
-            sent=len(requests),
-            whole=len(whole),
-            straddling=sum(len(identities) > 1 for identities in met),
-            tokens=sum(each["completion_tokens"] for each in whole),
-            by_identity=Counter(" → ".join(map(str, identities)) for identities in met),
-            by_status={_name(status): refused[status] for status in sorted(refused)},
-        )
-
-    @classmethod
-    def total(cls, sides: Iterable["Counts"]) -> "Counts":
-        """The sum of several."""
-        columns = list(zip(*sides, strict=True))
-        sums = [sum(column) for column in columns[:5]]
-        found = [sum(map(Counter, column), Counter[str]()) for column in columns[5:]]
-        return cls(*sums, *found)
-
-    def lines(self) -> dict[str, int]:
-        """What both sides know, to be compared line by line."""
-        return {
-            "samples": self.samples,
-            "requests sent": self.sent,
-            "answered 200, whole": self.whole,
-            "refused or cut": self.sent - self.whole,
-            "samples straddling": self.straddling,
-            "tokens of whole answers": self.tokens,
-            **{f"by {name}": count for name, count in sorted(self.by_identity.items())},
-        }
+Counts = dict[str, int]
+"""What one side counted, line by line; lines that are set in add up to the one above them."""
 
 
-def _name(status: int) -> str:
-    return "cut" if status == CUT else f"refused {status}"
+def of_report(rollouts: "RolloutSummary") -> Counts:
+    """What a cycle's report says."""
+    met = rollouts.groups.failed_attempts
+    return _lines(
+        rollouts.groups.attempts,
+        rollouts.groups.attempts - sum(met.values()),
+        {status: count for status, count in met.items() if status.isdigit()},
+        rollouts.samples_by_identity,
+        samples=rollouts.sample_count,
+        answered=rollouts.sample_count - sum(rollouts.failed_samples.values()),
+        straddling=rollouts.groups.straddling_samples,
+        tokens=rollouts.completion_token_count,
+    )
+
+
+def of_log(requests: Iterable[dict[str, Any]]) -> Counts:
+    """What the emulator's records of requests say; those of one session are one sample."""
+    requests = list(requests)
+    whole = [each for each in requests if each["status"] == 200]
+    met = [list(dict.fromkeys((r["identity_first"], r["identity_last"]))) for r in whole]
+    statuses = Counter(str(each["status"]) for each in requests)
+    return _lines(
+        len(requests),
+        len(whole),
+        {status: count for status, count in statuses.items() if status not in ("200", CUT)},
+        Counter(" → ".join(map(str, identities)) for identities in met),
+        samples=len({each["session"] for each in requests}),
+        answered=len({each["session"] for each in whole}),
+        straddling=sum(len(identities) > 1 for identities in met),
+        tokens=sum(each["completion_tokens"] for each in whole),
+    )
+
+
+def _lines(
+    sent: int,
+    whole: int,
+    refused: Mapping[str, int],
+    by_identity: Mapping[str, int],
+    *,
+    samples: int,
+    answered: int,
+    straddling: int,
+    tokens: int,
+) -> Counts:
+    statuses = dict.fromkeys((str(each["status"]) for each in REFUSALS), 0) | dict(refused)
+    return {
+        "requests sent": sent,
+        "  answered whole": whole,
+        "  cut short": sent - whole - sum(refused.values()),
+        **{f"  refused {status}": count for status, count in statuses.items()},
+        "samples": samples,
+        "samples answered": answered,
+        **{f"  by {name}": by_identity[name] for name in sorted(by_identity)},
+        "samples straddling": straddling,
+        "tokens of whole answers": tokens,
+    }
+
+
+def total(sides: Iterable[Counts]) -> Counts:
+    """The sum of several, line by line."""
+    return dict(sum(map(Counter, sides), Counter()))
 
 
 def storms(sample_count: int) -> list[dict[str, Any]]:
@@ -174,7 +177,8 @@ async def run_cycles(options: argparse.Namespace, root: Path, url: str) -> "list
         cycle = asyncio.create_task(checkpoint_to_rollout(spec_of(options, root, version)))
         cycles.append(cycle)
         # The next begins by what the bucket holds, as another machine's trainer would see it.
-        while not cycle.done() and len(part_files(root, version)) < PARTS_BEFORE_THE_NEXT:  # noqa: ASYNC110
+        parts = partial(part_files, root, version)
+        while not cycle.done() and len(parts()) < PARTS_BEFORE_THE_NEXT:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return await asyncio.gather(*cycles)
 
@@ -189,11 +193,12 @@ def compare(
     reports: "list[CycleReport]",
     rows: list[pl.DataFrame],
     requests: list[dict[str, Any]],
-    ordered: Counter[str],
+    ordered: Mapping[str, int],
 ) -> list[str]:
     """Print both sides, version by version and in total; what is not equal.
 
-    A report does not tell refusals apart: by status, the log is held against what was `ordered`.
+    The log does not tell a stream that ended too soon from a broken connection, and the report
+    does: it is held against what was `ordered`, by what an attempt meets.
     """
     version_of = {
         request_id: number
@@ -206,24 +211,27 @@ def compare(
         if each["request_id"] in version_of:
             logged[version_of[each["request_id"]]].append(each)
     wrong = [f"{len(strangers)} requests that no row knows"] if strangers else []
-    reported = [Counts.of_report(report.rollouts) for report in reports]
-    found = [Counts.of_log(each) for each in logged]
-    for report, frame, ours, theirs, log in zip(
-        reports, rows, reported, found, logged, strict=True
-    ):
+    reported = [of_report(report.rollouts) for report in reports]
+    for report, frame, ours, log in zip(reports, rows, reported, logged, strict=True):
         name = f"version {report.policy_version}"
-        wrong += table(f"{name}, {report.snapshot.identity}", ours, theirs)
+        wrong += table(f"{name}, {report.snapshot.identity}", ours, of_log(log))
         odd = len(told_by_rows(frame) ^ told_by_log(log))
         wrong += [f"{name}: {odd} lines, of a row or of the log, without their like"] * bool(odd)
-    total = Counts.of_log(requests)
-    wrong += table("total", Counts.total(reported), total)
-    print("\nwithout a whole answer, in total: by the log, and as ordered")
-    for name, count in total.by_status.items():
-        print(f"{name:18}  {count:8}  {ordered[name]:8}")
-        # A drain refuses with 425 of its own.
-        if count != ordered[name] and not (name == "refused 425" and count > ordered[name]):
-            wrong.append(f"{name}: {count} in the log, {ordered[name]} ordered")
-    return wrong
+    wrong += table("all versions", total(reported), of_log(requests))
+    met = total(report.rollouts.groups.failed_attempts for report in reports)
+    title = "what requests met; a drain adds 425s of its own"
+    return wrong + table(title, met, ordered, against="ordered", or_more="425")
+
+
+def met_as_ordered(faults: list[dict[str, Any]]) -> Counts:
+    """What the faults that struck a request make it meet."""
+    met: Counter[str] = Counter()
+    for fault in faults:
+        if fault["fault"] == "respond":
+            met[str(fault["status"])] += fault["struck"]
+        elif fault["fault"] == "truncate_stream":
+            met["connection" if fault["abrupt"] else "truncated"] += fault["struck"]
+    return met
 
 
 def told_by_rows(frame: pl.DataFrame) -> set[tuple[Any, ...]]:
@@ -243,20 +251,27 @@ def told_by_log(requests: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
     }
 
 
-def table(title: str, ours: Counts, theirs: Counts) -> list[str]:
-    """Print one table; its lines that are not equal."""
-    left, right = ours.lines(), theirs.lines()
-    width = max(map(len, (*left, *right)))
-    print(f"\n{title:{width}}  {'report':>8}  {'log':>8}")
+def table(
+    title: str,
+    ours: Mapping[str, int],
+    theirs: Mapping[str, int],
+    *,
+    against: str = "log",
+    or_more: str | None = None,
+) -> list[str]:
+    """Print one table; its lines that are not equal.
+
+    Args:
+        or_more: the line where we may have more.
+    """
+    print(f"\n{title:{WIDTH}} {'report':>9} {against:>9}")
     wrong = []
-    for name in left | right:
-        one, other = left.get(name, 0), right.get(name, 0)
-        print(f"{name:{width}}  {one:8}  {other:8}{'' if one == other else '  <- not equal'}")
-        if one != other:
-            wrong.append(f"{title}: {name}: {one} reported, {other} in the log")
-        if name == "refused or cut":
-            for status, count in theirs.by_status.items():
-                print(f"{'  ' + status:{width}}  {'':8}  {count:8}")
+    for name in dict(theirs) | dict(ours):
+        one, other = ours.get(name, 0), theirs.get(name, 0)
+        mark = "=" if one == other else ">" if name == or_more and one > other else "≠"
+        print(f"{name:{WIDTH}} {one:9,} {other:9,}  {mark}")
+        if mark == "≠":
+            wrong.append(f"{title}: {name.strip()}: {one} reported, {other} {against}")
     return wrong
 
 
@@ -310,13 +325,10 @@ def main() -> int:
         frames = [pl.read_parquet(part_files(root, version)) for version in VERSIONS]
     what = f"{options.problems} x {options.samples} samples x {len(VERSIONS)} versions"
     print(f"swaps under {options.mode}, {what}: {seconds:.0f} s")
-    ordered: Counter[str] = Counter()
-    for fault in faults:
-        if fault["fault"] in ("respond", "truncate_stream"):
-            ordered[_name(fault.get("status", CUT))] += fault["struck"]
-    wrong = compare(reports, frames, log["requests"], ordered)
+    wrong = compare(reports, frames, log["requests"], met_as_ordered(faults))
     wrong += check_conditions(options, reports, faults, log)
-    print("\n".join(["", *wrong]) if wrong else "\nevery count is equal")
+    verdict = ["NOT EQUAL", *wrong] if wrong else ["report and log agree in every count"]
+    print("\n".join(["", *verdict]))
     return 1 if wrong else 0
 
 

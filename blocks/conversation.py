@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from hotload.errors import HotLoadError, ServiceError
-from hotload.faults import Action, Cause, Fault
+from hotload.faults import CANCELLED, Action, Cause, Fault
 from hotload.spec import Sampling
 from hotload.straddling import settle_straddling
 from hotload.trajectories import TOKEN_ID_LIMIT, Problem, Provenance, Segment, Trajectory
@@ -43,8 +43,9 @@ class Ask(Protocol):
         request_id: str,
         session_id: str,
         attempted: Callable[[], None],
+        ended: Callable[[Fault | None], None],
     ) -> Awaitable[Outcome]:
-        """Its outcome; `attempted` is called as each attempt is sent.
+        """Its outcome; `attempted` is called as each attempt is sent, `ended` as it has ended.
 
         Raises:
             ServiceError: no request can succeed.
@@ -114,11 +115,21 @@ class Conversation:
         self._turn_timeout_seconds = turn_timeout_seconds
         self._is_hedge = is_hedge
         self._first_sent_at: float | None = None
+        self._answered_count = 0
+        self._met: tuple[str, ...] = ()
         self._turn_count = 0
         self._turns = Turns()
         self._fault: Fault | None = None
         self._stop: ServiceError | None = None
         self._transcript: list[Mapping[str, Any]] = []
+
+    @property
+    def failed_attempts(self) -> tuple[str, ...]:
+        """What each request met that got no usable answer; one that has not ended is `cancelled`,
+        since what is counted now is given up.
+        """
+        unfinished = self.attempts - self._answered_count - len(self._met)
+        return (*self._met, *(CANCELLED,) * unfinished)
 
     async def sample(
         self, asked: Asked, *, max_tokens: int | None = None, stop: Sequence[str] | None = None
@@ -161,6 +172,15 @@ class Conversation:
         self._tell(question, turn)
         return turn
 
+    async def answer(self) -> Trajectory:
+        """The answer to the problem itself: a trajectory of one turn, marked if it failed.
+
+        Raises:
+            ServiceRefusedError, ProtocolError: as `ask`.
+        """
+        await self.ask(self.problem, self._sampling)
+        return self.trajectory()
+
     async def ask(self, asked: Problem, sampling: Sampling) -> Outcome:
         """One turn, its failure a value.
 
@@ -180,6 +200,7 @@ class Conversation:
                     request_id=f"{self._request_id}-{number}" if number else self._request_id,
                     session_id=self._session_id,
                     attempted=self._note_attempt,
+                    ended=self._note_end,
                 )
         except TimeoutError:
             if not limit.expired():
@@ -235,6 +256,7 @@ class Conversation:
                 request_id=self._request_id,
                 session_id=self._session_id,
                 attempts=self.attempts,
+                failed_attempts=self.failed_attempts,
                 observed=turns.observed,
                 last=turns.last_identity,
                 replica=turns.replica,
@@ -248,6 +270,7 @@ class Conversation:
             loss_mask_T=first.loss_mask_T,
             text=turns.text,
             finish_reason=turns.finish_reason,
+            prompt_token_count=turns.prompt_token_count,
             cached_prompt_token_count=turns.cached_prompt_token_count,
             failure=None if fault is None else fault.cause.value,
             detail="" if fault is None else fault.detail,
@@ -263,6 +286,12 @@ class Conversation:
         self.attempts += 1
         if self._first_sent_at is None:
             self._first_sent_at = time.monotonic()
+
+    def _note_end(self, fault: Fault | None) -> None:
+        if fault is None:
+            self._answered_count += 1
+        else:
+            self._met += (fault.met,)
 
     def _tell(self, question: Problem, turn: Turn) -> None:
         """Write the turn down: a chat as it stands, anything else one line after the other."""

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Literal, Self
 
 import polars as pl
+from numpy.typing import ArrayLike
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.claims import CLAIM_LIMIT_BYTES, Claim, Holding, claim_file, claims_path
+from blocks.rollout_directory import acknowledged_drift, find_rollouts, read_log, read_manifest
+from hotload.claims import Claim, Holding, claim_file, claims_path
+from hotload.drift import LogprobDrift
 from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
 from hotload.part_files import parse_rollouts
-from hotload.parts import MANIFEST_FILE, PARTS, RolloutManifest, RolloutPart
-from hotload.snapshot import MANIFEST_LIMIT_BYTES, cycle_name
+from hotload.parts import PARTS, RolloutManifest, RolloutPart
+from hotload.snapshot import cycle_name
+from hotload.trainer_logprobs import drifts_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +38,8 @@ class Delivery:
     claims: tuple[tuple[str, int, tuple[str, ...]], ...]
     """The problems of the groups, by the log of the part they lie in and the number of the lease
     in it that they were delivered under."""
+    row_counts: tuple[int, ...]
+    """The rows of `frame` that each of the claims has, in order."""
 
     @property
     def problem_ids(self) -> tuple[str, ...]:
@@ -152,19 +157,39 @@ class RolloutReader:
                 raise StoreUnavailableError(self._directory or f"{PARTS}/{self._name}", waited)
             await asyncio.sleep(self._poll_seconds)
 
-    async def acknowledge(self, delivery: Delivery) -> None:
+    async def acknowledge(
+        self, delivery: Delivery, trainer_logprobs: Sequence[ArrayLike | None] | None = None
+    ) -> None:
         """Record that these groups are used: nobody gets them again. Repeating it changes nothing.
 
+        Args:
+            trainer_logprobs: the trainer's own log-probabilities, from which the drift is recorded
+                with it: for each row of `delivery.frame` one number per completion token, or `None`
+                for a row that was not trained on. `Batch.by_frame_row` makes them of a batch's.
+
         Raises:
+            ValueError: the log-probabilities do not fit the rows; nothing was acknowledged.
             LeaseLostError: the lease expired and another consumer has taken them, or had them for
                 a while; what was learnt from them may count twice now. Groups of other parts may be
                 acknowledged already.
             StoreError: as `next`; call again.
         """
-        for path, leased_at, problems in delivery.claims:
+        drifts: list[LogprobDrift | None] = [None] * len(delivery.claims)
+        if trainer_logprobs is not None:
+            drifts = drifts_of(trainer_logprobs, delivery.frame, delivery.row_counts)
+        for (path, leased_at, problems), drift in zip(delivery.claims, drifts, strict=True):
             part = self._parts[path]
             while not self._is_acknowledged(part, leased_at, problems):
-                await self._append(part, self._claim("acknowledge", problems))
+                await self._append(part, self._claim("acknowledge", problems, drift))
+
+    async def drift(self) -> LogprobDrift | None:
+        """How far trainers' log-probabilities are from the sampler's, over all that consumers told
+        with their acknowledgements of this version so far; `None` where none did.
+
+        Raises:
+            StoreError: as `next`; call again.
+        """
+        return await acknowledged_drift(self._store, self._run_id, self._policy_version)
 
     async def give_back(self) -> None:
         """Let other consumers have at once what was delivered or leased and not acknowledged.
@@ -183,31 +208,10 @@ class RolloutReader:
 
     async def _manifest(self) -> RolloutManifest | None:
         if self._directory is None:
-            self._directory = await self._find()
+            self._directory = await find_rollouts(self._store, self._run_id, self._policy_version)
         if self._directory is None:
             return None
-        path = f"{self._directory}/{MANIFEST_FILE}"
-        data = await self._store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
-        return RolloutManifest.parse(data, path=path)
-
-    async def _find(self) -> str | None:
-        """The directory of this version's rollouts, once it has a manifest.
-
-        They lie below the version's own identity, or, if it was not published, below that of an
-        earlier one.
-        """
-        of_this_run = re.compile(re.escape(self._run_id) + r"-(\d{6,})-[0-9a-f]{8}")
-        found = map(of_this_run.fullmatch, await self._store.names(PARTS))
-        versions = {match[0]: int(match[1]) for match in found if match}
-        published = max((v for v in versions.values() if v <= self._policy_version), default=None)
-        for identity, version in versions.items():
-            if version == published:
-                directory = f"{PARTS}/{identity}"
-                if version < self._policy_version:
-                    directory += f"/{self._policy_version:06d}"
-                if await self._store.size(f"{directory}/{MANIFEST_FILE}") is not None:
-                    return directory
-        return None
+        return await read_manifest(self._store, self._directory)
 
     async def _collect(
         self, manifest: RolloutManifest
@@ -234,7 +238,7 @@ class RolloutReader:
         """The groups of a part that are ours to deliver, in order; `None` if another consumer has
         it, or none is left."""
         while part.holding.needs_renewal(self._nonce, self._clock()):
-            await self._read_log(part)
+            await read_log(self._store, part.path, part.log)
             if part.is_done or part.holding.is_busy(self._nonce, self._clock()):
                 return None
             if not part.holding.is_held_by(self._nonce):
@@ -252,9 +256,9 @@ class RolloutReader:
         frames = []
         for part, problems in found:
             assert part.groups is not None
-            frames += [part.groups.pop(problem) for problem in problems]
+            frames.append(pl.concat([part.groups.pop(problem) for problem in problems]))
         claims = tuple((part.path, self._leased_at(part), problems) for part, problems in found)
-        return Delivery(pl.concat(frames), claims)
+        return Delivery(pl.concat(frames), claims, tuple(frame.height for frame in frames))
 
     def _leased_at(self, part: _Part) -> int:
         """The number in its log of our last lease of the part."""
@@ -279,7 +283,10 @@ class RolloutReader:
         return False
 
     def _claim(
-        self, kind: Literal["lease", "acknowledge", "give back"], problems: tuple[str, ...] = ()
+        self,
+        kind: Literal["lease", "acknowledge", "give back"],
+        problems: tuple[str, ...] = (),
+        drift: LogprobDrift | None = None,
     ) -> Claim:
         now = self._clock()
         return Claim(
@@ -289,6 +296,7 @@ class RolloutReader:
             at=now,
             expires_at=now + self._lease if kind == "lease" else None,
             problem_ids=problems,
+            drift=drift,
         )
 
     async def _append(self, part: _Part, claim: Claim) -> None:
@@ -297,14 +305,7 @@ class RolloutReader:
         # What it returns does not matter: an answer can be lost on the way. What is stored decides.
         path = f"{part.path}/{claim_file(len(part.log))}"
         await self._store.create_bytes(claim.render(), path)
-        await self._read_log(part)
-
-    async def _read_log(self, part: _Part) -> None:
-        names = set(await self._store.names(part.path))
-        while (name := claim_file(len(part.log))) in names:
-            path = f"{part.path}/{name}"
-            data = await self._store.read_bytes(path, limit_bytes=CLAIM_LIMIT_BYTES)
-            part.log.append(Claim.parse(data, path=path))
+        await read_log(self._store, part.path, part.log)
 
 
 def _parse(data: bytes, info: RolloutPart, path: str) -> dict[str, pl.DataFrame]:
@@ -343,6 +344,12 @@ class BlockingReader:
         while (delivery := self._runner.run(self._reader.next())) is not None:
             yield delivery
 
-    def acknowledge(self, delivery: Delivery) -> None:
+    def acknowledge(
+        self, delivery: Delivery, trainer_logprobs: Sequence[ArrayLike | None] | None = None
+    ) -> None:
         """As `RolloutReader.acknowledge`."""
-        self._runner.run(self._reader.acknowledge(delivery))
+        self._runner.run(self._reader.acknowledge(delivery, trainer_logprobs))
+
+    def drift(self) -> LogprobDrift | None:
+        """As `RolloutReader.drift`."""
+        return self._runner.run(self._reader.drift())

@@ -65,11 +65,6 @@ class Sampler:
         """Requests that may be in flight now."""
         return self._slots.window.size
 
-    @property
-    def in_flight(self) -> int:
-        """Requests in flight."""
-        return self._slots.window.in_flight
-
     def end_step(self) -> StepReport:
         """What the window did since the last step ended."""
         return self._slots.window.end_step()
@@ -93,9 +88,7 @@ class Sampler:
             ServiceRefusedError: 401, 402, 403, 412 or an undocumented code: no sample can succeed.
             ProtocolError: the service answers 200 with something else than an answer.
         """
-        conversation = self.converse(problem, sample_number, is_hedge=is_hedge)
-        await conversation.ask(problem, self.sampling)
-        return conversation.trajectory()
+        return await self.converse(problem, sample_number, is_hedge=is_hedge).answer()
 
     def converse(
         self,
@@ -131,6 +124,7 @@ class Sampler:
         request_id: str,
         session_id: str,
         attempted: Callable[[], None],
+        ended: Callable[[Fault | None], None],
     ) -> Outcome:
         prompt = asked.prompt if isinstance(asked.prompt, tuple) else None
         limit = sampling.max_seq_len
@@ -165,6 +159,7 @@ class Sampler:
                 self._slots.abandon()
                 raise
             seconds = time.monotonic() - started_at
+            ended(fault)
             self._slots.release(_attempt_of(answer, fault, number, seconds))
             if fault is None:
                 return Outcome(answer, None)

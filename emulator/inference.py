@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from emulator.failures import RefusedError, json_response
 from emulator.gateway import (
     INFERENCE_LIMIT_BYTES,
+    BrokenResponse,
     operation,
     read_object,
     service_of,
@@ -35,6 +36,7 @@ from hotload.wire.fireworks import (
 )
 
 DRAIN_SECONDS = 90.0
+CUT = 499  # logged of an answer that did not come to its end, whatever status it began with
 SSE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
 
@@ -58,7 +60,7 @@ async def infer(request: Request) -> Response:
         response = await _answer(service, request, record, request_id)
     except RefusedError as error:
         response = error.response(request.url.path)
-    record["status"] = record["status"] if record["status"] != 200 else response.status_code
+    record["status"] = CUT if isinstance(response, BrokenResponse) else response.status_code
     response.headers[REQUEST_ID_HEADER] = request_id
     return response
 
@@ -191,7 +193,7 @@ class EventStream(Response):
             await self._pieces.aclose()
             _note(self._record, self._generation)
             if not is_whole:
-                self._record["status"] = 499
+                self._record["status"] = CUT
 
 
 def _note(record: dict[str, Any], generation: Generation) -> None:

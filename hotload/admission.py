@@ -6,16 +6,7 @@ reports what happened, in samples.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-
-
-def version_of(identity: str, run_id: str) -> int | None:
-    """The policy version that an identity of this run names (wire-format §8); `None` for any
-    other.
-    """
-    found = re.fullmatch(rf"{re.escape(run_id)}-(\d{{6,9}})-[0-9a-f]{{8}}", identity)
-    return int(found[1]) if found else None
 
 
 @dataclass(slots=True)

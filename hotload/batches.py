@@ -8,8 +8,9 @@ needs torch; `to_tensors` uses it where it is installed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from hotload.trajectories import Weights
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Booleans = NDArray[np.bool_]
+
+IS_TRAINABLE = pl.col("advantage").is_not_null() & pl.col("loss_mask").list.any()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +57,8 @@ class Batch:
     """Of each row."""
     identities: tuple[tuple[str, ...], ...]
     """The weights that made each row, in order; the dispatched ones where the answer named none."""
+    frame_rows: tuple[int | None, ...]
+    """For each row of the frame it was made of: the row here, `None` where it is left out."""
 
     def __len__(self) -> int:
         """Rows."""
@@ -64,6 +69,23 @@ class Batch:
         """Tokens that take part in the loss."""
         return int(self.loss_mask.sum())
 
+    def by_frame_row(self, values: Sequence[Any]) -> list[Any]:
+        """What a trainer made of this batch, for each row of the frame it was made of: the row's
+        values, one per completion token, or `None` where it is left out. For
+        `RolloutReader.acknowledge`.
+
+        Args:
+            values: one sequence per row here, each as long as its completion or padded on the
+                right: an array or tensor [rows, longest completion], or lists.
+
+        Raises:
+            ValueError: they are not one per row.
+        """
+        if len(values) != len(self):
+            raise ValueError(f"values of {len(values)} rows, expected {len(self)}")
+        lengths = self.completion_mask.sum(axis=1).tolist()
+        return [None if row is None else values[row][: lengths[row]] for row in self.frame_rows]
+
 
 def trainable(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows of `frame` (of `frames.Rollouts`) with an advantage and a token to train on, in
@@ -72,7 +94,7 @@ def trainable(frame: pl.DataFrame) -> pl.DataFrame:
     Left out are failed samples, groups that are marked as not to be used, and segments whose tokens
     are all masked.
     """
-    return frame.filter(pl.col("advantage").is_not_null() & pl.col("loss_mask").list.any())
+    return frame.filter(IS_TRAINABLE)
 
 
 def make_batch(frame: pl.DataFrame, *, pad_token_id: int = 0) -> Batch:
@@ -83,6 +105,7 @@ def make_batch(frame: pl.DataFrame, *, pad_token_id: int = 0) -> Batch:
         pad_token_id: what stands where there is no token; the masks are false there.
     """
     rows = trainable(frame)
+    row_numbers = count()
     prompt_ids, prompt_mask = _pad_left(rows["prompt_token_ids"], pad_token_id)
     completion_ids, completion_mask = _pad_right(rows["token_ids"], pad_token_id, np.int64)
     loss_mask, _ = _pad_right(rows["loss_mask"], False, np.bool_)
@@ -109,6 +132,10 @@ def make_batch(frame: pl.DataFrame, *, pad_token_id: int = 0) -> Batch:
             for row in rows.select("weights", "identity", "identities", "identity_runs").iter_rows(
                 named=True
             )
+        ),
+        frame_rows=tuple(
+            next(row_numbers) if is_kept else None
+            for is_kept in frame.select(IS_TRAINABLE).to_series()
         ),
     )
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 from pydantic import AwareDatetime, Field
 
+from hotload.drift import LogprobDrift
 from hotload.errors import StoreError
 from hotload.parts import RolloutPart
 from hotload.snapshot import Record
@@ -26,6 +27,8 @@ from hotload.snapshot import Record
 CLAIMS = "claims"
 CLAIM_LIMIT_BYTES = 16 << 20
 NUMBER_DIGITS = 6
+DRIFT_LIMIT = 1e12
+"""Of each count and each figure of a stored drift: what is beyond, nobody has measured."""
 
 
 class Claim(Record):
@@ -37,10 +40,13 @@ class Claim(Record):
     at: AwareDatetime
     expires_at: AwareDatetime | None = None
     problem_ids: tuple[str, ...] = ()
+    drift: LogprobDrift | None = None
+    """Of an acknowledgement: what the trainer told of these problems' samples."""
 
     def render(self) -> bytes:
         """As stored; `parse` reads it back."""
-        return self.model_dump_json().encode()
+        # Without what is not there: readers of before there was a drift refuse the field.
+        return self.model_dump_json(exclude_none=True).encode()
 
     @classmethod
     def parse(cls, data: bytes, *, path: str) -> Claim:
@@ -52,6 +58,12 @@ class Claim(Record):
         claim = cls.parse_stored(data, path)
         if (claim.kind == "lease") != (claim.expires_at is not None):
             raise StoreError(path, "not a claim: a lease, and only a lease, expires")
+        if claim.drift is not None:
+            if claim.kind != "acknowledge":
+                raise StoreError(path, "not a claim: only an acknowledgement has a drift")
+            told = claim.drift.model_dump(exclude_none=True)
+            if max(map(abs, told.values())) > DRIFT_LIMIT:
+                raise StoreError(path, f"not a claim: drift: a number beyond {DRIFT_LIMIT:g}")
         return claim
 
 
@@ -73,20 +85,24 @@ class Holding:
     """The last lease, unless it was given back; it may have expired."""
     acknowledged: Mapping[str, str]
     """Problems whose groups are used for good, each with the nonce of the consumer that did."""
+    drifts: tuple[LogprobDrift, ...] = ()
+    """Of the acknowledgements that count and have one."""
 
     @classmethod
     def of(cls, log: Sequence[Claim]) -> Holding:
         """Fold the entries of a log, oldest first."""
         lease: Claim | None = None
         acknowledged: dict[str, str] = {}
+        drifts: list[LogprobDrift] = []
         for claim in log:
             if claim.kind == "lease":
                 lease = claim
             elif lease is not None and claim.nonce == lease.nonce:
                 for problem_id in claim.problem_ids:
                     acknowledged.setdefault(problem_id, claim.nonce)
+                drifts += [claim.drift] if claim.drift is not None else []
                 lease = None if claim.kind == "give back" else lease
-        return cls(lease, acknowledged)
+        return cls(lease, acknowledged, tuple(drifts))
 
     def is_held_by(self, nonce: str) -> bool:
         """Whether the consumer with this nonce may acknowledge, expired or not."""

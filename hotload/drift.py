@@ -7,14 +7,24 @@ sample are left out. Log-probabilities are natural, so entropy and divergence ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, model_validator
+
+from hotload.snapshot import Record
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to ± this before they are raised to a power (protocol §17)."""
+LOGPROB_LIMIT = 1e6
+"""Beyond ± this a number stands for "impossible", as -inf does, and not for a log-probability."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +41,36 @@ class Distribution:
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LogprobDrift:
+class LogprobDrift(Record):
     """Trainer's against sampler's log-probabilities over `token_count` sampled tokens, in nats.
 
     With `d = trainer − sampler`: `k1` is the mean of `−d` and `k3` of `exp(d) − 1 − d`, both
     estimates of KL(sampler ‖ trainer), the second never below 0. `not_finite_count` tokens, where
-    either is not a number or infinite, are in none of the figures.
+    either is no number, infinite or beyond ± 10⁶, are in none of the figures. The figures are
+    `None` where no token is left for them.
     """
 
-    token_count: int
-    not_finite_count: int
-    k1: float
-    k3: float
-    mean_abs: float
-    max_abs: float
+    token_count: int = Field(ge=0)
+    not_finite_count: int = Field(ge=0)
+    k1: Finite | None = None
+    k3: NotNegative | None = None
+    mean_abs: NotNegative | None = None
+    max_abs: NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _has_figures_of_tokens(self) -> Self:
+        figures = (self.k1, self.k3, self.mean_abs, self.max_abs)
+        if any((each is None) == (self.token_count > 0) for each in figures):
+            raise ValueError("figures are there if tokens are, and only then")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedAgainst:
+    """The policy version whose samples a trainer told log-probabilities of, and their drift."""
+
+    policy_version: int
+    drift: LogprobDrift
 
 
 def distribution(values: ArrayLike, *, bin_count: int = 20) -> Distribution | None:
@@ -104,29 +129,54 @@ def logprob_drift(
 
     Raises:
         ValueError: they differ in length (a trainer gives one less than it has tokens, echoed
-            inference as many with the first empty: compare from the second on, protocol §12); or
-            not one token has two finite log-probabilities.
+            inference as many with the first empty: compare from the second on, protocol §12).
     """
     trainer, sampler = _floats(trainer_logprobs_T), _floats(sampling_logprobs_T)
     mask = _mask(loss_mask_T)
     if not trainer.shape == sampler.shape == mask.shape:
         sizes = f"{trainer.size}, {sampler.size} and {mask.size}"
         raise ValueError(f"log-probabilities and mask differ in length: {sizes}")
-    trainer, sampler = trainer[mask], sampler[mask]
-    is_finite = np.isfinite(trainer) & np.isfinite(sampler)
-    difference = trainer[is_finite] - sampler[is_finite]
     if not mask.any():
         return None
+    trainer, sampler = trainer[mask], sampler[mask]
+    is_finite = (np.abs(trainer) <= LOGPROB_LIMIT) & (np.abs(sampler) <= LOGPROB_LIMIT)
+    difference = trainer[is_finite] - sampler[is_finite]
+    not_finite_count = trainer.size - difference.size
     if difference.size == 0:
-        raise ValueError(f"no finite log-probabilities on any of {int(mask.sum())} tokens")
+        return LogprobDrift(token_count=0, not_finite_count=not_finite_count)
     clamped = np.clip(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return LogprobDrift(
         token_count=difference.size,
-        not_finite_count=int(mask.sum()) - difference.size,
+        not_finite_count=not_finite_count,
         k1=-float(difference.mean()),
-        k3=float((np.expm1(clamped) - clamped).mean()),
+        # Rounded, a term may come out below its lower bound.
+        k3=float(np.maximum(np.expm1(clamped) - clamped, 0).mean()),
         mean_abs=float(np.abs(difference).mean()),
         max_abs=float(np.abs(difference).max()),
+    )
+
+
+def merged_drift(drifts: Iterable[LogprobDrift]) -> LogprobDrift | None:
+    """The drift over the tokens of all of them, as if computed at once; `None` of none."""
+    drifts = tuple(drifts)
+    if not drifts:
+        return None
+    counted = [each for each in drifts if each.token_count]
+    token_count = sum(each.token_count for each in counted)
+    not_finite_count = sum(each.not_finite_count for each in drifts)
+    if not counted:
+        return LogprobDrift(token_count=0, not_finite_count=not_finite_count)
+
+    def mean(figure: str) -> float:
+        return math.fsum(each.token_count * getattr(each, figure) for each in counted) / token_count
+
+    return LogprobDrift(
+        token_count=token_count,
+        not_finite_count=not_finite_count,
+        k1=mean("k1"),
+        k3=mean("k3"),
+        mean_abs=mean("mean_abs"),
+        max_abs=max(each.max_abs for each in counted if each.max_abs is not None),
     )
 
 

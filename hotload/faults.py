@@ -14,6 +14,8 @@ TRANSIENT_ATTEMPTS = 7
 FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 30.0
 SWAP_WAIT_SECONDS = 5.0
+CANCELLED = "cancelled"
+"""What an attempt met that was given up while under way."""
 SWAP_TEXTS = ("deployment_scaling_up", "model_not_ready", "hot loading", "model not found")
 
 
@@ -46,6 +48,12 @@ class Cause(StrEnum):
     REWARD_UNAVAILABLE = "reward_unavailable"  # its service refused, or could not be reached
 
 
+# As protocol §16 lists them, with those causes that stand for a network error or for a 5xx.
+RECOVERABLE = frozenset(
+    {"408", "425", "429", Cause.CONNECTION, Cause.TIMEOUT, Cause.TRUNCATED, Cause.SERVER_ERROR}
+)
+
+
 class Action(Enum):
     """What a fault asks for."""
 
@@ -64,6 +72,19 @@ class Fault:
     status_code: int | None
     detail: str
     retry_after_seconds: float | None = None
+
+    @property
+    def met(self) -> str:
+        """What the attempt met, to be counted by: the status of an error, be it told before an
+        answer or inside a 200 (`"429"`), and else the cause (`"truncated"`).
+        """
+        code = self.status_code
+        return str(code) if code is not None and 400 <= code <= 599 else self.cause.value
+
+
+def is_recoverable(met: str) -> bool:
+    """Whether protocol §16 calls what an attempt met recoverable."""
+    return met in RECOVERABLE or met.startswith("5")
 
 
 def fault_of_status(

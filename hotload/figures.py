@@ -5,7 +5,6 @@ and its metrics. Memory grows by a few dozen bytes a sample; tokens and texts ar
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +13,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from hotload.frames import sampled_token_counts
+from hotload.snapshot import version_of
 from hotload.trajectories import Weights
 
 _SAMPLE_COLUMNS = [
     "problem_id", "sample_number", "segment_number", "segment_count", "turn_count", "reward",
     "advantage", "mark", "failure", "weights", "identity", "identities", "attempts",
-    "latency_seconds", "cached_prompt_token_count", "is_hedge", "finish_reason", "replica",
+    "latency_seconds", "prompt_token_count", "cached_prompt_token_count", "is_hedge",
+    "finish_reason", "replica",
 ]  # fmt: skip
 TWO_VERSIONS = "two versions of the weights"
 _SHOWN_COLUMNS = ["prompt", "answer", "text", "transcript", "detail", "reward_parts"]
@@ -87,22 +89,16 @@ class Figures:
         """Add a part, given as the Parquet bytes that `parse_rollouts` accepts."""
         rows = pl.read_parquet(
             io.BytesIO(data),
-            columns=[
-                *_SAMPLE_COLUMNS, "prompt_token_ids", "token_ids", "loss_mask", "sampling_logprobs",
-            ],
-        )  # fmt: skip
-        tokens = rows.select(
-            pl.col("token_ids").list.len().sum().over("problem_id", "sample_number"),
-            trained=pl.col("loss_mask").list.sum().sum().over("problem_id", "sample_number"),
-        )
-        samples = rows.select(*_SAMPLE_COLUMNS).with_columns(
-            prompt_token_count=rows["prompt_token_ids"].list.len(),
-            token_count=tokens["token_ids"],
-            trained_count=tokens["trained"],
-            row=pl.int_range(pl.len()),
+            columns=[*_SAMPLE_COLUMNS, "token_ids", "loss_mask", "sampling_logprobs"],
         )
         self._count_entropy(rows)
-        self.prompt_token_count += int(samples["prompt_token_count"].sum())
+        a_sample = ("problem_id", "sample_number")
+        samples = rows.with_columns(sampled_count=sampled_token_counts(rows)).select(
+            *_SAMPLE_COLUMNS,
+            token_count=pl.col("sampled_count").sum().over(*a_sample),
+            trained_count=pl.col("loss_mask").list.sum().sum().over(*a_sample),
+            row=pl.int_range(pl.len()),
+        )
         samples = samples.filter(pl.col("segment_number") == 0)
         self._count_samples(samples)
         self._count_groups(samples)
@@ -130,6 +126,7 @@ class Figures:
         self.replicas.update(samples["replica"].drop_nulls())
         self.finish_reasons.update(samples["finish_reason"].drop_nulls())
         self.attempts += int(samples["attempts"].sum())
+        self.prompt_token_count += int(samples["prompt_token_count"].sum())
         self.cached_prompt_token_count += int(samples["cached_prompt_token_count"].sum())
         for weights, identity, observed in samples.select(
             "weights", "identity", "identities"
@@ -197,7 +194,7 @@ class Figures:
 
 def _versions_between(before: str, after: str) -> int | None:
     """How many policy versions `after` is ahead of `before`; `None` if they name none."""
-    numbers = [re.fullmatch(r".+-(\d{6,})-[0-9a-f]{8}", each) for each in (before, after)]
-    if numbers[0] is None or numbers[1] is None:
+    from_version, to_version = version_of(before), version_of(after)
+    if from_version is None or to_version is None:
         return None
-    return int(numbers[1][1]) - int(numbers[0][1])
+    return to_version - from_version

@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import pandera.polars as pa
 import polars as pl
 from pandera.api.polars.types import PolarsData
 
-from hotload.admission import version_of
 from hotload.parts import RolloutPart
-from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.snapshot import SnapshotKind, SnapshotManifest, version_of
 from hotload.trajectories import Problem, ScoredGroup, Segment, Trajectory, Weights
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Rollouts(_Table):
     is_hedge: pl.Boolean
     attempts: pl.Int32 = pa.Field(ge=0)
     latency_seconds: pl.Float64 = pa.Field(ge=0)
+    prompt_token_count: pl.Int64 = pa.Field(ge=0)
     cached_prompt_token_count: pl.Int64 = pa.Field(ge=0)
 
     @pa.dataframe_check(error="token_ids, loss_mask and sampling_logprobs differ in length")
@@ -229,6 +230,7 @@ def rollouts_frame(
                 "is_hedge": sample.is_hedge,
                 "attempts": origin.attempts,
                 "latency_seconds": sample.latency_seconds,
+                "prompt_token_count": sample.prompt_token_count,
                 "cached_prompt_token_count": sample.cached_prompt_token_count,
             }
             for own in _segment_columns(group.problem, sample):
@@ -324,6 +326,20 @@ def check_ledger(frame: pl.DataFrame) -> pl.DataFrame:
     return Ledger.validate(frame, lazy=True)
 
 
+def sampled_token_counts(frame: pl.DataFrame) -> pl.Series:
+    """Tokens of each row of `Rollouts` that the policy sampled; what a tool said does not count.
+
+    A token masked out for another reason than that it was not sampled has a log-probability.
+    """
+    tokens = frame.filter(pl.col("token_ids").list.len() > 0).select(
+        pl.col("loss_mask").explode(), pl.col("sampling_logprobs").explode()
+    )
+    is_sampled = tokens.to_series(0) | (tokens.to_series(1) != 0)
+    counted = np.concatenate([[0], np.cumsum(is_sampled.to_numpy())])
+    ends = np.cumsum(frame["token_ids"].list.len().to_numpy().astype(np.int64))
+    return pl.Series(np.diff(counted[ends], prepend=0))
+
+
 def part_facts(
     frame: pl.DataFrame, *, file: str, size_bytes: int, sha256: str, digest: str
 ) -> RolloutPart:
@@ -349,5 +365,5 @@ def part_facts(
         samples_by_identity=dict(identities),
         reward_count=len(rewards),
         reward_sum=float(rewards.sum()),
-        completion_token_count=int(frame["token_ids"].list.len().sum()),
+        completion_token_count=int(sampled_token_counts(frame).sum()),
     )

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Protocol
 
 from hotload.faults import Cause
 from hotload.report import GroupCounts
@@ -183,6 +184,15 @@ def causes(samples_G: Sequence[Trajectory]) -> Counter[str]:
     return Counter(sample.failure for sample in samples_G if sample.failure is not None)
 
 
+class Sent(Protocol):
+    """Requests that were sent for one draw, and what those met that got no usable answer."""
+
+    @property
+    def attempts(self) -> int: ...
+    @property
+    def failed_attempts(self) -> tuple[str, ...]: ...
+
+
 @dataclass(slots=True)
 class Tally:
     """What the rules did in one group, while it is sampled."""
@@ -191,6 +201,8 @@ class Tally:
     """Draws that were replaced by another, by what they had failed with."""
     attempts: int = 0
     """Requests behind draws that are in no group any more."""
+    failed_attempts: Counter[str] = field(default_factory=Counter)
+    """Those of them that got no usable answer, by what they met."""
     hedges: int = 0
     hedges_won: int = 0
     cut_off: int = 0
@@ -199,7 +211,12 @@ class Tally:
     def replace(self, sample: Trajectory) -> None:
         """Another was asked for in place of `sample`, which had failed."""
         self.asked_again[str(sample.failure)] += 1
-        self.attempts += sample.provenance.attempts
+        self.leave_out(sample.provenance)
+
+    def leave_out(self, sent: Sent) -> None:
+        """A draw is in no group; the requests behind it were sent all the same."""
+        self.attempts += sent.attempts
+        self.failed_attempts.update(sent.failed_attempts)
 
     def counts(self, verdict: Verdict, rules: Groups, *, is_refill: bool) -> GroupCounts:
         """All that is to be told of one settled group.
@@ -212,6 +229,9 @@ class Tally:
         straddling = [sample for sample in samples_G if sample.weights is Weights.STRADDLING]
         masked = straddling if rules.on_straddling == "mask_from_change" else []
         rewards = [reward for reward in group.rewards_G if reward is not None]
+        failed = self.failed_attempts.copy()
+        for sample in samples_G:
+            failed.update(sample.provenance.failed_attempts)
         return GroupCounts(
             groups_by_mark={group.mark: 1} if group.mark and not is_dropped else {},
             dropped_groups={group.mark: 1} if group.mark and is_dropped else {},
@@ -224,6 +244,7 @@ class Tally:
             hedges_won=self.hedges_won,
             cut_off=self.cut_off,
             attempts=self.attempts + sum(s.provenance.attempts for s in samples_G),
+            failed_attempts=dict(failed),
             straddling_samples=len(straddling),
             tokens_masked=sum(token_count(sample) - change_of(sample) for sample in masked),
         )

@@ -11,11 +11,13 @@ from datetime import datetime
 
 import numpy as np
 
+from hotload.drift import TrainedAgainst
 from hotload.figures import Figures
 from hotload.html_samples import article
 from hotload.html_sections import (
     bytes_section,
     convergence_section,
+    drift_section,
     failures_section,
     latency_section,
     lengths_section,
@@ -45,6 +47,7 @@ def render_report(
     *,
     ended_at: datetime,
     rollouts_ended_at: datetime | None = None,
+    trained: TrainedAgainst | None = None,
 ) -> str:
     """The page of one cycle, as the text of an HTML file.
 
@@ -53,6 +56,7 @@ def render_report(
         ended_at: when the cycle ended; its stages are placed before that.
         rollouts_ended_at: when the last group was handed back; `None` leaves the rollouts out of
             the timeline.
+        trained: what the trainer told of the samples it acknowledged last.
     """
     run_id, version = report.name.rpartition("-")[0], report.policy_version
     title = f"{run_id}, version {version}"
@@ -73,7 +77,8 @@ def render_report(
         lengths_section(figures),
         rewards_section(figures),
         versions_section(figures),
-        failures_section(figures),
+        drift_section(trained),
+        failures_section(report, figures),
         rules_section(report),
         "</div>",
         section(

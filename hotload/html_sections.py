@@ -9,11 +9,11 @@ from datetime import datetime, timedelta
 import numpy as np
 
 from hotload.drawing import Bar, bars, columns, histogram, stack, steps, timeline
-from hotload.drift import distribution
+from hotload.drift import TrainedAgainst, distribution
 from hotload.figures import Figures
 from hotload.markup import safe
 from hotload.quantities import duration, number, percent, plural, size
-from hotload.report import CycleReport, counts
+from hotload.report import CycleReport, counts, in_words
 from hotload.snapshot import SnapshotKind
 
 TONES = ("main", "second", "third", "fourth", "fifth")
@@ -271,21 +271,65 @@ def versions_section(figures: Figures) -> str:
     return section(heading, why, f'{drawn}<ul class="key">{key}</ul>')
 
 
-def failures_section(figures: Figures) -> str:
-    """Samples that failed, by cause."""
-    heading = "Samples without a reward"
-    counted = figures.failures.most_common()
-    if not counted:
-        return section(heading, "By cause", nothing("Every sample has a reward."))
-    if len(counted) > CAUSES_SHOWN:
-        rest = counted[CAUSES_SHOWN - 1 :]
-        counted = [*counted[: CAUSES_SHOWN - 1], ("other causes", sum(n for _, n in rest))]
-    total = figures.sample_count
+def drift_section(trained: TrainedAgainst | None) -> str:
+    """The trainer's log-probabilities against the sampler's; nothing where it gave none."""
+    if trained is None:
+        return ""
+    drift = trained.drift
+    figures = {
+        "k1": drift.k1,
+        "k3": drift.k3,
+        "mean of |d|": drift.mean_abs,
+        "largest |d|": drift.max_abs,
+    }
+    rows = {
+        name: f"{nats:.3g} nats".replace("-", "−")
+        for name, nats in figures.items()
+        if nats is not None
+    }
+    rows["tokens compared"] = f"{drift.token_count:,}"
+    if drift.not_finite_count:
+        rows["tokens without a number"] = f"{drift.not_finite_count:,}"
+    why = "Log-probabilities of the same tokens, on what the trainer acknowledged last: "
+    note = (
+        "d is the trainer's log-probability of a token less the sampler's. k1, the mean of −d, and "
+        "k3, the mean of exp(d) − 1 − d, both estimate the divergence of the trainer's policy from "
+        "the one that sampled: 0 nats where they are the same."
+    )
+    return section(
+        "Trainer against sampler",
+        f"{why}samples of version {trained.policy_version}",
+        f'{table(rows)}<p class="foot">{safe(note)}</p>',
+    )
+
+
+def failures_section(report: CycleReport, figures: Figures) -> str:
+    """Samples that failed, by cause, and requests that did, by what they met."""
+    heading, why = "Samples without a reward", "By cause, with the share of all samples"
+    causes = {cause.replace("_", " "): count for cause, count in figures.failures.most_common()}
+    if causes:
+        body = _failures(causes, figures.sample_count, "Failures", "warn-fill")
+    else:
+        why, body = "By cause", nothing("Every sample has a reward.")
+    did = report.rollouts.groups
+    if met := in_words(did.failed_attempts):
+        sent = plural(did.attempts, "request")
+        told = f"Requests that met these were sent again or given up; share of {sent}"
+        body += f'<p class="foot">{safe(told)}</p>'
+        body += _failures(met, did.attempts, "Requests without an answer", "fifth")
+    return section(heading, why, body)
+
+
+def _failures(counted: Mapping[str, int], total: int, label: str, tone: str) -> str:
+    """What there is most of, each with its share of `total`."""
+    found = [*counted.items()]
+    if len(found) > CAUSES_SHOWN:
+        rest = found[CAUSES_SHOWN - 1 :]
+        found = [*found[: CAUSES_SHOWN - 1], ("other causes", sum(n for _, n in rest))]
     rows = [
-        Bar(cause.replace("_", " "), 0, count, f"{count:,} · {percent(count, total)}", "warn-fill")
-        for cause, count in counted
+        Bar(name, 0, count, f"{count:,} · {percent(count, total)}", tone) for name, count in found
     ]
-    return section(heading, "By cause, with the share of all samples", bars(rows, "Failures"))
+    return bars(rows, label)
 
 
 def rules_section(report: CycleReport) -> str:

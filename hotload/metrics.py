@@ -1,7 +1,7 @@
 """The numbers of a cycle under the names of protocol §19, and the forms they are written in.
 
-What a cycle does not know (`train/*`, waiting times of the trainer, how many errors passed) is left
-out: a name that is there has a measured value.
+What a cycle does not know (`train/*`, waiting times of the trainer) is left out: a name that is
+there has a measured value.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
 
+from hotload.drift import TrainedAgainst
+from hotload.faults import is_recoverable
 from hotload.figures import Figures
 from hotload.groups import Mark
 from hotload.report import CycleReport
@@ -21,17 +23,21 @@ PRODUCER_SECONDS = 10.0
 PERCENTILES = (50, 90, 99)
 
 
-def cycle_metrics(report: CycleReport, figures: Figures) -> dict[str, float]:
-    """All numbers of an ended cycle: seconds, bytes, tokens, samples; ratios in [0, 1].
+def cycle_metrics(
+    report: CycleReport, figures: Figures, trained: TrainedAgainst | None = None
+) -> dict[str, float]:
+    """All numbers of an ended cycle: seconds, bytes, tokens, samples, nats; ratios in [0, 1].
 
     Args:
         figures: of all parts of its rollouts.
+        trained: what the trainer told of the samples it acknowledged last.
     """
     return {
         **_rollout(report, figures),
         **_async(report, figures),
         **_performance(report),
         **_publish(report),
+        **(_trained(trained) if trained else {}),
     }
 
 
@@ -120,6 +126,21 @@ def _publish(report: CycleReport) -> dict[str, float]:
     )
 
 
+def _trained(trained: TrainedAgainst) -> dict[str, float]:
+    drift = trained.drift
+    found: dict[str, float | None] = {
+        "k1": drift.k1,
+        "k3": drift.k3,
+        "mean_abs": drift.mean_abs,
+        "max_abs": drift.max_abs,
+        "tokens": drift.token_count,
+    }
+    return {
+        "async/trained_against_version": trained.policy_version,
+        **_named("rollout", {f"trainer_drift_{name}": value for name, value in found.items()}),
+    }
+
+
 def producer_metrics(report: CycleReport) -> list[tuple[float, dict[str, float]]]:
     """How the sampling went, at most every 10 s: (seconds since it began, numbers), and one last
     with the totals.
@@ -146,6 +167,9 @@ def producer_metrics(report: CycleReport) -> list[tuple[float, dict[str, float]]
         "rows_accepted_total": rollouts.group_count - unused,
         "rows_dropped_total": sum(did.dropped_groups.values()),
         "rows_refilled_total": did.refilled_groups,
+        "recoverable_errors_total": sum(
+            count for met, count in did.failed_attempts.items() if is_recoverable(met)
+        ),
         "trajectory_drops_total": sum(rollouts.failed_samples.values()),
     }
     return [*lines, (rollouts.seconds, _named("producer", totals))]

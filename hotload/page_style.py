@@ -112,6 +112,7 @@ article h3 { margin: 0; font-size: 14.5px; font-weight: 600; overflow-wrap: anyw
 }
 .said em { color: var(--faint); font-style: normal; font-size: 12.5px; }
 .foot { margin: 12px 0 0; color: var(--soft); font-size: 12.5px; overflow-wrap: anywhere; }
+.foot + .chart { margin-top: 12px; }
 .notes { margin: 0; padding: 10px 14px; border-radius: 8px; background: var(--warnwash); }
 .notes p { margin: 2px 0; font-size: 13.5px; overflow-wrap: anywhere; }
 footer {

@@ -46,6 +46,12 @@ class GroupCounts(Record):
     tools and users said in between, which are never in it, are among them."""
     attempts: int = Field(0, ge=0)
     """Requests sent for all samples: dropped, replaced and cut-off ones included."""
+    failed_attempts: dict[str, int] = Field({})
+    """Those of them that got no usable answer, by what they met: the status of an error, be it told
+    before the answer or inside a 200 (`429`), or else the cause (`connection`, `truncated`);
+    `cancelled` are those that were given up while under way. `attempts` is the number of requests
+    that were answered (be it beyond `max_seq_len`) plus the sum of these. At most one key for each
+    status from 400 to 599, for each `Cause`, and `cancelled`."""
 
     @classmethod
     def total(cls, counts: Iterable[GroupCounts]) -> GroupCounts:
@@ -235,12 +241,14 @@ def _told(groups: GroupCounts) -> dict[str, str]:
     masked = f", {groups.tokens_masked} tokens masked" if groups.tokens_masked else ""
     refilled = f", {groups.refilled_groups} refilled" if groups.refilled_groups else ""
     dropped = counts(groups.dropped_groups)
+    failed = in_words(groups.failed_attempts).items()
     return {
         "groups, marked": counts(groups.groups_by_mark),
         "groups, dropped": dropped and dropped + refilled,
         "samples asked again": counts(groups.asked_again),
         "samples hedged": hedged,
         "samples cut off": str(groups.cut_off or ""),
+        "requests sent again or given up": ", ".join(f"{number} × {met}" for met, number in failed),
         "samples straddling": str(groups.straddling_samples or "") + masked,
     }
 
@@ -251,6 +259,14 @@ def added(numbers: Iterable[dict[str, int]]) -> dict[str, int]:
     for each in numbers:
         total.update(each)
     return dict(total.most_common())
+
+
+def in_words(failed_attempts: dict[str, int]) -> dict[str, int]:
+    """Failed attempts by what they met, the most frequent first: `HTTP 429`, `swap timeout`."""
+    counted = Counter(failed_attempts).most_common()
+    return {
+        f"HTTP {met}" if met.isdigit() else met.replace("_", " "): number for met, number in counted
+    }
 
 
 def megabytes(size_bytes: int) -> str:

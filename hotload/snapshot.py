@@ -94,6 +94,15 @@ def snapshot_identity(
     return check_identity(f"{cycle_name(run_id, policy_version)}-{suffix}")
 
 
+def version_of(identity: str, run_id: str | None = None) -> int | None:
+    """The policy version that an identity names, of this run or of any; `None` for what is no such
+    identity.
+    """
+    run = ".+" if run_id is None else re.escape(run_id)
+    found = re.fullmatch(rf"{run}-(\d{{6,9}})-[0-9a-f]{{8}}", identity)
+    return int(found[1]) if found else None
+
+
 class Record(BaseModel):
     """A frozen value that is also parsed from outside JSON; unknown fields are refused."""
 

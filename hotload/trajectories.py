@@ -50,7 +50,8 @@ class Provenance:
     `identity` is the one confirmed when the sample was dispatched; `observed` lists the distinct
     identities its chunks named, in order; `last` is the one named last. Staleness is counted from
     `identity`. `runs` says which tokens each made: (number of the first token, identity), over the
-    tokens of all segments.
+    tokens of all segments. `failed_attempts` says what each attempt met that got no usable answer
+    (`Fault.met`, or `cancelled`): the others, `attempts` less their number, were answered.
     """
 
     identity: str
@@ -62,6 +63,7 @@ class Provenance:
     replica: str | None = None
     response_id: str | None = None
     runs: tuple[tuple[int, str], ...] = ()
+    failed_attempts: tuple[str, ...] = ()
 
     @property
     def first(self) -> str | None:
@@ -104,6 +106,7 @@ class Trajectory:
     Turns whose prompt repeats the tokens so far are one sequence; where one does not (a chat
     template rewrote what was said), a new sequence begins: `further` holds those after the first.
     `routing_matrix` is the base64 text of `uint8[T, layers, experts]` of the first sequence.
+    `prompt_token_count` counts the prompts of all turns, each as it was sent.
     """
 
     problem_id: str
@@ -117,6 +120,7 @@ class Trajectory:
     loss_mask_T: tuple[bool, ...] = ()
     text: str = ""
     finish_reason: str | None = None
+    prompt_token_count: int = 0
     cached_prompt_token_count: int = 0
     failure: str | None = None
     detail: str = ""

@@ -20,7 +20,7 @@ class Turns:
         self.text = ""
         """Of the last turn."""
         self.finish_reason: str | None = None
-        self.cached_prompt_token_count = 0
+        self.prompt_token_count = self.cached_prompt_token_count = 0
         self.observed: tuple[str, ...] = ()
         self.last_identity: str | None = None
         self.replica: str | None = None
@@ -58,7 +58,7 @@ class Turns:
         known = so_far.prompt_token_ids + so_far.token_ids_T
         if so_far.token_ids_T and prompt[: len(known)] == known:
             between = prompt[len(known) :]
-            self._routing = _joined(self._routing, len(between), answer)
+            self._routing = _joined(self._routing, len(so_far.token_ids_T), len(between), answer)
             self._open = Segment(
                 so_far.prompt_token_ids,
                 so_far.token_ids_T + between + sampled[0],
@@ -78,11 +78,13 @@ class Turns:
             if not self.runs or self.runs[-1][1] != identity:
                 self.runs += ((start + number, identity),)
         self.text, self.finish_reason = answer.text, answer.finish_reason
+        self.prompt_token_count += len(prompt)
         self.cached_prompt_token_count += answer.cached_prompt_token_count
 
 
-def _joined(before: bytes | None, between: int, answer: Answer) -> bytes | None:
-    if before is None or answer.routing is None or not answer.token_ids:
+def _joined(before: bytes | None, count: int, between: int, answer: Answer) -> bytes | None:
+    """The experts of `count` tokens, of those between them and the answer, and of the answer's."""
+    added = answer.routing if answer.token_ids else b""
+    if before is None or added is None:
         return None
-    size_bytes = len(answer.routing) // len(answer.token_ids)
-    return before + bytes(size_bytes * between) + answer.routing
+    return before + bytes(len(before) // count * between) + added

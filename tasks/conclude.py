@@ -17,6 +17,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from blocks.checkpoint_store import CheckpointStore
+from blocks.rollout_directory import acknowledged_drift, version_before
+from hotload.drift import TrainedAgainst
 from hotload.errors import StoreError, StoreUnavailableError
 from hotload.figures import Figures
 from hotload.html_report import render_report
@@ -31,6 +33,7 @@ from tasks.send_metrics import send_metrics
 from tasks.validate import require_content
 
 METRICS = "_hotload/metrics"
+DRIFT_SECONDS = 60.0
 
 
 @task(cache_policy=NO_CACHE, task_run_name="report-{spec.name}", **RETRIED)
@@ -56,12 +59,18 @@ async def conclude_cycle(store: CheckpointStore, spec: CycleSpec, report: CycleR
         StoreError: the store refuses.
     """
     figures, rollouts_ended_at = await _read_rollouts(store, report)
+    trained = await _read_trained(store, spec)
     ended_at = datetime.now(UTC)
-    metrics = cycle_metrics(report, figures)
+    metrics = cycle_metrics(report, figures, trained)
     lines = json_lines(report, metrics, rollouts_ended_at=rollouts_ended_at or ended_at)
     await store.put_bytes(lines, f"{METRICS}/{report.name}.jsonl")
     page = await asyncio.to_thread(
-        render_report, report, figures, ended_at=ended_at, rollouts_ended_at=rollouts_ended_at
+        render_report,
+        report,
+        figures,
+        ended_at=ended_at,
+        rollouts_ended_at=rollouts_ended_at,
+        trained=trained,
     )
     page_path = f"{REPORTS}/{report.name}.html"
     await store.put_bytes(page.encode(), page_path)
@@ -93,6 +102,27 @@ async def _read_rollouts(
         get_run_logger().warning("the page shows only some of the samples: %s: %s", path, error)
         return figures, None
     return figures, manifest.created_at
+
+
+async def _read_trained(store: CheckpointStore, spec: CycleSpec) -> TrainedAgainst | None:
+    """What the trainer told of this version's samples or, if it has not yet come to them, of those
+    of the one before.
+
+    It only informs: where it cannot be read, or not soon, the report does without.
+    """
+    version = spec.policy_version
+    try:
+        async with asyncio.timeout(DRIFT_SECONDS):
+            drift = await acknowledged_drift(store, spec.run_id, version)
+            if drift is None:
+                before = await version_before(store, spec.run_id, version)
+                if before is not None:
+                    version, drift = before, await acknowledged_drift(store, spec.run_id, before)
+    except (StoreError, TimeoutError) as error:
+        told = str(error) or f"not read in {DRIFT_SECONDS:g} s"
+        get_run_logger().warning("the report is without the trainer's drift: %s", told)
+        return None
+    return TrainedAgainst(version, drift) if drift is not None else None
 
 
 async def _show(report: CycleReport, page: str) -> None:

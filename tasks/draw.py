@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from blocks.conversation import Conversation, TurnFailedError
 from blocks.redaction import redact
 from blocks.sampler import Sampler
-from hotload.errors import RolloutFunctionError, ServiceError
+from hotload.errors import RolloutFunctionError
 from hotload.faults import Action, Cause, Fault
 from hotload.spec import RolloutFunction
 from hotload.trajectories import TOKEN_ID_LIMIT, Problem, Segment, Trajectory
@@ -27,6 +28,7 @@ from tasks.reward_worker import DETAIL_LIMIT_CHARACTERS, secrets_of, told
 Rollout = Callable[..., Awaitable[Any]]
 
 GRACE_SECONDS = 5.0
+OWN_CAUSE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 class Draw:
@@ -41,6 +43,11 @@ class Draw:
     def attempts(self) -> int:
         """Requests sent for it so far."""
         return self._conversation.attempts
+
+    @property
+    def failed_attempts(self) -> tuple[str, ...]:
+        """What those of them met that got no usable answer; one under way counts as cancelled."""
+        return self._conversation.failed_attempts
 
     def cut_off(self, cause: Cause, detail: str) -> Trajectory:
         """What there is of a sample that was ended before it had."""
@@ -64,7 +71,7 @@ class Drawing:
         declared, function = self._declared, self._function
         if declared is None or function is None:
             single = self._sampler.converse(problem, number, is_hedge=is_hedge)
-            return Draw(single, lambda: self._ask(problem, single))
+            return Draw(single, single.answer)
         conversation = self._sampler.converse(
             problem,
             number,
@@ -72,10 +79,6 @@ class Drawing:
             is_hedge=is_hedge,
         )
         return Draw(conversation, lambda: _play(declared, function, problem, conversation))
-
-    async def _ask(self, problem: Problem, conversation: Conversation) -> Trajectory:
-        await conversation.ask(problem, self._sampler.sampling)
-        return conversation.trajectory()
 
 
 def load_rollout(declared: RolloutFunction) -> Rollout:
@@ -121,14 +124,14 @@ async def _play(
         return _failed(conversation, _fault(Cause.TRAJECTORY_TIMEOUT, why))
     try:
         return _readable(_taken(conversation, call.result()))
-    except TurnFailedError as error:
-        fault = error.fault
-    except (ServiceError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
     # Whatever it is, the sample is what failed; a cancellation of ours would have ended the wait.
     except BaseException as error:  # noqa: BLE001
-        fault = _fault(Cause.ROLLOUT_RAISED, told(error, secrets_of(os.environ)))
-    return _failed(conversation, fault)
+        if isinstance(error, TurnFailedError) and isinstance(error.fault, Fault):
+            return _failed(conversation, error.fault)
+        why = told(error, secrets_of(os.environ))
+        return _failed(conversation, _fault(Cause.ROLLOUT_RAISED, why))
 
 
 async def _call(made: Awaitable[Any]) -> Any:
@@ -163,7 +166,7 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
             finish_reason=_text(made.finish_reason),
             transcript=tuple(made.transcript) or own.transcript,
             routing_matrix=_text(made.routing_matrix),
-            failure=own.failure or _text(made.failure),
+            failure=own.failure or _cause(made.failure),
             detail=own.detail or detail,
         )
     if isinstance(made, (list, tuple)) and all(isinstance(each, Segment) for each in made):
@@ -175,6 +178,15 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
 
 def _text(value: object) -> str | None:
     return None if value is None else _whole(str(value))
+
+
+def _cause(failure: object) -> str | None:
+    """A cause of the function's own: failed samples are counted by it, so it is a name."""
+    if failure is None:
+        return None
+    if OWN_CAUSE.fullmatch(str(failure)):
+        return str(failure)
+    raise ValueError("failure: expected a name like `wrong_tool`, at most 64 of a-z 0-9 _")
 
 
 def _whole(text: str) -> str:
@@ -226,7 +238,6 @@ def _readable(sample: Trajectory) -> Trajectory:
         sample,
         text=_whole(sample.text),
         finish_reason=_text(sample.finish_reason),
-        failure=_text(sample.failure),
         detail=_whole(sample.detail),
         routing_matrix=_text(sample.routing_matrix),
         transcript=tuple(transcript),

@@ -17,10 +17,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.errors import StoreError, StoreUnavailableError
+from hotload.errors import StoreError
 from hotload.frames import part_facts, rollouts_frame
 from hotload.part_files import notes_of, parse_rollouts, render_rollouts
 from hotload.parts import (
+    MANIFEST_FILE,
     PartNotes,
     PartPlan,
     RolloutManifest,
@@ -40,7 +41,6 @@ PART_LIMIT_BYTES = 4 << 30
 class FoundPart:
     """A part file that an earlier run of this cycle left, and the problems it settles."""
 
-    piece: int
     part: RolloutPart
     problem_ids: frozenset[str]
     dropped_problem_ids: frozenset[str]
@@ -122,11 +122,31 @@ def _parse(part: PartPlan, piece: int, data: bytes, path: str) -> FoundPart | No
     if digest != part.digest:
         return None
     return FoundPart(
-        piece,
         _facts(frame, part, piece, data, notes),
         frozenset(frame["problem_id"].unique()),
         frozenset(notes.dropped_problem_ids),
     )
+
+
+async def named_files(store: CheckpointStore, plan: RolloutPlan) -> frozenset[str]:
+    """The part files that the rollout's manifest names, if there is one by now.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    manifest = await _read_manifest(store, plan.path(MANIFEST_FILE))
+    return frozenset(part.file for part in manifest.parts) if manifest else frozenset()
+
+
+async def _read_manifest(store: CheckpointStore, path: str) -> RolloutManifest | None:
+    """The manifest, unless there is none, or one of another schema."""
+    if await store.size(path) is None:
+        return None
+    data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
+    try:
+        return RolloutManifest.parse(data, path=path)
+    except StoreError:
+        return None
 
 
 # Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.
@@ -137,17 +157,10 @@ async def find_rollout(store: CheckpointStore, path: str, digest: str) -> Rollou
     Raises:
         StoreError: the store refuses.
     """
-    if await store.size(path) is None:
+    manifest = await _read_manifest(store, path)
+    if manifest is None or not manifest.is_complete or manifest.digest != digest:
         return None
-    data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
-    try:
-        manifest = RolloutManifest.parse(data, path=path)
-    except StoreUnavailableError:
-        raise
-    except StoreError:
-        return None  # of another schema: it is written again
-    is_ours = manifest.is_complete and manifest.digest == digest
-    return manifest.summary if is_ours else None
+    return manifest.summary
 
 
 def sum_up(

@@ -5,8 +5,9 @@ cycle has written is found, and what is left to do follows from it.
 """
 
 import asyncio
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from time import monotonic
 
@@ -43,7 +44,6 @@ class PartWriter:
         self._store, self._plan = store, plan
         self._done: set[str] = set()
         self._dropped_count = 0
-        self._pieces: set[int] = set()
         self._left_out: dict[str, Counter[str]] = {}
         self._unwritten: list[Settled] = []
         self._unanswered: list[Settled] = []
@@ -52,15 +52,19 @@ class PartWriter:
         self._oldest_at = 0.0
         self._one_at_a_time = asyncio.Lock()
 
-    async def find(self, names: Sequence[str]) -> None:
-        """Look for what an earlier run has written among the files `names`, once."""
+    async def find(self, names: Sequence[str], told: Set[str]) -> None:
+        """Look for what an earlier run has written among the files `names`, once.
+
+        Args:
+            told: files that a manifest names: a reader may have their groups already.
+        """
         if self.is_read:
             return
-        for found in await read_parts(self._store, self._plan, self.part, names):
+        read = await read_parts(self._store, self._plan, self.part, names)
+        for found in sorted(read, key=lambda found: found.part.file not in told):
             if found.problem_ids & self._done:
-                continue  # two runs at once wrote the same groups: the first file counts
+                continue  # two runs at once wrote the same groups: one file counts
             self.parts.append(found.part)
-            self._pieces.add(found.piece)
             self._done |= found.problem_ids | found.dropped_problem_ids
             self._dropped_count += len(found.dropped_problem_ids)
         self.is_read = True
@@ -152,7 +156,8 @@ class PartWriter:
         settled, count = tuple(self._unwritten), len(self._unwritten)
         if not settled:
             return False
-        piece = next(n for n in range(count + len(self._pieces) + 1) if n not in self._pieces)
+        files = {each.file for each in self.parts}
+        piece = next(n for n in itertools.count() if self.part.file(n) not in files)
         notes = PartNotes(
             dropped_problem_ids=tuple(s.group.problem.id for s in settled if s.is_dropped),
             groups=GroupCounts.total(each.counts for each in settled),
@@ -165,7 +170,6 @@ class PartWriter:
             raise
         self._is_refused = False
         self.parts.append(written)
-        self._pieces.add(piece)
         # Groups that ended in the meantime are behind those that were written.
         del self._unwritten[:count]
         self._unwritten_tokens = sum(map(_tokens, self._unwritten))

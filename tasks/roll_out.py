@@ -4,7 +4,7 @@ chunks share one window, one gate and one breaker.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from time import monotonic
@@ -26,7 +26,7 @@ from hotload.spec import CycleSpec
 from hotload.trajectories import Problem, TrajectoryGroup
 from tasks.draw import Drawing
 from tasks.gate import Gate
-from tasks.hand_back import sum_up
+from tasks.hand_back import named_files, sum_up
 from tasks.part_writer import PartWriter, Settled
 from tasks.retrying import RETRIED
 from tasks.sample_group import GroupSampler
@@ -72,6 +72,7 @@ class Rollout:
         self._ended: set[int] = set()
         self._told = 0
         self._names: list[str] | None = None
+        self._named: Set[str] = frozenset()
         self._looking = asyncio.Lock()
         self._telling = asyncio.Lock()
 
@@ -135,7 +136,8 @@ class Rollout:
         async with self._looking:
             if self._names is None:
                 self._names = await self._store.names(self.plan.directory)
-            await writer.find(self._names)
+                self._named = await named_files(self._store, self.plan)
+            await writer.find(self._names, self._named)
 
     async def _carry_row(self, writer: PartWriter, problem: Problem) -> None:
         """A group, and the next in its place as long as the rules drop it."""

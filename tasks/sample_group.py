@@ -143,12 +143,12 @@ class _Round:
         sample = task.result()
         twin = next((t for t, (p, _, _) in self._running.items() if p == position), None)
         if twin is not None and sample.failure is not None:
-            self._tally.attempts += draw.attempts  # the other may still answer
+            self._tally.leave_out(draw)  # the other may still answer
             return
         self._settle(position, sample)
         self._tally.hedges_won += is_hedge and sample.failure is None
         if twin is not None:
-            self._tally.attempts += self._running[twin][1].attempts
+            self._tally.leave_out(self._running[twin][1])
             self._cut_off(twin)
 
     def _cut_off(self, task: asyncio.Task[Trajectory]) -> None:
@@ -159,7 +159,7 @@ class _Round:
 
     def _settle(self, position: int, sample: Trajectory) -> None:
         if position in self._settled:  # both of a pair were cut off
-            self._tally.attempts += sample.provenance.attempts
+            self._tally.leave_out(sample.provenance)
             return
         self._settled[position] = sample
         self._gate.end()

@@ -7,9 +7,9 @@ from prefect import get_run_logger
 
 from blocks.hot_load_service import HotLoadService
 from blocks.sampler import Sampler
-from hotload.admission import version_of
 from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailableError
 from hotload.readiness import ServiceStatus
+from hotload.snapshot import version_of
 from hotload.spec import ReadinessPolicy
 from tasks.gate import Gate
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import checkpoints
+from benchmarks import checkpoints, swaps
 from benchmarks.peers import Plain, Sparse
+from hotload.report import GroupCounts, RolloutSummary
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +85,33 @@ def test_the_quick_benchmark_prints_every_bar() -> None:
     for data in {data for data, _ in found}:
         assert found[data, "hotload, sequences"] > found[data, "XOR + zstd 1"] > 10
     assert [len(_rows(one)) for one in disk] == [4, 1, 9]
+
+
+def test_swaps_names_the_count_that_is_not_equal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two samples: one refused and cut before it was answered, one made by two versions."""
+    who = {"identity_first": "a", "identity_last": "a", "completion_tokens": 4}
+    log = [{"session": "s", "status": status, **who} for status in (429, 499, 200)]
+    log.append({"session": "t", "status": 200, **who, "identity_last": "b"})
+    met = {"429": 1, "truncated": 1}
+    told = RolloutSummary(
+        identity="a",
+        group_count=1,
+        sample_count=2,
+        samples_by_identity={"a": 1, "a → b": 1},
+        completion_token_count=8,
+        groups=GroupCounts(attempts=4, failed_attempts=met, straddling_samples=1),
+    )
+    assert swaps.table("v", swaps.of_report(told), swaps.of_log(log)) == []
+    other = told.groups.model_copy(update={"failed_attempts": {"503": 1, "connection": 1}})
+    wrong = swaps.of_report(told.model_copy(update={"groups": other}))
+    assert swaps.table("v", wrong, swaps.of_log(log)) == [
+        "v: refused 429: 0 reported, 1 log",
+        "v: refused 503: 1 reported, 0 log",
+    ]
+    assert re.search(r"refused 429 +0 +1  ≠", capsys.readouterr().out)
+    assert swaps.total([swaps.of_log(log[:3]), swaps.of_log(log[3:])])["requests sent"] == 4
+    assert swaps.table("m", {"425": 3}, {"425": 2}, against="ordered", or_more="425") == []
+    assert swaps.table("m", {"425": 1}, {"425": 2}, against="ordered", or_more="425")
 
 
 def _rows(table: list[list[str]]) -> list[list[str]]:

@@ -61,6 +61,7 @@ async def test_turns_share_a_session_and_are_named_each() -> None:
     assert (first.message, second.token_ids) == ({"role": "assistant", "content": "ok"}, (4,))
     assert sample.segments == (Segment((1,), (2, 3, 4), (-1.0, 0.0, -1.0), (True, False, True)),)
     assert (sample.failure, sample.turn_count, sample.provenance.attempts) == (None, 2, 4)
+    assert sample.provenance.failed_attempts == ("500", "425")
     assert sample.provenance.runs == ((0, IDENTITY),)
     assert sample.provenance.request_id == names[0]
     assert sample.seed == seeds[0] == alone.seed
@@ -144,12 +145,14 @@ async def test_a_turn_has_its_time() -> None:
         conversation = sampler.converse(PROBLEM, 0, turn_timeout_seconds=0.05)
         with pytest.raises(TurnFailedError) as caught:
             await conversation.sample([1])
-        report = sampler.end_step()
+        report, window = sampler.end_step(), sampler._slots.window
     assert caught.value.fault.cause is Cause.TURN_TIMEOUT
+    assert window.in_flight == 0
     sample = conversation.trajectory()
     assert (sample.failure, sample.provenance.attempts) == ("turn_timeout", 1)
+    assert sample.provenance.failed_attempts == ("cancelled",)
     assert sample.detail == "no answer at attempt 1: turn 1 took more than 0.05 s"
-    assert (report.requests, report.abandoned, sampler.in_flight) == (0, 1, 0)
+    assert (report.requests, report.abandoned) == (0, 1)
     assert len(script.requests) == 1
 
 
@@ -168,6 +171,7 @@ async def test_a_deadline_outside_is_not_taken_for_the_turns() -> None:
         "too slow",
         1,
     )
+    assert sample.provenance.failed_attempts == ("425",)  # it waited, and nothing was under way
 
 
 async def test_segments_of_the_functions_own() -> None:

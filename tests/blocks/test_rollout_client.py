@@ -7,6 +7,7 @@ import pytest
 
 from blocks.exchange import Chunks
 from hotload.errors import ProtocolError, ServiceRefusedError
+from hotload.faults import Cause, fault_of_status, is_recoverable
 from hotload.spec import Sampling
 from hotload.trajectories import Problem, Weights
 from hotload.wire.inference import Answer
@@ -147,6 +148,36 @@ async def test_seven_attempts_and_no_more() -> None:
     assert report.retry_exhaustions == 1
     for nap, wait in zip(naps.seconds, (2, 4, 8, 16, 30, 30), strict=True):
         assert 0.5 * wait <= nap < 1.5 * wait
+
+
+async def test_every_attempt_that_failed_is_told_by_what_it_met() -> None:
+    broken = http(token(1, "a"), length=999)
+    in_stream = http(token(1, "a") + event({"error": {"message": "x", "status_code": 503}}))
+    refusals = [http(b"", 429), http(b"", 503), http(b"", 425), http(b"", 404)]
+    replies = [*refusals, broken, http(token(1, "a") + DONE), in_stream, http(GOOD)]
+    async with sampling(*replies) as (sampler, script):
+        sample = await sampler.sample(PROBLEM, 0)
+    told = ("429", "503", "425", "404", "connection", "truncated", "503")
+    assert (sample.failure, sample.provenance.failed_attempts) == (None, told)
+    assert sample.provenance.attempts == len(script.requests) == len(told) + 1
+
+
+async def test_the_last_attempt_of_a_failed_sample_is_told_too() -> None:
+    refused = (await sample_once(http(b"", 429), http(b"", 400))).provenance
+    assert (refused.attempts, refused.failed_attempts) == (2, ("429", "400"))
+    garbled = (await sample_once(http(b"data: {not json\n\n"))).provenance
+    assert (garbled.attempts, garbled.failed_attempts) == (7, ("malformed",) * 7)
+    long = (await sample_once(http(GOOD), problem=Problem("p", (7, 8)), max_seq_len=2)).provenance
+    assert (long.attempts, long.failed_attempts) == (0, ())  # it was never sent
+
+
+def test_what_an_attempt_met_is_one_of_few_names() -> None:
+    statuses = {fault_of_status(status, "", "").met for status in range(100, 1000)}
+    assert statuses <= {str(status) for status in range(400, 600)} | set(Cause)
+    assert {each for each in ("400", "404", *statuses, *Cause) if is_recoverable(each)} == (
+        {"408", "425", "429", "timeout", "connection", "truncated", "server_error"}
+        | {str(status) for status in range(500, 600)}
+    )
 
 
 async def test_retry_after_is_a_floor_capped_at_thirty_seconds() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ from tests.blocks.conftest import make_store
 
 if TYPE_CHECKING:
     from blocks.checkpoint_store import CheckpointStore
-    from blocks.rollout_reader import RolloutReader
+    from blocks.rollout_reader import Delivery, RolloutReader
 
 IDENTITY = "run-000003-0123abcd"
 SHA = "0" * 64
@@ -337,6 +338,86 @@ async def test_a_log_that_cannot_be_read(file_store: CheckpointStore) -> None:
         await reader(file_store, "b").next()
 
 
+def sampled(delivery: Delivery, further: float = 0.0) -> list[list[float]]:
+    """A trainer's log-probabilities: the sampler's own, moved."""
+    return [[each - further for each in row] for row in delivery.frame["sampling_logprobs"]]
+
+
+async def test_the_drift_of_what_consumers_told(store: CheckpointStore) -> None:
+    cycle = Cycle(store)
+    assert await reader(store).drift() is None  # there is no rollout yet
+    await cycle.write("a", "b", "c")
+    await cycle.write("d", "e")
+    first, second = reader(store, groups_per_batch=4), reader(store, "b", groups_per_batch=4)
+    delivery = await first.__anext__()
+    assert delivery.row_counts == (6, 2)  # of two parts
+    assert await first.drift() is None
+    await first.acknowledge(delivery, [*sampled(delivery, 0.5)[:7], None])
+    found = await second.drift()
+    assert found is not None
+    assert (found.token_count, found.not_finite_count) == (14, 0)
+    assert (found.k1, found.mean_abs, found.max_abs) == (0.5, 0.5, 0.5)
+
+    await first.acknowledge(delivery, sampled(delivery, 9.0))  # again: nothing changes
+    await cycle.write("f")
+    await cycle.write("g", "h")
+    await cycle.tell(is_complete=True)
+    other = await second.__anext__()  # "e" is in a part that the first one leases
+    assert other.problem_ids == ("f", "g", "h")
+    await second.acknowledge(other, sampled(other, -1.5))
+    await first.acknowledge(await first.__anext__())  # and told nothing
+    found = await first.drift()
+    assert found is not None
+    assert (found.token_count, found.max_abs) == (26, 1.5)
+    assert found.k1 == pytest.approx((14 * 0.5 - 12 * 1.5) / 26)
+
+
+async def test_log_probabilities_that_do_not_fit_acknowledge_nothing(
+    file_store: CheckpointStore,
+) -> None:
+    cycle = Cycle(file_store)
+    await cycle.write("a")
+    await cycle.write("b")
+    await cycle.tell(is_complete=True)
+    one = reader(file_store)
+    delivery = await one.__anext__()
+    given = sampled(delivery)
+    with pytest.raises(ValueError, match=r"row 3: found shape \(1,\), expected \(2,\)"):
+        await one.acknowledge(delivery, [*given[:3], given[3][:1]])
+    with pytest.raises(ValueError, match="found 3 rows, expected 4"):
+        await one.acknowledge(delivery, given[:3])
+    await one.give_back()
+    again = await reader(file_store, "b").__anext__()
+    assert again.problem_ids == ("a", "b")
+
+
+async def test_numbers_that_are_none_fail_no_acknowledgement(file_store: CheckpointStore) -> None:
+    cycle = Cycle(file_store)
+    await cycle.write("a")
+    await cycle.write("b")
+    await cycle.tell(is_complete=True)
+    one = reader(file_store)
+    delivery = await one.__anext__()
+    nothing, infinite = [math.nan] * 2, [-math.inf] * 2
+    await one.acknowledge(delivery, [nothing, infinite, nothing, sampled(delivery)[3]])
+    found = await one.drift()
+    assert found is not None
+    assert (found.token_count, found.not_finite_count, found.k1) == (2, 6, 0.0)
+    assert await reader(file_store, "b").next() is None
+
+
+async def test_the_version_before_that_has_rollouts(file_store: CheckpointStore) -> None:
+    from blocks.rollout_directory import version_before
+
+    below = "run-000001-00000000"
+    for directory in (below, f"{below}/000002", f"{below}/000003", "other-000004-00000000"):
+        await Cycle(file_store, f"_hotload/rollouts/{directory}").write("x")
+    await Cycle(file_store, "_hotload/rollouts/run-000007-00000000").write("x")
+    versions = [1, 2, 3, 4, 7, 8]
+    found = [await version_before(file_store, "run", version) for version in versions]
+    assert found == [None, 1, 2, 3, 3, 7]
+
+
 def test_without_an_event_loop(file_store: CheckpointStore) -> None:
     async def hand_back() -> None:
         cycle = Cycle(file_store)
@@ -348,8 +429,11 @@ def test_without_an_event_loop(file_store: CheckpointStore) -> None:
     with reader(file_store).blocking() as deliveries:
         for delivery in deliveries:
             found.append(delivery.problem_ids)
-            deliveries.acknowledge(delivery)
+            deliveries.acknowledge(delivery, sampled(delivery))
+        drift = deliveries.drift()
     assert found == [("a", "b"), ("c",)]
+    assert drift is not None
+    assert (drift.token_count, drift.max_abs) == (12, 0.0)
 
 
 def test_the_page_for_trainers_is_true(file_store: CheckpointStore) -> None:
@@ -372,3 +456,24 @@ def test_the_page_for_trainers_is_true(file_store: CheckpointStore) -> None:
     code = code.replace("to_tensors(trl_batch(batch))", "trl_batch(batch)")
     exec(code.replace("s3://acme-rl/acme-rollouts", file_store.url), names)
     assert [arrays["completion_ids"].shape for arrays in trained] == [(4, 2)]
+
+
+def test_the_page_tells_how_a_drift_is_told(
+    file_store: CheckpointStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def hand_back() -> None:
+        cycle = Cycle(file_store)
+        await cycle.write("a", "b", "c")
+        await cycle.tell(is_complete=True)
+
+    asyncio.run(hand_back())
+    page = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text()
+    code = page.split("## Tell the drift")[1].split("```python\n")[1].split("```")[0]
+    names = {
+        "make_batch": make_batch,
+        "reader": reader(file_store),
+        "train": lambda batch: batch.sampling_logprobs - 0.25,
+        "save": lambda: None,
+    }
+    exec(code.replace("to_tensors(trl_batch(batch))", "batch"), names)
+    assert "token_count=12" in capsys.readouterr().out

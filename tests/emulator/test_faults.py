@@ -110,6 +110,7 @@ def test_connections_break_and_hang(start: Start) -> None:
     caller.fault("disconnect", count=1)
     with pytest.raises(httpx.RemoteProtocolError):
         caller.complete()
+    assert [r["status"] for r in caller.log()["requests"]] == [499]
     caller.fault("hang", operation="status")
     broken = threading.Event()
 

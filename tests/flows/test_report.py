@@ -77,6 +77,34 @@ async def test_what_only_informs_fails_no_cycle(
     assert fleet.reports() == [again]
 
 
+async def test_a_report_tells_what_the_trainer_told_of_the_version_before(fleet: Fleet) -> None:
+    def metrics(version: int) -> dict[str, float]:
+        lines = fleet.bucket / f"_hotload/metrics/run-{version:06d}.jsonl"
+        return json.loads(lines.read_text().splitlines()[-1])
+
+    await checkpoint_to_rollout(fleet.spec(1))
+    assert not [name for name in metrics(1) if "train" in name and "trainable" not in name]
+    store = CheckpointStore(url=fleet.bucket.as_uri())
+    async with RolloutReader(store, "run", 1, consumer="trainer") as reader:
+        async for delivery in reader:
+            batch = make_batch(delivery.frame)
+            logprobs = batch.by_frame_row(batch.sampling_logprobs - 0.25)
+            await reader.acknowledge(delivery, logprobs)
+    await checkpoint_to_rollout(fleet.spec(2))
+    assert metrics(2)["async/trained_against_version"] == 1
+    assert metrics(2)["rollout/trainer_drift_k1"] == pytest.approx(0.25)
+    page = (fleet.bucket / "_hotload/reports/run-000002.html").read_text()
+    assert "samples of version 1" in page
+
+    # A log that cannot be read costs the report its drift, and nothing else.
+    for log in (fleet.bucket / "_hotload/rollouts").rglob("claims/*/000000.json"):
+        log.write_text('{"kind": "lease"}')
+    (fleet.bucket / "_hotload/reports/run-000002.json").unlink()
+    again = await checkpoint_to_rollout(fleet.spec(2))
+    assert "async/trained_against_version" not in metrics(2)
+    assert again in fleet.reports()
+
+
 async def test_weights_and_biases_gets_the_metrics(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

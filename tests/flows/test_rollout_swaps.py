@@ -117,6 +117,8 @@ async def test_the_next_cycles_publish_while_the_first_one_samples(slow_fleet: F
     log = Counter(entry["status"] for entry in fleet.log()["requests"])
     reports = [report, second, third]
     assert sum(each.rollouts.groups.attempts for each in reports) == sum(log.values())
+    failed = sum(sum(each.rollouts.groups.failed_attempts.values()) for each in reports)
+    assert failed == sum(log.values()) - log[200]
     samples = sum(each.rollouts.sample_count for each in reports)
     assert log[200] == samples - stale.height
 

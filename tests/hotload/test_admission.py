@@ -2,7 +2,7 @@
 
 import pytest
 
-from hotload.admission import Admission, version_of
+from hotload.admission import Admission
 
 
 def admission(offpolicy: int = 0, **counts: int) -> Admission:
@@ -82,17 +82,3 @@ def test_a_publication_lets_more_in_until_it_is_too_late() -> None:
     assert not rows.publish(3)
     assert rows.publish(9)
     assert rows.is_stale
-
-
-@pytest.mark.parametrize(
-    ("identity", "version"),
-    [
-        ("run-000012-0badf00d", 12),
-        ("run-000012-0badf00d-x", None),
-        ("other-000012-0badf00d", None),
-        ("run-12-0badf00d", None),
-        ("", None),
-    ],
-)
-def test_the_version_an_identity_names(identity: str, version: int | None) -> None:
-    assert version_of(identity, "run") == version

@@ -16,6 +16,7 @@ from hotload.batches import make_batch, slime_batch, to_tensors, trl_batch, verl
 from hotload.errors import StoreError
 from hotload.frames import check_rollouts, part_facts, rollouts_frame
 from hotload.part_files import parse_rollouts, render_rollouts
+from hotload.trainer_logprobs import drifts_of
 from hotload.trajectories import Problem, Provenance, ScoredGroup, Segment, Trajectory
 
 SHA = "0" * 64
@@ -98,7 +99,7 @@ def test_a_row_per_segment() -> None:
 def test_what_a_part_holds_counts_samples_and_not_segments() -> None:
     facts = part_facts(FRAME, file="part-00000.parquet", size_bytes=1, sha256=SHA, digest=SHA)
     assert (facts.group_count, facts.sample_count, facts.reward_count) == (2, 4, 3)
-    assert (facts.reward_sum, facts.completion_token_count) == (6.0, 2 + 4 + 3 + 2)
+    assert (facts.reward_sum, facts.completion_token_count) == (6.0, 2 + 2 + 3 + 2)
     assert facts.samples_by_identity == {"now": 2, "old → now": 1}
     assert facts.failed_samples == {"timeout": 1}
 
@@ -161,8 +162,25 @@ def test_padded_arrays() -> None:
     assert BATCH.token_count == 6
 
 
+def test_values_of_a_batch_by_the_rows_of_its_frame() -> None:
+    values = BATCH.completion_ids.astype(float)
+    # The failed sample and the group that is not to be used have none.
+    rows = [[10, 11], [10, 11, 12, 13], [20, 21, 22], None, None]
+    assert [None if row is None else row.tolist() for row in BATCH.by_frame_row(values)] == rows
+    assert BATCH.by_frame_row([row for row in rows if row]) == rows  # ragged, as slime has them
+    with pytest.raises(ValueError, match="values of 2 rows, expected 3"):
+        BATCH.by_frame_row(values[:2])
+    mixed = FRAME.reverse()
+    found = make_batch(mixed)
+    for row, tokens in zip(
+        found.by_frame_row(found.completion_ids), mixed["token_ids"], strict=True
+    ):
+        assert row is None or row.tolist() == tokens.to_list()
+
+
 def test_a_batch_of_nothing() -> None:
     batch = make_batch(FRAME.head(0))
+    assert batch.by_frame_row(batch.sampling_logprobs) == []
     assert len(batch) == 0
     assert batch.completion_ids.shape == (0, 0)
     assert verl_batch(batch)["input_ids"].shape == (0, 0)
@@ -251,6 +269,10 @@ def test_tensors_where_torch_is_there() -> None:
     assert tensors["old_per_token_logps"].dtype == torch.float32
     assert tensors["completion_ids"].shape == (3, 4)
     assert tensors["num_items_in_batch"].item() == 6
+    given = BATCH.by_frame_row(tensors["sampling_per_token_logps"])
+    assert drifts_of(given, FRAME, [FRAME.height]) == drifts_of(
+        BATCH.by_frame_row(BATCH.sampling_logprobs), FRAME, [FRAME.height]
+    )
     assert to_tensors(verl_batch(BATCH))["uid"] is not None
 
 

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.drift import distribution, entropy_nats, logprob_drift, uniform_share
+from hotload.drift import (
+    LogprobDrift,
+    distribution,
+    entropy_nats,
+    logprob_drift,
+    merged_drift,
+    uniform_share,
+)
 
 
 def test_a_distribution() -> None:
@@ -102,11 +109,12 @@ def test_k3_is_never_negative(pairs: list[tuple[float, float]]) -> None:
 
 
 def test_tokens_without_a_number_are_counted_and_left_out() -> None:
-    found = logprob_drift([-1, math.nan, -math.inf, -1], [-1, -1, -1, -math.inf], [True] * 4)
+    trainer = [-1, math.nan, -math.inf, -1, -3.4e38, -1e308]
+    found = logprob_drift(trainer, [-1, -1, -1, -math.inf, -1, 1e308], [True] * 6)
     assert found is not None
-    assert (found.token_count, found.not_finite_count, found.k1) == (1, 3, 0)
-    with pytest.raises(ValueError, match="on any of 1 tokens"):
-        logprob_drift([math.nan], [-1], [True])
+    assert (found.token_count, found.not_finite_count, found.k1) == (1, 5, 0)
+    found = logprob_drift([math.nan, -1], [-1, -1], [True, False])
+    assert found == LogprobDrift(token_count=0, not_finite_count=1)
 
 
 def test_what_does_not_line_up_is_refused() -> None:
@@ -114,3 +122,35 @@ def test_what_does_not_line_up_is_refused() -> None:
         logprob_drift([-1, -1], [-1, -1, -1], [True] * 3)
     assert logprob_drift([], [], []) is None
     assert logprob_drift([-1], [-2], [False]) is None
+
+
+LOGPROBS = st.floats(-60, 0) | st.sampled_from([math.nan, -math.inf])
+
+
+TOKENS = st.lists(st.tuples(LOGPROBS, LOGPROBS, st.booleans()), max_size=8)
+
+
+@given(st.lists(TOKENS, max_size=5))
+def test_merged_drifts_are_the_drift_of_all_tokens(
+    batches: list[list[tuple[float, float, bool]]],
+) -> None:
+    def drift(tokens: list[tuple[float, float, bool]]) -> LogprobDrift | None:
+        trainer, sampler, mask = zip(*tokens, strict=True) if tokens else ((), (), ())
+        return logprob_drift(trainer, sampler, mask)
+
+    found = merged_drift(each for each in map(drift, batches) if each is not None)
+    whole = drift([token for batch in batches for token in batch])
+    assert (found is None) == (whole is None)
+    if found is not None and whole is not None:
+        assert found.token_count == whole.token_count
+        assert found.not_finite_count == whole.not_finite_count
+        assert found.max_abs == whole.max_abs
+        for name in ("k1", "k3", "mean_abs") if whole.token_count else ():
+            assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-9, abs=1e-9)
+
+
+def test_figures_are_there_if_tokens_are() -> None:
+    with pytest.raises(ValueError, match="figures are there if tokens are"):
+        LogprobDrift(token_count=3, not_finite_count=0, k1=0.0, k3=0.0, mean_abs=0.0)
+    with pytest.raises(ValueError, match="figures are there if tokens are"):
+        LogprobDrift(token_count=0, not_finite_count=0, max_abs=1.0)

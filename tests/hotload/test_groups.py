@@ -26,7 +26,9 @@ PROBLEM = Problem("p", "x")
 
 
 def sample(number: int = 0, failure: str | None = None, **fields: Any) -> Trajectory:
-    origin = Provenance("run-000001-00000000", f"r{number}", "s", attempts=1)
+    # Failed samples had one attempt, and it met their cause.
+    met = () if failure is None else (failure,)
+    origin = Provenance("run-000001-00000000", f"r{number}", "s", 1, failed_attempts=met)
     return Trajectory("p", number, number, origin, 0.5, failure=failure, **fields)
 
 
@@ -172,7 +174,15 @@ def test_rows_the_breaker_counts_and_rows_that_are_not_recorded(
 
 def test_every_rule_s_effect_is_counted() -> None:
     rules = Groups(on_straddling="mask_from_change", on_incomplete="accept_partial")
-    origin = Provenance("a", "r", "s", attempts=3, observed=("a", "b"), runs=((0, "a"), (1, "b")))
+    origin = Provenance(
+        "a",
+        "r",
+        "s",
+        attempts=3,
+        observed=("a", "b"),
+        runs=((0, "a"), (1, "b")),
+        failed_attempts=("429", "truncated"),
+    )
     straddling = sample(
         1,
         token_ids_T=(5, 6, 7),
@@ -181,7 +191,8 @@ def test_every_rule_s_effect_is_counted() -> None:
     )
     drawn = (sample(0), replace(straddling, provenance=origin), sample(2, "timeout"))
     rewards = (0.0, 1.0, None)
-    tally = Tally(attempts=4, hedges=2, hedges_won=1, cut_off=2)
+    tally = Tally(hedges=2, hedges_won=1, cut_off=2)
+    tally.leave_out(replace(origin, attempts=4, failed_attempts=("503", "429", "cancelled")))
     tally.replace(sample(9, "truncated"))
     verdict = judge(ScoredGroup(PROBLEM, drawn, rewards, advantages(rewards)), rules)
     kept = tally.counts(verdict, rules, is_refill=True)
@@ -198,6 +209,7 @@ def test_every_rule_s_effect_is_counted() -> None:
         straddling_samples=1,
         tokens_masked=2,
         attempts=4 + 1 + 1 + 3 + 1,
+        failed_attempts={"503": 1, "429": 2, "cancelled": 1, "truncated": 2, "timeout": 1},
     )
     dropped = Tally().counts(
         Verdict(judge(scored(1.0, 1.0), rules).group, True), rules, is_refill=False
@@ -205,9 +217,26 @@ def test_every_rule_s_effect_is_counted() -> None:
     assert (dropped.dropped_groups, dropped.groups_by_mark) == ({"uniform": 1}, {})
     total = GroupCounts.total([kept, dropped, kept])
     assert total.asked_again == {"truncated": 2}
+    assert total.failed_attempts == {
+        "429": 4,
+        "truncated": 4,
+        "503": 2,
+        "cancelled": 2,
+        "timeout": 2,
+    }
+    # The one that was left out, one of the group and its neighbour were answered; twice.
+    assert total.attempts - sum(total.failed_attempts.values()) == 2 * 3 + 2
     assert (total.raw_samples, total.raw_reward_sum, total.hedges) == (8, 4.0, 4)
     assert total.dropped_groups == {"uniform": 1}
     assert GroupCounts.total([]) == GroupCounts()
+
+
+def test_counts_that_were_written_before_failed_attempts_were_counted() -> None:
+    before = GroupCounts.model_validate_json('{"attempts": 3, "asked_again": {"timeout": 1}}')
+    assert before.failed_attempts == {}
+    counted = GroupCounts(attempts=2, failed_attempts={"429": 1})
+    assert GroupCounts.total([before, counted]).failed_attempts == {"429": 1}
+    assert GroupCounts.model_validate_json(counted.model_dump_json()) == counted
 
 
 @pytest.mark.parametrize("cause", ["deadline", "trajectory_timeout"])

@@ -14,6 +14,7 @@ import pytest
 
 from hotload.advantages import advantages
 from hotload.drawing import Bar, bars, columns, histogram, nice_ticks, stack, steps, timeline
+from hotload.drift import LogprobDrift, TrainedAgainst
 from hotload.figures import Figures
 from hotload.frames import part_facts, rollouts_frame
 from hotload.html_report import render_report
@@ -44,6 +45,7 @@ def sample(number: int, tokens: int = 2, **changes: Any) -> Trajectory:
         loss_mask_T=(True,) * tokens,
         text="four",
         finish_reason="stop" if number else "length",
+        prompt_token_count=4,
         cached_prompt_token_count=1,
     )
     return replace(made, **changes)
@@ -110,6 +112,7 @@ def report(**changes: Any) -> CycleReport:
                 groups_by_mark={"partial": 1},
                 dropped_groups={"uniform": 2},
                 asked_again={"timeout": 3},
+                failed_attempts={"truncated": 1, "429": 3, "404": 1, "cancelled": 1},
                 raw_samples=9,
                 raw_reward_count=4,
                 raw_reward_sum=0.0,
@@ -208,6 +211,8 @@ def test_nothing_is_loaded_from_anywhere() -> None:
         "two versions of the weights",
         f"{NOW} → {NEXT}",
         "requests per sample 1.33",
+        "Requests that met these were sent again or given up; share of 12 requests",
+        "HTTP 429 3 · 25 % truncated 1 · 8.3 % HTTP 404 1 · 8.3 % cancelled 1 · 8.3 %",
         "prompt tokens from the cache",
         "2026-01-02 03:04:05 UTC",
     ],
@@ -239,6 +244,16 @@ def test_a_page_of_nothing() -> None:
     assert "nan" not in read.text.casefold().split()
 
 
+def test_requests_without_an_answer_are_told_in_the_table_too() -> None:
+    told = {row["what"]: row["value"] for row in report().rows()}
+    assert told["requests sent again or given up"] == (
+        "3 × HTTP 429, 1 × truncated, 1 × HTTP 404, 1 × cancelled"
+    )
+    quiet = report(rollouts=summarize(NOW, [], parts_uri="", seconds=0))
+    assert "requests sent again or given up" not in {row["what"] for row in quiet.rows()}
+    assert "Requests that met these" not in Page(page(quiet)).text
+
+
 def test_a_fallback_is_told() -> None:
     read = Page(page(report(fallback_reason="a replica is <torn>", outcome="fell back")))
     assert "After a first attempt that failed, a delta" in read.text
@@ -250,7 +265,8 @@ def test_figures() -> None:
     found = figures()
     assert (found.group_count, found.sample_count, found.uniform_group_count) == (2, 5, 1)
     assert found.latency_seconds == [1.0, 2.0, 1.0, 2.0]
-    assert found.token_counts == [2, 4, 2, 2]
+    assert found.token_counts == [2, 3, 2, 2]  # of its four tokens a tool said one
+    assert (found.prompt_token_count, found.cached_prompt_token_count) == (5 * 4, 5)
     assert found.trainable_token_counts == [2, 3, 2, 2]
     assert found.turn_counts == {1: 4, 2: 1}
     assert found.versions == {NOW: 3, f"{NOW} → {NEXT}": 1}
@@ -285,6 +301,40 @@ def test_metrics_by_their_names() -> None:
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+DRIFT = LogprobDrift(
+    token_count=1200, not_finite_count=3, k1=-0.00042, k3=0.001, mean_abs=0.02, max_abs=1.5
+)
+
+
+def test_what_the_trainer_told() -> None:
+    told = TrainedAgainst(2, DRIFT)
+    read = Page(render_report(report(), figures(), ended_at=ENDED, trained=told))
+    assert read.open == []
+    assert "Trainer against sampler" in read.text
+    assert "acknowledged last: samples of version 2" in read.text
+    assert "k1 −0.00042 nats k3 0.001 nats mean of |d| 0.02 nats largest |d| 1.5 nats" in read.text
+    assert "tokens compared 1,200 tokens without a number 3" in read.text
+    metrics = cycle_metrics(report(), figures(), told)
+    without = cycle_metrics(report(), figures())
+    assert {name: metrics[name] for name in metrics.keys() - without.keys()} == {
+        "async/trained_against_version": 2,
+        "rollout/trainer_drift_k1": -0.00042,
+        "rollout/trainer_drift_k3": 0.001,
+        "rollout/trainer_drift_mean_abs": 0.02,
+        "rollout/trainer_drift_max_abs": 1.5,
+        "rollout/trainer_drift_tokens": 1200,
+    }
+
+
+def test_a_trainer_that_told_nothing_or_no_number() -> None:
+    assert "Trainer against sampler" not in page()
+    told = TrainedAgainst(2, LogprobDrift(token_count=0, not_finite_count=7))
+    read = Page(render_report(report(), figures(), ended_at=ENDED, trained=told))
+    assert "tokens compared 0 tokens without a number 7" in read.text
+    metrics = cycle_metrics(report(), figures(), told)
+    assert [name for name in metrics if "trainer_drift" in name] == ["rollout/trainer_drift_tokens"]
+
+
 def test_what_is_not_trained_on_is_not_counted_as_filtered_or_accepted() -> None:
     """A group that is incomplete has rewards, and no advantages."""
     unused = replace(GROUPS[0], advantages_G=(None,) * 3, mark="incomplete")
@@ -311,6 +361,7 @@ def test_json_lines() -> None:
     assert [line.get("producer/in_flight_samples") for line in lines] == [8, 5, 0, None]
     assert lines[2]["producer/rows_dropped_total"] == 2
     assert lines[2]["producer/rows_accepted_total"] == 2
+    assert lines[2]["producer/recoverable_errors_total"] == 4  # neither the 404 nor the cancelled
     assert {name for name in lines[2] if name.startswith("producer/")} == {
         "producer/elapsed_time_s",
         "producer/published_version",
@@ -318,6 +369,7 @@ def test_json_lines() -> None:
         "producer/rows_accepted_total",
         "producer/rows_dropped_total",
         "producer/rows_refilled_total",
+        "producer/recoverable_errors_total",
         "producer/trajectory_drops_total",
     }
     assert {line["policy_version"] for line in lines} == {3}

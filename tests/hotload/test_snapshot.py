@@ -17,6 +17,7 @@ from hotload.snapshot import (
     cycle_name,
     is_identity,
     snapshot_identity,
+    version_of,
 )
 
 MANIFEST = {
@@ -137,3 +138,22 @@ def test_batches_keep_order_and_limit(count: int, limit: int) -> None:
 def test_the_content_digest_does_not_depend_on_order() -> None:
     assert content_sha256({"a": "1", "b": "2"}) == content_sha256({"b": "2", "a": "1"})
     assert content_sha256({"a": "1", "b": "2"}) != content_sha256({"a": "2", "b": "1"})
+
+
+@pytest.mark.parametrize(
+    ("identity", "version"),
+    [
+        ("run-000012-0badf00d", 12),
+        ("run-000012-0badf00d-x", None),
+        ("other-000012-0badf00d", None),
+        ("run-12-0badf00d", None),
+        ("", None),
+    ],
+)
+def test_the_version_an_identity_names(identity: str, version: int | None) -> None:
+    assert version_of(identity, "run") == version
+
+
+def test_the_version_an_identity_of_any_run_names() -> None:
+    assert version_of("a-1-000012-0badf00d") == 12
+    assert version_of("hand-made") is None

@@ -50,6 +50,7 @@ def test_a_prompt_that_repeats_the_tokens_goes_on_with_the_sequence() -> None:
     )
     assert turns.runs == ((0, "a"),)
     assert turns.text == "x"
+    assert turns.prompt_token_count == 2 + 6
 
 
 @pytest.mark.parametrize("prompt", [(7, 8, 1), (7, 8, 1, 3, 9), (7,), (8, 8, 1, 2, 9)])
@@ -95,6 +96,10 @@ def test_experts_of_what_was_not_sampled_are_zeros() -> None:
     experts = routing_array(turns.routing_matrix, 3, active_expert_count=2)
     assert experts.tolist() == [[[1, 2]], [[0, 0]], [[3, 4]]]
     assert turns_of(first, answered((7, 1, 9), (2,))).routing_matrix is None
+    silent = answered((7, 1, 9), (), routing_matrix="AwQ=")
+    third = answered((7, 1, 9, 8), (2,), routing_matrix="AwQ=")
+    assert turns_of(first, silent).routing_matrix == "AQIAAA=="
+    assert turns_of(first, silent, third).routing_matrix == "AQIAAAAAAwQ="
     only_first = turns_of(first, answered((5,), (2,)))
     assert only_first.routing_matrix == "AQI="
 

@@ -4,7 +4,8 @@ import asyncio
 import os
 from typing import Any
 
-from blocks.conversation import Conversation
+from blocks.conversation import Conversation, TurnFailedError
+from hotload.errors import ServiceRefusedError
 from hotload.trajectories import Problem, Segment, Trajectory
 
 KEY_VARIABLE = "judge_key"
@@ -78,6 +79,12 @@ async def by_problem(problem: Problem, sampler: Conversation) -> Any:
             return made_otherwise(sampler, transcript=({"role": object()},))
         case "unprintable":
             raise UnprintableError
+        case "own fault":
+            raise TurnFailedError("mine")  # type: ignore[arg-type]
+        case "own service":
+            raise ServiceRefusedError("judge", 401, "no such key")
+        case "sentence":
+            return made_otherwise(sampler, failure="it did not go well at 12:31")
         case "unusual":
             raise UnusualError
         case "no segments":

@@ -20,7 +20,7 @@ from hotload.spec import CycleSpec
 from tasks.overlap import overlap
 from tasks.read_problems import plan_rollouts
 from tasks.roll_out import Rollout, open_rollout, roll_out_chunk
-from tests.blocks.scripted_inference import IDENTITY, MODEL, client
+from tests.blocks.scripted_inference import IDENTITY, MODEL, client, http
 from tests.tasks.answering import NO_IDS, Answering, Asked, Reply, never, saying
 from tests.tasks.playing import KEY_VARIABLE
 
@@ -126,6 +126,7 @@ async def test_missing_samples_are_asked_again_under_new_numbers(bench: Bench) -
     assert all(row["failure"] is None for row in rows)
     assert {row["sample_number"] for row in rows} <= {0, 1, 2, 3}
     assert manifest.summary.groups.asked_again == {"missing_token_ids": 2}
+    assert manifest.summary.groups.failed_attempts == {"missing_token_ids": 2}
     assert len(server.asked) == manifest.summary.groups.attempts == 6
     assert len({asked.body["seed"] for asked in server.asked}) == 6
 
@@ -192,6 +193,7 @@ async def test_a_group_s_time_is_up(bench: Bench) -> None:
     assert Counter(row["failure"] for row in rows) == {None: 2, "deadline": 2}
     assert manifest.summary.failed_samples == {"deadline": 2}
     assert manifest.summary.groups.cut_off == 2
+    assert manifest.summary.groups.failed_attempts == {"cancelled": 2}
     assert manifest.summary.groups.attempts == len(server.asked) == 4
     late = next(row for row in rows if row["failure"] == "deadline")
     assert late["request_id"] in {asked.headers["x-request-id"] for asked in server.asked}
@@ -213,6 +215,7 @@ async def test_the_slowest_sample_is_asked_for_twice(bench: Bench) -> None:
     assert sum(row["is_hedge"] for row in rows) == 2
     counts = manifest.summary.groups
     assert (counts.hedges, counts.hedges_won, counts.cut_off) == (2, 2, 2)
+    assert counts.failed_attempts == {"cancelled": 2}
     assert counts.attempts == len(server.asked) == 6
     for prompt, first in hung.items():
         (second,) = [
@@ -248,7 +251,48 @@ async def test_a_hedge_that_fails_leaves_the_first_request_its_time(bench: Bench
     assert [row["is_hedge"] for row in rows] == [False, False]
     counts = manifest.summary.groups
     assert (counts.hedges, counts.hedges_won, counts.cut_off) == (1, 0, 0)
+    assert counts.failed_attempts == {"missing_token_ids": 1}
     assert counts.attempts == len(server.asked) == 3
+
+
+async def test_every_request_was_answered_or_is_counted_by_what_it_met(bench: Bench) -> None:
+    """Attempts = answers + failed attempts, over kept, dropped, replaced and cut-off samples."""
+    kinds = [saying("ab"), http(b"", 400), saying("ab"), NO_IDS, saying("ba")]
+    answered: Counter[bytes] = Counter()
+    hung: set[str] = set()
+
+    async def in_turn(asked: Asked) -> bytes:
+        if asked.prompt.endswith("7") and asked.prompt not in hung:
+            hung.add(asked.prompt)
+            return await never()
+        # The hedge of one that hangs is answered well: it would be waited for otherwise.
+        kind = saying("ab") if asked.prompt in hung else kinds[asked.number % len(kinds)]
+        answered[kind] += 1
+        return kind
+
+    rules = {
+        "max_incomplete_group_retries": 1,
+        "hedge_after_seconds": 1.0,
+        "on_uniform": "drop",
+    }
+    spec = bench.spec(20, groups=rules, problems_per_task=4)
+    manifest, server = await bench.run(spec, in_turn)
+    counts = manifest.summary.groups
+    assert len(manifest.parts) > 1
+    assert counts.dropped_groups
+    assert counts.asked_again
+    assert counts.cut_off > 0
+    assert counts.failed_attempts == {
+        "400": answered[kinds[1]],
+        "missing_token_ids": answered[NO_IDS],
+        "cancelled": len(hung),
+    }
+    assert counts.attempts == len(server.asked)
+    good = answered[saying("ab")] + answered[saying("ba")]
+    assert counts.attempts - sum(counts.failed_attempts.values()) == good
+    # What the files of the parts say is all that a later run knows.
+    again, idle = await bench.run(spec, in_turn)
+    assert (again.summary.groups, idle.asked) == (counts, [])
 
 
 @pytest.mark.parametrize(
@@ -499,7 +543,10 @@ ENDS = {
     "negative": "rollout_raised",
     "half": None,
     "halves": None,
-    "half a cause": "?",
+    "half a cause": "rollout_raised",
+    "sentence": "rollout_raised",
+    "own fault": "rollout_raised",
+    "own service": "rollout_raised",
     "unpicklable": None,
     "not json": "rollout_raised",
     "unprintable": "rollout_raised",
@@ -531,10 +578,9 @@ async def test_a_failing_function_never_takes_the_batch_with_it(
     assert named["key told"]["detail"] == "********"
     assert not any(KEY[:6] in (row["detail"] or "") for row in rows)
     assert manifest.summary.failed_samples == {
-        "rollout_raised": 24,
+        "rollout_raised": 32,
         "rollout_skipped": 2,
         "own": 2,
-        "?": 2,
     }
 
 
