@@ -61,6 +61,7 @@ def run() -> int:
     (DEMO / "report.json").write_text(json.dumps(document, indent=1))
     say(f"{len(reports)} cycles; {time.monotonic() - started:.0f} s with both servers' start")
     say(f"report  {DEMO / 'report.json'}")
+    say(f"page    {bucket / '_hotload' / 'reports' / reports[-1].name}.html")
     say(f"data    {bucket / '_hotload' / 'rollouts'}")
     say("UI      make ui")
     return 0

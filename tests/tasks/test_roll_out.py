@@ -36,6 +36,7 @@ from tests.blocks.scripted_inference import (
     http,
     token,
 )
+from tests.tasks.publishing import disk_full_after
 
 
 @pytest.fixture
@@ -161,6 +162,24 @@ async def test_a_failed_write_costs_no_sample(
             in_the_way.unlink()
             (part,) = await roll_out_chunk.fn(rollout, 0)
             assert len(script.requests) == part.sample_count == 4
+
+
+async def test_a_disk_that_fills_up_leaves_no_half_file_and_costs_no_sample(
+    spec: CycleSpec, store: CheckpointStore
+) -> None:
+    plan = await plan_rollouts(spec, IDENTITY)
+    with disable_run_logger():
+        async with (
+            served(http(GOOD)) as script,
+            open_rollout(spec, plan, client(script.port), store, None) as rollout,
+        ):
+            with disk_full_after(1000), pytest.raises(StoreError, match="File too large"):
+                await roll_out_chunk.fn(rollout, 0)
+            assert await store.names(plan.directory) == []
+            (part,) = await roll_out_chunk.fn(rollout, 0)
+            assert len(script.requests) == part.sample_count == 4
+    data = await store.read_bytes(plan.path(part.file), limit_bytes=1 << 20)
+    assert hashlib.sha256(data).hexdigest() == part.sha256
 
 
 class MovedBucket(CheckpointStore):
