@@ -54,8 +54,10 @@ swaps: install  ## a run over three policy versions with swaps and faults: the r
 test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: ceph-mon ceph-osd radosgw)
 	$(PY) -m tests.radosgw $(PY) -m pytest tests/blocks -m stores
 
-oracles: .oracle-venv/installed  ## our bytes against the vendor's own package, in an environment of its own
-	.oracle-venv/bin/python -m pytest -c tests/oracles/pytest.ini tests/oracles
+ORACLES := python -m pytest -c tests/oracles/pytest.ini
+oracles: .oracle-venv/installed .trainers-venv/installed  ## our bytes in the vendor's own package, our batches in TRL and verl
+	.oracle-venv/bin/$(ORACLES) tests/oracles/test_arc_v2.py
+	HF_HUB_OFFLINE=1 .trainers-venv/bin/$(ORACLES) tests/oracles/test_trl.py tests/oracles/test_verl.py
 
 # The implementations on trial together in each environment: each is tried alone, and with the others.
 ADAPTERS := tests/conformance/adapters
@@ -138,6 +140,18 @@ PYTHON312 ?= $(shell for python in python3.14 python3.13 python3.12 python3 \
 	$(PYTHON312) -m venv .cwtrain-venv
 	.cwtrain-venv/bin/python -m pip install --disable-pip-version-check --quiet \
 		-r tests/oracles/requirements-cwtrain.txt
+	@touch $@
+
+# verl takes no 3.13.
+PYTHON311 ?= $(shell for python in python3.12 python3.11 \
+	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[12].*/bin/python; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info >= (3, 13))' 2>/dev/null \
+	&& echo $$python && break; done)
+.trainers-venv/installed: tests/oracles/requirements-trainers.txt
+	@test -n "$(PYTHON311)" || { echo 'No Python 3.11 or 3.12 found: make PYTHON311=… oracles' >&2; exit 1; }
+	$(PYTHON311) -m venv .trainers-venv
+	.trainers-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/oracles/requirements-trainers.txt
 	@touch $@
 
 .fuzz-venv/installed: tests/fuzz/requirements.txt

@@ -3,7 +3,8 @@
 The whole path of a cycle's rollouts but the network: the answers are made in this process, at most
 256 at once, with token ids and log-probabilities of their own, so that nothing is shared between
 samples. Groups go through gate, reward, rules and part files into a store on disk. Bar: the peak of
-the resident memory stays 400 MiB above where it began, and does not grow as the run goes on.
+the resident memory stays 400 MiB above where it began; the peak in each tenth of the run shows
+whether it grows.
 """
 
 import argparse
@@ -15,15 +16,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 
 from blocks.checkpoint_store import CheckpointStore
+from blocks.conversation import Conversation, Outcome
 from hotload.parts import plan_rollout
-from hotload.spec import CycleSpec
-from hotload.trajectories import Problem, Provenance, Trajectory
+from hotload.spec import CycleSpec, Sampling
+from hotload.trajectories import Problem
+from hotload.wire.inference import Answer
 from tasks.overlap import overlap
 from tasks.roll_out import Rollout
 from tasks.score import open_scorer
@@ -43,29 +45,35 @@ class CannedSampler:
         self.identity = IDENTITY
         self._tokens = tokens
 
-    def converse(self, problem: Problem, number: int, *, is_hedge: bool = False) -> Any:
-        """One answer."""
+    def converse(self, problem: Problem, number: int, *, is_hedge: bool = False) -> Conversation:
+        """A conversation whose turns are answered here."""
+        return Conversation(
+            self._ask,
+            problem,
+            number,
+            sampling=self.sampling,
+            identity=IDENTITY,
+            seed=number,
+            request_id=f"r-{problem.id}-{number}",
+            session_id=f"s-{problem.id}-{number}",
+            turn_timeout_seconds=None,
+            is_hedge=is_hedge,
+        )
 
-        async def ask(*_: object) -> None:
-            await asyncio.sleep(0)
-
-        def trajectory() -> Trajectory:
-            count = self._tokens
-            return Trajectory(
-                problem_id=problem.id,
-                sample_number=number,
-                seed=number,
-                provenance=Provenance(IDENTITY, f"r-{problem.id}-{number}", "s", 1, (IDENTITY,)),
-                latency_seconds=1.0,
-                prompt_token_ids=tuple(random.choices(VOCABULARY, k=32)),
-                token_ids_T=tuple(random.choices(VOCABULARY, k=count)),
-                sampling_logprobs_T=tuple([-random.random() for _ in range(count)]),
-                loss_mask_T=(True,) * count,
-                text="word " * count,
-                finish_reason="length",
-            )
-
-        return SimpleNamespace(ask=ask, trajectory=trajectory, attempts=1)
+    async def _ask(
+        self, asked: Problem, sampling: Sampling, *, attempted: Any, ended: Any, **_: Any
+    ) -> Outcome:
+        attempted()
+        await asyncio.sleep(0)
+        count = self._tokens
+        answer = Answer(sampling, tuple(random.choices(VOCABULARY, k=32)))
+        answer.token_ids = tuple(random.choices(VOCABULARY, k=count))
+        answer.sampling_logprobs = [-random.random() for _ in range(count)]
+        answer.text, answer.finish_reason = "word " * count, "length"
+        answer.observed, answer.last_identity = [IDENTITY], IDENTITY
+        answer.runs = [(0, IDENTITY)]
+        ended(None)
+        return Outcome(answer, None)
 
     def trace(self) -> tuple[()]:
         """No window, no path."""

@@ -69,7 +69,8 @@ def writes(options: argparse.Namespace, queue_seconds: float) -> list[bytes]:
     step = options.events_per_write
     pieces = [b"".join(found[i : i + step]) for i in range(0, len(found), step)]
     framed = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
-    framed[0], framed[-1] = HEAD + framed[0], framed[-1] + b"0\r\n\r\n"
+    framed[0] = HEAD + framed[0]
+    framed[-1] += b"0\r\n\r\n"
     return framed
 
 

@@ -118,7 +118,10 @@ def _lines(
 
 def total(sides: Iterable[Counts]) -> Counts:
     """The sum of several, line by line."""
-    return dict(sum(map(Counter, sides), Counter()))
+    added: Counter[str] = Counter()
+    for side in sides:
+        added.update(side)  # `+` would leave out what is below 0
+    return dict(added)
 
 
 def storms(sample_count: int) -> list[dict[str, Any]]:

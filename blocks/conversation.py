@@ -15,10 +15,13 @@ from typing import Any, NamedTuple, Protocol
 from hotload.errors import HotLoadError, ServiceError
 from hotload.faults import CANCELLED, Action, Cause, Fault
 from hotload.spec import Sampling
-from hotload.straddling import settle_straddling
+from hotload.straddling import settle_weights
 from hotload.trajectories import TOKEN_ID_LIMIT, Problem, Provenance, Segment, Trajectory
 from hotload.turns import Turns
 from hotload.wire.inference import Answer
+
+# A function that was left behind waits for each refusal, lest it keep the event loop to itself.
+CLOSED_WAIT_SECONDS = 0.1
 
 Asked = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """What a turn asks: text, token ids, or the messages of a chat."""
@@ -119,6 +122,7 @@ class Conversation:
         self._met: tuple[str, ...] = ()
         self._turn_count = 0
         self._turns = Turns()
+        self._is_closed = False
         self._fault: Fault | None = None
         self._stop: ServiceError | None = None
         self._transcript: list[Mapping[str, Any]] = []
@@ -149,6 +153,7 @@ class Conversation:
             ServiceRefusedError: 401, 402, 403, 412 or an undocumented code: no turn can succeed.
             ProtocolError: the service answers 200 with something else than an answer.
             ValueError: nothing, or something else, was asked.
+            RuntimeError: the sample has ended; nothing is sent.
         """
         sampling = self._sampling
         changes: dict[str, Any] = {}
@@ -187,10 +192,22 @@ class Conversation:
         Raises:
             ServiceRefusedError: no turn can succeed.
             ProtocolError: the service answers 200 with something else than an answer.
+            RuntimeError: the sample has ended; nothing is sent.
         """
+        if self._is_closed:
+            await asyncio.sleep(CLOSED_WAIT_SECONDS)
+            self._check_open()
         number, before = self._turn_count, self.attempts
         self._turn_count += 1
-        limit = asyncio.timeout(self._turn_timeout_seconds)
+        # A turn's time begins as it is first sent: the wait for a slot is our own doing.
+        limit = asyncio.timeout(None)
+
+        def note_attempt() -> None:
+            self._note_attempt()
+            if limit.when() is None and self._turn_timeout_seconds is not None:
+                now = asyncio.get_running_loop().time()
+                limit.reschedule(now + self._turn_timeout_seconds)
+
         try:
             async with limit:
                 answer, fault = await self._ask(
@@ -199,7 +216,7 @@ class Conversation:
                     seed=(self._seed + number) % 2**31,
                     request_id=f"{self._request_id}-{number}" if number else self._request_id,
                     session_id=self._session_id,
-                    attempted=self._note_attempt,
+                    attempted=note_attempt,
                     ended=self._note_end,
                 )
         except TimeoutError:
@@ -225,6 +242,12 @@ class Conversation:
         self._fault = fault
         return Outcome(answer, fault)
 
+    def close(self) -> None:
+        """Send nothing any more: what was sent is counted now. A request that is under way is the
+        caller's to cancel.
+        """
+        self._is_closed = True
+
     def trajectory(
         self, fault: Fault | None = None, *, segments: Sequence[Segment] | None = None
     ) -> Trajectory:
@@ -244,7 +267,7 @@ class Conversation:
             raise self._stop
         fault = fault or self._fault
         turns = self._turns
-        own = segments is not None
+        is_own = segments is not None and not _are_same_tokens(segments, turns.segments)
         first, *further = segments or turns.segments
         now = time.monotonic()
         trajectory = Trajectory(
@@ -261,7 +284,7 @@ class Conversation:
                 last=turns.last_identity,
                 replica=turns.replica,
                 response_id=turns.response_id,
-                runs=() if own else turns.runs,
+                runs=() if is_own else turns.runs,
             ),
             latency_seconds=now - (self._first_sent_at or now),
             prompt_token_ids=first.prompt_token_ids,
@@ -272,17 +295,23 @@ class Conversation:
             finish_reason=turns.finish_reason,
             prompt_token_count=turns.prompt_token_count,
             cached_prompt_token_count=turns.cached_prompt_token_count,
+            completion_token_count=turns.completion_token_count,
             failure=None if fault is None else fault.cause.value,
             detail="" if fault is None else fault.detail,
             turn_count=max(1, self._turn_count),
             further=tuple(further),
             transcript=tuple(self._transcript),
-            routing_matrix=None if own else turns.routing_matrix,
+            routing_matrix=None if is_own else turns.routing_matrix,
             is_hedge=self._is_hedge,
         )
-        return settle_straddling(trajectory, self._sampling.groups.on_straddling)
+        return settle_weights(trajectory, self._sampling.groups.on_straddling)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the sample has ended: no further turn is sent for it")
 
     def _note_attempt(self) -> None:
+        self._check_open()
         self.attempts += 1
         if self._first_sent_at is None:
             self._first_sent_at = time.monotonic()
@@ -303,6 +332,12 @@ class Conversation:
             told = f"({len(turn.prompt_token_ids)} token ids)"
             self._transcript.append({"role": "user", "content": told})
         self._transcript.append(turn.message)
+
+
+def _are_same_tokens(segments: Sequence[Segment], others: Sequence[Segment]) -> bool:
+    return [(each.prompt_token_ids, each.token_ids_T) for each in segments] == [
+        (each.prompt_token_ids, each.token_ids_T) for each in others
+    ]
 
 
 def _question(name: str, asked: Asked) -> Problem:

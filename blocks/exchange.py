@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterable, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
 import httpx
 import orjson
@@ -14,6 +13,7 @@ from blocks.transport import NO_ANSWER, Wire, head_of, names_in
 from hotload.errors import ProtocolError
 from hotload.faults import Action, Cause, Fault, fault_of_status
 from hotload.wire import fireworks, inference
+from hotload.wire.retry_after import retry_after_seconds
 
 EVENT_STREAM = "text/event-stream"
 PLAIN_LIMIT_BYTES = 64 << 10
@@ -205,21 +205,5 @@ def _fault_of_status(status_code: int, headers: Mapping[str, str], body: bytes) 
         status_code,
         body[:2048].decode("utf-8", "replace"),
         names_in(body),
-        _retry_after(headers.get("retry-after"), headers.get("date")),
+        retry_after_seconds(headers.get("retry-after"), headers.get("date")),
     )
-
-
-def _retry_after(text: str | None, date: str | None) -> float | None:
-    """Seconds of a Retry-After header, a number or a date counted from the server's own clock."""
-    if text is None:
-        return None
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(
-            0.0, (parsedate_to_datetime(text) - parsedate_to_datetime(date or "")).total_seconds()
-        )
-    except (TypeError, ValueError):
-        return None

@@ -8,7 +8,6 @@ dies before it has acknowledged it, and never after it has.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +19,22 @@ import polars as pl
 from numpy.typing import ArrayLike
 
 from blocks.checkpoint_store import CheckpointStore
-from blocks.rollout_directory import acknowledged_drift, find_rollouts, read_log, read_manifest
-from hotload.claims import Claim, Holding, claim_file, claims_path
+from blocks.rollout_directory import (
+    FoundRollouts,
+    acknowledged_drift,
+    find_rollouts,
+    read_groups,
+    read_holdings,
+    read_log,
+)
+from hotload.claims import CONSUMER_LIMIT_CHARACTERS, Claim, Holding, claim_file, claims_path
 from hotload.drift import LogprobDrift
-from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
-from hotload.part_files import parse_rollouts
-from hotload.parts import PARTS, RolloutManifest, RolloutPart
+from hotload.errors import LeaseLostError, StoreUnavailableError
+from hotload.parts import PARTS, RolloutPart
 from hotload.snapshot import cycle_name
 from hotload.trainer_logprobs import drifts_of
+
+LONGEST_LEASE_SECONDS = 7 * 86_400
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,13 +80,18 @@ class RolloutReader:
     is saved. The last delivery may be smaller. It ends when every group of the ended cycle is
     acknowledged by somebody or delivered to this reader. After an error the next call goes on.
 
+    A version that is published again, under another identity, supersedes itself: also a reader that
+    has begun goes on with the new rollouts, less the problems that somebody acknowledged, or this
+    reader was given, before.
+
     Args:
         consumer: a name a person recognises.
         groups_per_batch: groups per delivery.
         lease_seconds: how long a delivered group stays this consumer's without an acknowledgement
-            or another call; longer than a training step.
+            or another call; longer than a training step, at least 1.
         poll_seconds: between two looks at a cycle that still samples.
-        patience_seconds: of waiting without a new group before StoreUnavailableError says so.
+        patience_seconds: of one call's waiting in which the cycle wrote no further group, before
+            StoreUnavailableError says so.
         clock: the time, compared between consumers.
     """
 
@@ -96,8 +108,14 @@ class RolloutReader:
         patience_seconds: float = 3600.0,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        if groups_per_batch < 1:
-            raise ValueError(f"groups_per_batch: expected at least 1, not {groups_per_batch}")
+        if type(groups_per_batch) is not int or groups_per_batch < 1:
+            raise ValueError(f"groups_per_batch: expected 1 or more, not {groups_per_batch}")
+        if not 1 <= lease_seconds <= LONGEST_LEASE_SECONDS:
+            told = f"expected 1 to {LONGEST_LEASE_SECONDS}, not {lease_seconds:g}"
+            raise ValueError(f"lease_seconds: {told}")
+        if not 0 < len(consumer) <= CONSUMER_LIMIT_CHARACTERS:
+            told = f"expected 1 to {CONSUMER_LIMIT_CHARACTERS} characters, not {len(consumer)}"
+            raise ValueError(f"consumer: {told}")
         self._store = store
         self._name = cycle_name(run_id, policy_version)
         self._run_id, self._policy_version = run_id, policy_version
@@ -107,8 +125,12 @@ class RolloutReader:
         self._poll_seconds = poll_seconds
         self._patience = timedelta(seconds=patience_seconds)
         self._clock = clock
-        self._directory: str | None = None
+        self._found: list[FoundRollouts] = []
         self._parts: dict[str, _Part] = {}
+        self._delivered: dict[str, str] = {}
+        """By problem, the path of the part its group came from."""
+        self._used: set[str] = set()
+        """Problems acknowledged in superseded rollouts, as far as this reader knows."""
 
     def __aiter__(self) -> Self:
         """The reader itself."""
@@ -138,23 +160,25 @@ class RolloutReader:
         """The next groups, waited for while the cycle samples; `None` when there will be no more.
 
         Raises:
-            StoreUnavailableError: the store does not answer, or no group came for
+            StoreUnavailableError: the store does not answer, or no group was written for
                 `patience_seconds`; call again.
             StoreError: a part is not what the manifest says, or the store refuses.
         """
-        began = self._clock()
+        since, seen = self._clock(), (f"{PARTS}/{self._name}", 0)
         while True:
-            manifest = await self._manifest()
-            if manifest is not None:
-                found, others_have_some = await self._collect(manifest)
+            if (rollouts := await self._look()) is not None:
+                found, others_have_some = await self._collect(rollouts)
                 count = sum(len(problems) for _, problems in found)
-                if count >= self._groups_per_batch or (count and manifest.is_complete):
+                is_complete = rollouts.manifest.is_complete
+                if count >= self._groups_per_batch or (count and is_complete):
                     return self._deliver(found)
-                if manifest.is_complete and not others_have_some:
+                if is_complete and not others_have_some:
                     return None
-            if self._clock() - began > self._patience:
+                if (there := (rollouts.directory, rollouts.group_count)) != seen:
+                    since, seen = self._clock(), there
+            if self._clock() - since > self._patience:
                 waited = f"no group came for {self._patience.total_seconds():g} s"
-                raise StoreUnavailableError(self._directory or f"{PARTS}/{self._name}", waited)
+                raise StoreUnavailableError(seen[0], f"{waited}: {self._reason()}")
             await asyncio.sleep(self._poll_seconds)
 
     async def acknowledge(
@@ -181,6 +205,7 @@ class RolloutReader:
             part = self._parts[path]
             while not self._is_acknowledged(part, leased_at, problems):
                 await self._append(part, self._claim("acknowledge", problems, drift))
+            self._used.update(problems)
 
     async def drift(self) -> LogprobDrift | None:
         """How far trainers' log-probabilities are from the sampler's, over all that consumers told
@@ -201,62 +226,88 @@ class RolloutReader:
             while part.holding.is_held_by(self._nonce) and not part.is_done:
                 await self._append(part, self._claim("give back"))
             part.groups = None
+        self._delivered.clear()
 
     def blocking(self) -> BlockingReader:
         """The same for code without an event loop."""
         return BlockingReader(self)
 
-    async def _manifest(self) -> RolloutManifest | None:
-        if self._directory is None:
-            self._directory = await find_rollouts(self._store, self._run_id, self._policy_version)
-        if self._directory is None:
-            return None
-        return await read_manifest(self._store, self._directory)
+    def _reason(self) -> str:
+        """What a reader that has waited in vain waits for."""
+        if not self._found:
+            return "no cycle of this run and version has written rollouts here"
+        now = self._clock()
+        for part in self._parts.values():
+            if part.holding.is_busy(self._nonce, now) and (lease := part.holding.lease):
+                return f"consumer {lease.consumer!r} has groups until {lease.expires_at}"
+        return "the cycle has not written another; see whether it still runs"
+
+    async def _look(self) -> FoundRollouts | None:
+        """The version's rollouts, if there are any; until complete, others may supersede them."""
+        if not self._found or not self._found[0].manifest.is_complete:
+            self._found = await find_rollouts(self._store, self._run_id, self._policy_version)
+        return self._found[0] if self._found else None
 
     async def _collect(
-        self, manifest: RolloutManifest
+        self, rollouts: FoundRollouts
     ) -> tuple[list[tuple[_Part, tuple[str, ...]]], bool]:
         """Groups to deliver next, at most a batch, all leased by us; and whether other consumers
         have groups that may still become free."""
         found: list[tuple[_Part, tuple[str, ...]]] = []
         missing = self._groups_per_batch
         others_have_some = False
-        for info in manifest.parts:
-            path = claims_path(f"{self._directory}", info)
-            part = self._parts.setdefault(path, _Part(info, path))
+        parts = []
+        for info in rollouts.manifest.parts:
+            path = claims_path(rollouts.directory, info)
+            parts.append(self._parts.setdefault(path, _Part(info, path)))
+        for part in parts:  # also those that this batch will not come to
+            if part.holding.is_held_by(self._nonce) and not part.is_done:
+                await self._hold(part)
+        for part in parts:
             if missing == 0 or part.is_done:
                 continue
-            groups = await self._lease_part(part)
-            if groups is None:
+            if not await self._hold(part):
                 others_have_some |= not part.is_done
-            elif groups:
-                found.append((part, tuple(groups)[:missing]))
-                missing -= len(found[-1][1])
+            elif problems := (await self._problems(part, rollouts.directory))[:missing]:
+                found.append((part, problems))
+                missing -= len(problems)
         return found, others_have_some
 
-    async def _lease_part(self, part: _Part) -> dict[str, pl.DataFrame] | None:
-        """The groups of a part that are ours to deliver, in order; `None` if another consumer has
-        it, or none is left."""
+    async def _hold(self, part: _Part) -> bool:
+        """Whether the part is ours for a while; not if another consumer has it, or none of its
+        groups is left."""
         while part.holding.needs_renewal(self._nonce, self._clock()):
             await read_log(self._store, part.path, part.log)
             if part.is_done or part.holding.is_busy(self._nonce, self._clock()):
-                return None
+                return False
             if not part.holding.is_held_by(self._nonce):
                 part.groups = None  # ours no longer: what was delivered comes again
             await self._append(part, self._claim("lease"))
+        return True
+
+    async def _problems(self, part: _Part, directory: str) -> tuple[str, ...]:
+        """The problems of a leased part whose groups are to be delivered, in order."""
         if part.groups is None:
-            path = f"{self._directory}/{part.info.file}"
-            data = await self._store.read_bytes(path, limit_bytes=part.info.size_bytes)
-            groups = await asyncio.to_thread(_parse, data, part.info, path)
+            for superseded in self._found[1:]:
+                for holding in await read_holdings(self._store, *superseded):
+                    self._used.update(holding.acknowledged)
+            groups = await read_groups(self._store, directory, part.info)
             done = part.holding.acknowledged
             part.groups = {name: rows for name, rows in groups.items() if name not in done}
-        return part.groups
+        if used := tuple(problem for problem in part.groups if problem in self._used):
+            # In this log, too, so that the part is done when its other groups are.
+            await self._append(part, self._claim("acknowledge", used))
+            for problem in used:
+                del part.groups[problem]
+        # What the superseded rollouts gave us is ours still.
+        return tuple(p for p in part.groups if self._delivered.get(p, part.path) == part.path)
 
     def _deliver(self, found: list[tuple[_Part, tuple[str, ...]]]) -> Delivery:
         frames = []
         for part, problems in found:
             assert part.groups is not None
             frames.append(pl.concat([part.groups.pop(problem) for problem in problems]))
+            self._delivered.update(dict.fromkeys(problems, part.path))
         claims = tuple((part.path, self._leased_at(part), problems) for part, problems in found)
         return Delivery(pl.concat(frames), claims, tuple(frame.height for frame in frames))
 
@@ -306,16 +357,6 @@ class RolloutReader:
         path = f"{part.path}/{claim_file(len(part.log))}"
         await self._store.create_bytes(claim.render(), path)
         await read_log(self._store, part.path, part.log)
-
-
-def _parse(data: bytes, info: RolloutPart, path: str) -> dict[str, pl.DataFrame]:
-    if hashlib.sha256(data).hexdigest() != info.sha256:
-        raise StoreError(path, "its SHA-256 is not the manifest's")
-    frame, _ = parse_rollouts(data, path=path)
-    return {
-        str(rows["problem_id"][0]): rows
-        for rows in frame.partition_by("problem_id", maintain_order=True)
-    }
 
 
 class BlockingReader:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,8 @@ class Sampler:
         self._model = model
         self._swap_timeout_seconds = swap_timeout_seconds
         self._sleep = sleep
+        self.failed_attempts: Counter[str] = Counter()
+        """So far: attempts that got no usable answer, by what they met (`Fault.met`)."""
         self._uniform = random.Random().random
 
     @property
@@ -151,15 +154,18 @@ class Sampler:
             await self._slots.acquire()
             number = budget.transient_count + 1
             try:
+                made = call()
                 attempted()
                 answer = inference.Answer(sampling, prompt)
                 started_at = time.monotonic()
-                fault = await exchange(self._wire, call(), answer)
+                fault = await exchange(self._wire, made, answer)
             except BaseException:
                 self._slots.abandon()
                 raise
             seconds = time.monotonic() - started_at
             ended(fault)
+            if fault is not None:
+                self.failed_attempts[fault.met] += 1
             self._slots.release(_attempt_of(answer, fault, number, seconds))
             if fault is None:
                 return Outcome(answer, None)
@@ -177,12 +183,13 @@ def _attempt_of(
     answer: inference.Answer, fault: Fault | None, number: int, seconds: float
 ) -> Attempt:
     """What the window learns from an attempt."""
+    cause = None if fault is None else fault.cause
+    status = 200 if fault is None else fault.status_code
     return Attempt(
-        status_code=200 if fault is None else fault.status_code,
+        # A stream that was cut is a transport error, whatever it began with.
+        status_code=None if cause is Cause.TRUNCATED else status,
         number=number,
         prefill_queue_seconds=answer.prefill_queue_seconds,
-        prompt_tokens=answer.prompt_token_count,
-        cached_prompt_tokens=answer.cached_prompt_token_count,
         seconds=seconds,
         is_swap=fault is not None and fault.action is Action.WAIT_FOR_SWAP,
     )

@@ -209,6 +209,11 @@ class Faults:
                     return fault.parameters
         return None
 
+    def holds(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the fault that `take` gave has not been taken back."""
+        with self._lock:
+            return any(fault.parameters is parameters for fault in self._faults)
+
 
 def read_plan(path: Path) -> tuple[Mapping[str, Any], ...]:
     """The faults of a YAML plan: a list of fault objects, alone or under `faults`.

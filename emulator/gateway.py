@@ -70,8 +70,9 @@ async def struck(
 ) -> Response | None:
     """The answer a fault gives instead of the endpoint's; None where none strikes."""
     faults = service.faults
-    if faults.take("hang", operation=name, **where) is not None:
-        while not await request.is_disconnected() and faults.peek("hang", operation=name, **where):
+    hang = faults.take("hang", operation=name, **where)
+    if hang is not None:
+        while not await request.is_disconnected() and faults.holds(hang):
             faults.changed.clear()
             with service.clock.busy():
                 await service.clock.wait(faults.changed, 0.5)

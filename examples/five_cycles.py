@@ -11,7 +11,8 @@ from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
 from examples.tiny_trainer import TinyTrainer
 from flows.cycle import checkpoint_to_rollout
-from hotload.report import CycleReport, counts, megabytes
+from hotload.quantities import size
+from hotload.report import CycleReport, counts
 from hotload.spec import CycleSpec
 
 CYCLES = 5
@@ -99,6 +100,7 @@ HEADINGS = (
     "identity", "kind", "bytes", "ratio", "encode", "upload", "converge", "rollouts", "total",
     "replicas", "groups", "reward",
 )  # fmt: skip
+STAGES = ("encode", "upload", "converge")
 
 
 def table(reports: list[CycleReport]) -> str:
@@ -122,9 +124,9 @@ def _cells(report: CycleReport) -> tuple[str, ...]:
     return (
         snapshot.identity,
         fell_back,
-        megabytes(snapshot.size_bytes),
+        size(snapshot.size_bytes),
         f"{snapshot.ratio:.1f}",
-        *(f"{took[stage]:.2f}" for stage in ("encode", "upload", "converge")),
+        *(f"{took[stage]:.2f}" if stage in took else "–" for stage in STAGES),
         f"{rollouts.seconds:.2f}",
         f"{report.seconds:.2f}",
         str(snapshot.replica_count),

@@ -17,6 +17,7 @@ from time import monotonic
 
 from prefect import flow
 from prefect.blocks.core import Block
+from prefect.exceptions import TerminationSignal
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
@@ -100,7 +101,10 @@ async def run_declared(spec: CycleSpec, blocks: dict[str, Block]) -> CycleReport
 
 
 def main() -> int:
-    """Run one cycle from a cycle file; 0 done, 1 failed, 2 wrong input and nothing was begun."""
+    """Run one cycle from a cycle file.
+
+    0 done, 1 failed, 2 wrong input and nothing was begun, 130 and 143 stopped by Ctrl-C or SIGTERM.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m flows.cycle",
         description="Carry one checkpoint to scored rollouts, as a cycle file declares.",
@@ -117,9 +121,9 @@ def main() -> int:
     except (OSError, HotLoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TerminationSignal) as signal:
         print("stopped; start it again to go on", file=sys.stderr)
-        return 130
+        return 143 if isinstance(signal, TerminationSignal) else 130
     print("\n".join(f"{row['what']:>24}  {row['value']}" for row in report.rows()))
     return 0
 

@@ -33,7 +33,8 @@ async def roll_out_and_score(
     Raises:
         InvalidProblemsError, RewardError, RolloutFunctionError: the caller's input; nothing was
             sampled.
-        ServiceRefusedError: no sample can succeed.
+        ServiceRefusedError, RewardError: no sample can succeed, or the reward's service refuses its
+            key; started again, it goes on.
         RolloutsFailedError: the service failed row after row; started again, it goes on.
         StoreError: the store refuses.
     """
@@ -43,8 +44,7 @@ async def roll_out_and_score(
     may_move = spec.sampling.max_head_offpolicy_versions > 0
     service = await HotLoadService.load(spec.service) if may_move else None
     plan = await plan_rollouts(spec, identity)
-    path = plan.path(MANIFEST_FILE)
-    if done := await find_rollout(store, path, plan.digest):
+    if done := await find_rollout(store, plan.directory, plan.digest):
         return done
     await warm_up(client, spec.readiness)
     async with open_rollout(spec, plan, client, store, replica_count, service) as rollout:
@@ -52,7 +52,7 @@ async def roll_out_and_score(
         await overlap(_carry(rollout, number, progress) for number in range(len(plan.parts)))
         rollout.log_window()
         manifest = rollout.manifest(is_complete=True)
-    return await hand_back(store, manifest, path)
+    return await hand_back(store, manifest, plan.path(MANIFEST_FILE))
 
 
 async def _carry(rollout: Rollout, number: int, progress: Progress) -> None:

@@ -31,7 +31,9 @@ class Admission:
     reserved: int = 0
     """Samples of rows that were begun and not settled."""
     in_flight: int = 0
-    """Samples that were begun and have not ended."""
+    """Draws that were begun and have not ended."""
+    sampled: int = 0
+    """Samples of rows whose draws have all ended and that were not settled."""
 
     def __post_init__(self) -> None:
         self.published_version = max(self.published_version, self.initial_version)
@@ -50,11 +52,12 @@ class Admission:
     def admits(self, limit: int) -> bool:
         """Whether a whole row may be begun.
 
-        Rows that wait to be scored hold back new ones too, once they are as many as may be in
-        flight: a slow reward must not pile up samples.
+        Rows that wait to be scored or written hold back new ones too, once they are more than may
+        be in flight: a slow reward must not pile up samples. Rows that wait for their slowest draw
+        do not, or the window would stand half empty.
         """
         capacity = min(self.staleness_capacity, self.concurrency_capacity(limit))
-        return capacity >= self.group_size and self.reserved - self.in_flight <= limit
+        return capacity >= self.group_size and self.sampled <= limit
 
     @property
     def is_stale(self) -> bool:
@@ -70,15 +73,20 @@ class Admission:
         self.begin_draws(self.group_size)
 
     def begin_draws(self, count: int) -> None:
-        """Draws of a row that was begun before are asked for again."""
+        """Draws of a row that was begun before are asked for again, or hedged."""
         self.in_flight += count
 
     def end_draws(self, count: int = 1) -> None:
         """Draws of a row ended, well or not."""
         self.in_flight -= count
 
+    def end_row(self) -> None:
+        """The last draw of a row ended; it waits to be settled."""
+        self.sampled += self.group_size
+
     def settle_row(self, *, is_kept: bool) -> None:
-        """A row was settled: kept, or dropped so that another may take its place."""
+        """A row that has ended was settled: kept, or dropped so that another may take its place."""
+        self.sampled -= self.group_size
         self.reserved -= self.group_size
         self.accepted += self.group_size if is_kept else 0
 

@@ -8,8 +8,9 @@ needs torch; `to_tensors` uses it where it is installed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from typing import Any
 
@@ -85,6 +86,35 @@ class Batch:
             raise ValueError(f"values of {len(values)} rows, expected {len(self)}")
         lengths = self.completion_mask.sum(axis=1).tolist()
         return [None if row is None else values[row][: lengths[row]] for row in self.frame_rows]
+
+    def with_rows(self, count: int) -> Batch:
+        """The batch with rows added up to `count`, for trainers that want as many in each process.
+
+        An added row has one token of prompt and one of completion, id 0, none of them in the loss;
+        its numbers are -1, its problem is "", and it belongs to no row of the frame.
+
+        Raises:
+            ValueError: the batch has more rows.
+        """
+        added = count - len(self)
+        if added < 0:
+            raise ValueError(f"{len(self)} rows, expected at most {count}")
+        arrays: dict[str, Any] = {}
+        for name in (each.name for each in fields(self)):
+            if not isinstance(value := getattr(self, name), np.ndarray):
+                continue
+            # A batch of nothing has no width, either.
+            widths = [(0, int(width == 0 and added > 0)) for width in value.shape[1:]]
+            filler = -1 if name.endswith("_numbers") else 0
+            arrays[name] = np.pad(value, [(0, added), *widths], constant_values=filler)
+        arrays["prompt_mask"][len(self) :, -1:] = True
+        arrays["completion_mask"][len(self) :, :1] = True
+        return replace(
+            self,
+            **arrays,
+            problem_ids=self.problem_ids + ("",) * added,
+            identities=self.identities + ((),) * added,
+        )
 
 
 def trainable(frame: pl.DataFrame) -> pl.DataFrame:
@@ -171,10 +201,13 @@ def _flat(column: pl.Series, dtype: type[Any]) -> NDArray[Any]:
 
 
 def trl_batch(batch: Batch) -> dict[str, Any]:
-    """The batch as TRL's GRPOTrainer makes it of its own generations, before its loss.
+    """The batch as TRL's GRPOTrainer (0.28 or newer) makes it of its own generations, before its
+    loss.
 
     `tool_mask` is the loss mask; `old_per_token_logps` and `sampling_per_token_logps` are those of
     the weights that sampled, so the ratio is that of the policy now to the policy that sampled.
+    `num_items_in_batch` counts the tokens of this batch; TRL's loss expects the sum over all
+    processes that train together.
     """
     return {
         "prompt_ids": batch.prompt_ids,
@@ -219,23 +252,31 @@ def verl_batch(batch: Batch) -> dict[str, Any]:
 
 
 def slime_batch(batch: Batch) -> dict[str, Any]:
-    """The batch as slime hands it to its training actors: ragged lists, prompt and response in one.
+    """The batch as slime makes it of its samples: ragged lists, prompt and response in one.
 
     `rewards` are the advantages, as they are there after its own normalisation; `raw_reward` the
-    rewards. `sample_indices` is the same for the segments of one sample.
+    rewards. `sample_indices` and `rollout_ids` are the same for the segments of one sample, and
+    `rollout_mask_sums` counts the tokens in the loss of all of them. `weight_versions` is a key of
+    miles; slime leaves it where it is.
     """
     rows = range(len(batch))
     prompts = [batch.prompt_ids[i][batch.prompt_mask[i]].tolist() for i in rows]
     answers = [batch.completion_ids[i][batch.completion_mask[i]].tolist() for i in rows]
     samples = list(zip(batch.group_numbers.tolist(), batch.sample_numbers.tolist(), strict=True))
     numbers = {sample: number for number, sample in enumerate(dict.fromkeys(samples))}
+    indices = [numbers[sample] for sample in samples]
+    sums = Counter[int]()
+    for index, mask in zip(indices, batch.loss_mask, strict=True):
+        sums[index] += int(mask.sum())
     return {
         "tokens": [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
         "response_lengths": [len(answer) for answer in answers],
         "rewards": batch.advantages.tolist(),
         "raw_reward": batch.rewards.tolist(),
         "truncated": batch.is_truncated.astype(int).tolist(),
-        "sample_indices": [numbers[sample] for sample in samples],
+        "sample_indices": indices,
+        "rollout_ids": indices,
+        "rollout_mask_sums": [sums[index] for index in indices],
         "loss_masks": [
             batch.loss_mask[i][batch.completion_mask[i]].astype(int).tolist() for i in rows
         ],

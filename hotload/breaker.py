@@ -20,13 +20,10 @@ class Breaker:
         self._recent: deque[bool] = deque(maxlen=RECENT)
         self._streak = 0
 
-    def note(self, *, is_failure: bool) -> bool:
-        """Whether it is open now that a row ended; failures are those that may pass, not
-        refusals.
-        """
+    def note(self, *, is_failure: bool) -> None:
+        """Note that a row ended; failures are those that may pass, not refusals."""
         self._recent.append(is_failure)
         self._streak = self._streak + 1 if is_failure else 0
         seen = len(self._recent)
         is_half = seen >= ENOUGH and 2 * sum(self._recent) >= seen
         self.is_open = self.is_open or self._streak >= STREAK or is_half
-        return self.is_open

@@ -26,6 +26,7 @@ from hotload.snapshot import Record
 
 CLAIMS = "claims"
 CLAIM_LIMIT_BYTES = 16 << 20
+CONSUMER_LIMIT_CHARACTERS = 256
 NUMBER_DIGITS = 6
 DRIFT_LIMIT = 1e12
 """Of each count and each figure of a stored drift: what is beyond, nobody has measured."""
@@ -35,7 +36,7 @@ class Claim(Record):
     """One entry of a part's log; `nonce` tells one consumer's process from every other."""
 
     kind: Literal["lease", "acknowledge", "give back"]
-    consumer: str = Field(max_length=256)
+    consumer: str = Field(max_length=CONSUMER_LIMIT_CHARACTERS)
     nonce: str = Field(min_length=16, max_length=64)
     at: AwareDatetime
     expires_at: AwareDatetime | None = None

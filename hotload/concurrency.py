@@ -45,8 +45,6 @@ class Attempt:
     status_code: int | None
     number: int = 1
     prefill_queue_seconds: float | None = None
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
     seconds: float = 0.0
     is_swap: bool = False
     """Weights are being swapped or the service scales up: says nothing about load."""
@@ -61,33 +59,23 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """The window over one step (protocol §15, step report); queue times in seconds, `None` if never
-    reported. `requests` ended by themselves; `abandoned` were cancelled under way.
+    """The window over one step, as much of protocol §15's report as is logged. `requests` ended by
+    themselves; `avg_pq` is the mean of the queue times in seconds, `None` if none was reported.
     """
 
     window: int
     window_after: int
     requests: int
-    abandoned: int
-    status_responses: int
+    max_in_flight: int
     congestion_responses: int
-    congestion_events: int
     retry_exhaustions: int
     avg_pq: float | None
-    ema_pq: float | None
-    pending_decrease: int
-    avg_window: float
-    max_in_flight: int
-    cache_hit_rate: float | None
-
-    @property
-    def congestion_rate(self) -> float:
-        """Congested answers over all answers that carried no queue time."""
-        return self.congestion_responses / self.status_responses if self.status_responses else 0.0
 
 
 class TracePoint(NamedTuple):
-    """The window at one moment; seconds of the clock that `Window.release` is given."""
+    """The window when an attempt ended, with that attempt still in flight: its slot goes to the
+    next that waits. Seconds of the clock that `Window.release` is given.
+    """
 
     seconds: float
     size: int
@@ -99,11 +87,9 @@ class _Step:
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.requests = self.abandoned = self.status_responses = self.congestion_responses = 0
-        self.congestion_events = self.retry_exhaustions = self.max_in_flight = 0
+        self.requests = self.max_in_flight = 0
+        self.congestion_responses = self.retry_exhaustions = 0
         self.queue_sum, self.queue_count = 0.0, 0
-        self.window_sum = 0
-        self.prompt_tokens = self.cached_prompt_tokens = 0
 
 
 class _Memory:
@@ -199,11 +185,6 @@ class Window:
         """Slots in use."""
         return self._in_flight
 
-    @property
-    def debt(self) -> int:
-        """Slots in use beyond the window, to be given back before any is acquired."""
-        return max(0, self._in_flight - self.size)
-
     def try_acquire(self) -> bool:
         """Take a slot, if one is free."""
         if self._in_flight >= self.size:
@@ -215,17 +196,16 @@ class Window:
     def abandon(self) -> None:
         """Give a slot back that saw no answer: the attempt was cancelled."""
         self._in_flight -= 1
-        self._step.abandoned += 1
 
     def release(self, attempt: Attempt, now: float) -> None:
         """Give a slot back and learn from how its attempt ended; `now` is a monotonic time in
         seconds.
         """
-        self._in_flight -= 1
         self._count(attempt)
         if not self._is_fixed:
             self._learn(attempt, now)
         self._record(now)
+        self._in_flight -= 1
 
     def trace(self) -> Sequence[TracePoint]:
         """The path of the window through time: its changes, at most some 2,000, evenly thinned."""
@@ -271,39 +251,25 @@ class Window:
             window=step.window,
             window_after=self.size,
             requests=step.requests,
-            abandoned=step.abandoned,
-            status_responses=step.status_responses,
+            max_in_flight=step.max_in_flight,
             congestion_responses=step.congestion_responses,
-            congestion_events=step.congestion_events,
             retry_exhaustions=step.retry_exhaustions,
             avg_pq=step.queue_sum / step.queue_count if step.queue_count else None,
-            ema_pq=self._ema,
-            pending_decrease=self.debt,
-            avg_window=step.window_sum / step.requests if step.requests else float(self.size),
-            max_in_flight=step.max_in_flight,
-            cache_hit_rate=(
-                step.cached_prompt_tokens / step.prompt_tokens if step.prompt_tokens else None
-            ),
         )
 
     def _count(self, attempt: Attempt) -> None:
         step = self._step
         step.requests += 1
-        step.window_sum += self.size
-        step.prompt_tokens += attempt.prompt_tokens
-        step.cached_prompt_tokens += attempt.cached_prompt_tokens
         if attempt.prefill_queue_seconds is not None:
             step.queue_sum += attempt.prefill_queue_seconds
             step.queue_count += 1
         else:
-            step.status_responses += 1
             step.congestion_responses += attempt.is_congestion
 
     def _shrink_at_once(self, attempt_number: int, now: float) -> None:
         if self._shrunk_at is not None and now - self._shrunk_at < SHRINK_COOLDOWN_SECONDS:
             return
         self._shrunk_at = now
-        self._step.congestion_events += 1
         power = 2 if attempt_number >= 3 else 1
         self._shrink(MULTIPLICATIVE_FACTOR**power)
 

@@ -28,13 +28,17 @@ class Bar:
     tone: str = "main"
 
 
-def nice_ticks(high: float, about: int = 5) -> list[float]:
-    """Round numbers from 0 to at most `high`, about so many."""
+def nice_ticks(high: float, about: int = 5, *, least: float = 0) -> list[float]:
+    """Round numbers from 0 to at most `high`, about so many, 1, 2 or 5 times a power of ten apart.
+
+    Args:
+        least: the smallest step, itself a power of ten; 1 for counts.
+    """
     if not high > 0:
         return [0.0]
-    raw = high / about
+    raw = max(high / about, least)
     power = 10 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
     return [step * i for i in range(int(high / step + 1e-9) + 1)]
 
 
@@ -139,10 +143,10 @@ def histogram(
     top, bottom = 14 * len(marks) + 14, height - AXIS_PX
     highest = max(counts) or 1
     body, ticks = [], []
-    for value in nice_ticks(highest, 2)[1:]:
+    for value in nice_ticks(highest, 2, least=1)[1:]:
         y = bottom - (bottom - top) * value / highest
         body.append(line(0, y, 100, y))
-        ticks.append(text(100, y - 4, f"{value:,.0f}", "tick", "end"))
+        ticks.append(text(0, y - 4, f"{value:,.0f}", "tick"))
     for i, count in enumerate(counts):
         x = 100 * (edges[i] - low) / span
         width = 100 * (edges[i + 1] - edges[i]) / span
@@ -190,21 +194,22 @@ def steps(
     *,
     height: int = 170,
 ) -> str:
-    """Step lines over seconds from 0; each series is (points, class). A class that ends in `-area`
-    is filled down to the axis.
+    """Step lines of counts over seconds from 0; each series is (points, class). A class that ends
+    in `-area` is filled down to the axis.
     """
     top, bottom = 16, height - AXIS_PX
     seconds, highest = seconds or 1, highest or 1
     body, ticks = [], []
-    for value in nice_ticks(highest, 4 if highest > 4 else int(highest))[1:]:
+    for value in nice_ticks(highest, least=1)[1:]:
         y = bottom - (bottom - top) * value / highest
         body.append(line(0, y, 100, y))
         ticks.append(text(0, y - 4, f"{value:,.0f}", "tick"))
     paths = []
     for points, kind in series:
         path = _step_path(points, seconds, highest, top, bottom)
-        if kind.endswith("-area"):
-            path += f"V{bottom}H0Z"
+        if kind.endswith("-area") and points:
+            # Nothing is known before the first point.
+            path = f"{path}V{bottom}H{path[1 : path.index(' ')]}Z"
         paths.append(f'<path d="{path}" class="{kind}" vector-effect="non-scaling-stroke"/>')
     body.append(
         f'<svg x="0" y="0" width="100%" height="{height}" viewBox="0 0 1000 {height}" '

@@ -1,14 +1,14 @@
-"""What a cycle's rewards, advantages and log-probabilities look like, and how far the trainer's
+"""How numbers such as a cycle's rewards are distributed, and how far the trainer's
 log-probabilities lie from the sampler's on the same tokens.
 
-Everything is counted over what is there: samples without a reward and tokens the policy did not
-sample are left out. Log-probabilities are natural, so entropy and divergence are in nats.
+Tokens the policy did not sample are left out. Log-probabilities are natural, so divergence is in
+nats.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -97,26 +97,6 @@ def distribution(values: ArrayLike, *, bin_count: int = 20) -> Distribution | No
         tuple(edges.tolist()),
         tuple(counts.tolist()),
     )
-
-
-def uniform_share(rewards_P_G: Iterable[Sequence[float | None]]) -> float | None:
-    """Share of the groups with a reward whose rewards are all the same, a group of one among them:
-    they teach nothing (protocol §17). `None` where no group has a reward.
-    """
-    distinct = [len({reward for reward in group if reward is not None}) for group in rewards_P_G]
-    scored = [count for count in distinct if count]
-    return sum(count == 1 for count in scored) / len(scored) if scored else None
-
-
-def entropy_nats(logprobs_T: ArrayLike, loss_mask_T: ArrayLike) -> float | None:
-    """The policy's entropy per token, estimated from its own samples: the mean of `−logprob` over
-    tokens where the mask is true. `None` where there are none.
-
-    Args:
-        logprobs_T: under the distribution really sampled, of any number of samples end to end.
-    """
-    sampled = _floats(logprobs_T)[_mask(loss_mask_T)]
-    return -float(sampled.mean()) if sampled.size else None
 
 
 def logprob_drift(

@@ -17,7 +17,7 @@ HotLoadError
 ├── RolloutsFailedError                       operator: no sample of a part got an answer; we stop
 ├── FullSnapshotFailedError                   operator: fulls failed too; look at the replicas
 ├── LeaseLostError                            nobody: another holds the service or groups; we stop
-├── RewardError                               caller: the reward function cannot be used; we stop
+├── RewardError                               caller: mend the reward, or its service's key; we stop
 ├── RolloutFunctionError                      caller: the rollout function cannot be used; we stop
 ├── StoreError (OSError)                      operator: bucket, path or rights are wrong; we stop
 │   └── StoreUnavailableError                   task: retry
@@ -176,15 +176,20 @@ class FullSnapshotFailedError(HotLoadError):
 
 
 class RolloutsFailedError(HotLoadError):
-    """No sample of a part succeeded, or the service failed group after group; what is missing is
-    not recorded, so that the cycle can be run again."""
+    """No sample of a part succeeded, or a service failed group after group, the model's or the
+    reward's; what is missing is not recorded, so that the cycle can be run again.
 
-    def __init__(self, identity: str, causes: str) -> None:
-        super().__init__(identity, causes)
-        self.identity, self.causes = identity, causes
+    `causes` counts what is missing by cause; `example` is what one of them met.
+    """
+
+    def __init__(self, identity: str, causes: str, example: str) -> None:
+        super().__init__(identity, causes, example)
+        self.identity, self.causes, self.example = identity, causes, example
 
     def __str__(self) -> str:
-        return f"samples from {self.identity!r} are missing: {self.causes}; run the cycle again"
+        missing = f"samples from {self.identity!r} are missing: {self.causes}"
+        met = f" ({self.example})" if self.example else ""
+        return f"{missing}{met}; once the service answers, start the cycle again: it goes on"
 
 
 class LeaseLostError(HotLoadError):
@@ -199,7 +204,7 @@ class LeaseLostError(HotLoadError):
 
 
 class RewardError(HotLoadError):
-    """A reward cannot be imported or does not have the expected form."""
+    """A reward cannot be imported, does not have the expected form, or its service refuses us."""
 
     def __init__(self, reward: str, reason: str) -> None:
         super().__init__(reward, reason)

@@ -33,6 +33,7 @@ class Cause(StrEnum):
     TOO_LONG = "too_long"  # more tokens than asked for, or than `max_seq_len`
     MISSING_TOKEN_IDS = "missing_token_ids"
     MISSING_LOGPROBS = "missing_logprobs"
+    OTHER_WEIGHTS = "other_weights"  # it names weights that no version of this run is
     STRADDLING = "straddling"  # two versions of the weights made it, and the spec drops such
     STALE = "stale"  # the service moved on by more versions than the spec allows
     DEADLINE = "deadline"  # the group's time was up
@@ -45,7 +46,8 @@ class Cause(StrEnum):
     REWARD_TIMEOUT = "reward_timeout"
     REWARD_CRASHED = "reward_crashed"  # it took its process down
     REWARD_NOT_A_NUMBER = "reward_not_a_number"
-    REWARD_UNAVAILABLE = "reward_unavailable"  # its service refused, or could not be reached
+    REWARD_REFUSED = "reward_refused"  # its service will not score this sample
+    REWARD_UNAVAILABLE = "reward_unavailable"  # its service failed, or could not be reached
 
 
 # As protocol §16 lists them, with those causes that stand for a network error or for a 5xx.

@@ -13,14 +13,17 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from hotload.frames import sampled_token_counts
+from hotload.frames import samples_by_weights
+from hotload.groups import Mark
+from hotload.report import GroupCounts
 from hotload.snapshot import version_of
 from hotload.trajectories import Weights
 
 _SAMPLE_COLUMNS = [
     "problem_id", "sample_number", "segment_number", "segment_count", "turn_count", "reward",
     "advantage", "mark", "failure", "weights", "identity", "identities", "attempts",
-    "latency_seconds", "prompt_token_count", "cached_prompt_token_count", "is_hedge",
+    "latency_seconds", "prompt_token_count", "cached_prompt_token_count",
+    "completion_token_count", "is_hedge",
     "finish_reason", "replica",
 ]  # fmt: skip
 TWO_VERSIONS = "two versions of the weights"
@@ -33,16 +36,17 @@ class Shown:
 
     why: tuple[str, ...]
     facts: dict[str, Any]
-    """The columns of its first row; `token_count` counts all its segments' completion tokens."""
+    """The columns of its first row."""
 
 
 @dataclass(slots=True)
 class Figures:
-    """Numbers over all samples that were added, failed ones included."""
+    """Numbers over all samples of a run's cycle that were added, failed ones included."""
 
-    group_count: int = 0
-    uniform_group_count: int = 0
-    """Groups with rewards that are all the same."""
+    run_id: str
+    """Names the policy versions: an identity of another run is none of them."""
+    scored_group_count: int = 0
+    """Groups with a reward."""
     latency_seconds: list[float] = field(default_factory=list)
     """Of samples with an answer."""
     rewards: list[float] = field(default_factory=list)
@@ -63,6 +67,7 @@ class Figures:
     """Samples by how many versions the weights that made them were ahead of the dispatched ones."""
     replicas: Counter[str] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
+    """Of samples with an answer."""
     attempts: int = 0
     prompt_token_count: int = 0
     cached_prompt_token_count: int = 0
@@ -81,6 +86,13 @@ class Figures:
         count = self.sampled_token_count
         return self.negative_logprob_sum / count if count else None
 
+    def uniform_groups(self, counts: GroupCounts) -> tuple[int, int]:
+        """Groups that `groups.judge` found uniform, and all with a reward; those that were dropped
+        for it, in no row and known to `counts` alone, are among both.
+        """
+        dropped = counts.dropped_groups.get(Mark.UNIFORM, 0)
+        return self.marks[Mark.UNIFORM] + dropped, self.scored_group_count + dropped
+
     def percentile_seconds(self, percent: float) -> float | None:
         """Latency that so many percent of the answered samples did not exceed."""
         return float(np.percentile(self.latency_seconds, percent)) if self.latency_seconds else None
@@ -89,23 +101,18 @@ class Figures:
         """Add a part, given as the Parquet bytes that `parse_rollouts` accepts."""
         rows = pl.read_parquet(
             io.BytesIO(data),
-            columns=[*_SAMPLE_COLUMNS, "token_ids", "loss_mask", "sampling_logprobs"],
+            columns=[*_SAMPLE_COLUMNS, "loss_mask", "sampling_logprobs"],
         )
         self._count_entropy(rows)
-        a_sample = ("problem_id", "sample_number")
-        samples = rows.with_columns(sampled_count=sampled_token_counts(rows)).select(
-            *_SAMPLE_COLUMNS,
-            token_count=pl.col("sampled_count").sum().over(*a_sample),
-            trained_count=pl.col("loss_mask").list.sum().sum().over(*a_sample),
-            row=pl.int_range(pl.len()),
-        )
+        trained = pl.col("loss_mask").list.sum().sum().over("problem_id", "sample_number")
+        samples = rows.select(*_SAMPLE_COLUMNS, trained_count=trained, row=pl.int_range(pl.len()))
         samples = samples.filter(pl.col("segment_number") == 0)
         self._count_samples(samples)
         self._count_groups(samples)
         self._choose(samples, data)
 
     def _count_entropy(self, rows: pl.DataFrame) -> None:
-        pairs = rows.filter(pl.col("token_ids").list.len() > 0).select(
+        pairs = rows.filter(pl.col("loss_mask").list.len() > 0).select(
             pl.col("loss_mask").explode(), pl.col("sampling_logprobs").explode()
         )
         sampled: NDArray[np.float32] = pairs.filter("loss_mask")["sampling_logprobs"].to_numpy()
@@ -113,9 +120,9 @@ class Figures:
         self.sampled_token_count += sampled.size
 
     def _count_samples(self, samples: pl.DataFrame) -> None:
-        answered = samples.filter(pl.col("token_count") > 0)
+        answered = samples.filter(pl.col("completion_token_count") > 0)
         self.latency_seconds += answered["latency_seconds"].to_list()
-        self.token_counts += answered["token_count"].to_list()
+        self.token_counts += answered["completion_token_count"].to_list()
         self.rewards += samples["reward"].drop_nulls().to_list()
         taught = samples.filter(pl.col("advantage").is_not_null())
         self.advantages += taught["advantage"].to_list()
@@ -124,33 +131,29 @@ class Figures:
         self.turn_counts.update(samples["turn_count"])
         self.failures.update(samples["failure"].drop_nulls())
         self.replicas.update(samples["replica"].drop_nulls())
-        self.finish_reasons.update(samples["finish_reason"].drop_nulls())
+        self.finish_reasons.update(answered["finish_reason"].drop_nulls())
         self.attempts += int(samples["attempts"].sum())
         self.prompt_token_count += int(samples["prompt_token_count"].sum())
         self.cached_prompt_token_count += int(samples["cached_prompt_token_count"].sum())
-        for weights, identity, observed in samples.select(
-            "weights", "identity", "identities"
-        ).iter_rows():
-            if weights == Weights.ASSUMED.value:
-                self.versions[f"{identity} (assumed)"] += 1
-            elif weights != Weights.NONE.value:
-                self.versions[" → ".join(observed)] += 1
-                ahead = _versions_between(identity, observed[-1])
-                if ahead is not None:
-                    self.versions_ahead[ahead] += 1
+        self.versions.update(samples_by_weights(samples))
+        is_told = ~pl.col("weights").is_in([Weights.ASSUMED.value, Weights.NONE.value])
+        told = samples.filter(is_told).select("identity", pl.col("identities").list.last())
+        for identity, last in told.iter_rows():
+            before, after = version_of(identity, self.run_id), version_of(last, self.run_id)
+            if before is not None and after is not None:
+                self.versions_ahead[after - before] += 1
 
     def _count_groups(self, samples: pl.DataFrame) -> None:
         groups = samples.group_by("problem_id").agg(
-            pl.col("mark").first(), pl.col("reward").drop_nulls().n_unique().alias("distinct")
+            pl.col("mark").first(), pl.col("reward").is_not_null().any().alias("is_scored")
         )
-        self.group_count += groups.height
-        self.uniform_group_count += int((groups["distinct"] == 1).sum())
+        self.scored_group_count += int(groups["is_scored"].sum())
         self.marks.update(groups["mark"].drop_nulls())
 
     def _choose(self, samples: pl.DataFrame, data: bytes) -> None:
         """Keep the best and the worst answer, and one where something happened."""
         scored = samples.filter(pl.col("reward").is_not_null()).sort(
-            "reward", "token_count", maintain_order=True
+            "reward", "completion_token_count", maintain_order=True
         )
         if scored.height:
             best, worst = scored.row(-1, named=True), scored.row(0, named=True)
@@ -190,11 +193,3 @@ class Figures:
                 elif len(chosen) < 3:
                     chosen.setdefault(key, shown)
         return tuple(chosen.values())
-
-
-def _versions_between(before: str, after: str) -> int | None:
-    """How many policy versions `after` is ahead of `before`; `None` if they name none."""
-    from_version, to_version = version_of(before), version_of(after)
-    if from_version is None or to_version is None:
-        return None
-    return to_version - from_version

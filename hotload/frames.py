@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import pandera.polars as pa
 import polars as pl
 from pandera.api.polars.types import PolarsData
@@ -115,6 +114,7 @@ class Rollouts(_Table):
     latency_seconds: pl.Float64 = pa.Field(ge=0)
     prompt_token_count: pl.Int64 = pa.Field(ge=0)
     cached_prompt_token_count: pl.Int64 = pa.Field(ge=0)
+    completion_token_count: pl.Int64 = pa.Field(ge=0)
 
     @pa.dataframe_check(error="token_ids, loss_mask and sampling_logprobs differ in length")
     def _same_length(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
@@ -232,6 +232,7 @@ def rollouts_frame(
                 "latency_seconds": sample.latency_seconds,
                 "prompt_token_count": sample.prompt_token_count,
                 "cached_prompt_token_count": sample.cached_prompt_token_count,
+                "completion_token_count": sample.completion_token_count,
             }
             for own in _segment_columns(group.problem, sample):
                 for name, value in (shared | own).items():
@@ -326,32 +327,26 @@ def check_ledger(frame: pl.DataFrame) -> pl.DataFrame:
     return Ledger.validate(frame, lazy=True)
 
 
-def sampled_token_counts(frame: pl.DataFrame) -> pl.Series:
-    """Tokens of each row of `Rollouts` that the policy sampled; what a tool said does not count.
-
-    A token masked out for another reason than that it was not sampled has a log-probability.
+def weights_told(weights: str, identity: str, identities: Sequence[str]) -> str | None:
+    """The weights that made a sample, in its columns' words: `first → … → last` where it straddles
+    a swap, `… (assumed)` where its answer did not tell; `None` without tokens.
     """
-    tokens = frame.filter(pl.col("token_ids").list.len() > 0).select(
-        pl.col("loss_mask").explode(), pl.col("sampling_logprobs").explode()
-    )
-    is_sampled = tokens.to_series(0) | (tokens.to_series(1) != 0)
-    counted = np.concatenate([[0], np.cumsum(is_sampled.to_numpy())])
-    ends = np.cumsum(frame["token_ids"].list.len().to_numpy().astype(np.int64))
-    return pl.Series(np.diff(counted[ends], prepend=0))
+    if weights == Weights.NONE.value:
+        return None
+    return f"{identity} (assumed)" if weights == Weights.ASSUMED.value else " → ".join(identities)
+
+
+def samples_by_weights(samples: pl.DataFrame) -> Counter[str]:
+    """Samples, given by one row of `Rollouts` each, by the weights that made them."""
+    told = samples.select("weights", "identity", "identities").iter_rows()
+    return Counter(made for row in told if (made := weights_told(*row)) is not None)
 
 
 def part_facts(
     frame: pl.DataFrame, *, file: str, size_bytes: int, sha256: str, digest: str
 ) -> RolloutPart:
-    """What a part's rows come to. Samples that straddle a swap count under `first → … → last`."""
+    """What a part's rows come to."""
     samples = frame.filter(pl.col("segment_number") == 0)
-    identities: Counter[str] = Counter()
-    columns = samples.select("weights", "identity", "identities").iter_rows()
-    for weights, identity, observed in columns:
-        if weights == Weights.ASSUMED.value:
-            identities[f"{identity} (assumed)"] += 1
-        elif weights != Weights.NONE.value:
-            identities[" → ".join(observed)] += 1
     failures = Counter(failure for failure in samples["failure"] if failure is not None)
     rewards = samples["reward"].drop_nulls()
     return RolloutPart(
@@ -362,8 +357,8 @@ def part_facts(
         group_count=samples["problem_id"].n_unique(),
         sample_count=samples.height,
         failed_samples=dict(failures),
-        samples_by_identity=dict(identities),
+        samples_by_identity=dict(samples_by_weights(samples)),
         reward_count=len(rewards),
         reward_sum=float(rewards.sum()),
-        completion_token_count=int(sampled_token_counts(frame).sum()),
+        completion_token_count=int(samples["completion_token_count"].sum()),
     )

@@ -15,9 +15,9 @@ from enum import StrEnum
 from typing import Protocol
 
 from hotload.faults import Cause
-from hotload.report import GroupCounts
+from hotload.report import GroupCounts, RolloutSummary
 from hotload.spec import Groups
-from hotload.straddling import change_of
+from hotload.straddling import masked_count
 from hotload.trajectories import (
     Problem,
     Provenance,
@@ -123,6 +123,12 @@ def judge(group: ScoredGroup, rules: Groups) -> Verdict:
     return Verdict(group)
 
 
+def usable_count(summary: RolloutSummary) -> int:
+    """Groups of a rollout that have advantages."""
+    marked = summary.groups.groups_by_mark
+    return summary.group_count - marked.get(Mark.INCOMPLETE, 0) - marked.get(Mark.STALE, 0)
+
+
 def _unused(group: ScoredGroup, mark: Mark) -> ScoredGroup:
     return replace(group, advantages_G=(None,) * len(group.advantages_G), mark=mark.value)
 
@@ -157,10 +163,10 @@ def is_outage(samples_G: Sequence[Trajectory]) -> bool:
     """Whether at least half of a row failed by what may pass: what the breaker counts.
 
     Samples that were cut short count where none of the row got an answer: a deadline that is tight
-    is no outage.
+    is no outage. Those that were never sent do not count: the service had no part in them.
     """
     counts = _may_pass if is_unanswered(samples_G) else _is_outage
-    failed = sum(map(counts, samples_G))
+    failed = sum(sample.provenance.attempts > 0 and counts(sample) for sample in samples_G)
     return failed > 0 and 2 * failed >= len(samples_G)
 
 
@@ -172,7 +178,7 @@ def is_unanswered(samples_G: Sequence[Trajectory]) -> bool:
 def _may_pass(sample: Trajectory) -> bool:
     if sample.failure in CUT_SHORT:
         return token_count(sample) == 0
-    return _is_outage(sample)
+    return _is_outage(sample) or sample.failure == Cause.REWARD_UNAVAILABLE
 
 
 def _is_outage(sample: Trajectory) -> bool:
@@ -227,7 +233,7 @@ class Tally:
         group, is_dropped = verdict.group, verdict.is_dropped
         samples_G = group.trajectories_G
         straddling = [sample for sample in samples_G if sample.weights is Weights.STRADDLING]
-        masked = straddling if rules.on_straddling == "mask_from_change" else []
+        is_masking = rules.on_straddling == "mask_from_change"
         rewards = [reward for reward in group.rewards_G if reward is not None]
         failed = self.failed_attempts.copy()
         for sample in samples_G:
@@ -246,5 +252,5 @@ class Tally:
             attempts=self.attempts + sum(s.provenance.attempts for s in samples_G),
             failed_attempts=dict(failed),
             straddling_samples=len(straddling),
-            tokens_masked=sum(token_count(sample) - change_of(sample) for sample in masked),
+            tokens_masked=sum(map(masked_count, straddling)) if is_masking else 0,
         )

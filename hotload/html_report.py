@@ -19,10 +19,10 @@ from hotload.html_sections import (
     convergence_section,
     drift_section,
     failures_section,
+    known,
     latency_section,
     lengths_section,
     nothing,
-    rate,
     rewards_section,
     rules_section,
     section,
@@ -58,7 +58,7 @@ def render_report(
             the timeline.
         trained: what the trainer told of the samples it acknowledged last.
     """
-    run_id, version = report.name.rpartition("-")[0], report.policy_version
+    run_id, version = report.run_id, report.policy_version
     title = f"{run_id}, version {version}"
     samples = figures.three()
     body = [
@@ -75,7 +75,7 @@ def render_report(
         throughput_section(report, figures),
         latency_section(figures),
         lengths_section(figures),
-        rewards_section(figures),
+        rewards_section(report, figures),
         versions_section(figures),
         drift_section(trained),
         failures_section(report, figures),
@@ -102,7 +102,7 @@ def _lead(report: CycleReport) -> str:
     snapshot, rollouts = report.snapshot, report.rollouts
     converged = snapshot.seconds_by_stage.get("converge", 0.0)
     replicas = plural(snapshot.replica_count, "replica")
-    if report.outcome == "not due":
+    if not report.is_published:
         first = f"This version was not to be published: version {snapshot.policy_version} was "
         first += f"sampled again on {replicas}."
     else:
@@ -118,9 +118,18 @@ def _lead(report: CycleReport) -> str:
         what = what[0].upper() + what[1:]
         first = f"{what} reached <b>{replicas}</b> {duration(converged)} after the signal."
     then = f"<b>{plural(rollouts.sample_count, 'sample')}</b> of "
-    then += f"{plural(rollouts.group_count, 'problem')} came back in {duration(rollouts.seconds)}"
+    then += f"{plural(rollouts.group_count, 'problem')} came back"
+    spent, earlier = f" in {duration(rollouts.seconds)}", " in an earlier run of this cycle"
+    found = rollouts.found_sample_count
+    if found in (0, rollouts.sample_count):
+        then += earlier if found else spent
+    else:
+        then += f", {found:,} of them{earlier} and the others{spent}"
     if rollouts.mean_reward is not None:
         then += f", with a mean reward of <b>{number(rollouts.mean_reward)}</b>"
+    if not rollouts.sample_count and rollouts.groups.raw_samples:
+        then = f"All <b>{plural(rollouts.groups.raw_samples, 'sample')}</b> that were made were "
+        then += "dropped with their groups"
     return f"{first} {then}."
 
 
@@ -129,22 +138,20 @@ def _facts(report: CycleReport, figures: Figures) -> str:
     failed = sum(rollouts.failed_samples.values())
     is_delta = snapshot.kind is SnapshotKind.DELTA
     ratio = f"1 : {number(snapshot.ratio)}" if is_delta else snapshot.kind.value
-    tokens = rollouts.completion_token_count
     mean = rollouts.mean_reward
     spread = f"± {number(float(np.std(figures.rewards)))}" if figures.rewards else ""
-    facts = [
+    converged = _unit(duration(snapshot.seconds_by_stage.get("converge", 0.0)))
+    published = [
         ("sent", _unit(size(snapshot.size_bytes)), ratio, ""),
-        (
-            "to converge",
-            _unit(duration(snapshot.seconds_by_stage.get("converge", 0.0))),
-            plural(snapshot.replica_count, "replica"),
-            "",
-        ),
+        ("to converge", converged, plural(snapshot.replica_count, "replica"), ""),
+    ]
+    facts = [
+        *(published if report.is_published else []),
         ("samples", f"{rollouts.sample_count:,}", plural(rollouts.group_count, "group"), ""),
         (
             "tokens per second",
-            rate(tokens, rollouts.seconds),
-            f"{rate(rollouts.sample_count, rollouts.seconds)} samples per second",
+            known(rollouts.tokens_per_second),
+            f"{known(rollouts.samples_per_second)} samples per second",
             "",
         ),
         ("mean reward", "–" if mean is None else number(mean), spread, ""),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hotload.figures import Shown
+from hotload.frames import weights_told
 from hotload.markup import safe
 from hotload.quantities import duration, number, plural
 
@@ -105,7 +106,7 @@ def _told(facts: Mapping[str, Any]) -> str:
         told.append(f"reward {number(facts['reward'])}" + (f" ({parts})" if parts else ""))
     if facts["advantage"] is not None:
         told.append(f"advantage {number(facts['advantage'])}")
-    told.append(plural(facts["token_count"], "token"))
+    told.append(plural(facts["completion_token_count"], "token"))
     if facts["turn_count"] > 1:
         told.append(plural(facts["turn_count"], "turn"))
     told.append(duration(facts["latency_seconds"]))
@@ -113,5 +114,6 @@ def _told(facts: Mapping[str, Any]) -> str:
         told.append(plural(facts["attempts"], "request"))
     if facts["finish_reason"]:
         told.append(f"ended by {facts['finish_reason']}")
-    told.append(" → ".join(facts["identities"]) or f"{facts['identity']} (assumed)")
+    if made := weights_told(facts["weights"], facts["identity"], facts["identities"]):
+        told.append(made)
     return " · ".join(told)

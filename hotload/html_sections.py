@@ -31,9 +31,9 @@ def nothing(said: str) -> str:
     return f'<p class="none">{safe(said)}</p>'
 
 
-def rate(count: float, seconds: float) -> str:
-    """So many per second."""
-    return number(count / seconds) if seconds else "–"
+def known(value: float | None) -> str:
+    """The number, or a dash where there is none."""
+    return "–" if value is None else number(value)
 
 
 def table(rows: Mapping[str, str]) -> str:
@@ -48,12 +48,13 @@ def timeline_section(
     report: CycleReport, ended_at: datetime, rollouts_ended_at: datetime | None
 ) -> str:
     """Stages on the time axis of the cycle."""
-    snapshot, took = report.snapshot, report.snapshot.seconds_by_stage
+    took = report.seconds_by_stage
     began_at = ended_at - timedelta(seconds=report.seconds)
     heading, why = "Where the time went", f"{duration(report.seconds)} from start to end"
     rows = []
-    if snapshot.began_at is not None and snapshot.began_at >= began_at:
-        at = (snapshot.began_at - began_at).total_seconds()
+    published_at = report.snapshot.began_at if report.is_published else None
+    if published_at is not None and published_at >= began_at:
+        at = (published_at - began_at).total_seconds()
         first = "check, plan, first attempt" if report.fallback_reason else "check and plan"
         rows.append(Bar(first, 0, at, duration(at), "fifth"))
         for stage, label in (("publish", "encode and upload"), ("signal", "signal")):
@@ -78,6 +79,8 @@ def timeline_section(
 def bytes_section(report: CycleReport) -> str:
     """What was sent beside what the checkpoint holds."""
     snapshot = report.snapshot
+    if not report.is_published:
+        return section("Bytes", snapshot.reason, nothing("This version was not sent."))
     rows = [
         Bar(name, 0, sent, size(sent), tone)
         for name, sent, tone in (
@@ -102,7 +105,7 @@ def convergence_section(report: CycleReport) -> str:
     snapshot = report.snapshot
     spent = snapshot.seconds_by_stage.get("converge", 0.0)
     heading = "Replicas converge"
-    if not snapshot.convergence:
+    if not snapshot.convergence or not report.is_published:
         return section(heading, "", nothing("They served this snapshot before."))
     why = (
         f"Replicas that serve exactly this snapshot, since the signal; all after {duration(spent)}"
@@ -150,8 +153,8 @@ def throughput_section(report: CycleReport, figures: Figures) -> str:
     attempts = rollouts.groups.attempts or figures.attempts
     samples = rollouts.groups.raw_samples or figures.sample_count
     rows = {
-        "samples per second": rate(rollouts.sample_count, seconds),
-        "completion tokens per second": rate(rollouts.completion_token_count, seconds),
+        "samples per second": known(rollouts.samples_per_second),
+        "completion tokens per second": known(rollouts.tokens_per_second),
         "completion tokens": f"{rollouts.completion_token_count:,}",
         "requests per sample": number(attempts / samples) if samples else "–",
         "prompt tokens from the cache": percent(
@@ -165,6 +168,8 @@ def throughput_section(report: CycleReport, figures: Figures) -> str:
         mean = sum(turn * count for turn, count in turns.items()) / sum(turns.values())
         rows["turns per sample, mean and most"] = f"{number(mean)} and {max(turns)}"
     why = f"Over {duration(seconds)} of sampling and scoring"
+    if found := rollouts.found_sample_count:
+        why += f"; {plural(found, 'sample')} of an earlier run are not in the rates"
     return section("Throughput", why, table(rows))
 
 
@@ -173,7 +178,7 @@ def latency_section(figures: Figures) -> str:
     taken = figures.latency_seconds
     heading = "Latency of a sample"
     if not taken:
-        return section(heading, "", nothing("No sample was answered."))
+        return section(heading, "", nothing("No answered sample was handed back."))
     p50, p90, p99 = (float(each) for each in np.percentile(taken, (50, 90, 99)))
     longest = max(taken)
     # A few stragglers must not squeeze all others into one bin.
@@ -203,7 +208,7 @@ def lengths_section(figures: Figures) -> str:
     lengths = figures.token_counts
     heading = "Tokens of a sample"
     if not lengths:
-        return section(heading, "", nothing("No sample was answered."))
+        return section(heading, "", nothing("No answered sample was handed back."))
     cut = figures.finish_reasons["length"]
     why = f"Completion tokens of all turns; {percent(cut, len(lengths))} ended at the limit"
     median, longest = float(np.median(lengths)), max(lengths)
@@ -212,21 +217,20 @@ def lengths_section(figures: Figures) -> str:
         edges.tolist(),
         found.tolist(),
         "Samples by completion tokens",
-        lambda value: f"{value:,.0f}",
-        marks=[(median, f"median {median:,.0f}")],
+        number,
+        marks=[(median, f"median {number(median)}")],
         height=180,
     )
     return section(heading, why, drawn)
 
 
-def rewards_section(figures: Figures) -> str:
+def rewards_section(report: CycleReport, figures: Figures) -> str:
     """The distribution of rewards."""
     rewards = figures.rewards
     heading = "Rewards"
     if not rewards:
-        return section(heading, "", nothing("No sample has a reward."))
-    groups = figures.group_count
-    uniform = percent(figures.uniform_group_count, groups)
+        return section(heading, "", nothing("No sample with a reward was handed back."))
+    uniform = percent(*figures.uniform_groups(report.rollouts.groups))
     why = f"{plural(len(rewards), 'sample')}; in {uniform} of the groups all are equal"
     distinct = Counter(rewards)
     if len(distinct) <= DISTINCT_REWARDS:
@@ -253,7 +257,7 @@ def versions_section(figures: Figures) -> str:
     heading, why = "Weights behind the samples", "As each answer named them itself"
     counted = figures.versions.most_common()
     if not counted:
-        return section(heading, why, nothing("No sample has an answer."))
+        return section(heading, why, nothing("No answered sample was handed back."))
     if len(counted) > len(TONES):
         rest = counted[len(TONES) - 1 :]
         counted = [*counted[: len(TONES) - 1], (f"{len(rest)} others", sum(n for _, n in rest))]
@@ -310,7 +314,8 @@ def failures_section(report: CycleReport, figures: Figures) -> str:
     if causes:
         body = _failures(causes, figures.sample_count, "Failures", "warn-fill")
     else:
-        why, body = "By cause", nothing("Every sample has a reward.")
+        told = "Every sample has a reward." if figures.sample_count else "No sample is there."
+        why, body = "By cause", nothing(told)
     did = report.rollouts.groups
     if met := in_words(did.failed_attempts):
         sent = plural(did.attempts, "request")

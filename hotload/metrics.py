@@ -1,7 +1,7 @@
 """The numbers of a cycle under the names of protocol §19, and the forms they are written in.
 
-What a cycle does not know (`train/*`, waiting times of the trainer) is left out: a name that is
-there has a measured value.
+What a cycle does not know (`train/*`, waiting times of the trainer) or did not do (publish a
+version that was not due) is left out: a name that is there has a measured value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import pairwise
 from hotload.drift import TrainedAgainst
 from hotload.faults import is_recoverable
 from hotload.figures import Figures
-from hotload.groups import Mark
+from hotload.groups import usable_count
 from hotload.report import CycleReport
 
 PRODUCER_SECONDS = 10.0
@@ -56,7 +56,7 @@ def _rollout(report: CycleReport, figures: Figures) -> dict[str, float]:
         "filtered_samples": used,
         "filter_ratio": _mean_of(used, raw),
         "entropy": figures.entropy_nats,
-        "uniform_group_ratio": _mean_of(figures.uniform_group_count, figures.group_count),
+        "uniform_group_ratio": _mean_of(*figures.uniform_groups(did)),
         "failed_samples": sum(rollouts.failed_samples.values()),
         "cached_prompt_ratio": _mean_of(
             figures.cached_prompt_token_count, figures.prompt_token_count
@@ -81,47 +81,42 @@ def _async(report: CycleReport, figures: Figures) -> dict[str, float]:
         found["version_offset_mean"] = total / sum(ahead.values())
         found["version_offset_max"] = max(ahead)
         found["version_offset_min"] = min(ahead)
-    if mean := _time_means(report.rollouts.window_trace):
-        size, in_use = mean
-        found["in_flight_samples_mean"] = in_use
-        found["concurrency_capacity_samples_mean"] = max(size - in_use, 0)
+    if means := _time_means(report.rollouts.window_trace):
+        found["in_flight_samples_mean"], found["concurrency_capacity_samples_mean"] = means
     return _named("async", found)
 
 
 def _performance(report: CycleReport) -> dict[str, float]:
-    snapshot, rollouts = report.snapshot, report.rollouts
-    took = snapshot.seconds_by_stage
-    spent = rollouts.seconds
-    return _named(
-        "perf",
-        {
-            "step_time": report.seconds,
-            "rollout_batch_wall_time": spent,
-            "step_samples_per_s": _mean_of(rollouts.sample_count, spent),
-            "step_tokens_per_s": _mean_of(rollouts.completion_token_count, spent),
-            "weight_update_time": sum(took.get(each, 0) for each in ("publish", "signal")),
-            "weight_sync_time": took.get("converge"),
-            "update_weights_density": _mean_of(snapshot.size_bytes, snapshot.content_size_bytes),
-            "update_weights_wire_bytes": snapshot.size_bytes,
-        },
-    )
+    rollouts, took = report.rollouts, report.seconds_by_stage
+    found = {
+        "step_time": report.seconds,
+        "rollout_batch_wall_time": rollouts.seconds,
+        "step_samples_per_s": rollouts.samples_per_second,
+        "step_tokens_per_s": rollouts.tokens_per_second,
+        "weight_update_time": _sum_of(took, "publish", "signal"),
+        "weight_sync_time": took.get("converge"),
+    }
+    if report.is_published:
+        sent, whole = report.snapshot.size_bytes, report.snapshot.content_size_bytes
+        found |= {"update_weights_density": _mean_of(sent, whole)}
+        found |= {"update_weights_wire_bytes": sent}
+    return _named("perf", found)
 
 
 def _publish(report: CycleReport) -> dict[str, float]:
-    took = report.snapshot.seconds_by_stage
-    loaded = took.get("signal", 0) + took.get("converge", 0)
+    took = report.seconds_by_stage
     return _named(
         "publish",
         {
             "save_time_s": took.get("publish"),
-            "hotload_time_s": loaded,
-            "total_time_s": took.get("publish", 0) + loaded,
+            "hotload_time_s": _sum_of(took, "signal", "converge"),
+            "total_time_s": _sum_of(took, "publish", "signal", "converge"),
             "encode_s": took.get("encode"),
             "verify_s": took.get("verify"),
             "upload_s": took.get("upload"),
             "signal_s": took.get("signal"),
             "converge_s": took.get("converge"),
-            "hint_count": report.snapshot.hint_count,
+            "hint_count": report.snapshot.hint_count if report.is_published else None,
         },
     )
 
@@ -159,12 +154,11 @@ def producer_metrics(report: CycleReport) -> list[tuple[float, dict[str, float]]
                 "concurrency_capacity_samples": max(size - in_use, 0),
             }
             lines.append((at, _named("producer", found)))
-    unused = sum(did.groups_by_mark.get(mark, 0) for mark in (Mark.INCOMPLETE, Mark.STALE))
     totals = {
         "elapsed_time_s": rollouts.seconds,
         "published_version": version,
         "in_flight_samples": 0,
-        "rows_accepted_total": rollouts.group_count - unused,
+        "rows_accepted_total": usable_count(rollouts),
         "rows_dropped_total": sum(did.dropped_groups.values()),
         "rows_refilled_total": did.refilled_groups,
         "recoverable_errors_total": sum(
@@ -182,7 +176,7 @@ def json_lines(
     and the cycle's own last.
     """
     told = {
-        "run_id": report.name.rpartition("-")[0],
+        "run_id": report.run_id,
         "policy_version": report.policy_version,
         "identity": report.snapshot.identity,
     }
@@ -224,12 +218,20 @@ def _mean_of(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
+def _sum_of(took: Mapping[str, float], *stages: str) -> float | None:
+    """Seconds of these stages; `None` where one of them did not happen."""
+    spent = [took[stage] for stage in stages if stage in took]
+    return sum(spent) if len(spent) == len(stages) else None
+
+
 def _time_means(trace: Sequence[tuple[float, int, int]]) -> tuple[float, float] | None:
-    """Means over time of the window's size and use; `None` without a span of time."""
+    """Means over time of the slots in use and of those that were free; `None` without a span of
+    time.
+    """
     if len(trace) < 2 or trace[-1][0] <= trace[0][0]:
         return None
     spans = [(after[0] - before[0], before) for before, after in pairwise(trace)]
     total = trace[-1][0] - trace[0][0]
-    size = sum(span * point[1] for span, point in spans) / total
-    in_use = sum(span * point[2] for span, point in spans) / total
-    return size, in_use
+    in_use = sum(span * used for span, (_, _, used) in spans) / total
+    free = sum(span * max(size - used, 0) for span, (_, size, used) in spans) / total
+    return in_use, free

@@ -12,13 +12,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from hotload.report import GroupCounts, RolloutSummary, added
-from hotload.snapshot import FileName, Record, Sha256
+from hotload.snapshot import FileName, Record, Sha256, version_of
 from hotload.spec import CycleSpec
 from hotload.trajectories import Problem, chunk, problems_for
 
@@ -125,7 +124,7 @@ class RolloutManifest(Record):
     """Whether the cycle has ended; before, more parts may come."""
     planned_group_count: int = Field(0, ge=0)
     """Groups there will be, less those that are dropped without another in their place."""
-    created_at: datetime
+    created_at: AwareDatetime
 
     def render(self) -> bytes:
         """The manifest as JSON; `parse` reads it back."""
@@ -166,14 +165,20 @@ def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) ->
         own = reserve[number :: len(chunks)]
         facts = [*asked, [asdict(problem) for problem in (*some, *own)]]
         parts.append(PartPlan(number, some, _digest(facts), own))
-    directory = f"{PARTS}/{identity}"
-    if not identity.startswith(f"{spec.name}-"):
-        # This version was not published: it samples an earlier one, whose rollouts lie there.
-        directory += f"/{spec.policy_version:06d}"
     digest = _digest([part.digest for part in parts])
     size = spec.sampling.completions_per_prompt
     version = spec.policy_version
+    directory = rollout_directory(identity, spec.run_id, version)
     return RolloutPlan(spec.run_id, identity, version, directory, tuple(parts), digest, size)
+
+
+def rollout_directory(identity: str, run_id: str, policy_version: int) -> str:
+    """Where the rollouts lie that a version samples from the weights of `identity`."""
+    directory = f"{PARTS}/{identity}"
+    if version_of(identity, run_id) == policy_version:
+        return directory
+    # The version was not published: it samples an earlier one, whose own rollouts lie there.
+    return f"{directory}/{policy_version:06d}"
 
 
 def _after(problems: Sequence[Problem], chosen: Sequence[Problem]) -> tuple[Problem, ...]:
@@ -194,10 +199,15 @@ def summarize(
     *,
     parts_uri: str,
     seconds: float,
+    found: Iterable[RolloutPart] = (),
     window_trace: Iterable[tuple[float, int, int]] = (),
 ) -> RolloutSummary:
-    """What these parts of one rollout came to; the mean is over the samples that have a reward."""
-    parts = tuple(parts)
+    """What these parts of one rollout came to; the mean is over the samples that have a reward.
+
+    Args:
+        found: those of them that were there before the `seconds` began.
+    """
+    parts, found = tuple(parts), tuple(found)
     rewarded = sum(part.reward_count for part in parts)
     return RolloutSummary(
         identity=identity,
@@ -207,6 +217,8 @@ def summarize(
         samples_by_identity=added(part.samples_by_identity for part in parts),
         mean_reward=sum(part.reward_sum for part in parts) / rewarded if rewarded else None,
         completion_token_count=sum(part.completion_token_count for part in parts),
+        found_sample_count=sum(part.sample_count for part in found),
+        found_token_count=sum(part.completion_token_count for part in found),
         parts_uri=parts_uri,
         seconds=seconds,
         groups=GroupCounts.total(part.groups for part in parts),

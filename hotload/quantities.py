@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+LONG = 1e12
+
 
 def number(value: float) -> str:
-    """`12,345`, `123`, `12.3`, `0.123`; whole numbers whole, a minus sign that is one."""
+    """`12,345`, `123`, `12.3`, `0.123`, `0.0004`, `1.2e-07`, `1e+30`; whole numbers whole, a minus
+    sign that is one.
+    """
     if value != value or value in (float("inf"), float("-inf")):
         return "–"
     size = abs(value)
-    if size >= 100 or float(value).is_integer():
+    shown = float(f"{size:.3g}")  # 9.999 has as many figures as 10.0
+    if size >= LONG or 0 < shown < 0.01:
+        told = f"{size:.3g}"
+    elif shown >= 100 or float(value).is_integer():
         told = f"{size:,.0f}"
-    elif size >= 10:
-        told = f"{size:.1f}"
     else:
-        told = f"{size:.3f}" if size < 1 else f"{size:.2f}"
-    return f"−{told}" if value < 0 and told.strip("0.,") else told
+        told = f"{size:.{1 if shown >= 10 else 2 if shown >= 1 else 3}f}"
+    return f"−{told}" if value < 0 else told
 
 
 def duration(seconds: float) -> str:

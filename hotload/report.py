@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import AwareDatetime, Field
 
+from hotload.quantities import size
 from hotload.readiness import Convergence
 from hotload.snapshot import CheckpointContent, Record, Shard, SnapshotKind, SnapshotManifest
 from hotload.spec import CycleSpec
@@ -77,13 +78,32 @@ class RolloutSummary(Record):
     """Samples by the identity that answered them."""
     mean_reward: float | None = None
     completion_token_count: int = Field(0, ge=0)
+    found_sample_count: int = Field(0, ge=0)
+    """Those of the samples that an earlier run of this cycle wrote: `seconds` is without theirs."""
+    found_token_count: int = Field(0, ge=0)
+    """Completion tokens of those."""
     parts_uri: str = ""
     seconds: float = Field(0, ge=0)
+    """Wall seconds of sampling and scoring in the run that handed them back."""
     groups: GroupCounts = GroupCounts()
     """What the rules for groups did."""
     window_trace: tuple[tuple[float, int, int], ...] = ()
     """The window through time, thinned out: (seconds since sampling began, slots, slots in
     use)."""
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Rate of the run that handed them back, what it found left out; `None` if it found all."""
+        return self._per_second(self.sample_count - self.found_sample_count)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Completion tokens in the same way."""
+        return self._per_second(self.completion_token_count - self.found_token_count)
+
+    def _per_second(self, count: int) -> float | None:
+        is_sampled = self.sample_count > self.found_sample_count
+        return count / self.seconds if is_sampled and self.seconds else None
 
 
 class Carried(Record):
@@ -108,8 +128,8 @@ class Published(Record):
     content_size_bytes: int = Field(ge=0)
     replica_count: int = Field(ge=0)
     seconds_by_stage: dict[str, float] = Field({})
-    """Seconds of encode, verify and upload, summed over overlapping shards; wall seconds of publish
-    (all of those), signal and converge."""
+    """Seconds of encode, verify and upload, summed over overlapping shards, where they were done;
+    wall seconds of publish (all of those), signal and converge."""
     began_at: AwareDatetime | None = None
     """When the publication began; publish, signal and converge follow each other from there."""
     convergence: tuple[tuple[float, int], ...] = ()
@@ -130,6 +150,11 @@ class Published(Record):
         began_at: datetime,
     ) -> Published:
         """What is to be told of a snapshot that the replicas serve."""
+        worked = {
+            "encode": sum(batch.encode_seconds for batch in carried),
+            "verify": sum(batch.verify_seconds for batch in carried),
+            "upload": sum(batch.upload_seconds for batch in carried),
+        }
         return cls(
             identity=manifest.identity,
             policy_version=manifest.policy_version,
@@ -140,9 +165,8 @@ class Published(Record):
             content_size_bytes=manifest.content_size_bytes,
             replica_count=convergence.ready_count,
             seconds_by_stage={
-                "encode": sum(batch.encode_seconds for batch in carried),
-                "verify": sum(batch.verify_seconds for batch in carried),
-                "upload": sum(batch.upload_seconds for batch in carried),
+                # A full snapshot is not encoded; what an earlier run carried is found.
+                **{stage: spent for stage, spent in worked.items() if spent},
                 **wall_seconds,
             },
             began_at=began_at,
@@ -187,6 +211,21 @@ class CycleReport(Record):
     rollouts: RolloutSummary
     seconds: float = Field(ge=0)
 
+    @property
+    def run_id(self) -> str:
+        """The training run's name."""
+        return self.name.rpartition("-")[0]
+
+    @property
+    def is_published(self) -> bool:
+        """Whether `snapshot` is this cycle's; one that was not due sampled an earlier version's."""
+        return self.outcome != "not due"
+
+    @property
+    def seconds_by_stage(self) -> dict[str, float]:
+        """As the snapshot's; none of it where another cycle published that."""
+        return self.snapshot.seconds_by_stage if self.is_published else {}
+
     @classmethod
     def of(
         cls, spec: CycleSpec, publication: Publication, rollouts: RolloutSummary, seconds: float
@@ -210,8 +249,8 @@ class CycleReport(Record):
     def rows(self) -> list[dict[str, str]]:
         """The report as a two-column table for a person: `what`, `value` with units."""
         snapshot, rollouts = self.snapshot, self.rollouts
-        travelled = megabytes(snapshot.size_bytes)
-        full = megabytes(snapshot.content_size_bytes)
+        travelled, full = size(snapshot.size_bytes), size(snapshot.content_size_bytes)
+        sent = f"{travelled} of {full} (1 : {snapshot.ratio:.1f})"
         mean, first = rollouts.mean_reward, self.fallback_reason or ""
         facts = {
             "identity": snapshot.identity,
@@ -219,10 +258,10 @@ class CycleReport(Record):
             "why": snapshot.reason,
             "outcome": self.outcome,
             "first failure": first if first != snapshot.reason else "",
-            "bytes": f"{travelled} of {full} (1 : {snapshot.ratio:.1f})",
+            "bytes": sent if self.is_published else "",
             "replicas": str(snapshot.replica_count),
             "seconds": f"{self.seconds:.1f}",
-            **{f"… {stage}": f"{took:.2f}" for stage, took in snapshot.seconds_by_stage.items()},
+            **{f"… {stage}": f"{spent:.2f}" for stage, spent in self.seconds_by_stage.items()},
             "… rollouts": f"{rollouts.seconds:.2f}",
             "groups": f"{rollouts.group_count} ({rollouts.sample_count} samples)",
             "samples without reward": counts(rollouts.failed_samples),
@@ -267,16 +306,6 @@ def in_words(failed_attempts: dict[str, int]) -> dict[str, int]:
     return {
         f"HTTP {met}" if met.isdigit() else met.replace("_", " "): number for met, number in counted
     }
-
-
-def megabytes(size_bytes: int) -> str:
-    """A size for a person: `12 B`, `3.4 kB`, `1.2 MB`, `7.9 GB` (powers of 1000)."""
-    size = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
 
 
 def counts(numbers: dict[str, int]) -> str:

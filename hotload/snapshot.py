@@ -103,6 +103,13 @@ def version_of(identity: str, run_id: str | None = None) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_of_run(identity: str, other: str) -> bool:
+    """Whether both identities name versions of one run."""
+    parts = [each.rsplit("-", 2) for each in (identity, other)]
+    is_named = version_of(identity) is not None and version_of(other) is not None
+    return is_named and parts[0][0] == parts[1][0]
+
+
 class Record(BaseModel):
     """A frozen value that is also parsed from outside JSON; unknown fields are refused."""
 
@@ -119,9 +126,9 @@ class Record(BaseModel):
             return cls.model_validate_json(data)
         except ValidationError as error:
             found = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in found["loc"])
+            where = [".".join(map(str, found["loc"]))] if found["loc"] else []
             noun = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
-            raise StoreError(path, f"not a {noun}: {where}: {found['msg']}") from None
+            raise StoreError(path, ": ".join([f"not a {noun}", *where, found["msg"]])) from None
 
 
 class FileDigest(Record):

@@ -174,9 +174,11 @@ class RolloutFunction(Declared):
     arguments: dict[str, JsonValue] = {}
     """Keyword arguments for the function. Everybody who may look at the server sees them."""
     turn_timeout_seconds: float = Field(600, gt=0, le=86_400)
-    """Seconds one turn may take, retries included."""
+    """Seconds one turn may take from when it is first sent, retries included; the wait for a slot
+    of our own window before that does not count."""
     trajectory_timeout_seconds: float = Field(3600, gt=0, le=86_400)
-    """Seconds a whole trajectory may take; beyond, the sample is marked."""
+    """Seconds a whole trajectory may take, waits for a slot included; beyond, the sample is
+    marked."""
 
     @field_validator("name")
     @classmethod
@@ -246,6 +248,13 @@ class Sampling(Declared):
     next cycle may publish while this one still samples."""
     include_routing_matrix: bool = False
     """Ask for the experts each token was routed to (mixture-of-experts models)."""
+
+    @model_validator(mode="after")
+    def _has_room_for_its_quorum(self) -> Self:
+        if self.groups.min_group_size > self.completions_per_prompt:
+            told = f"{self.groups.min_group_size} is above completions_per_prompt"
+            raise ValueError(f"groups.min_group_size {told} {self.completions_per_prompt}")
+        return self
 
 
 class Problems(Declared):

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import isinf
 from typing import Any, NoReturn
 
 from hotload.errors import InvalidProblemsError
@@ -37,9 +38,9 @@ class Weights(StrEnum):
     """What the answer said about the weights that made a sample, against those it was sent to."""
 
     EXPECTED = "expected"  # every chunk named the identity confirmed at dispatch
-    ASSUMED = "assumed"  # no chunk named any identity
+    ASSUMED = "assumed"  # some or all tokens came without any identity
     STRADDLING = "straddling"  # more than one identity in one sample
-    OTHER = "other"  # one identity, and another than expected
+    OTHER = "other"  # one identity, and another than expected: of this run, or the sample failed
     NONE = "none"  # the sample failed and has no tokens
 
 
@@ -75,9 +76,15 @@ class Provenance:
         """How the observed identities compare with the dispatched one."""
         if len(self.observed) > 1:
             return Weights.STRADDLING
-        if not self.observed:
-            return Weights.ASSUMED
-        return Weights.EXPECTED if self.observed[0] == self.identity else Weights.OTHER
+        if self.observed and self.observed[0] != self.identity:
+            return Weights.OTHER
+        is_told = self.observed and not self._has_untold_tokens
+        return Weights.EXPECTED if is_told else Weights.ASSUMED
+
+    @property
+    def _has_untold_tokens(self) -> bool:
+        runs = self.runs
+        return bool(runs) and (runs[0][0] > 0 or any(not identity for _, identity in runs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,8 @@ class Trajectory:
     Turns whose prompt repeats the tokens so far are one sequence; where one does not (a chat
     template rewrote what was said), a new sequence begins: `further` holds those after the first.
     `routing_matrix` is the base64 text of `uint8[T, layers, experts]` of the first sequence.
-    `prompt_token_count` counts the prompts of all turns, each as it was sent.
+    `prompt_token_count` counts the prompts of all turns, each as it was sent, and
+    `completion_token_count` the tokens that were sampled.
     """
 
     problem_id: str
@@ -122,6 +130,7 @@ class Trajectory:
     finish_reason: str | None = None
     prompt_token_count: int = 0
     cached_prompt_token_count: int = 0
+    completion_token_count: int = 0
     failure: str | None = None
     detail: str = ""
     turn_count: int = 1
@@ -211,10 +220,15 @@ def _parse_row(line: bytes, source: str, number: int) -> Problem:
     def refuse_constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(text: str) -> float:
+        if isinf(value := float(text)):
+            raise ValueError(f"{text[:40]} is beyond any float")
+        return value
+
     if len(line) > ROW_LIMIT_BYTES:
         refuse(f"{len(line)} bytes; a row has at most {ROW_LIMIT_BYTES}")
     try:
-        row = json.loads(line, parse_constant=refuse_constant)
+        row = json.loads(line, parse_constant=refuse_constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         refuse(f"not JSON: {str(error)[:200]}")
     if not isinstance(row, dict):
@@ -237,10 +251,10 @@ def _parse_row(line: bytes, source: str, number: int) -> Problem:
         messages = tuple(messages)
     elif isinstance(prompt, list):
         if not prompt or not all(_is_token_id(token) for token in prompt):
-            refuse("`prompt`: expected text or a list of token ids")
+            refuse("`prompt`: expected text or a list of token ids, and not an empty one")
         prompt = tuple(prompt)
     elif not isinstance(prompt, str) or not prompt:
-        refuse("`prompt`: expected text or a list of token ids")
+        refuse("`prompt`: expected text or a list of token ids, and not an empty one")
     return Problem(name, prompt, messages, row.pop("answer", None), row)
 
 

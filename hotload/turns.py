@@ -21,6 +21,7 @@ class Turns:
         """Of the last turn."""
         self.finish_reason: str | None = None
         self.prompt_token_count = self.cached_prompt_token_count = 0
+        self.completion_token_count = 0
         self.observed: tuple[str, ...] = ()
         self.last_identity: str | None = None
         self.replica: str | None = None
@@ -79,7 +80,8 @@ class Turns:
                 self.runs += ((start + number, identity),)
         self.text, self.finish_reason = answer.text, answer.finish_reason
         self.prompt_token_count += len(prompt)
-        self.cached_prompt_token_count += answer.cached_prompt_token_count
+        self.cached_prompt_token_count += min(answer.cached_prompt_token_count, len(prompt))
+        self.completion_token_count += len(mask)
 
 
 def _joined(before: bytes | None, count: int, between: int, answer: Answer) -> bytes | None:

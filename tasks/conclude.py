@@ -17,15 +17,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from blocks.checkpoint_store import CheckpointStore
-from blocks.rollout_directory import acknowledged_drift, version_before
+from blocks.rollout_directory import acknowledged_drift, read_manifest, version_before
 from hotload.drift import TrainedAgainst
 from hotload.errors import StoreError, StoreUnavailableError
 from hotload.figures import Figures
 from hotload.html_report import render_report
 from hotload.metrics import cycle_metrics, json_lines
-from hotload.parts import MANIFEST_FILE, RolloutManifest
+from hotload.parts import rollout_directory
 from hotload.report import CycleReport
-from hotload.snapshot import MANIFEST_LIMIT_BYTES
 from hotload.spec import CycleSpec
 from tasks.records import REPORTS, read_report, write_report
 from tasks.retrying import RETRIED
@@ -86,12 +85,13 @@ async def _read_rollouts(
 
     They only inform: where the data is damaged or was moved, the report does without.
     """
-    figures = Figures()
-    directory = "_hotload/" + report.rollouts.parts_uri.rpartition("/_hotload/")[2]
-    path = f"{directory}/{MANIFEST_FILE}"
+    figures = Figures(report.run_id)
+    identity, version = report.rollouts.identity, report.policy_version
+    directory = path = rollout_directory(identity, report.run_id, version)
     try:
-        data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
-        manifest = RolloutManifest.parse(data, path=path)
+        manifest = await read_manifest(store, directory)
+        if manifest is None:
+            raise StoreError(directory, "has no manifest")
         for part in manifest.parts:
             path = f"{directory}/{part.file}"
             data = await store.read_bytes(path, limit_bytes=part.size_bytes)

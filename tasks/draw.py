@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import inspect
 import json
+import operator
 import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +24,7 @@ from hotload.faults import Action, Cause, Fault
 from hotload.spec import RolloutFunction
 from hotload.trajectories import TOKEN_ID_LIMIT, Problem, Segment, Trajectory
 from hotload.wire.inference import LOGPROB_RANGE
-from tasks.reward_worker import DETAIL_LIMIT_CHARACTERS, secrets_of, told
+from tasks.details import DETAIL_LIMIT_CHARACTERS, secrets_of, told, whole
 
 Rollout = Callable[..., Awaitable[Any]]
 
@@ -48,6 +49,10 @@ class Draw:
     def failed_attempts(self) -> tuple[str, ...]:
         """What those of them met that got no usable answer; one under way counts as cancelled."""
         return self._conversation.failed_attempts
+
+    def close(self) -> None:
+        """Send no further request for it: those that were sent are counted now."""
+        self._conversation.close()
 
     def cut_off(self, cause: Cause, detail: str) -> Trajectory:
         """What there is of a sample that was ended before it had."""
@@ -114,12 +119,11 @@ async def _play(
     limit = declared.trajectory_timeout_seconds
     call = asyncio.ensure_future(_call(function(problem, conversation, **declared.arguments)))
     try:
-        await asyncio.wait({call}, timeout=limit)
-    except asyncio.CancelledError:
+        done, _ = await asyncio.wait({call}, timeout=limit)
+    finally:
+        conversation.close()
         await _end(call)
-        raise
-    if not call.done():
-        await _end(call)
+    if not done:
         why = f"the trajectory took more than {limit:g} s"
         return _failed(conversation, _fault(Cause.TRAJECTORY_TIMEOUT, why))
     try:
@@ -142,9 +146,10 @@ async def _call(made: Awaitable[Any]) -> Any:
 
 
 async def _end(call: asyncio.Future[Any]) -> None:
-    """End a call; one that does not let itself be ended is left behind."""
-    call.cancel()
-    await asyncio.wait({call}, timeout=GRACE_SECONDS)
+    """End a call that has not ended; one that does not let itself be ended is left behind."""
+    if not call.done():
+        call.cancel()
+        await asyncio.wait({call}, timeout=GRACE_SECONDS)
     if call.done() and not call.cancelled():
         call.exception()  # seen
 
@@ -177,7 +182,7 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
 
 
 def _text(value: object) -> str | None:
-    return None if value is None else _whole(str(value))
+    return None if value is None else whole(str(value))
 
 
 def _cause(failure: object) -> str | None:
@@ -189,23 +194,21 @@ def _cause(failure: object) -> str | None:
     raise ValueError("failure: expected a name like `wrong_tool`, at most 64 of a-z 0-9 _")
 
 
-def _whole(text: str) -> str:
-    """The text as a file can hold it: a function's own may have half a surrogate pair."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _checked(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     checked = []
     for segment in segments:
-        prompt, tokens = tuple(segment.prompt_token_ids), tuple(segment.token_ids_T)
+        prompt = tuple(map(operator.index, segment.prompt_token_ids))
+        tokens = tuple(map(operator.index, segment.token_ids_T))
         logprobs = tuple(map(float, segment.sampling_logprobs_T))
         mask = tuple(map(bool, segment.loss_mask_T))
         if not len(tokens) == len(logprobs) == len(mask):
             raise ValueError("a segment's tokens, log-probabilities and mask differ in length")
-        if not all(type(token) is int and 0 <= token < TOKEN_ID_LIMIT for token in prompt + tokens):
-            raise ValueError("a segment has token ids that are none")
-        if not all(LOGPROB_RANGE[0] <= logprob <= LOGPROB_RANGE[1] for logprob in logprobs):
-            raise ValueError("a segment has a log-probability out of range")
+        for token in prompt + tokens:
+            if not 0 <= token < TOKEN_ID_LIMIT:
+                raise ValueError(f"a segment's token id is {token}, expected 0 to 2³¹-1")
+        for logprob in logprobs:
+            if not LOGPROB_RANGE[0] <= logprob <= LOGPROB_RANGE[1]:
+                raise ValueError(f"a segment's log-probability is {logprob}, expected 0 or below")
         checked.append(Segment(prompt, tokens, logprobs, mask))
     return tuple(checked)
 
@@ -233,12 +236,12 @@ def _readable(sample: Trajectory) -> Trajectory:
     Raises:
         TypeError, ValueError, RecursionError: the transcript is not JSON.
     """
-    transcript = json.loads(_whole(json.dumps(sample.transcript, ensure_ascii=False)))
+    transcript = json.loads(whole(json.dumps(sample.transcript, ensure_ascii=False)))
     return replace(
         sample,
-        text=_whole(sample.text),
+        text=whole(sample.text),
         finish_reason=_text(sample.finish_reason),
-        detail=_whole(sample.detail),
+        detail=whole(sample.detail),
         routing_matrix=_text(sample.routing_matrix),
         transcript=tuple(transcript),
     )

@@ -21,7 +21,7 @@ from hotload.errors import (
     SelfCheckError,
 )
 from hotload.local import encode_file, open_shard, sha256_file, verify_file
-from hotload.report import megabytes
+from hotload.quantities import size
 from hotload.snapshot import FileDigest, Record, Shard, SnapshotPlan
 from hotload.spec import CycleSpec
 from tasks.places import baseline_dir, delta_dir, results_dir
@@ -91,7 +91,7 @@ async def encode_shards(
         ended.set()  # when another batch has failed, its thread stops at the next shard
     sent = sum(shard.size_bytes for shard in encoded.shards)
     full = sum(shard.content_size_bytes for shard in encoded.shards)
-    get_run_logger().info("%s of %s in %d shards", megabytes(sent), megabytes(full), len(batch))
+    get_run_logger().info("%s of %s in %d shards", size(sent), size(full), len(batch))
     return encoded
 
 

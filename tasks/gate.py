@@ -24,6 +24,11 @@ class Gate:
         self._tickets = itertools.count()
 
     @property
+    def in_flight(self) -> int:
+        """Draws that were begun and have not ended."""
+        return self._admission.in_flight
+
+    @property
     def is_stale(self) -> bool:
         """Whether what is begun now comes too late."""
         return self._admission.is_stale
@@ -47,21 +52,30 @@ class Gate:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it was let in just before
-                self._admission.end_draws(self._admission.group_size)
-                self.leave(is_kept=False)
+                self.turn_back(is_kept=False)
             raise
 
+    def turn_back(self, *, is_kept: bool) -> None:
+        """A row that was let in is settled without a draw."""
+        self._admission.end_draws(self._admission.group_size)
+        self._admission.end_row()
+        self.leave(is_kept=is_kept)
+
     def begin(self, count: int) -> None:
-        """Draws of a row that is in are asked for again."""
+        """Draws of a row that is in are asked for again, or hedged."""
         self._admission.begin_draws(count)
 
-    def end(self, count: int = 1) -> None:
-        """Draws ended."""
-        self._admission.end_draws(count)
+    def end(self) -> None:
+        """A draw ended."""
+        self._admission.end_draws()
         self._wake()
 
+    def end_row(self) -> None:
+        """The last draw of a row ended; it waits to be settled."""
+        self._admission.end_row()
+
     def leave(self, *, is_kept: bool) -> None:
-        """A row whose draws have ended is settled."""
+        """A row that has ended is settled."""
         self._admission.settle_row(is_kept=is_kept)
         self._wake()
 

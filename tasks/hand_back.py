@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import polars as pl
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.errors import StoreError
+from blocks.rollout_directory import read_manifest
+from hotload.errors import StoreError, StoreUnavailableError
 from hotload.frames import part_facts, rollouts_frame
+from hotload.groups import usable_count
 from hotload.part_files import notes_of, parse_rollouts, render_rollouts
 from hotload.parts import (
-    MANIFEST_FILE,
     PartNotes,
     PartPlan,
     RolloutManifest,
@@ -30,7 +31,6 @@ from hotload.parts import (
     summarize,
 )
 from hotload.report import RolloutSummary
-from hotload.snapshot import MANIFEST_LIMIT_BYTES
 from hotload.trajectories import ScoredGroup
 from tasks.retrying import RETRIED
 
@@ -134,30 +134,32 @@ async def named_files(store: CheckpointStore, plan: RolloutPlan) -> frozenset[st
     Raises:
         StoreError: the store refuses.
     """
-    manifest = await _read_manifest(store, plan.path(MANIFEST_FILE))
+    manifest = await _usable_manifest(store, plan.directory)
     return frozenset(part.file for part in manifest.parts) if manifest else frozenset()
 
 
-async def _read_manifest(store: CheckpointStore, path: str) -> RolloutManifest | None:
-    """The manifest, unless there is none, or one of another schema."""
-    if await store.size(path) is None:
-        return None
-    data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
+async def _usable_manifest(store: CheckpointStore, directory: str) -> RolloutManifest | None:
+    """The manifest, unless there is none that can be read: one of another schema is written
+    over."""
     try:
-        return RolloutManifest.parse(data, path=path)
+        return await read_manifest(store, directory)
+    except StoreUnavailableError:
+        raise
     except StoreError:
         return None
 
 
 # Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.
 @task(cache_policy=NO_CACHE, **RETRIED)
-async def find_rollout(store: CheckpointStore, path: str, digest: str) -> RolloutSummary | None:
+async def find_rollout(
+    store: CheckpointStore, directory: str, digest: str
+) -> RolloutSummary | None:
     """The summary of a rollout that was handed back whole, by the plan with this digest.
 
     Raises:
         StoreError: the store refuses.
     """
-    manifest = await _read_manifest(store, path)
+    manifest = await _usable_manifest(store, directory)
     if manifest is None or not manifest.is_complete or manifest.digest != digest:
         return None
     return manifest.summary
@@ -170,9 +172,14 @@ def sum_up(
     seconds: float,
     *,
     is_complete: bool,
+    found: Iterable[RolloutPart] = (),
     window_trace: Iterable[tuple[float, int, int]] = (),
 ) -> RolloutManifest:
-    """The manifest of part files that lie in the store; `seconds` is the wall time so far."""
+    """The manifest of part files that lie in the store.
+
+    Args:
+        seconds: wall time so far, in which all but the `found` ones were made.
+    """
     parts = tuple(sorted(parts, key=lambda part: part.file))
     return RolloutManifest(
         identity=plan.identity,
@@ -186,6 +193,7 @@ def sum_up(
             parts,
             parts_uri=f"{store.url}/{plan.directory}",
             seconds=seconds,
+            found=found,
             window_trace=window_trace,
         ),
         created_at=datetime.now(UTC),
@@ -200,4 +208,14 @@ async def hand_back(store: CheckpointStore, manifest: RolloutManifest, path: str
         StoreError: the store refuses.
     """
     await store.put_bytes(manifest.render(), path)
-    return manifest.summary
+    summary = manifest.summary
+    if not usable_count(summary):
+        did = summary.groups
+        get_run_logger().warning(
+            "nothing to train on: %d groups, marked %s, dropped %s; samples failed by cause: %s",
+            summary.group_count,
+            did.groups_by_mark or "none",
+            did.dropped_groups or "none",
+            summary.failed_samples or "none",
+        )
+    return summary

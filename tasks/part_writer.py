@@ -9,11 +9,11 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from time import monotonic
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import StoreUnavailableError
 from hotload.groups import causes, is_unanswered, token_count
+from hotload.part_progress import PartProgress
 from hotload.parts import PartNotes, PartPlan, RolloutPart, RolloutPlan
 from hotload.report import GroupCounts
 from hotload.trajectories import Problem, ScoredGroup
@@ -33,19 +33,21 @@ class Settled:
 
 
 class PartWriter:
-    """One part of a rollout: what of it is done, written or not."""
+    """One part of a rollout: its groups as they are settled, and its files."""
 
     def __init__(self, store: CheckpointStore, plan: RolloutPlan, part: PartPlan) -> None:
         self.part = part
         self.parts: list[RolloutPart] = []
         """The files there are."""
+        self.found: tuple[RolloutPart, ...] = ()
+        """Those of them that an earlier run wrote."""
         self.is_read = False
         """Whether what an earlier run wrote is known."""
+        self.progress = PartProgress(part)
         self._store, self._plan = store, plan
-        self._done: set[str] = set()
-        self._dropped_count = 0
-        self._left_out: dict[str, Counter[str]] = {}
+        self._left_out: Counter[str] = Counter()
         self._unwritten: list[Settled] = []
+        self._tried_count = 0
         self._unanswered: list[Settled] = []
         self._unwritten_tokens = 0
         self._is_refused = False
@@ -62,42 +64,25 @@ class PartWriter:
             return
         read = await read_parts(self._store, self._plan, self.part, names)
         for found in sorted(read, key=lambda found: found.part.file not in told):
-            if found.problem_ids & self._done:
-                continue  # two runs at once wrote the same groups: one file counts
-            self.parts.append(found.part)
-            self._done |= found.problem_ids | found.dropped_problem_ids
-            self._dropped_count += len(found.dropped_problem_ids)
+            if self.progress.find(found.problem_ids, found.dropped_problem_ids):
+                self.parts.append(found.part)
+        self.found = tuple(self.parts)
         self.is_read = True
-
-    def to_do(self) -> list[Problem]:
-        """The problems that are neither settled nor left out; rows in place of dropped ones come
-        last.
-        """
-        planned = (*self.part.problems, *self.part.reserve[: self._dropped_count])
-        past = self._done | self._left_out.keys()
-        return [problem for problem in planned if problem.id not in past]
-
-    def is_refill(self, problem: Problem) -> bool:
-        """Whether the problem is sampled in place of a dropped one."""
-        return all(problem.id != planned.id for planned in self.part.problems)
 
     def take(self, settled: Settled) -> Problem | None:
         """Keep a group that has ended; the row to sample in its place, if it was dropped and there
         is one.
         """
         group = settled.group
-        self._done.add(group.problem.id)
+        instead = self.progress.settle(group.problem, is_dropped=settled.is_dropped)
         if is_unanswered(group.trajectories_G):
             self._unanswered.append(settled)
-            return None
+            return instead
         if not self._unwritten:
-            self._oldest_at = monotonic()
+            self._oldest_at = _now()
         self._unwritten.append(settled)
-        if not settled.is_dropped:
-            self._unwritten_tokens += _tokens(settled)
-            return None
-        number, self._dropped_count = self._dropped_count, self._dropped_count + 1
-        return self.part.reserve[number] if number < len(self.part.reserve) else None
+        self._unwritten_tokens += _tokens(settled)
+        return instead
 
     @property
     def is_full(self) -> bool:
@@ -107,7 +92,7 @@ class PartWriter:
     @property
     def waits_seconds(self) -> float:
         """Seconds that a settled group has waited to be written."""
-        return monotonic() - self._oldest_at if self._unwritten else 0.0
+        return _now() - self._oldest_at if self._unwritten else 0.0
 
     @property
     def is_held_up(self) -> bool:
@@ -116,13 +101,20 @@ class PartWriter:
 
     def leave_out(self, problem: Problem, why: Counter[str]) -> None:
         """A problem's samples are left for a later run."""
-        self._left_out[problem.id] = why
+        self.progress.leave_out(problem)
+        self._left_out += why
 
     @property
     def missing(self) -> Counter[str]:
         """Samples that are not recorded, by cause: left out, or held back without an answer."""
-        held_back = [causes(each.group.trajectories_G) for each in self._unanswered]
-        return sum((*self._left_out.values(), *held_back), Counter[str]())
+        held_back = (causes(each.group.trajectories_G) for each in self._unanswered)
+        return sum(held_back, Counter[str]()) + self._left_out
+
+    @property
+    def example(self) -> str:
+        """What the first of the samples that are held back met; nothing where none is."""
+        held_back = (sample for each in self._unanswered for sample in each.group.trajectories_G)
+        return next((sample.detail for sample in held_back if sample.detail), "")
 
     def keep_unanswered(self) -> None:
         """Groups that were held back are as good as any: they are written with the next file."""
@@ -136,7 +128,10 @@ class PartWriter:
             StoreError: the store refuses; the groups are kept for another call.
         """
         async with self._one_at_a_time:
-            return await self._write()
+            waiting_count = left_count = len(self._unwritten)
+            while left_count > 0:
+                left_count -= await self._write()
+            return waiting_count > 0
 
     async def make_room(self) -> bool:
         """Write once there is enough for a file, unless that is held up; whether it was written.
@@ -148,14 +143,18 @@ class PartWriter:
             if not self.is_full or self.is_held_up:
                 return False
             try:
-                return await self._write()
+                return await self._write() > 0
             except StoreUnavailableError:
                 return False
 
-    async def _write(self) -> bool:
-        settled, count = tuple(self._unwritten), len(self._unwritten)
-        if not settled:
-            return False
+    async def _write(self) -> int:
+        """Write one file; how many groups are in it.
+
+        What was tried before is tried again as it was: the store may have it, though it did not say
+        so, and a file with those groups and others would then stand beside it.
+        """
+        count = self._tried_count = self._tried_count or len(self._unwritten)
+        settled = self._unwritten[:count]
         files = {each.file for each in self.parts}
         piece = next(n for n in itertools.count() if self.part.file(n) not in files)
         notes = PartNotes(
@@ -168,13 +167,13 @@ class PartWriter:
         except StoreUnavailableError:
             self._is_refused = True
             raise
-        self._is_refused = False
+        self._is_refused, self._tried_count = False, 0
         self.parts.append(written)
         # Groups that ended in the meantime are behind those that were written.
         del self._unwritten[:count]
         self._unwritten_tokens = sum(map(_tokens, self._unwritten))
-        self._oldest_at = monotonic()
-        return True
+        self._oldest_at = _now()
+        return count
 
     @property
     def is_answered(self) -> bool:
@@ -190,3 +189,8 @@ def _tokens(settled: Settled) -> int:
         len(sample.prompt_token_ids) + token_count(sample)
         for sample in settled.group.trajectories_G
     )
+
+
+def _now() -> float:
+    """Seconds of the event loop's clock."""
+    return asyncio.get_running_loop().time()

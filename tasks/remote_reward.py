@@ -17,12 +17,15 @@ from hotload.faults import Action, Cause, Fault, RetryBudget, fault_of_status
 from hotload.rewards import Outcome, Unscored
 from hotload.spec import RewardSpec
 from hotload.trajectories import Problem, Trajectory
+from hotload.wire.retry_after import retry_after_seconds
 from hotload.wire.reward_service import parse_rewards, read_service, request_body
-from tasks.overlap import overlap
+from tasks.reward_calls import judge_by_calls
 
 CALLS_AT_ONCE = 64
 CONNECT_TIMEOUT_SECONDS = 10.0
 ANSWER_LIMIT_BYTES = 1 << 20
+# No key, no money, no rights: no sample's fault, and nothing that passes by itself.
+NOT_FOR_US = frozenset({401, 402, 403})
 
 
 class RemoteReward:
@@ -71,11 +74,12 @@ class RemoteReward:
             await self._transport.aclose()
 
     async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
-        """An outcome for each sample: by one call, or by one call each."""
-        if self._spec.per_group:
-            return await self._call(problem, samples)
-        calls = await overlap(self._call(problem, (sample,)) for sample in samples)
-        return [outcome for call in calls for outcome in call]
+        """An outcome for each sample: by one call, or by one call each.
+
+        Raises:
+            RewardError: the service refuses the key: it would refuse every sample.
+        """
+        return await judge_by_calls(self._spec, self._call, problem, samples)
 
     async def _call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
         body = request_body(problem, samples, self._service.arguments)
@@ -92,13 +96,20 @@ class RemoteReward:
                         if isinstance(answer, bytes):
                             return parse_rewards(answer, len(samples))
                         last = answer.detail
+                        if answer.status_code in NOT_FOR_US:
+                            raise RewardError(self._spec.name, self._refused(last))
                         wait = budget.wait_seconds(answer)
                         if wait is None or clock() + wait >= ends_at:
-                            return [Unscored(Cause.REWARD_UNAVAILABLE, last)] * len(samples)
+                            return [Unscored(_cause(answer), last)] * len(samples)
                         await self._sleep(wait)
             except TimeoutError:
                 late = f"no reward within {limit:g} s" + (f", after {last}" if last else "")
                 return [Unscored(Cause.REWARD_TIMEOUT, late)] * len(samples)
+
+    def _refused(self, told: str) -> str:
+        name = self._service.key_variable
+        what = f"the key in {name}, or its account" if name else "the service's `key_variable`"
+        return f"its service answered {told}: mend {what}, then run the cycle again"
 
     async def _attempt(self, body: bytes) -> bytes | Fault:
         """The body of a good answer. Of another nothing is told but its status: it may repeat the
@@ -108,19 +119,19 @@ class RemoteReward:
             response = await self._wire.post(self._path, body, [])
             try:
                 if response.status_code != httpx.codes.OK:
-                    told = response.headers.get("retry-after", "")
+                    told = response.headers
                     return fault_of_status(
                         response.status_code,
                         "",
                         f"HTTP {response.status_code}",
-                        float(told) if told.isascii() and told.isdigit() else None,
+                        retry_after_seconds(told.get("retry-after"), told.get("date")),
                     )
                 data = bytearray()
                 async for piece in response.aiter_raw():
                     data += piece
                     if len(data) > ANSWER_LIMIT_BYTES:
                         reason = f"an answer of more than {ANSWER_LIMIT_BYTES} bytes"
-                        return Fault(Action.FAIL_SAMPLE, Cause.REWARD_UNAVAILABLE, 200, reason)
+                        return Fault(Action.FAIL_SAMPLE, Cause.MALFORMED, 200, reason)
                 return bytes(data)
             finally:
                 await response.aclose()
@@ -128,3 +139,9 @@ class RemoteReward:
             # The transport calls a refused connection a time-out; its cause has the right name.
             name = type(error.__cause__ or error).__name__
             return Fault(Action.RETRY, Cause.CONNECTION, None, name)
+
+
+def _cause(fault: Fault) -> Cause:
+    if fault.action is Action.FAIL_SAMPLE:
+        return Cause.REWARD_REFUSED
+    return Cause.REWARD_UNAVAILABLE

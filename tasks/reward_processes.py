@@ -24,8 +24,9 @@ from hotload.rewards import Outcome, Score, Unscored
 from hotload.spec import RewardSpec
 from hotload.trajectories import Problem, Trajectory
 from hotload.wire import fireworks
-from tasks.overlap import overlap
-from tasks.reward_worker import LENGTH, secrets_of
+from tasks.details import secrets_of
+from tasks.reward_calls import judge_by_calls
+from tasks.reward_worker import LENGTH
 
 PROCESS_COUNT = min(8, max(2, os.cpu_count() or 2))
 CALLS_PER_ASYNC_PROCESS = 32
@@ -90,10 +91,7 @@ class RewardProcesses:
 
     async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
         """An outcome for each sample: by one call, or by one call each."""
-        if self._spec.per_group:
-            return await self._call(problem, samples)
-        calls = await overlap(self._call(problem, (sample,)) for sample in samples)
-        return [outcome for call in calls for outcome in call]
+        return await judge_by_calls(self._spec, self._call, problem, samples)
 
     async def _call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
         place = await self._seats.get()

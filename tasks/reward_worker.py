@@ -9,16 +9,14 @@ import asyncio
 import json
 import os
 import pickle
-import re
 import signal
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 from typing import Any, BinaryIO
 
-from blocks.redaction import redact
 from hotload.errors import RewardError
 from hotload.faults import Cause
 from hotload.rewards import (
@@ -32,12 +30,10 @@ from hotload.rewards import (
     read_outcomes,
 )
 from hotload.trajectories import Problem, Trajectory
+from tasks.details import secrets_of, told
 
 LENGTH = struct.Struct(">I")
-DETAIL_LIMIT_CHARACTERS = 200
 OVERTIME_SECONDS = 5.0
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-SECRET_CHARACTERS = 8
 
 Calls = SimpleQueue[tuple[int, Any]]
 
@@ -54,24 +50,6 @@ def _reply(sink: BinaryIO, number: int, **answer: Any) -> None:
     data = json.dumps({"call": number, **answer}).encode()
     sink.write(LENGTH.pack(len(data)) + data)
     sink.flush()
-
-
-def secrets_of(environment: Mapping[str, str]) -> list[str]:
-    """What errors of a user's code are not to repeat."""
-    return [
-        value
-        for name, value in environment.items()
-        if SECRET_NAME.search(name) and len(value) >= SECRET_CHARACTERS
-    ]
-
-
-def told(error: BaseException, secrets: Sequence[str]) -> str:
-    """What an exception of a user's code says, in at most 200 characters, without `secrets`."""
-    try:
-        text = f"{type(error).__name__}: {error}"
-    except BaseException:  # noqa: BLE001 - its text is a user's code, too
-        text = type(error).__name__
-    return redact(text, secrets)[:DETAIL_LIMIT_CHARACTERS]  # cut before, part of one would be left
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from hotload.admission import Admission
 from hotload.breaker import Breaker
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
 from hotload.faults import Cause
-from hotload.groups import Tally, Verdict, causes, is_outage, judge, stale_group
+from hotload.groups import Tally, Verdict, is_outage, judge, stale_group
 from hotload.parts import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
+from hotload.report import in_words
 from hotload.spec import CycleSpec
 from hotload.trajectories import Problem, TrajectoryGroup
 from tasks.draw import Drawing
@@ -34,6 +35,7 @@ from tasks.score import Scorer, open_scorer
 from tasks.watch_versions import first_look, watch_versions
 
 SECONDS_BETWEEN_WRITES = 10.0
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Rollout:
@@ -58,8 +60,9 @@ class Rollout:
             initial_version=plan.policy_version,
             max_head_offpolicy_versions=sampler.sampling.max_head_offpolicy_versions,
         )
-        # A window's worth waits behind the window, so that it never runs empty and little is held.
-        self.gate = Gate(admission, lambda: 2 * sampler.size)
+        # A window's worth waits behind the window, or a row where that is more, so that it never
+        # runs empty and little is held.
+        self.gate = Gate(admission, lambda: sampler.size + max(sampler.size, plan.group_size))
         self._breaker = Breaker()
         self._groups = GroupSampler(
             Drawing(sampler),
@@ -89,7 +92,7 @@ class Rollout:
         """
         writer = self._writers[number]
         await self._find(writer)
-        while to_do := writer.to_do():
+        while to_do := writer.progress.to_do():
             if writer.is_held_up:
                 await self._write(writer)
             await self._carry_rows(writer, to_do)
@@ -113,8 +116,9 @@ class Rollout:
     async def _end(self, writer: PartWriter) -> None:
         """Write the rest of a part, every problem of which is settled or left out.
 
-        Groups without any answer are written when the last part ends, and only if the service was
-        not failing row after row: recorded, they would count as done for ever.
+        Groups without any answer, or any reward as its service was away, are written when the last
+        part ends, and only if no service was failing row after row: recorded, they would count as
+        done for ever.
         """
         self._ended.add(writer.part.number)
         is_last = len(self._ended) == len(self._writers)
@@ -129,7 +133,8 @@ class Rollout:
         missing = sum((each.missing for each in ending), Counter[str]())
         if is_outage_now and missing:
             told = ", ".join(f"{cause} {count}" for cause, count in missing.items())
-            raise RolloutsFailedError(self.plan.identity, told)
+            example = next((each.example for each in ending if each.example), "")
+            raise RolloutsFailedError(self.plan.identity, told, example)
         await self._tell()
 
     async def _find(self, writer: PartWriter) -> None:
@@ -147,24 +152,18 @@ class Rollout:
             instead = await self._carry_group(writer, instead)
 
     async def _carry_group(self, writer: PartWriter, problem: Problem) -> Problem | None:
-        size = self.plan.group_size
         if self.gate.is_stale:
-            self.gate.end(size)
-            self.gate.leave(is_kept=True)
+            self.gate.turn_back(is_kept=True)
             return writer.take(self._stale(problem))
         if self._breaker.is_open:
-            self.gate.end(size)
-            self.gate.leave(is_kept=False)
-            writer.leave_out(problem, Counter({Cause.BREAKER_OPEN.value: size}))
+            self.gate.turn_back(is_kept=False)
+            writer.leave_out(problem, Counter({Cause.BREAKER_OPEN.value: self.plan.group_size}))
             return None
-        is_kept, instead = False, None
+        is_kept = False
         try:
             group, tally = await self._groups.sample(problem)
-            is_failure = is_outage(group.trajectories_G)
-            if self._breaker.note(is_failure=is_failure) and is_failure:
-                writer.leave_out(problem, causes(group.trajectories_G))
-                return None
             settled = await self._settle(writer, group, tally)
+            self._breaker.note(is_failure=is_outage(settled.group.trajectories_G))
             is_kept = not settled.is_dropped
             instead = writer.take(settled)
             # The row stays in until then, so that the store sets the pace.
@@ -172,11 +171,11 @@ class Rollout:
                 await self._tell()
         finally:
             self.gate.leave(is_kept=is_kept)
-        return instead if self._rules.on_uniform == "refill" else None
+        return instead
 
     async def _settle(self, writer: PartWriter, group: TrajectoryGroup, tally: Tally) -> Settled:
         verdict = judge(await self._scorer.score_group(group), self._rules)
-        is_refill = writer.is_refill(group.problem)
+        is_refill = writer.progress.is_refill(group.problem)
         counts = tally.counts(verdict, self._rules, is_refill=is_refill)
         return Settled(verdict.group, counts, verdict.is_dropped)
 
@@ -190,6 +189,23 @@ class Rollout:
         )
         counts = Tally().counts(Verdict(group), self._rules, is_refill=False)
         return Settled(group, counts, is_dropped=False)
+
+    async def tell_along(self) -> None:
+        """Log how far the rollout is; never ends."""
+        while True:
+            await asyncio.sleep(SECONDS_BETWEEN_LINES)
+            get_run_logger().info("%s", self.state())
+
+    def state(self) -> str:
+        """How far the rollout is, for a reader."""
+        ended = sum(writer.progress.settled_count for writer in self._writers)
+        met = in_words(dict(self._sampler.failed_attempts))
+        told = ", ".join(f"{count} × {name}" for name, count in met.items())
+        return (
+            f"{ended} groups ended, {self.plan.problem_count} planned; "
+            f"{self.gate.in_flight} samples under way, window {self._sampler.size}"
+            + (f"; requests without an answer: {told}" if told else "")
+        )
 
     async def write_along(self) -> None:
         """Write groups that have waited for their part to fill up; never ends."""
@@ -205,9 +221,10 @@ class Rollout:
 
     async def save(self) -> None:
         """Write whatever has ended, when sampling does before its end."""
-        with suppress(StoreError):  # what is lost is sampled again
-            for writer in self._writers:
+        for writer in self._writers:
+            with suppress(StoreError):  # what is lost is sampled again
                 await writer.write()
+        with suppress(StoreError):
             await self._tell()
 
     async def _write(self, writer: PartWriter) -> None:
@@ -242,19 +259,24 @@ class Rollout:
             parts,
             self.seconds,
             is_complete=is_complete,
+            found=[part for writer in self._writers for part in writer.found],
             window_trace=trace if is_complete else (),
         )
 
     def log_window(self) -> None:
         """Say what the window did, in the flow run's log."""
         report = self._sampler.end_step()
+        queue = "not told" if report.avg_pq is None else f"{report.avg_pq:.3g} s"
         get_run_logger().info(
-            "%d requests, window %d → %d, at most %d in flight, %d congested answers",
+            "%d requests, window %d → %d, at most %d in flight, %d congested answers, "
+            "%d samples out of attempts, prefill queue on average %s",
             report.requests,
             report.window,
             report.window_after,
             report.max_in_flight,
             report.congestion_responses,
+            report.retry_exhaustions,
+            queue,
         )
 
 
@@ -292,7 +314,10 @@ async def open_rollout(
         rollout = Rollout(plan, sampler, scorer, store)
         if service is not None:
             await first_look(service, spec.run_id, sampler, rollout.gate, spec.readiness)
-        beside = [asyncio.create_task(_beside("writing along", rollout.write_along))]
+        beside = [
+            asyncio.create_task(_beside("writing along", rollout.write_along)),
+            asyncio.create_task(_beside("telling along", rollout.tell_along)),
+        ]
         if service is not None:
             seconds = spec.readiness.poll_interval_seconds
             watching = partial(watch_versions, service, spec.run_id, sampler, rollout.gate, seconds)
@@ -322,8 +347,10 @@ async def roll_out_chunk(rollout: Rollout, number: int) -> Sequence[RolloutPart]
     Raises:
         ServiceRefusedError: key, names or billing are wrong: no sample can succeed.
         StoreError: the store refuses.
-        RolloutsFailedError: not one sample of all parts got an answer, or the service failed row
-            after row; what was answered is in the store, the rest is not recorded.
+        RewardError: the reward's service refuses the key; as with the next, what was scored is in
+            the store.
+        RolloutsFailedError: not one sample of all parts got an answer and a reward, or a service
+            failed row after row; what was scored is in the store, the rest is not recorded.
     """
     parts = await rollout.carry(number)
     get_run_logger().info(

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from time import monotonic
 
 from hotload.faults import Cause
 from hotload.groups import Tally, draw_number, seconds_to_hedge, to_ask_again
@@ -39,14 +38,20 @@ class GroupSampler:
         Raises:
             ServiceError: no sample can succeed.
         """
+        try:
+            return await self._sample(problem)
+        finally:
+            self._gate.end_row()
+
+    async def _sample(self, problem: Problem) -> tuple[TrajectoryGroup, Tally]:
         tally = Tally()
         deadline = self._rules.deadline_seconds
-        ends_at = None if deadline is None else monotonic() + deadline
+        ends_at = None if deadline is None else _now() + deadline
         numbers = {position: position for position in range(self._size)}
         drawn = await _Round(self, problem, numbers, ends_at, tally).samples()
         samples_G = [drawn[position] for position in range(self._size)]
         round_number = 0
-        while self._may_ask_again():
+        while self._may_ask_again() and (ends_at is None or _now() < ends_at):
             positions = to_ask_again(samples_G, self._rules, round_number)
             if not positions:
                 break
@@ -104,17 +109,18 @@ class _Round:
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
-            self._gate.end(len(self._numbers) - len(self._settled))
         return self._settled
 
     def _begin(self, position: int, *, is_hedge: bool) -> None:
         draw = self._drawing.begin(self._problem, self._numbers[position], is_hedge=is_hedge)
         task = asyncio.ensure_future(draw.answer())
+        # Not when its round has ended: the slowest of a group would hold back the next row.
+        task.add_done_callback(lambda _: self._gate.end())
         self._running[task] = position, draw, is_hedge
 
     def _patience(self) -> float | None:
         """Seconds until something is to be done although nothing came."""
-        now = monotonic()
+        now = _now()
         left = None if self._ends_at is None else max(0.0, self._ends_at - now)
         hedge = self._seconds_to_hedge(now)
         return min((each for each in (left, hedge) if each is not None), default=None)
@@ -127,15 +133,16 @@ class _Round:
         return seconds_to_hedge(len(pending), alone, self._rules, is_hedged=self._is_hedged)
 
     def _lose_patience(self) -> None:
-        if self._ends_at is not None and monotonic() >= self._ends_at:
+        if self._ends_at is not None and _now() >= self._ends_at:
             told = f"the group's {self._rules.deadline_seconds:g} s were up"
             for task, (position, draw, _) in list(self._running.items()):
                 self._settle(position, draw.cut_off(Cause.DEADLINE, told))
                 self._cut_off(task)
-        elif self._seconds_to_hedge(monotonic()) == 0:
+        elif self._seconds_to_hedge(_now()) == 0:
             (position,) = {position for position, _, _ in self._running.values()}
             self._is_hedged = True
             self._tally.hedges += 1
+            self._gate.begin(1)
             self._begin(position, is_hedge=True)
 
     def _take(self, task: asyncio.Task[Trajectory]) -> None:
@@ -152,14 +159,19 @@ class _Round:
             self._cut_off(twin)
 
     def _cut_off(self, task: asyncio.Task[Trajectory]) -> None:
+        _, draw, _ = self._running.pop(task)
+        draw.close()
         if task.cancel():  # not where it ended at the same moment
             self._tally.cut_off += 1
         self._cut.append(task)
-        del self._running[task]
 
     def _settle(self, position: int, sample: Trajectory) -> None:
         if position in self._settled:  # both of a pair were cut off
             self._tally.leave_out(sample.provenance)
             return
         self._settled[position] = sample
-        self._gate.end()
+
+
+def _now() -> float:
+    """Seconds of the event loop's clock, which its timeouts go by."""
+    return asyncio.get_running_loop().time()

@@ -5,7 +5,7 @@ of its own. Each under a time limit where it needs one, so that a reward that ha
 returns nonsense costs one sample, marked, and never a batch.
 """
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -27,6 +27,7 @@ from hotload.rewards import (
 from hotload.spec import RewardSpec
 from hotload.trajectories import Problem, ScoredGroup, Trajectory, TrajectoryGroup
 from hotload.weighted import add_up, weighted_parts
+from tasks.details import DETAIL_LIMIT_CHARACTERS, whole
 from tasks.overlap import overlap
 from tasks.remote_reward import RemoteReward
 from tasks.reward_processes import RewardProcesses
@@ -39,7 +40,8 @@ class Judge(Protocol):
         """Look at the reward before anything is sampled; raises RewardError."""
 
     async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
-        """A reward, or why there is none, for each of a group's samples; raises nothing."""
+        """A reward, or why there is none, for each of a group's samples; raises RewardError where
+        no sample can have one."""
 
     async def stop(self) -> None:
         """End what `start` began."""
@@ -52,14 +54,13 @@ class Scorer:
         self._spec = reward
         self._judge = judge
 
-    async def score(self, groups: Iterable[TrajectoryGroup]) -> tuple[ScoredGroup, ...]:
-        """The groups, each scored as `score_group` does."""
-        return tuple(await overlap(self.score_group(group) for group in groups))
-
     async def score_group(self, group: TrajectoryGroup) -> ScoredGroup:
         """The group with rewards and advantages; what could not be scored is marked with its
         cause. Samples that failed before are not scored, and a reward called per group does not
         see them.
+
+        Raises:
+            RewardError: the reward's service refuses the key.
         """
         answered = [one for one in group.trajectories_G if one.failure is None]
         judged = iter(await self._judge.judge(group.problem, answered) if answered else ())
@@ -108,9 +109,8 @@ def _judge(reward: RewardSpec) -> Judge:
 
 
 def _marked(sample: Trajectory, outcome: Unscored) -> Trajectory:
-    # A reward's own text may hold what no file can: halves of surrogate pairs.
-    readable = outcome.detail[:200].encode("utf-8", "replace").decode()
-    return replace(sample, failure=outcome.cause.value, detail=readable)
+    detail = whole(outcome.detail[:DETAIL_LIMIT_CHARACTERS])
+    return replace(sample, failure=outcome.cause.value, detail=detail)
 
 
 class _BuiltIn:

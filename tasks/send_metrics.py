@@ -5,8 +5,13 @@ store.
 """
 
 import asyncio
-import importlib
+import json
+import os
+import signal
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -29,26 +34,39 @@ async def send_metrics(spec: CycleSpec, report: CycleReport, metrics: Mapping[st
             await asyncio.to_thread(write_atomic, Path(spec.prometheus_file), text.encode())
         except OSError as error:
             logger.warning("the Prometheus file was not written: %s", error)
-    if spec.wandb.entity is not None:
-        try:
-            async with asyncio.timeout(WANDB_SECONDS):
-                await asyncio.to_thread(_log_to_wandb, spec, dict(metrics))
-        except ModuleNotFoundError:
-            logger.warning("the package wandb is not installed here: no run gets these metrics")
-        except Exception as error:  # noqa: BLE001 - its client raises anything; best effort is named
-            logger.warning("Weights & Biases did not take the metrics: %s", type(error).__name__)
+    if spec.wandb.entity is not None and (wrong := await _log_to_wandb(spec, metrics)):
+        logger.warning("Weights & Biases did not take the metrics: %s", wrong)
 
 
-def _log_to_wandb(spec: CycleSpec, metrics: dict[str, float]) -> None:
-    """Log one step of the run that has the run id for its own, so that every cycle continues it."""
-    wandb = importlib.import_module("wandb")
-    run = wandb.init(
-        entity=spec.wandb.entity,
-        project=spec.wandb.project,
-        name=spec.wandb.run_name or spec.run_id,
-        id=spec.run_id,
-        resume="allow",
-        settings=wandb.Settings(console="off", silent=True),
+async def _log_to_wandb(spec: CycleSpec, metrics: Mapping[str, float]) -> str | None:
+    """Have a process of its own log one step; what went wrong, if something did."""
+    if find_spec("wandb") is None:
+        return "the package wandb is not installed here"
+    named = spec.wandb
+    run = {
+        "entity": named.entity,
+        "project": named.project,
+        "name": named.run_name or spec.run_id,
+        "id": spec.run_id,
+    }
+    told = {"run": run, "metrics": dict(metrics), "step": spec.policy_version}
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tasks.wandb_worker",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+        start_new_session=True,
     )
-    run.log(metrics, step=spec.policy_version)
-    run.finish()
+    try:
+        async with asyncio.timeout(WANDB_SECONDS):
+            wrong, _ = await child.communicate(json.dumps(told).encode())
+    except TimeoutError:
+        return f"not done in {WANDB_SECONDS:g} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with what its client started
+        await child.wait()
+    return None if child.returncode == 0 else wrong.decode(errors="replace")[:80].strip()

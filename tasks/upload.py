@@ -14,7 +14,7 @@ from prefect.context import TaskRunContext
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.local import sha256_file
-from hotload.report import megabytes
+from hotload.quantities import size
 from hotload.snapshot import (
     CheckpointContent,
     FileDigest,
@@ -70,7 +70,7 @@ async def upload_shards(
         await _put(store, identity, Path(directory), shard)
     seconds = monotonic() - start
     sent = sum(shard.size_bytes for shard in shards)
-    get_run_logger().info("%s in %.1f s, %d shards", megabytes(sent), seconds, len(shards))
+    get_run_logger().info("%s in %.1f s, %d shards", size(sent), seconds, len(shards))
     return UploadedBatch(shards=shards, seconds=seconds)
 
 

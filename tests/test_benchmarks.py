@@ -1,4 +1,4 @@
-"""The data of the codec's benchmark is what it says it is, and the benchmark runs."""
+"""The data of the codec's benchmark is what it says it is, and the benchmarks run."""
 
 from __future__ import annotations
 
@@ -85,6 +85,15 @@ def test_the_quick_benchmark_prints_every_bar() -> None:
     for data in {data for data, _ in found}:
         assert found[data, "hotload, sequences"] > found[data, "XOR + zstd 1"] > 10
     assert [len(_rows(one)) for one in disk] == [4, 1, 9]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["whole_path", "rollout_memory"])
+def test_benchmarks_of_rollouts_run(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--problems", "6", "--samples", "2"]
+    run = subprocess.run([*command, "--tokens", "8"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "12 samples" in run.stdout
 
 
 def test_swaps_names_the_count_that_is_not_equal(capsys: pytest.CaptureFixture[str]) -> None:

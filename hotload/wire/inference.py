@@ -154,6 +154,8 @@ class Answer:
         return None
 
     def _add(self, choice: Mapping[str, Any]) -> None:
+        if choice.get("index"):
+            raise ValueError("one answer was asked for")
         text = choice.get("text")
         if text is None:
             text = (choice.get("delta") or choice.get("message") or {}).get("content")
@@ -319,9 +321,10 @@ def fault_in_stream(chunk: Mapping[str, Any]) -> Fault:
     places = (error, chunk) if isinstance(error, Mapping) else (chunk,)
     codes = [place.get(name) for place in places for name in ("status_code", "status")]
     code = next((code for code in codes if type(code) is int and 400 <= code <= 599), 502)
-    return fault_of_status(
-        code, str(chunk)[:2048], f"error inside the answer: {error_names(chunk)}"
-    )
+    # Texts alone: what is nested may be nested too deep to be written out.
+    told = [value for place in places for value in place.values() if isinstance(value, str)]
+    names = error_names(chunk)
+    return fault_of_status(code, " ".join(told)[:2048], f"error inside the answer: {names}")
 
 
 def error_names(body: Any) -> str:
@@ -329,5 +332,5 @@ def error_names(body: Any) -> str:
     error = body.get("error", body) if isinstance(body, Mapping) else None
     if not isinstance(error, Mapping):
         return "no documented error body"
-    names = (error.get("code"), error.get("type"))
-    return " ".join(str(name)[:80] for name in names if name is not None) or "no code"
+    names = [name for name in (error.get("code"), error.get("type")) if type(name) in (str, int)]
+    return " ".join(str(name)[:80] for name in names) or "no code"

@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
-from hotload.built_ins import sampled_token_count
 from hotload.errors import RewardError
 from hotload.faults import Cause
 from hotload.rewards import Outcome, Unscored, read_outcomes
@@ -81,7 +80,7 @@ def request_body(
                 "sample_number": sample.sample_number,
                 "text": sample.text,
                 "finish_reason": sample.finish_reason,
-                "completion_token_count": sampled_token_count(sample),
+                "completion_token_count": sample.completion_token_count,
                 "turn_count": sample.turn_count,
                 "transcript": sample.transcript,
             }

@@ -159,6 +159,16 @@ async def test_malformed_events_are_asked_for_again_and_then_given_up(body: byte
     assert len(script.requests) == 7
 
 
+@pytest.mark.parametrize("status", [200, 429, 500])
+async def test_an_error_too_deep_to_be_written_out_is_one_attempt_s(status: int) -> None:
+    deep = b'{"error": {"code": %b1%b, "message": "x"}}' % (b"[" * 900, b"]" * 900)
+    bad = http(b"data: " + deep + b"\n\n") if status == 200 else http(deep, status)
+    async with sampling(bad, http(GOOD)) as (sampler, _):
+        sample = await sampler.sample(PROBLEM, 0)
+    assert sample.failure is None
+    assert sample.provenance.failed_attempts == ("502" if status == 200 else str(status),)
+
+
 async def test_malformed_plain_bodies() -> None:
     for body in (b"", b"{", b"[]", b"3", b'{"choices": 3}'):
         sample = await sample_once(http(body, content_type="application/json"))

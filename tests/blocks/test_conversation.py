@@ -152,8 +152,28 @@ async def test_a_turn_has_its_time() -> None:
     assert (sample.failure, sample.provenance.attempts) == ("turn_timeout", 1)
     assert sample.provenance.failed_attempts == ("cancelled",)
     assert sample.detail == "no answer at attempt 1: turn 1 took more than 0.05 s"
-    assert (report.requests, report.abandoned) == (0, 1)
+    assert report.requests == 0
     assert len(script.requests) == 1
+
+
+async def test_an_ended_conversation_sends_nothing() -> None:
+    async with sampling(spoken([1], [2]), concurrency={"max_concurrency": 1}) as (sampler, script):
+        ended, waiting = sampler.converse(PROBLEM, 0), sampler.converse(PROBLEM, 1)
+        await ended.sample([1])
+        ended.close()
+        with pytest.raises(RuntimeError, match="has ended"):
+            await ended.sample([1, 2, 3])
+        assert ended.trajectory().failure is None
+        await sampler._slots.acquire()
+        turn = asyncio.create_task(waiting.sample([1]))
+        await asyncio.sleep(0)
+        waiting.close()
+        sampler._slots.abandon()
+        with pytest.raises(RuntimeError, match="has ended"):
+            await turn
+        assert sampler._slots.window.in_flight == 0
+    assert len(script.requests) == ended.attempts == 1
+    assert waiting.attempts == 0
 
 
 async def test_a_deadline_outside_is_not_taken_for_the_turns() -> None:

@@ -8,26 +8,28 @@ import hashlib
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from pydantic import PrivateAttr
 
+from blocks.checkpoint_store import CheckpointStore
+from blocks.rollout_directory import version_before
+from blocks.rollout_reader import Delivery, RolloutReader
 from hotload.advantages import advantages
 from hotload.batches import make_batch
+from hotload.claims import claims_path
 from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
 from hotload.frames import Rollouts, part_facts, rollouts_frame
 from hotload.part_files import render_rollouts
-from hotload.parts import RolloutManifest, RolloutPart, summarize
+from hotload.parts import PARTS, RolloutManifest, RolloutPart, summarize
 from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory
 from tests.blocks.conftest import make_store
-
-if TYPE_CHECKING:
-    from blocks.checkpoint_store import CheckpointStore
-    from blocks.rollout_reader import Delivery, RolloutReader
 
 IDENTITY = "run-000003-0123abcd"
 SHA = "0" * 64
@@ -75,6 +77,7 @@ class Cycle:
     store: CheckpointStore
     directory: str = f"_hotload/rollouts/{IDENTITY}"
     parts: list[RolloutPart] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
 
     async def write(self, *problem_ids: str) -> None:
         groups = [scored(problem) for problem in problem_ids]
@@ -89,6 +92,7 @@ class Cycle:
         await self.tell(is_complete=False)
 
     async def tell(self, *, is_complete: bool) -> None:
+        self.clock.pass_seconds(1)
         manifest = RolloutManifest(
             identity=IDENTITY,
             policy_version=3,
@@ -96,7 +100,7 @@ class Cycle:
             parts=tuple(self.parts),
             summary=summarize(IDENTITY, self.parts, parts_uri="", seconds=1.0),
             is_complete=is_complete,
-            created_at=datetime(2026, 1, 1, tzinfo=UTC),
+            created_at=self.clock(),
         )
         await self.store.put_bytes(manifest.render(), f"{self.directory}/manifest.json")
 
@@ -111,9 +115,43 @@ def file_store(request: pytest.FixtureRequest) -> CheckpointStore:
     return make_store("file", request)
 
 
-def reader(store: CheckpointStore, consumer: str = "a", **changes: Any) -> RolloutReader:
-    from blocks.rollout_reader import RolloutReader
+class Watched(CheckpointStore):
+    """A store that knows what is listed, and so when a reader has looked again."""
 
+    _block_type_slug = "store-that-is-watched"
+
+    _listings: Counter[str] = PrivateAttr(default_factory=Counter)
+    _listed: asyncio.Event = PrivateAttr(default_factory=asyncio.Event)
+
+    async def names(self, prefix: str) -> list[str]:
+        self._listings[prefix] += 1
+        self._listed.set()
+        return await super().names(prefix)
+
+    async def polled(self, place: str) -> None:
+        """Whoever lists `place` at every look has begun one, and begun the next after it."""
+        enough = self._listings[place] + 2
+        while self._listings[place] < enough:
+            self._listed.clear()
+            await self._listed.wait()
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    return Watched(url=f"file://{tmp_path}")
+
+
+async def stays_waiting(
+    waiting: asyncio.Future[Delivery | None], store: Watched, place: str = PARTS
+) -> None:
+    polled = asyncio.ensure_future(store.polled(place))
+    either: set[asyncio.Future[Any]] = {waiting, polled}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    polled.cancel()
+    assert not waiting.done(), waiting
+
+
+def reader(store: CheckpointStore, consumer: str = "a", **changes: Any) -> RolloutReader:
     arguments = {"groups_per_batch": 2, "poll_seconds": 0.001} | changes
     return RolloutReader(store, "run", arguments.pop("version", 3), consumer=consumer, **arguments)
 
@@ -199,6 +237,7 @@ asyncio.run(consume())
 """
 
 
+@pytest.mark.timeout(120)  # importing Prefect takes a busy machine longer than a test may
 async def test_a_consumer_that_is_killed(file_store: CheckpointStore) -> None:
     cycle = Cycle(file_store)
     await cycle.write("a", "b", "c", "d")
@@ -207,9 +246,10 @@ async def test_a_consumer_that_is_killed(file_store: CheckpointStore) -> None:
         sys.executable, "-c", CONSUMER, file_store.url, stdout=asyncio.subprocess.PIPE
     )
     assert doomed.stdout is not None
-    assert await doomed.stdout.readline() == b"c d\n"
+    said = await doomed.stdout.readline()
     doomed.kill()
-    await doomed.wait()
+    await doomed.communicate()
+    assert said == b"c d\n"
     later = Clock(datetime.now(UTC) + timedelta(seconds=901))
     assert await read_all(reader(file_store, clock=later)) == [("c", "d")]
 
@@ -251,12 +291,13 @@ async def test_what_another_consumer_had_in_between_is_not_acknowledged(
     await slow.acknowledge(again)
 
 
-async def test_a_working_consumer_keeps_its_lease(file_store: CheckpointStore) -> None:
-    cycle, clock = Cycle(file_store), Clock()
+async def test_a_working_consumer_keeps_its_lease(watched: Watched) -> None:
+    cycle, clock = Cycle(watched), Clock()
     await cycle.write("a", "b", "c")
     await cycle.tell(is_complete=True)
-    one = reader(file_store, clock=clock, lease_seconds=60, groups_per_batch=1)
-    other = reader(file_store, "b", clock=clock, lease_seconds=60)
+    log = claims_path(cycle.directory, cycle.parts[0])
+    one = reader(watched, clock=clock, lease_seconds=60, groups_per_batch=1)
+    other = reader(watched, "b", clock=clock, lease_seconds=60)
     found = []
     for _ in range(3):
         delivery = await one.next()
@@ -264,11 +305,29 @@ async def test_a_working_consumer_keeps_its_lease(file_store: CheckpointStore) -
         found.append(delivery.problem_ids)
         clock.pass_seconds(40)
         waiting = asyncio.ensure_future(other.next())
-        await asyncio.sleep(0.02)
-        assert not waiting.done()
+        await stays_waiting(waiting, watched, log)
         waiting.cancel()
         await one.acknowledge(delivery)
     assert flat(found) == ["a", "b", "c"]
+
+
+async def test_a_full_batch_renews_the_leases_behind_it(watched: Watched) -> None:
+    cycle, clock = Cycle(watched), Clock()
+    await cycle.write("a")
+    await cycle.write("b", "c")
+    one = reader(watched, clock=clock, lease_seconds=60, groups_per_batch=3)
+    first = await one.__anext__()
+    assert first.problem_ids == ("a", "b", "c")
+    await cycle.write(*(f"x{number}" for number in range(12)))
+    cycle.parts.insert(0, cycle.parts.pop())  # before them: a further file of a lower number
+    await cycle.tell(is_complete=True)
+    for _ in range(4):
+        clock.pass_seconds(20)
+        await one.__anext__()
+    waiting = asyncio.ensure_future(reader(watched, "b", clock=clock).next())
+    await stays_waiting(waiting, watched, claims_path(cycle.directory, cycle.parts[-1]))
+    waiting.cancel()
+    await one.acknowledge(first)
 
 
 async def test_what_is_given_back_is_free_at_once(file_store: CheckpointStore) -> None:
@@ -303,17 +362,121 @@ async def test_a_version_that_was_not_published_lies_below_an_earlier_one(
     assert await read_all(reader(file_store, version=4)) == [("x",)]
 
 
-async def test_waiting_without_an_end_is_said(file_store: CheckpointStore) -> None:
+LATER = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("identity", ["run-000003-00000000", "run-000003-fedcba98"])
+async def test_a_version_that_is_published_again_supersedes_itself(
+    file_store: CheckpointStore, identity: str
+) -> None:
+    dead = Cycle(file_store)
+    await dead.write("a", "b", "c")
+    one = reader(file_store, groups_per_batch=1)
+    used, begun = await one.__anext__(), await one.__anext__()
+    await one.acknowledge(used, sampled(used, 0.5))
+
+    again = Cycle(file_store, f"{PARTS}/{identity}", clock=Clock(LATER))
+    await again.write("a", "b", "c")
+    third = await one.__anext__()
+    assert third.problem_ids == ("c",)  # neither what was used, nor what this reader has
+    assert {path for path, _, _ in third.claims} == {claims_path(again.directory, again.parts[0])}
+    await one.acknowledge(begun)
+    await one.acknowledge(third, sampled(third, 1.5))
+    await again.write("d")
+    await again.tell(is_complete=True)
+    assert await read_all(one) == [("d",)]
+    assert await reader(file_store, "late").next() is None  # and it waits for nobody
+    drift = await one.drift()
+    assert drift is not None
+    assert (drift.token_count, drift.mean_abs) == (8, 1.0)
+
+
+async def test_what_was_used_before_a_version_was_published_again_is_used(
+    file_store: CheckpointStore,
+) -> None:
+    async with reader(file_store) as one:
+        await Cycle(file_store).write("a", "b")
+        await one.acknowledge(await one.__anext__())
+    again = Cycle(file_store, f"{PARTS}/run-000003-fedcba98", clock=Clock(LATER))
+    await again.write("a", "c", "b")
+    await again.write("b2")
+    await again.tell(is_complete=True)
     clock = Clock()
-    one = reader(file_store, clock=clock, patience_seconds=5)
+    other = reader(file_store, "b", clock=clock, groups_per_batch=1)
+    assert (await other.__anext__()).problem_ids == ("c",)
+    clock.pass_seconds(901)  # it died: what it found used stays so
+    assert flat(await read_all(reader(file_store, "c", clock=clock))) == ["c", "b2"]
+
+
+async def test_complete_rollouts_are_not_superseded_by_some(file_store: CheckpointStore) -> None:
+    whole = Cycle(file_store)
+    await whole.write("a", "b")
+    await whole.tell(is_complete=True)
+    again = Cycle(file_store, f"{PARTS}/run-000003-00000000", clock=Clock(LATER))
+    await again.write("a")
+    assert await read_all(reader(file_store)) == [("a", "b")]
+
+
+async def test_a_version_that_is_published_after_all(file_store: CheckpointStore) -> None:
+    below = Cycle(file_store, f"{PARTS}/{IDENTITY}/000004")
+    await below.write("a", "b")
+    one = reader(file_store, version=4)
+    await one.acknowledge(await one.__anext__())
+    own = Cycle(file_store, f"{PARTS}/run-000004-00000000", clock=Clock(LATER))
+    await own.write("a", "b", "c")
+    await own.tell(is_complete=True)
+    assert await read_all(one) == [("c",)]
+
+
+async def test_waiting_without_an_end_is_said(watched: Watched) -> None:
+    clock = Clock()
+    one = reader(watched, clock=clock, patience_seconds=5)
     waiting = asyncio.ensure_future(one.next())
-    await asyncio.sleep(0.01)
+    await stays_waiting(waiting, watched)
     clock.pass_seconds(6)
-    with pytest.raises(StoreUnavailableError, match="no group came for 5 s"):
+    with pytest.raises(StoreUnavailableError, match="no group came for 5 s: no cycle of this run"):
         await waiting
-    cycle = Cycle(file_store)
+    cycle = Cycle(watched)
     await cycle.write("a", "b")
     assert (await one.__anext__()).problem_ids == ("a", "b")
+
+
+async def test_patience_begins_anew_with_every_group(watched: Watched) -> None:
+    cycle, clock = Cycle(watched), Clock()
+    one = reader(watched, clock=clock, patience_seconds=5, groups_per_batch=8)
+    waiting = asyncio.ensure_future(one.next())
+    for number in range(4):
+        await cycle.write(f"g{number}")
+        await stays_waiting(waiting, watched)
+        clock.pass_seconds(3)
+        await stays_waiting(waiting, watched)
+    clock.pass_seconds(3)
+    with pytest.raises(StoreUnavailableError, match="for 5 s: the cycle has not written another"):
+        await waiting
+    await one.give_back()
+    async with reader(watched, "quick", clock=clock, lease_seconds=60) as quick:
+        await quick.next()
+        waiting = asyncio.ensure_future(one.next())
+        await stays_waiting(waiting, watched)
+        clock.pass_seconds(6)
+        with pytest.raises(StoreUnavailableError, match="consumer 'quick' has groups until 2026"):
+            await waiting
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("groups_per_batch", 0),
+        ("groups_per_batch", 2.5),
+        ("lease_seconds", 0),
+        ("lease_seconds", float("nan")),
+        ("consumer", ""),
+        ("consumer", "x" * 257),
+    ],
+)
+def test_arguments_that_cannot_work(file_store: CheckpointStore, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        reader(file_store, **{name: value})
 
 
 async def test_a_part_that_is_not_what_the_manifest_says(file_store: CheckpointStore) -> None:
@@ -407,8 +570,6 @@ async def test_numbers_that_are_none_fail_no_acknowledgement(file_store: Checkpo
 
 
 async def test_the_version_before_that_has_rollouts(file_store: CheckpointStore) -> None:
-    from blocks.rollout_directory import version_before
-
     below = "run-000001-00000000"
     for directory in (below, f"{below}/000002", f"{below}/000003", "other-000004-00000000"):
         await Cycle(file_store, f"_hotload/rollouts/{directory}").write("x")

@@ -111,7 +111,7 @@ def test_connections_break_and_hang(start: Start) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         caller.complete()
     assert [r["status"] for r in caller.log()["requests"]] == [499]
-    caller.fault("hang", operation="status")
+    caller.fault("hang", operation="status", count=1)
     broken = threading.Event()
 
     def ask() -> None:

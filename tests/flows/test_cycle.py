@@ -57,9 +57,11 @@ def copied(fleet: Fleet, version: int) -> Path:
 async def test_a_full_then_deltas_then_a_fallback_then_a_delta(fleet: Fleet) -> None:
     first = await run(fleet, 1)
     assert (first.outcome, first.snapshot.kind) == ("published", SnapshotKind.FULL)
+    assert set(first.seconds_by_stage) == {"upload", "publish", "signal", "converge"}
 
     second = await run(fleet, 2)
     assert second.snapshot.kind is SnapshotKind.DELTA
+    assert set(second.seconds_by_stage) - set(first.seconds_by_stage) == {"encode", "verify"}
     assert second.snapshot.previous == first.snapshot.identity
     assert second.snapshot.ratio > 10
 
@@ -171,7 +173,7 @@ async def test_a_version_that_is_not_due_samples_what_is_served(fleet: Fleet) ->
     cadence = {"weight_sync_interval": 2}
     first = await run(fleet, 2, cadence=cadence)
     second = await run(fleet, 3, cadence=cadence)
-    assert second.outcome == "not due"
+    assert (second.outcome, second.seconds_by_stage) == ("not due", {})
     assert second.snapshot.identity == first.snapshot.identity
     assert second.rollouts.samples_by_identity == {first.snapshot.identity: 8}
     assert second.rollouts.parts_uri != first.rollouts.parts_uri

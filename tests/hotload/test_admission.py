@@ -49,6 +49,7 @@ def test_a_row_that_is_kept_uses_up_the_version_s_samples() -> None:
         rows.begin_row()
     assert not rows.admits(100)
     rows.end_draws(4)
+    rows.end_row()
     rows.settle_row(is_kept=True)
     assert not rows.admits(100)
 
@@ -58,6 +59,7 @@ def test_a_dropped_row_makes_room_for_another() -> None:
     rows.begin_row()
     assert not rows.admits(100)
     rows.end_draws(4)
+    rows.end_row()
     rows.settle_row(is_kept=False)
     assert rows.admits(100)
 
@@ -67,9 +69,22 @@ def test_rows_that_wait_to_be_scored_hold_back_new_ones() -> None:
     for _ in range(3):
         rows.begin_row()
     rows.end_draws(12)
+    for _ in range(3):
+        rows.end_row()
     assert not rows.admits(8)
     rows.settle_row(is_kept=True)
     assert rows.admits(8)
+
+
+def test_rows_that_wait_for_their_slowest_draw_hold_back_none() -> None:
+    """3 of 4 draws end in every row: as long as a whole row fits, it is begun."""
+    rows = admission(offpolicy=9)
+    count = 0
+    while rows.admits(8):
+        rows.begin_row()
+        rows.end_draws(3)
+        count += 1
+    assert (count, rows.in_flight) == (5, 5)  # a sixth row would make 9
 
 
 def test_a_publication_lets_more_in_until_it_is_too_late() -> None:

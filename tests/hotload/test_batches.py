@@ -36,6 +36,7 @@ def sample(number: int, tokens: int = 2, *, failure: str | None = None) -> Traje
         loss_mask_T=(True,) * tokens,
         text="ab",
         finish_reason="length" if number else "stop",
+        completion_token_count=tokens,
         failure=failure,
     )
 
@@ -50,6 +51,7 @@ TURNS = replace(
         "old", "r1", "s", 2, ("old", "now"), "now", runs=((0, "old"), (5, "now"))
     ),
     turn_count=3,
+    completion_token_count=5,
     further=(Segment((7, 8), (20, 21, 22), (-1.0, -2.0, -3.0), (True, True, False)),),
     transcript=({"role": "user", "content": "2 + 2 – ?"}, {"role": "tool", "content": "4"}),
     routing_matrix="AAE=",
@@ -187,6 +189,32 @@ def test_a_batch_of_nothing() -> None:
     assert slime_batch(batch)["tokens"] == []
 
 
+def test_rows_are_added() -> None:
+    batch = BATCH.with_rows(5)
+    assert len(batch) == 5
+    assert batch.token_count == BATCH.token_count
+    assert batch.completion_ids[:3].tolist() == BATCH.completion_ids.tolist()
+    assert batch.prompt_mask[3:].tolist() == [[False, True]] * 2
+    assert batch.completion_mask[3:].tolist() == [[True, False, False, False]] * 2
+    assert not batch.loss_mask[3:].any()
+    assert not batch.advantages[3:].any()
+    assert batch.group_numbers.tolist() == [0, 0, 0, -1, -1]
+    assert batch.problem_ids == ("p", "p", "p", "", "")
+    assert batch.identities[3:] == ((), ())
+    # The values of added rows go to no row of the frame.
+    assert [row is not None for row in batch.by_frame_row(batch.completion_ids)] == [
+        *(True, True, True, False, False)
+    ]
+    assert BATCH.with_rows(3).completion_ids.tolist() == BATCH.completion_ids.tolist()
+    with pytest.raises(ValueError, match="3 rows, expected at most 2"):
+        BATCH.with_rows(2)
+    nothing = make_batch(FRAME.head(0)).with_rows(2)
+    assert nothing.prompt_mask.tolist() == nothing.completion_mask.tolist() == [[True], [True]]
+    assert not nothing.loss_mask.any()
+    for arrays in (trl_batch(nothing), verl_batch(nothing), slime_batch(nothing)):
+        assert all(len(value) == 2 for value in arrays.values() if np.ndim(value))
+
+
 def test_as_trl_names_it() -> None:
     arrays = trl_batch(BATCH)
     assert set(arrays) == {
@@ -247,6 +275,8 @@ def test_as_slime_names_it() -> None:
         "raw_reward",
         "truncated",
         "sample_indices",
+        "rollout_ids",
+        "rollout_mask_sums",
         "loss_masks",
         "rollout_log_probs",
         "weight_versions",
@@ -256,7 +286,8 @@ def test_as_slime_names_it() -> None:
     assert lists["rewards"] == [-0.5, 0.5, 0.5]
     assert lists["raw_reward"] == [1.0, 2.0, 2.0]
     assert lists["truncated"] == [0, 1, 1]
-    assert lists["sample_indices"] == [0, 1, 1]
+    assert lists["sample_indices"] == lists["rollout_ids"] == [0, 1, 1]
+    assert lists["rollout_mask_sums"] == [2, 4, 4]
     assert lists["loss_masks"][1] == [1, 0, 0, 1]
     assert [len(each) for each in lists["rollout_log_probs"]] == lists["response_lengths"]
     assert lists["weight_versions"][2] == ["old", "now"]

@@ -20,7 +20,10 @@ from hotload.breaker import Breaker
 )
 def test_when_it_opens(rows: str, opens_after: int | None) -> None:
     breaker = Breaker()
-    opened = [breaker.note(is_failure=row == "x") for row in rows]
+    opened = []
+    for row in rows:
+        breaker.note(is_failure=row == "x")
+        opened.append(breaker.is_open)
     assert (opened.index(True) + 1 if True in opened else None) == opens_after
 
 

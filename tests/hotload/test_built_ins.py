@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from hotload.built_ins import BUILT_INS, check_built_in, sampled_token_count
-from hotload.trajectories import Problem, Provenance, Segment, Trajectory
+from hotload.built_ins import BUILT_INS, check_built_in
+from hotload.trajectories import Problem, Provenance, Trajectory
 
 ORIGIN = Provenance("i", "r", "s", 1)
 
@@ -16,7 +16,7 @@ def sample(text: str, tokens: int = 1) -> Trajectory:
         "sampling_logprobs_T": (-0.5,) * tokens,
         "loss_mask_T": (True,) * tokens,
     }
-    return Trajectory("p", 0, 1, ORIGIN, 0.0, text=text, **arrays)
+    return Trajectory("p", 0, 1, ORIGIN, 0.0, text=text, completion_token_count=tokens, **arrays)
 
 
 def score(name: str, answer: object, text: str, tokens: int = 1, **arguments: object) -> float:
@@ -34,20 +34,75 @@ def score(name: str, answer: object, text: str, tokens: int = 1, **arguments: ob
         ("normalised_match", "A, b", "a b.", 1),
         ("contains", "blue", "It is Blue.", 1),
         ("contains", "blue", "blueish", 0),
-        ("contains", "...", "anything", 0),
+        ("exact_match", True, "true", 1),
+        ("exact_match", False, "False", 1),
+        ("exact_match", True, "1", 0),
+        ("exact_match", 1.0, "1", 1),
+        ("exact_match", 1.0, "1.0", 1),
+        ("exact_match", 0.5, "0.5", 1),
+        ("normalised_match", True, "TRUE.", 1),
+        ("normalised_match", "-5", "5", 0),
+        ("normalised_match", "-5", "**\u22125**", 1),
+        ("normalised_match", "-$5", "$5", 0),
+        ("normalised_match", "x+1", "x-1", 0),
+        ("normalised_match", "x+1", "x + 1.", 1),
+        ("normalised_match", "3.14", "3 14", 0),
+        ("normalised_match", "50%", "50", 0),
+        ("normalised_match", "50%", "50 %", 1),
+        ("normalised_match", "1/2", "1 2", 0),
+        ("normalised_match", "10:30", "10.30", 0),
+        ("normalised_match", "10\u00b2", "102", 0),
+        ("normalised_match", "10\u00b2", "10^2", 1),
+        ("normalised_match", "+", "=", 0),
+        ("normalised_match", "\u0915\u093f", "\u0915\u093e", 0),  # one consonant, two vowel signs
+        ("normalised_match", "caf\u00e9", "Cafe\u0301", 1),
+        ("normalised_match", "STRASSE", "stra\u00dfe", 1),
+        ("normalised_match", "\uff21\uff11", "a1", 1),
+        ("contains", "5", "It is 5.", 1),
+        ("contains", "5", "It is `5`!", 1),
+        ("contains", "5", "<answer>5</answer>", 1),
+        ("contains", "5", "x=5", 1),
+        ("contains", "5", "It costs $5", 1),
+        ("contains", "5", "It is 1.5", 0),
+        ("contains", "5", "It is .5", 0),
+        ("contains", "5", "It is -5", 0),
+        ("contains", "5", "It is 5/6", 0),
+        ("contains", "-5", "It is 5", 0),
+        ("contains", "-5", "It is (-5).", 1),
+        ("contains", "10", "It is 10,000", 0),
+        ("contains", "C++", "C# is it", 0),
+        ("contains", "C++", "It is C++.", 1),
+        ("contains", "C", "C++ is it", 0),
+        ("contains", 1.0, "It is 1", 1),
         ("numeric_answer", 72, "so it is 72.", 1),
         ("numeric_answer", "steps … #### 1,234", "The answer is \\boxed{1234}, not 7", 1),
         ("numeric_answer", "#### 5", "first 5 then 6", 0),
         ("numeric_answer", "0.5", "= .50", 1),
         ("numeric_answer", "-3", "minus: -3.0", 1),
         ("numeric_answer", "2", "no number", 0),
-        ("numeric_answer", "none", "2", 0),
+        ("numeric_answer", "5", "The answer is \u22125.", 0),
+        ("numeric_answer", "1/2", "3/2", 0),
+        ("numeric_answer", r"\frac{1}{2}", r"\boxed{\frac{7}{2}}", 0),
+        ("numeric_answer", 0.5, r"\boxed{\frac{1}{2}}", 1),
+        ("numeric_answer", "20{,}000", r"\boxed{10{,}000}", 0),
+        ("numeric_answer", "10,000", r"\boxed{10,\!000}", 1),
+        ("numeric_answer", "0.0000005", "0", 0),
+        ("numeric_answer", 1_000_000, "1000001", 0),
+        ("numeric_answer", 0.1, "1/10", 1),
         ("numeric_answer", "1e3", "1000", 1),
         ("numeric_answer", "1", "1" * 100_000, 0),
     ],
 )
 def test_matches(name: str, answer: object, text: str, reward: float) -> None:
     assert score(name, answer, text) == reward
+
+
+@pytest.mark.parametrize("piece", ["!", "-", "1.", "a+", "$", "e\u0301", "\u0301\u0316", "\u00b2"])
+def test_a_long_text_is_normalised_in_little_time(piece: str) -> None:
+    """With work that grows as the square of the text no time limit would do."""
+    text = f"word {piece * 250_000} word"
+    assert score("contains", "word", text) == 1
+    assert score("normalised_match", "word", text) == 0
 
 
 @pytest.mark.parametrize(
@@ -61,6 +116,9 @@ def test_matches(name: str, answer: object, text: str, reward: float) -> None:
         (r"<answer>(?P<answer>.*?)</answer>", 42, "<answer>42</answer><answer>43</answer>", 0),
         (r"<answer>(?P<answer>.*?)</answer>", "42", "42", 0),
         (r"none(?P<answer>x)?", "x", "none", 0),
+        (r"answer: (?P<answer>\S+)", "5", "answer: -5", 0),
+        (r"answer: (?P<answer>\S+)", "yes", "answer: Yes", 0),
+        (r"answer: (?P<answer>\S+)", True, "answer: true", 1),
     ],
 )
 def test_patterns(pattern: str, answer: object, text: str, reward: float) -> None:
@@ -105,6 +163,16 @@ def test_a_schema_is_never_fetched() -> None:
         score("json_schema", None, "1", schema=elsewhere)
 
 
+TREE = {"items": {"$ref": "#"}, "type": "array"}
+
+
+def test_json_too_deep_to_be_looked_at_keeps_no_schema() -> None:
+    pytest.importorskip("jsonschema")
+    assert score("json_schema", None, "[" * 9 + "]" * 9, schema=TREE) == 1
+    assert score("json_schema", None, "[" * 900 + "]" * 900, schema=TREE) == 0
+    assert score("json_schema", None, "1e999", schema={"multipleOf": 0.01}) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "tokens", "arguments", "reward"),
     [
@@ -124,17 +192,60 @@ def test_lengths(name: str, tokens: int, arguments: dict[str, int], reward: floa
     assert score(name, None, "", tokens, **arguments) == reward
 
 
-def test_numbers_are_compared_within_a_tolerance() -> None:
-    assert score("numeric_answer", 100, "101", tolerance=0.02) == 1
-    assert score("numeric_answer", 100, "103", tolerance=0.02) == 0
+@pytest.mark.parametrize(
+    ("answer", "text", "tolerance", "reward"),
+    [
+        (100, "101", 0.02, 1),
+        (100, "103", 0.02, 0),
+        (99, "100", 0.01, 1),
+        (-100, "-101", 0.02, 1),
+        (100, "-100", 0.02, 0),
+        ("0.0000005", "0", 0.5, 0),
+        (0, "0.0", 0.5, 1),
+        ("1/3", "0.333333333", 1e-6, 1),
+    ],
+)
+def test_a_tolerance_is_a_share(answer: object, text: str, tolerance: float, reward: int) -> None:
+    assert score("numeric_answer", answer, text, tolerance=tolerance) == reward
 
 
-def test_what_a_tool_said_is_not_the_policys_length() -> None:
-    # Sampled; from a tool; masked out because other weights made it; in a second sequence.
-    first = ((1, 2, 3), (-0.5, 0.0, -0.25), (True, False, False))
-    more = Segment((1,), (4, 5), (0.0, 0.0), (True, False))
-    whole = Trajectory("p", 0, 1, ORIGIN, 0.0, (), *first, further=(more,))
-    assert sampled_token_count(whole) == 3
+NO_TEXT: list[object] = [None, "", " \n", ["a"], {"a": 1}, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("answer", NO_TEXT, ids=repr)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("exact_match", {}),
+        ("normalised_match", {}),
+        ("contains", {}),
+        ("numeric_answer", {}),
+        ("regex", {"pattern": "(?P<answer>x)"}),
+    ],
+)
+def test_a_problem_without_an_answer_is_not_scored(
+    name: str, arguments: dict[str, Any], answer: object
+) -> None:
+    for text in (str(answer), "None of these", ""):
+        with pytest.raises(ValueError, match=r"expected an answer|not JSON compliant"):
+            score(name, answer, text, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("normalised_match", "..."),
+        ("contains", "-"),
+        ("numeric_answer", "(1,2)"),
+        ("numeric_answer", "none"),
+        ("numeric_answer", "2 000"),
+        ("numeric_answer", True),
+    ],
+)
+def test_an_answer_a_reward_cannot_use_is_not_scored(name: str, answer: object) -> None:
+    for text in (str(answer), "1", ""):
+        with pytest.raises(ValueError, match=r"nothing is left|one number"):
+            score(name, answer, text)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +255,17 @@ def test_what_a_tool_said_is_not_the_policys_length() -> None:
         ("regex", {"pattern": 5}, "TypeError"),
         ("json_schema", {"schema": {"type": "nothing"}}, "the schema is none"),
         ("json_schema", {"schema": 3}, "TypeError"),
-        ("length", {"target": 0}, "ZeroDivisionError"),
+        ("json_schema", {"schema": {"$ref": "#"}}, "leads back to itself"),
+        ("length", {"target": 0}, "target: found 0, expected a number above 0"),
+        ("length", {"target": -5}, "target: found -5"),
+        ("length", {"target": True}, "target: found True"),
         ("length", {"target": "8"}, "TypeError"),
-        ("numeric_answer", {"tolerance": "wide"}, "InvalidOperation"),
+        ("overlong_penalty", {"limit": -1}, "limit: found -1, expected a number above 0"),
+        ("overlong_penalty", {"limit": 4, "slack": -1}, "slack: found -1, expected .* limit 4"),
+        ("overlong_penalty", {"limit": 4, "slack": 5}, "slack: found 5, expected .* limit 4"),
+        ("numeric_answer", {"tolerance": -1}, "tolerance: found -1, expected a number from 0"),
+        ("numeric_answer", {"tolerance": float("nan")}, "tolerance: found nan"),
+        ("numeric_answer", {"tolerance": "wide"}, "TypeError"),
     ],
 )
 def test_arguments_are_tried_beforehand(name: str, arguments: dict[str, Any], reason: str) -> None:

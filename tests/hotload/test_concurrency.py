@@ -2,10 +2,11 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.concurrency import Attempt, Window
+from hotload.concurrency import Attempt, StepReport, Window
 from hotload.spec import Concurrency
 
 
@@ -75,7 +76,9 @@ def test_a_short_queue_grows_by_up_to_four_and_a_long_one_halves() -> None:
     assert slots.size == 20
     run(slots, *[queued(2.0)] * 4)  # ema 0.3 · 2.0 + 0.7 · 0.0 = 0.6
     assert slots.size == 10
-    assert slots.end_step().ema_pq == 0.6
+    slots = window()
+    run(slots, *[queued(0.0)] * 4, *[queued(1.0)] * 4)  # ema 0.3: one long interval is no queue
+    assert slots.size == 21
 
 
 def test_queue_times_win_over_status_codes() -> None:
@@ -104,11 +107,11 @@ def test_shrinking_below_busy_slots_is_a_debt_that_releases_pay() -> None:
     slots = window()
     assert fill(slots) == 16
     slots.release(Attempt(429), 0.0)
-    assert (slots.size, slots.in_flight, slots.debt) == (8, 15, 7)
-    for left in range(6, -1, -1):
+    assert (slots.size, slots.in_flight) == (8, 15)
+    for in_flight in range(14, 7, -1):
         assert not slots.try_acquire()
         slots.release(Attempt(400), 0.0)
-        assert slots.debt == left
+        assert slots.in_flight == in_flight
     assert not slots.try_acquire()
     slots.release(Attempt(400), 0.0)
     assert slots.try_acquire()
@@ -184,7 +187,7 @@ def test_the_trace_is_the_path_through_time() -> None:
     assert [(point.seconds, point.size) for point in slots.trace()] == [(0, 17), (1, 18), (2, 19)]
     assert slots.try_acquire()
     run(slots, Attempt(429), now=2.01)
-    assert slots.trace()[-1] == (2.01, 9, 1)
+    assert slots.trace()[-1] == (2.01, 9, 2)  # the one that was refused among them
     run(slots, Attempt(400), now=2.02)  # nothing has changed, and it is soon after
     assert slots.trace()[-1].seconds == 2.01
 
@@ -204,23 +207,37 @@ def test_a_long_trace_is_thinned_and_keeps_both_ends() -> None:
 def test_a_fixed_window_has_a_trace_too() -> None:
     slots = Window(Concurrency(mode="fixed", initial_window=5))
     run(slots, OK, Attempt(429), now=1.0)
-    assert slots.trace() == ((1.0, 5, 0),)
+    assert slots.trace() == ((1.0, 5, 1),)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_window_that_is_always_full_is_told_as_full(size: int) -> None:
+    slots = Window(Concurrency(mode="fixed", initial_window=size))
+    assert fill(slots) == size
+    for second in range(5):
+        slots.release(OK, float(second))
+        assert slots.try_acquire()  # the next that waited
+    assert {point.in_flight for point in slots.trace()} == {size}
+    assert (slots.in_flight, slots.end_step().max_in_flight) == (size, size)
 
 
 def test_the_step_report() -> None:
     slots = window()
-    run(slots, Attempt(200, prompt_tokens=10, cached_prompt_tokens=4), Attempt(429), Attempt(500))
+    run(slots, OK, Attempt(429), Attempt(500))
     slots.note_exhaustion()
-    report = slots.end_step()
-    assert (report.window, report.window_after) == (16, 8)
-    assert (report.requests, report.status_responses, report.congestion_responses) == (3, 3, 1)
-    assert (report.congestion_events, report.retry_exhaustions) == (1, 1)
-    assert report.congestion_rate == 1 / 3
-    assert report.cache_hit_rate == 0.4
-    assert report.max_in_flight == 1
-    assert report.avg_pq is None
+    assert slots.end_step() == StepReport(
+        window=16,
+        window_after=8,
+        requests=3,
+        max_in_flight=1,
+        congestion_responses=1,
+        retry_exhaustions=1,
+        avg_pq=None,
+    )
+    run(slots, queued(0.25), queued(0.75))
     again = slots.end_step()
-    assert (again.window, again.requests, again.cache_hit_rate) == (8, 0, None)
+    assert (again.window, again.requests, again.congestion_responses) == (8, 2, 0)
+    assert (again.retry_exhaustions, again.avg_pq) == (0, 0.5)
 
 
 ATTEMPTS = st.builds(

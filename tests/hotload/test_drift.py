@@ -1,7 +1,6 @@
 """Distributions and drift, against numbers worked out by hand and against the definition."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,10 +10,8 @@ from hypothesis import strategies as st
 from hotload.drift import (
     LogprobDrift,
     distribution,
-    entropy_nats,
     logprob_drift,
     merged_drift,
-    uniform_share,
 )
 
 
@@ -48,35 +45,6 @@ def test_nothing_has_no_distribution() -> None:
     same = distribution([0.5, 0.5])
     assert same is not None
     assert (same.edges, same.counts, same.std) == ((0.5, 0.5), (2,), 0)
-
-
-@pytest.mark.parametrize(
-    ("groups", "share"),
-    [
-        ([], None),
-        ([(None, None)], None),
-        ([(1, 1), (0, 1)], 0.5),
-        ([(1, None, 1), (None, None), (0, 0)], 1.0),
-        ([(1, None)], 1.0),
-        ([(0, 1), (1, 0, 0)], 0.0),
-    ],
-)
-def test_uniform_groups(groups: list[Sequence[float | None]], share: float | None) -> None:
-    assert uniform_share(groups) == share
-
-
-def test_entropy_of_a_known_distribution() -> None:
-    probabilities = np.array([0.5, 0.25, 0.125, 0.125])
-    drawn = np.random.default_rng(7).choice(4, 20_000, p=probabilities)
-    logprobs = np.log(probabilities)[drawn]
-    entropy = -float((probabilities * np.log(probabilities)).sum())
-    assert entropy_nats(logprobs, np.ones(20_000)) == pytest.approx(entropy, rel=0.02)
-
-
-def test_entropy_leaves_out_what_was_not_sampled() -> None:
-    assert entropy_nats([-1.0, 0.0, -3.0], [True, False, True]) == 2.0
-    assert entropy_nats([-1.0], [False]) is None
-    assert entropy_nats([], []) is None
 
 
 def test_drift_by_hand() -> None:

@@ -17,9 +17,11 @@ from hotload.groups import (
     seconds_to_hedge,
     stale_group,
     to_ask_again,
+    usable_count,
 )
-from hotload.report import GroupCounts
+from hotload.report import GroupCounts, RolloutSummary
 from hotload.spec import Groups
+from hotload.straddling import settle_weights
 from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory, sample_seed
 
 PROBLEM = Problem("p", "x")
@@ -163,6 +165,10 @@ def test_a_stale_group_was_never_asked_for() -> None:
         (["timeout", "connection"], True, True),
         (["timeout", "refused"], True, False),
         ([None], False, False),
+        (["reward_unavailable", "reward_unavailable"], True, True),
+        (["reward_unavailable", "timeout"], True, True),
+        (["reward_unavailable", None], False, False),
+        (["reward_refused", "reward_refused"], False, False),
     ],
 )
 def test_rows_the_breaker_counts_and_rows_that_are_not_recorded(
@@ -231,6 +237,19 @@ def test_every_rule_s_effect_is_counted() -> None:
     assert GroupCounts.total([]) == GroupCounts()
 
 
+def test_what_failed_before_was_not_masked() -> None:
+    """Its tokens are as they came, so none of them was taken out of the loss."""
+    origin = Provenance("a", "r", "s", 1, observed=("a", "b"), runs=((0, "a"), (1, "b")))
+    tokens = sample(token_ids_T=(5, 6, 7), sampling_logprobs_T=(-1.0,) * 3, loss_mask_T=(True,) * 3)
+    said = replace(tokens, provenance=origin)
+    failed = replace(said, sample_number=1, failure="turn_timeout")
+    settled = tuple(settle_weights(each, "mask_from_change") for each in (said, failed))
+    group = ScoredGroup(PROBLEM, settled, (1.0, None), advantages((1.0, None)))
+    rules = Groups(on_straddling="mask_from_change")
+    counts = Tally().counts(Verdict(group), rules, is_refill=False)
+    assert (counts.straddling_samples, counts.tokens_masked) == (2, 2)
+
+
 def test_counts_that_were_written_before_failed_attempts_were_counted() -> None:
     before = GroupCounts.model_validate_json('{"attempts": 3, "asked_again": {"timeout": 1}}')
     assert before.failed_attempts == {}
@@ -247,3 +266,16 @@ def test_time_that_was_up_counts_where_nothing_was_said(cause: str) -> None:
     assert not is_outage((silent, sample(1)))  # a tight deadline
     assert not is_outage((spoke, sample(0)))
     assert not is_unanswered((silent, spoke))
+    # It waited for a slot of ours until the time was up.
+    unsent = replace(silent, provenance=Provenance("a", "r", "s", attempts=0))
+    assert is_unanswered((unsent, unsent))
+    assert not is_outage((unsent, unsent))
+    assert is_outage((unsent, silent))
+
+
+def test_groups_that_can_be_trained_on() -> None:
+    marked = {"incomplete": 2, "stale": 1, "uniform": 3, "partial": 1}
+    summary = RolloutSummary(
+        identity="now", group_count=9, sample_count=36, groups=GroupCounts(groups_by_mark=marked)
+    )
+    assert usable_count(summary) == 6

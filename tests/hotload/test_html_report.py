@@ -11,19 +11,23 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hotload.advantages import advantages
 from hotload.drawing import Bar, bars, columns, histogram, nice_ticks, stack, steps, timeline
 from hotload.drift import LogprobDrift, TrainedAgainst
 from hotload.figures import Figures
 from hotload.frames import part_facts, rollouts_frame
+from hotload.groups import judge
 from hotload.html_report import render_report
 from hotload.metrics import cycle_metrics, json_lines, prometheus_text
 from hotload.part_files import render_rollouts
-from hotload.parts import summarize
+from hotload.parts import RolloutPart, summarize
 from hotload.quantities import duration, number, percent, size
 from hotload.report import CycleReport, GroupCounts, Published
 from hotload.snapshot import SnapshotKind
+from hotload.spec import Groups
 from hotload.trajectories import Problem, Provenance, ScoredGroup, Segment, Trajectory
 
 SHA = "0" * 64
@@ -47,6 +51,7 @@ def sample(number: int, tokens: int = 2, **changes: Any) -> Trajectory:
         finish_reason="stop" if number else "length",
         prompt_token_count=4,
         cached_prompt_token_count=1,
+        completion_token_count=tokens,
     )
     return replace(made, **changes)
 
@@ -59,6 +64,7 @@ SAMPLES = (
         1,
         provenance=SWAPPED,
         turn_count=2,
+        completion_token_count=3,
         transcript=CHAT,
         further=(Segment((3,), (4, 5), (-1.5, 0.0), (True, False)),),
     ),
@@ -74,14 +80,18 @@ def group(samples: tuple[Trajectory, ...], rewards: tuple[float | None, ...]) ->
     return ScoredGroup(problem, samples, rewards, advantages(rewards), mark=mark)
 
 
-GROUPS = [group(SAMPLES, (1.0, 0.0, None)), group(UNIFORM, (1.0, 1.0))]
+GROUPS = [
+    group(SAMPLES, (1.0, 0.0, None)),
+    replace(group(UNIFORM, (1.0, 1.0)), mark="uniform"),
+]
 FRAME = rollouts_frame(GROUPS, run_id="run", policy_version=3)
 PART = part_facts(FRAME, file="part-00000.parquet", size_bytes=9, sha256=SHA, digest=SHA)
 
 
-def figures() -> Figures:
-    found = Figures()
-    found.add(render_rollouts(FRAME, digest=SHA))
+def figures(*groups: ScoredGroup) -> Figures:
+    found = Figures("run")
+    frame = rollouts_frame(groups or GROUPS, run_id="run", policy_version=3)
+    found.add(render_rollouts(frame, digest=SHA))
     return found
 
 
@@ -204,7 +214,7 @@ def test_nothing_is_loaded_from_anywhere() -> None:
         "5 samples of 2 problems came back in 10 s, with a mean reward of 0.750",
         "Fetched by 2 replicas: 4.0 MB instead of 200 MB",
         "timeout 1 · 20 %",
-        "5 samples; in 50 % of the groups all are equal".replace("5", "4", 1),
+        "4 samples; in 75 % of the groups all are equal",  # with the two that were dropped
         "groups dropped uniform 2",
         "samples asked for again timeout 3",
         "highest reward",
@@ -237,10 +247,10 @@ def test_a_page_of_nothing() -> None:
         outcome="not due",
         seconds=0.0,
     )
-    read = Page(render_report(empty, Figures(), ended_at=ENDED))
+    read = Page(render_report(empty, Figures("run"), ended_at=ENDED))
     assert read.open == []
     assert "version 2 was sampled again on 0 replicas" in read.text
-    assert "No sample has a reward" in read.text
+    assert "No sample with a reward was handed back" in read.text
     assert "nan" not in read.text.casefold().split()
 
 
@@ -263,7 +273,8 @@ def test_a_fallback_is_told() -> None:
 
 def test_figures() -> None:
     found = figures()
-    assert (found.group_count, found.sample_count, found.uniform_group_count) == (2, 5, 1)
+    assert (found.scored_group_count, found.sample_count) == (2, 5)
+    assert found.uniform_groups(GroupCounts()) == (1, 2)
     assert found.latency_seconds == [1.0, 2.0, 1.0, 2.0]
     assert found.token_counts == [2, 3, 2, 2]  # of its four tokens a tool said one
     assert (found.prompt_token_count, found.cached_prompt_token_count) == (5 * 4, 5)
@@ -293,12 +304,124 @@ def test_metrics_by_their_names() -> None:
     assert metrics["async/version_offset_max"] == 1
     assert metrics["async/in_flight_samples_mean"] == 5.5
     assert metrics["async/concurrency_capacity_samples_mean"] == 0.5
+    assert metrics["rollout/uniform_group_ratio"] == 0.75
     assert metrics["perf/step_time"] == 20.0
     assert metrics["perf/step_samples_per_s"] == 0.5
     assert metrics["perf/update_weights_density"] == 0.02
     assert metrics["publish/hotload_time_s"] == pytest.approx(3.1)
     assert metrics["publish/total_time_s"] == pytest.approx(5.1)
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_version_that_was_not_due_sent_nothing() -> None:
+    """Its snapshot is an earlier one: what that took was told by the cycle that published it."""
+    told = report(outcome="not due")
+    metrics = cycle_metrics(told, figures())
+    assert not [name for name in metrics if "weight" in name or name.startswith("publish/")]
+    assert metrics["perf/step_samples_per_s"] == 0.5
+    read = Page(page(told))
+    assert read.open == []
+    assert "This version was not sent." in read.text
+    assert "They served this snapshot before." in read.text
+    for said in ("2.0 MB", "Fetched by", "to converge", "encode and upload", "encode 4 s"):
+        assert said in Page(page()).text
+        assert said not in read.text
+    rows = {row["what"] for row in told.rows()}
+    assert {row["what"] for row in report().rows()} - rows == {
+        "bytes", "… publish", "… signal", "… converge", "… encode",
+    }  # fmt: skip
+
+
+def test_stages_that_did_not_happen_are_left_out() -> None:
+    whole = report()
+    bare = whole.snapshot.model_copy(update={"seconds_by_stage": {"publish": 2.0}})
+    metrics = cycle_metrics(report(snapshot=bare), figures())
+    names = {name for name in metrics if name.startswith("publish/") or name.endswith("_time")}
+    assert names == {
+        "perf/step_time", "perf/rollout_batch_wall_time", "publish/save_time_s",
+        "publish/hint_count",
+    }  # fmt: skip
+
+
+def resumed(*found: RolloutPart) -> CycleReport:
+    """A cycle of two files, some of them `found`, and 10 s of sampling the others."""
+    rollouts = summarize(NOW, [PART, PART], parts_uri="", seconds=10.0, found=found)
+    return report(rollouts=rollouts)
+
+
+def test_rates_are_those_of_what_this_run_sampled() -> None:
+    half = resumed(PART)
+    metrics = cycle_metrics(half, figures())
+    assert metrics["perf/step_samples_per_s"] == 0.5
+    assert metrics["perf/step_tokens_per_s"] == 0.9
+    text = Page(page(half)).text
+    assert "10 samples of 4 problems came back, 5 of them in an earlier run of this cycle" in text
+    assert "and the others in 10 s, with a mean reward" in text
+    assert "tokens per second 0.900 0.500 samples per second" in text
+    assert "10 s of sampling and scoring; 5 samples of an earlier run are not in the rates" in text
+    assert "samples per second 0.500 completion tokens per second 0.900" in text
+    assert cycle_metrics(resumed(), figures())["perf/step_samples_per_s"] == 1.0
+
+
+def test_a_run_that_sampled_nothing_has_no_rate() -> None:
+    everything = resumed(PART, PART)
+    assert not [name for name in cycle_metrics(everything, figures()) if name.endswith("per_s")]
+    text = Page(page(everything)).text
+    assert "10 samples of 4 problems came back in an earlier run of this cycle, with" in text
+    assert "tokens per second – – samples per second" in text
+
+
+def test_free_slots_are_none_while_the_window_is_overdrawn() -> None:
+    trace = ((0.0, 10, 0), (5.0, 1, 10), (10.0, 1, 10))
+    rollouts = report().rollouts.model_copy(update={"window_trace": trace})
+    metrics = cycle_metrics(report(rollouts=rollouts), figures())
+    assert metrics["async/in_flight_samples_mean"] == 5.0
+    assert metrics["async/concurrency_capacity_samples_mean"] == 5.0  # 10 and 0, half the time each
+
+
+def test_uniform_groups_are_those_that_were_judged_so() -> None:
+    """Over groups with a reward; a group of one and an incomplete one have none to compare."""
+
+    def named(name: str, rewards: tuple[float | None, ...]) -> ScoredGroup:
+        made = tuple(
+            replace(sample(i, failure=None if reward is not None else "timeout"), problem_id=name)
+            for i, reward in enumerate(rewards)
+        )
+        return judge(group(made, rewards), Groups()).group
+
+    groups = [
+        named("equal", (1.0, 1.0)),
+        named("different", (1.0, 0.0)),
+        named("one", (1.0,)),
+        named("short", (1.0, None)),
+        named("failed", (None, None)),
+    ]
+    found = figures(*groups)
+    assert found.uniform_groups(GroupCounts()) == (1, 4)
+    assert found.uniform_groups(GroupCounts(dropped_groups={"uniform": 3})) == (4, 7)
+
+
+def test_no_more_samples_end_at_the_limit_than_have_an_answer() -> None:
+    silent = tuple(sample(i, 0, text="", finish_reason="length") for i in (0, 1, 2))
+    found = figures(group((*silent, sample(3)), (0.0, 0.0, 0.0, 1.0)))
+    assert "Completion tokens of all turns; 0 % ended at the limit" in Page(page(found=found)).text
+    assert found.finish_reasons == {"stop": 1}
+
+
+def test_another_run_s_identity_counts_as_no_version() -> None:
+    origin = Provenance(NOW, "r", "s", 1, ("other-000900-0123abcd",))
+    found = figures(group((sample(0, provenance=origin), sample(1)), (0.0, 1.0)))
+    assert found.versions == {"other-000900-0123abcd": 1, NOW: 1}
+    assert found.versions_ahead == {0: 1}
+
+
+def test_weights_that_were_assumed_or_none_are_told_as_such() -> None:
+    half_told = Provenance(NOW, "r", "s", 1, (NOW,))
+    assumed = sample(0, provenance=replace(half_told, observed=()))
+    silent = sample(1, 0, failure="timeout", provenance=replace(half_told, observed=()))
+    text = Page(page(found=figures(group((assumed, silent), (1.0, None))))).text
+    assert f"{NOW} (assumed) 1 · 100 %" in text
+    assert text.count("(assumed)") == 3  # in bar and key, and with the sample itself
 
 
 DRIFT = LogprobDrift(
@@ -338,9 +461,7 @@ def test_a_trainer_that_told_nothing_or_no_number() -> None:
 def test_what_is_not_trained_on_is_not_counted_as_filtered_or_accepted() -> None:
     """A group that is incomplete has rewards, and no advantages."""
     unused = replace(GROUPS[0], advantages_G=(None,) * 3, mark="incomplete")
-    frame = rollouts_frame([unused, GROUPS[1]], run_id="run", policy_version=3)
-    found = Figures()
-    found.add(render_rollouts(frame, digest=SHA))
+    found = figures(unused, GROUPS[1])
     told = report()
     counts = told.rollouts.groups.model_copy(update={"groups_by_mark": {"incomplete": 1}})
     told = report(rollouts=told.rollouts.model_copy(update={"groups": counts}))
@@ -395,12 +516,19 @@ def test_quantities() -> None:
     ]  # fmt: skip
     numbers = (0, -0.0001, -1.5, 12.34, 0.4279, 12345.6, 3.0, math.nan)
     assert [number(each) for each in numbers] == [
-        "0", "0.000", "−1.50", "12.3", "0.428", "12,346", "3", "–",
+        "0", "−0.0001", "−1.50", "12.3", "0.428", "12,346", "3", "–",
     ]  # fmt: skip
-    sizes = (0, 999, 3400, 1_200_000, 941_000_000, 999_950_000, 1.5e12)
+    extremes = (0.0004, 0.0123, 1.234e-7, 9.999, 99.96, 0.9996, 1e30, -2.5e15)
+    assert [number(each) for each in extremes] == [
+        "0.0004", "0.012", "1.23e-07", "10.0", "100", "1.00", "1e+30", "−2.5e+15",
+    ]  # fmt: skip
+    sizes = (0, 999, 3400, 999_960, 1_200_000, 941_000_000, 999_950_000, 1.5e12)
     assert [size(each) for each in sizes] == [
-        "0 B", "999 B", "3.4 kB", "1.2 MB", "941 MB", "1.0 GB", "1.5 TB",
+        "0 B", "999 B", "3.4 kB", "1.0 MB", "1.2 MB", "941 MB", "1.0 GB", "1.5 TB",
     ]  # fmt: skip
+    large = report().snapshot.model_copy(update={"size_bytes": 999_960})
+    rows = {row["what"]: row["value"] for row in report(snapshot=large).rows()}
+    assert rows["bytes"] == "1.0 MB of 100 MB (1 : 100.0)"
     assert [percent(part, 1000) for part in (0, 0.1, 41, 380, 1000)] == [
         "0 %", "< 0.1 %", "4.1 %", "38 %", "100 %",
     ]  # fmt: skip
@@ -412,6 +540,37 @@ def test_ticks_are_round() -> None:
     assert nice_ticks(7.3, 4) == [0, 2, 4, 6]
     assert nice_ticks(0) == [0]
     assert nice_ticks(math.nan) == [0]
+    assert nice_ticks(12.5) == [0, 5, 10]
+    assert nice_ticks(1, 2) == [0, 0.5, 1]
+    assert nice_ticks(1, 2, least=1) == [0, 1]
+
+
+@given(st.floats(1, 1e9), st.integers(1, 6))
+def test_ticks_of_counts_are_whole(high: float, about: int) -> None:
+    ticks = nice_ticks(high, about, least=1)
+    assert all(tick == int(tick) for tick in ticks)
+    assert 1 <= len(ticks) <= about + 1
+    assert ticks[-1] <= high * 1.000001
+
+
+def ticks(svg: str) -> list[str]:
+    return re.findall(r'class="tick"[^>]*>([^<]*)<', svg)
+
+
+def test_counts_beside_an_axis_are_whole() -> None:
+    def served(count: int) -> list[str]:
+        return ticks(steps([([(0.0, 0.0), (2.0, count)], "main-line")], 2.0, count, "", duration))
+
+    assert served(10)[:5] == ["2", "4", "6", "8", "10"]
+    assert served(12)[:2] == ["5", "10"]
+    assert served(1)[:1] == ["1"]
+    assert ticks(histogram([0.0, 1.0], [1], "", number)) == ["1", "0", "0.500", "1"]
+    assert ticks(histogram([0.0, 2.0], [5], "", number)) == ["5", "0", "1", "2"]
+
+
+def test_an_area_begins_with_its_first_point() -> None:
+    drawn = steps([([(1.0, 3.0), (1.5, 2.0)], "wash-area")], 2.0, 3.0, "", duration)
+    assert re.findall(r'd="([^"]*)"', drawn) == ["M500.0 16.0H750.0V60.0H1000V148H500.0Z"]
 
 
 def test_drawings_keep_inside_the_picture() -> None:
@@ -429,6 +588,8 @@ def test_drawings_keep_inside_the_picture() -> None:
     for svg in drawn:
         assert Page(svg).open == []
         assert "nan" not in svg
-        for x, width in re.findall(r'<rect x="([\d.]+)%" [^>]*?width="([\d.]+)%"', svg):
+        rectangles = re.findall(r'<rect x="([^"%]+)%" [^>]*?width="([^"%]+)%"', svg)
+        assert len(rectangles) == svg.count("<rect")
+        for x, width in rectangles:
             assert 0 <= float(x) <= 100
             assert float(x) + float(width) <= 100.5

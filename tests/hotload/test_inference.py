@@ -174,6 +174,7 @@ GOOD_CHOICE = {"text": "a", "finish_reason": "stop", "logprobs": LOGPROBS}
         {"raw_output": {"completion_token_ids": 3}},
         {"raw_output": {"prompt_token_ids": ["a"]}},
         {"raw_output": {"prompt_token_ids": [-1]}},
+        {"index": 1},
     ],
     ids=str,
 )

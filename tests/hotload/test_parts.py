@@ -42,6 +42,7 @@ def sample(number: int, *observed: str, failure: str | None = None) -> Trajector
         loss_mask_T=(True,) * len(tokens),
         text="ab",
         finish_reason="stop",
+        completion_token_count=len(tokens),
         failure=failure,
     )
 

@@ -30,6 +30,7 @@ def test_a_request() -> None:
         (True, True),
         "four",
         "stop",
+        completion_token_count=2,
         turn_count=2,
         transcript=said,
     )

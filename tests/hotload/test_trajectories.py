@@ -45,6 +45,7 @@ def test_rows_of_every_kind() -> None:
         (GOOD + b"{", 2, "not JSON"),
         (GOOD + b"\xff\xfe", 2, "not JSON"),
         (b'{"id": "a", "prompt": NaN}', 1, "NaN"),
+        (b'{"id": "a", "prompt": "x", "answer": 1e999}', 1, "1e999 is beyond any float"),
         (b"[" * 100_000, 1, "not JSON"),
         (b"[1]", 1, "expected an object"),
         (b'{"prompt": "x"}', 1, "`id`"),
@@ -98,8 +99,11 @@ def test_seeds_are_spread_and_never_change() -> None:
     assert sample_seed(0, "a", 1, 2) == 215_652_015
 
 
-def sample(*observed: str, token_ids: tuple[int, ...] = (1,)) -> Trajectory:
-    origin = Provenance("now", "r", "s", 1, observed, observed[-1] if observed else None)
+def sample(
+    *observed: str, token_ids: tuple[int, ...] = (1,), runs: tuple[tuple[int, str], ...] = ()
+) -> Trajectory:
+    last = observed[-1] if observed else None
+    origin = Provenance("now", "r", "s", 1, observed, last, runs=runs)
     return Trajectory("p", 0, 1, origin, 0.0, token_ids_T=token_ids)
 
 
@@ -108,6 +112,10 @@ def test_weights_in_words() -> None:
     assert sample().weights is Weights.ASSUMED
     assert sample("old", "now").weights is Weights.STRADDLING
     assert sample("old").weights is Weights.OTHER
+    assert sample("now", runs=((0, "now"),)).weights is Weights.EXPECTED
+    for untold in (((0, "now"), (1, "")), ((1, "now"),), ((0, ""), (1, "now"))):
+        assert sample("now", runs=untold).weights is Weights.ASSUMED
+        assert sample("old", runs=untold).weights is Weights.OTHER
     assert replace(sample("now"), failure="too_long").weights is Weights.EXPECTED
     assert replace(sample(token_ids=()), failure="timeout").weights is Weights.NONE
     assert sample("old", "now").provenance.first == "old"

@@ -1,6 +1,7 @@
 """Turns merged into sequences, straddling ones masked, routing matrices as arrays."""
 
 import base64
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from hotload.routing import join_routing, routing_array
 from hotload.spec import Sampling
-from hotload.straddling import settle_straddling
+from hotload.straddling import settle_weights
 from hotload.trajectories import Provenance, Segment, Trajectory
 from hotload.turns import Turns
 from hotload.wire.inference import Answer
@@ -50,7 +51,7 @@ def test_a_prompt_that_repeats_the_tokens_goes_on_with_the_sequence() -> None:
     )
     assert turns.runs == ((0, "a"),)
     assert turns.text == "x"
-    assert turns.prompt_token_count == 2 + 6
+    assert (turns.prompt_token_count, turns.completion_token_count) == (2 + 6, 3)
 
 
 @pytest.mark.parametrize("prompt", [(7, 8, 1), (7, 8, 1, 3, 9), (7,), (8, 8, 1, 2, 9)])
@@ -60,6 +61,12 @@ def test_any_other_prompt_begins_a_new_sequence(prompt: tuple[int, ...]) -> None
         Segment((7, 8), (1, 2), (-1.0, -2.0), (True, True)),
         Segment(prompt, (3,), (-3.0,), (True,)),
     )
+
+
+def test_no_more_of_a_prompt_is_cached_than_there_is() -> None:
+    answer = answered((7, 8), (1,))
+    answer.cached_prompt_token_count = 50
+    assert turns_of(answer).cached_prompt_token_count == 2
 
 
 def test_a_prompt_without_anything_new_leaves_no_gap() -> None:
@@ -139,6 +146,33 @@ def trajectory(runs: tuple[tuple[int, str], ...], *lengths: int, **fields: Any) 
     )
 
 
+NOW, NEXT, OTHER = "run-000003-0badf00d", "run-000004-0badf00d", "raid-000003-0badf00d"
+
+
+@pytest.mark.parametrize(
+    ("observed", "failure"),
+    [
+        ((NOW,), None),
+        ((NEXT,), None),
+        ((), None),
+        ((OTHER,), "other_weights"),
+        ((NOW, OTHER), "other_weights"),
+        (("run",), "other_weights"),
+        (("run-000003-0badf00d-x",), "other_weights"),
+    ],
+)
+def test_weights_that_are_no_version_of_the_run_fail_a_sample(
+    observed: tuple[str, ...], failure: str | None
+) -> None:
+    made = trajectory((), 3, observed=observed)
+    sample = replace(made, provenance=replace(made.provenance, identity=NOW))
+    settled = settle_weights(sample, "accept")
+    assert settled.failure == failure
+    assert settled.token_ids_T == sample.token_ids_T
+    if failure:
+        assert settled.detail == f"made by {observed[-1]!r}, sent to {NOW!r}"
+
+
 @pytest.mark.parametrize(
     ("runs", "kept"),
     [
@@ -150,7 +184,7 @@ def trajectory(runs: tuple[tuple[int, str], ...], *lengths: int, **fields: Any) 
     ],
 )
 def test_tokens_from_the_change_on_are_masked(runs: tuple[tuple[int, str], ...], kept: int) -> None:
-    masked = settle_straddling(trajectory(runs, 3, 3), "mask_from_change")
+    masked = settle_weights(trajectory(runs, 3, 3), "mask_from_change")
     assert masked.failure is None
     found = [flag for segment in masked.segments for flag in segment.loss_mask_T]
     assert found == [True] * kept + [False] * (6 - kept)
@@ -159,13 +193,13 @@ def test_tokens_from_the_change_on_are_masked(runs: tuple[tuple[int, str], ...],
 
 def test_what_is_dropped_and_what_is_left_alone() -> None:
     straddling = trajectory(((0, "a"), (1, "b")), 3)
-    assert settle_straddling(straddling, "accept") == straddling
-    dropped = settle_straddling(straddling, "drop")
+    assert settle_weights(straddling, "accept") == straddling
+    dropped = settle_weights(straddling, "drop")
     assert dropped.failure == "straddling"
     assert dropped.token_ids_T == straddling.token_ids_T
     single, failed = trajectory(((0, "b"),), 3), trajectory(((0, "a"),), 3, failure="too_long")
     for policy in ("drop", "mask_from_change"):
-        assert settle_straddling(single, policy) == single
-        assert settle_straddling(failed, policy) == failed
+        assert settle_weights(single, policy) == single
+        assert settle_weights(failed, policy) == failed
     unknown = trajectory((), 3, observed=("a", "b"))
-    assert settle_straddling(unknown, "mask_from_change").failure == "straddling"
+    assert settle_weights(unknown, "mask_from_change").failure == "straddling"

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from tests.blocks.scripted_inference import DONE, MODEL, http, last, token
 
@@ -83,7 +83,7 @@ class Answering:
         await writer.drain()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Answering"]:
+    async def running(self) -> AsyncIterator[Self]:
         """Serve until the block ends."""
         server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]

@@ -1,7 +1,10 @@
-"""What tests of the publisher's tasks share: checkpoints, and a machine that publishes them."""
+"""What tests of the tasks share: checkpoints, a machine that publishes them, a bench for rollouts,
+and a clock.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +14,31 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from examples.tiny_trainer import TinyTrainer
+from tests.loop_clock import LoopClock
 
 if TYPE_CHECKING:  # pytest may read this file before tests/servers.py sets Prefect's environment
     from tests.servers import StoreServer
+    from tests.tasks.bench import Bench
     from tests.tasks.publishing import Publisher
 
 CHECKPOINTS = 5
+
+
+@pytest.fixture
+async def loop_clock(monkeypatch: pytest.MonkeyPatch) -> LoopClock:
+    """The clock of the loop that the test runs in."""
+    loop = asyncio.get_running_loop()
+    clock = LoopClock(loop.time)
+    monkeypatch.setattr(loop, "time", clock.time)
+    return clock
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Problems, a store, and rollouts by a scripted server."""
+    from tests.tasks.bench import Bench
+
+    return Bench(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+from contextlib import suppress
 from typing import Any
+
+import numpy as np
 
 from blocks.conversation import Conversation, TurnFailedError
 from hotload.errors import ServiceRefusedError
@@ -34,10 +37,30 @@ async def two_turns(problem: Problem, sampler: Conversation, question: str = "an
     return sampler.trajectory()
 
 
+async def one_turn(problem: Problem, sampler: Conversation) -> Trajectory:
+    await sampler.sample(str(problem.prompt))
+    return sampler.trajectory()
+
+
+async def stubborn(problem: Problem, sampler: Conversation) -> Trajectory:
+    """Does not let itself be cancelled."""
+    while True:
+        with suppress(asyncio.CancelledError):
+            await sampler.sample(str(problem.prompt))
+
+
+async def pausing(problem: Problem, sampler: Conversation, seconds: float) -> Trajectory:
+    await sampler.sample(str(problem.prompt))
+    await asyncio.sleep(seconds)
+    await sampler.sample("go on")
+    return sampler.trajectory()
+
+
 async def own_segments(problem: Problem, sampler: Conversation) -> list[Segment]:
     turn = await sampler.sample("go")
     count = len(turn.token_ids)
-    return [Segment(turn.prompt_token_ids, turn.token_ids, turn.sampling_logprobs, (True,) * count)]
+    ids, logprobs = np.array(turn.token_ids), np.array(turn.sampling_logprobs)
+    return [Segment(turn.prompt_token_ids, ids, logprobs, np.ones(count, bool))]  # type: ignore[arg-type]
 
 
 async def by_problem(problem: Problem, sampler: Conversation) -> Any:

@@ -14,6 +14,14 @@ def gate(limit: int = 4) -> tuple[Gate, Admission]:
     return Gate(admission, lambda: limit), admission
 
 
+def end_row(rows: Gate) -> None:
+    """Both draws of a row end, and it is settled."""
+    rows.end()
+    rows.end()
+    rows.end_row()
+    rows.leave(is_kept=True)
+
+
 async def settle() -> None:
     """Let every task run as far as it can."""
     for _ in range(5):
@@ -33,8 +41,7 @@ async def test_rows_of_earlier_parts_go_first() -> None:
     await settle()
     assert entered == []
     for count in range(1, 5):
-        rows.end(2)
-        rows.leave(is_kept=True)
+        end_row(rows)
         await settle()
         assert entered == [1, 1, 2, 3][:count]
     await asyncio.gather(*waiting)
@@ -51,6 +58,19 @@ async def test_a_part_that_has_rows_to_begin_holds_back_later_ones() -> None:
     assert later.done()
 
 
+async def test_draws_that_end_let_the_next_row_in_whatever_became_of_theirs() -> None:
+    rows, _ = gate(limit=4)
+    await rows.enter(0)
+    await rows.enter(0)
+    waiting = asyncio.create_task(rows.enter(0))
+    rows.end()
+    await settle()
+    assert not waiting.done()
+    rows.end()  # of the one row or one of each
+    await settle()
+    assert waiting.done()
+
+
 async def test_a_row_that_is_given_up_leaves_no_trace() -> None:
     rows, admission = gate(limit=2)
     await rows.enter(0)
@@ -60,11 +80,11 @@ async def test_a_row_that_is_given_up_leaves_no_trace() -> None:
     await asyncio.gather(waiting, return_exceptions=True)
     let_in = asyncio.create_task(rows.enter(0))
     await settle()
-    rows.end(2)
-    rows.leave(is_kept=True)  # lets the row in, before its task has run
+    end_row(rows)  # lets the row in, before its task has run
     let_in.cancel()
     await asyncio.gather(let_in, return_exceptions=True)
-    assert (admission.in_flight, admission.reserved, admission.accepted) == (0, 0, 2)
+    counts = admission.in_flight, admission.sampled, admission.reserved, admission.accepted
+    assert counts == (0, 0, 0, 2)
 
 
 async def test_a_stale_gate_stands_open() -> None:

@@ -1,116 +1,30 @@
 """Every rule for groups at work against a real HTTP server, and its effect in the counts."""
 
 import asyncio
-import io
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
-from prefect.logging import disable_run_logger
 
-from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import RolloutFunctionError, RolloutsFailedError
-from hotload.parts import MANIFEST_FILE, RolloutManifest
-from hotload.spec import CycleSpec
-from tasks.overlap import overlap
-from tasks.read_problems import plan_rollouts
-from tasks.roll_out import Rollout, open_rollout, roll_out_chunk
-from tests.blocks.scripted_inference import IDENTITY, MODEL, client, http
-from tests.tasks.answering import NO_IDS, Answering, Asked, Reply, never, saying
+from hotload.parts import RolloutManifest
+from tests.blocks.scripted_inference import IDENTITY, MODEL, http
+from tests.loop_clock import LoopClock
+from tests.tasks.answering import NO_IDS, Asked, never, saying
+from tests.tasks.bench import (
+    Bench,
+    carry_all,
+    playing,
+    replying,
+    right_and_wrong,
+    under_way,
+    until,
+)
 from tests.tasks.playing import KEY_VARIABLE
 
 NEWER = "run-000004-0badf00d"
-
-
-class Bench:
-    """Problems, a store, and rollouts of them by a server that a test scripts."""
-
-    def __init__(self, root: Path) -> None:
-        (root / "store").mkdir()
-        self.store = CheckpointStore(url=f"file://{root}/store")
-        self._root = root
-
-    def spec(self, problems: int | list[dict[str, Any]] = 2, **changes: Any) -> CycleSpec:
-        """Groups of 2, right answers `ab`; `changes` go into `sampling`, `groups` within it."""
-        if isinstance(problems, int):
-            problems = [{"prompt": f"problem {i}", "answer": "ab"} for i in range(problems)]
-        dataset = self._root / "problems.jsonl"
-        rows = ({"id": i, **problem} for i, problem in enumerate(problems))
-        dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        groups = changes.pop("groups", {})
-        per_step = changes.pop("prompt_groups_per_step", None)
-        reward = changes.pop("reward", {"name": "exact_match"})
-        return CycleSpec.model_validate(
-            {
-                "checkpoint": str(self._root),
-                "work_dir": str(self._root),
-                "run_id": "run",
-                "policy_version": 3,
-                "problems": {"dataset": str(dataset), "prompt_groups_per_step": per_step},
-                "sampling": {"completions_per_prompt": 2, **changes, "groups": groups},
-                "reward": reward,
-            }
-        )
-
-    @asynccontextmanager
-    async def rollout(
-        self, spec: CycleSpec, reply: Reply
-    ) -> AsyncIterator[tuple[Rollout, Answering]]:
-        plan = await plan_rollouts(spec, IDENTITY)
-        with disable_run_logger():
-            async with (
-                Answering(reply).running() as server,
-                open_rollout(spec, plan, client(server.port), self.store, None) as rollout,
-            ):
-                yield rollout, server
-
-    async def run(self, spec: CycleSpec, reply: Reply) -> tuple[RolloutManifest, Answering]:
-        """All parts, and the manifest at their end."""
-        async with self.rollout(spec, reply) as (rollout, server):
-            await carry_all(rollout)
-            return rollout.manifest(is_complete=True), server
-
-    async def rows(self, manifest: RolloutManifest) -> list[dict[str, Any]]:
-        """What is in the part files, in order of problem and sample."""
-        frames = []
-        for part in manifest.parts:
-            path = f"_hotload/rollouts/{IDENTITY}/{part.file}"
-            data = await self.store.read_bytes(path, limit_bytes=1 << 20)
-            frames.append(pl.read_parquet(io.BytesIO(data)))
-        return pl.concat(frames).sort("problem_id", "sample_number").to_dicts()
-
-    async def published(self) -> RolloutManifest:
-        """The manifest as it lies in the store."""
-        path = f"_hotload/rollouts/{IDENTITY}/{MANIFEST_FILE}"
-        return RolloutManifest.parse(
-            await self.store.read_bytes(path, limit_bytes=1 << 20), path=path
-        )
-
-
-async def carry_all(rollout: Rollout) -> None:
-    await overlap(roll_out_chunk.fn(rollout, number) for number in range(len(rollout.plan.parts)))
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
-
-
-def replying(answer: Callable[[Asked], bytes]) -> Reply:
-    async def reply(asked: Asked) -> bytes:
-        return answer(asked)
-
-    return reply
-
-
-def right_and_wrong(asked: Asked) -> bytes:
-    """Two answers of which one is right, whichever comes first."""
-    return saying("ab" if asked.number % 2 else "ba")
 
 
 async def test_missing_samples_are_asked_again_under_new_numbers(bench: Bench) -> None:
@@ -178,16 +92,19 @@ async def test_a_group_is_used_with_what_it_has(bench: Bench) -> None:
     assert manifest.summary.groups.groups_by_mark == {"partial": 2}
 
 
-async def test_a_group_s_time_is_up(bench: Bench) -> None:
+async def test_a_group_s_time_is_up(bench: Bench, loop_clock: LoopClock) -> None:
     async def one_answer_each(asked: Asked) -> bytes:
         if any(other.prompt == asked.prompt for other in server_asked[: asked.number]):
             return await never()
         return saying("ab")
 
-    spec = bench.spec(groups={"deadline_seconds": 1.0})
+    spec = bench.spec(groups={"deadline_seconds": 60})
     async with bench.rollout(spec, one_answer_each) as (rollout, server):
         server_asked = server.asked
-        await carry_all(rollout)
+        carrying = asyncio.create_task(carry_all(rollout))
+        await until(lambda: len(server.asked) == 4 and under_way(rollout) == 2)
+        loop_clock.pass_seconds(60)
+        await carrying
         manifest = rollout.manifest(is_complete=True)
     rows = await bench.rows(manifest)
     assert Counter(row["failure"] for row in rows) == {None: 2, "deadline": 2}
@@ -340,19 +257,30 @@ async def test_groups_that_teach_nothing(
         ("drop", {None: 2, "straddling": 2}, [True, True]),
     ],
 )
+@pytest.mark.parametrize("function", [None, "one_turn"])
 async def test_samples_of_two_versions(
-    bench: Bench, policy: str, failures: dict[str | None, int], masks: list[bool]
+    bench: Bench,
+    policy: str,
+    failures: dict[str | None, int],
+    masks: list[bool],
+    function: str | None,
 ) -> None:
     newer = f"accounts/a/models/m@{NEWER}"
 
     def every_second_changes(asked: Asked) -> bytes:
         return saying("ab", MODEL, newer) if asked.number % 2 else saying("ba")
 
-    spec = bench.spec(groups={"on_straddling": policy}, concurrency={"max_concurrency": 1})
+    spec = bench.spec(
+        groups={"on_straddling": policy},
+        concurrency={"max_concurrency": 1},
+        rollout=function and playing(function),
+    )
     manifest, _ = await bench.run(spec, replying(every_second_changes))
     rows = await bench.rows(manifest)
     straddling = [row for row in rows if row["weights"] == "straddling"]
     assert [row["loss_mask"] for row in straddling] == [masks, masks]
+    runs = [{"start": 0, "identity": IDENTITY}, {"start": 1, "identity": NEWER}]
+    assert [row["identity_runs"] for row in straddling] == [runs, runs]
     assert Counter(row["failure"] for row in rows) == failures
     counts = manifest.summary.groups
     assert counts.straddling_samples == 2
@@ -396,7 +324,8 @@ async def test_the_breaker_leaves_the_rest_for_a_later_run(bench: Bench) -> None
     def fails_after_two_rows(asked: Asked) -> bytes:
         return NO_IDS if is_down and asked.number >= 4 else right_and_wrong(asked)
 
-    with pytest.raises(RolloutsFailedError, match="missing_token_ids 10, breaker_open 10"):
+    # Five rows, and the one that was begun before the last of them had ended.
+    with pytest.raises(RolloutsFailedError, match="missing_token_ids 12, breaker_open 8"):
         await bench.run(spec, replying(fails_after_two_rows))
     begun = await bench.published()
     assert not begun.is_complete
@@ -502,10 +431,6 @@ async def test_the_same_row_gives_the_same_requests(bench: Bench, tmp_path: Path
         asked = [(one.headers["x-request-id"], one.session, one.body) for one in server.asked]
         twice.append(sorted(asked, key=lambda one: one[0]))
     assert twice[0] == twice[1]
-
-
-def playing(name: str, **fields: Any) -> dict[str, Any]:
-    return {"name": f"tests.tasks.playing:{name}", **fields}
 
 
 async def test_a_rollout_of_two_turns(bench: Bench) -> None:

@@ -1,9 +1,13 @@
 """What waits to be written, counted while the store writes and other groups end."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from blocks.checkpoint_store import CheckpointStore
+from hotload.errors import StoreUnavailableError
 from hotload.groups import Tally, Verdict
 from hotload.parts import PartPlan, RolloutPlan
 from hotload.spec import Groups
@@ -38,13 +42,14 @@ class Store(CheckpointStore):
 begun, may_end = asyncio.Event(), asyncio.Event()
 
 
-def settled(problem: Problem, text: str = "a") -> Settled:
+def settled(problem: Problem, text: str = "a", *, is_dropped: bool = False) -> Settled:
     """A group of one sample that fills a file."""
     origin = Provenance(IDENTITY, "r", "s", 1, (IDENTITY,), IDENTITY)
     prompt = (7,) * FULL_TOKENS
     sample = Trajectory(problem.id, 0, 0, origin, 0.1, prompt, (2,), (-0.5,), (True,), text, "stop")
-    group = ScoredGroup(problem, (sample,), (1.0,), (0.0,))
-    return Settled(group, Tally().counts(Verdict(group), Groups(), is_refill=False), False)
+    group = ScoredGroup(problem, (sample,), (1.0,), (0.0,), mark="uniform" if is_dropped else None)
+    counts = Tally().counts(Verdict(group, is_dropped), Groups(), is_refill=False)
+    return Settled(group, counts, is_dropped)
 
 
 async def test_groups_that_end_during_a_write_still_count(tmp_path: Path) -> None:
@@ -75,3 +80,53 @@ async def test_of_what_two_runs_wrote_the_file_that_a_reader_may_have_counts(
         resumed = PartWriter(store, PLAN, PLAN.parts[0])
         await resumed.find(names, told)
         assert [part.file for part in resumed.parts] == [kept]
+
+
+class Forgetful(CheckpointStore):
+    """A store that wrote the first file, and the answer to that was lost."""
+
+    _block_type_slug = "forgetful-store"
+
+    has_forgotten: bool = False
+
+    async def create_bytes(self, data: bytes, path: str) -> bool:
+        is_new = await super().create_bytes(data, path)
+        if not self.has_forgotten:
+            self.has_forgotten = True
+            raise StoreUnavailableError(path, "no answer")
+        return is_new
+
+
+async def test_a_group_is_in_one_file_though_the_store_s_answer_was_lost(tmp_path: Path) -> None:
+    store = Forgetful(url=f"file://{tmp_path}")
+    writer = PartWriter(store, PLAN, PLAN.parts[0])
+    writer.take(settled(PROBLEMS[0], is_dropped=True))
+    with pytest.raises(StoreUnavailableError):
+        await writer.write()
+    writer.take(settled(PROBLEMS[1]))
+    assert await writer.write()
+    assert not await writer.write()
+    names = await store.names(PLAN.directory)
+    assert names == [part.file for part in writer.parts]
+    assert [len(part.groups.dropped_groups) for part in writer.parts] == [1, 0]
+
+
+async def test_a_dropped_group_that_two_files_have_counts_once(tmp_path: Path) -> None:
+    """Two runs at once dropped it, and each sampled another row beside."""
+    part = replace(PLAN.parts[0], reserve=(Problem("r0", "x"), Problem("r1", "x")))
+    plan = replace(PLAN, parts=(part,))
+    store = CheckpointStore(url=f"file://{tmp_path}")
+    for other in (PROBLEMS[1], part.reserve[0]):
+        writer = PartWriter(store, plan, part)
+        writer.take(settled(PROBLEMS[0], is_dropped=True))
+        writer.take(settled(other))
+        await writer.write()
+    names = await store.names(plan.directory)
+    for told, kept, left in (
+        (frozenset(), names[0], "r0"),
+        (frozenset(names[1:]), names[1], PROBLEMS[1].id),
+    ):
+        resumed = PartWriter(store, plan, part)
+        await resumed.find(names, told)
+        assert [each.file for each in resumed.parts] == [kept]
+        assert [problem.id for problem in resumed.progress.to_do()] == [left]

@@ -80,8 +80,24 @@ async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     async with asking(answer(1), refused, arguments=arguments) as (reward, script, _):
         assert await reward.judge(PROBLEM, samples()) == [Score(1)]
         assert script.requests[0][0]["authorization"] == f"bearer {KEY}"  # the script lowers it
-        (outcome,) = await reward.judge(PROBLEM, samples())
-    assert outcome == Unscored(Cause.REWARD_UNAVAILABLE, "HTTP 401")
+        with pytest.raises(
+            RewardError, match="HTTP 401: mend the key in REWARD_JUDGE_KEY"
+        ) as caught:
+            await reward.judge(PROBLEM, samples(2))
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+async def test_a_service_that_lets_nobody_in_marks_no_sample(status: int) -> None:
+    async with Script(http(b"", status=status)).running() as script:
+        remote = {"name": "remote", "arguments": dict(declared(script).arguments)}
+        parts = [{"name": "exact_match"}, remote]
+        spec = RewardSpec(name="weighted_sum", arguments={"parts": parts})
+        async with open_scorer(spec) as scorer:
+            with pytest.raises(
+                RewardError, match=f"HTTP {status}: mend the service's `key_variable`"
+            ):
+                await scorer.score_group(TrajectoryGroup(PROBLEM, tuple(samples(2))))
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "two\nlines", "schlüssel"])
@@ -110,10 +126,8 @@ CUT = http(b'{"rewards": [1', length=50)
         ([CUT, http(b"", 500), answer(1)], 3, [2, 4], Score(1)),
         ([b"not HTTP\r\n\r\n", answer(1)], 2, [2], Score(1)),
         ([http(b"", 500)], 7, [2, 4, 8, 16, 30, 30], "HTTP 500"),
-        ([http(b"", 400)], 1, [], "HTTP 400"),
         ([http(b"", 404)], 1, [], "HTTP 404"),
         ([http(b"", 307, location="/elsewhere")], 1, [], "HTTP 307"),
-        ([http(b" " * (1 << 21))], 1, [], "an answer of more than 1048576 bytes"),
     ],
 )
 async def test_one_layer_of_attempts(
@@ -127,6 +141,21 @@ async def test_one_layer_of_attempts(
     assert found == expected
     assert len(script.requests) == requests
     assert naps.seconds == waits
+
+
+@pytest.mark.parametrize(
+    ("reply", "detail"),
+    [
+        (http(b"", 400), "HTTP 400"),
+        (http(b"", 413), "HTTP 413"),
+        (http(b" " * (1 << 21)), "an answer of more than 1048576 bytes"),
+    ],
+)
+async def test_what_a_service_will_not_score_is_no_outage(reply: bytes, detail: str) -> None:
+    async with asking(reply) as (reward, script, naps):
+        (found,) = await reward.judge(PROBLEM, samples())
+    assert found == Unscored(Cause.REWARD_REFUSED, detail)
+    assert (len(script.requests), naps.seconds) == (1, [])
 
 
 async def test_nothing_is_waited_for_that_would_come_too_late() -> None:

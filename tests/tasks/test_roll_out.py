@@ -120,7 +120,7 @@ async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: Checkp
     async with served(http(GOOD)) as script:
         plan, manifest = await roll_out(spec, store, script)
         # So far the manifest names all there is and says that more may come.
-        assert await find_rollout.fn(store, plan.path(MANIFEST_FILE), plan.digest) is None
+        assert await find_rollout.fn(store, plan.directory, plan.digest) is None
         damaged = manifest.parts[1].file
         await store.put_bytes(b"damaged", plan.path(damaged))
         again, found = await roll_out(spec, store, script)
@@ -133,12 +133,18 @@ async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: Checkp
             "part-00002-00.parquet",
         ]
         assert (found.parts[0], found.parts[2]) == (manifest.parts[0], manifest.parts[2])
+        # What was found took no time of this run, so its rates are without it.
+        told = found.summary
+        assert (told.sample_count, told.found_sample_count, told.found_token_count) == (10, 6, 12)
+        assert told.samples_per_second == 4 / told.seconds
+        assert told.tokens_per_second == 8 / told.seconds
+        assert manifest.summary.found_sample_count == 0
         summary = await hand_back.fn(store, found, plan.path(MANIFEST_FILE))
-        assert await find_rollout.fn(store, plan.path(MANIFEST_FILE), plan.digest) == summary
+        assert await find_rollout.fn(store, plan.directory, plan.digest) == summary
 
         other = spec.model_copy(update={"sampling": spec.sampling.model_copy(update={"seed": 9})})
         replanned = await plan_rollouts(other, IDENTITY)
-        assert await find_rollout.fn(store, replanned.path(MANIFEST_FILE), replanned.digest) is None
+        assert await find_rollout.fn(store, replanned.directory, replanned.digest) is None
         await roll_out(other, store, script)
         assert len(script.requests) == 14 + 10
 
@@ -170,14 +176,19 @@ async def test_a_disk_that_fills_up_leaves_no_half_file_and_costs_no_sample(
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
         async with (
-            served(http(GOOD)) as script,
+            served(http(b"", 400), http(GOOD)) as script,
             open_rollout(spec, plan, client(script.port), store, None) as rollout,
         ):
+            assert rollout.state() == "0 groups ended, 5 planned; 0 samples under way, window 1"
             with disk_full_after(1000), pytest.raises(StoreError, match="File too large"):
                 await roll_out_chunk.fn(rollout, 0)
             assert await store.names(plan.directory) == []
             (part,) = await roll_out_chunk.fn(rollout, 0)
             assert len(script.requests) == part.sample_count == 4
+            assert rollout.state() == (
+                "2 groups ended, 5 planned; 0 samples under way, window 1; "
+                "requests without an answer: 1 × HTTP 400"
+            )
     data = await store.read_bytes(plan.path(part.file), limit_bytes=1 << 20)
     assert hashlib.sha256(data).hexdigest() == part.sha256
 

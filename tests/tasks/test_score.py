@@ -15,6 +15,7 @@ import pytest
 from hotload.errors import RewardError
 from hotload.spec import RewardSpec
 from hotload.trajectories import Problem, Provenance, Trajectory, TrajectoryGroup
+from tasks.overlap import overlap
 from tasks.score import open_scorer
 
 REWARDS = """
@@ -141,7 +142,8 @@ async def test_a_built_in_scores_here() -> None:
     good = group("a", "b", "a", answer="a")
     mixed = TrajectoryGroup(good.problem, (*good.trajectories_G, failed))
     async with open_scorer(RewardSpec()) as scorer:
-        [scored, other] = await scorer.score([mixed, group("z", answer="a")])
+        scored = await scorer.score_group(mixed)
+        other = await scorer.score_group(group("z", answer="a"))
     assert scored.rewards_G == (1, 0, 1, None)
     assert scored.advantages_G[3] is None
     assert scored.advantages_G[0] == pytest.approx(0.5773502, rel=1e-6)
@@ -150,12 +152,13 @@ async def test_a_built_in_scores_here() -> None:
 
 
 async def test_a_built_in_that_raises_is_marked() -> None:
-    good, other = group("a", "b").trajectories_G
-    torn = TrajectoryGroup(group().problem, (good, replace(other, loss_mask_T=())))
-    async with open_scorer(RewardSpec(name="length", arguments={"target": 1})) as scorer:
-        [scored] = await scorer.score([torn])
-    assert scored.rewards_G == (1, None)
-    assert [each.failure for each in scored.trajectories_G] == [None, "reward_raised"]
+    async with open_scorer(RewardSpec(name="numeric_answer")) as scorer:
+        good = await scorer.score_group(group("12", answer="12"))
+        pair = await scorer.score_group(group("12", answer="(1,2)"))
+        none = await scorer.score_group(group("None"))
+    assert (good.rewards_G, pair.rewards_G, none.rewards_G) == ((1,), (None,), (None,))
+    assert [each.trajectories_G[0].failure for each in (pair, none)] == ["reward_raised"] * 2
+    assert "one number, found '(1,2)'" in pair.trajectories_G[0].detail
 
 
 async def test_whatever_a_reward_does_costs_one_sample(module: str) -> None:
@@ -173,7 +176,9 @@ async def test_whatever_a_reward_does_costs_one_sample(module: str) -> None:
     spec = RewardSpec(name=f"{module}:misbehave", arguments={"scale": 2}, timeout_seconds=0.5)
     texts = ["1", *told, "2"]
     async with open_scorer(spec) as scorer:
-        scored, other = await scorer.score([group(*texts, bonus=10), group("3")])
+        scored, other = await overlap(
+            scorer.score_group(each) for each in (group(*texts, bonus=10), group("3"))
+        )
     assert scored.rewards_G == (12, *[None] * len(told), 14)
     assert [each.failure for each in scored.trajectories_G] == [None, *told.values(), None]
     assert scored.advantages_G[0] == pytest.approx(-scored.advantages_G[-1])  # type: ignore[operator]
@@ -186,7 +191,7 @@ async def test_a_reward_that_hangs_takes_its_children_along(module: str, tmp_pat
     path.touch()
     spec = RewardSpec(name=f"{module}:slow_child", timeout_seconds=0.3)
     async with open_scorer(spec) as scorer:
-        [scored] = await scorer.score([group("1", lock=str(path))])
+        scored = await scorer.score_group(group("1", lock=str(path)))
         assert scored.trajectories_G[0].failure == "reward_timeout"
         with path.open("r+") as lock:
             await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)  # free once both are gone
@@ -258,7 +263,7 @@ async def test_a_failed_sample_is_not_scored(module: str) -> None:
     one = group("die")
     failed = replace(one.trajectories_G[0], failure="swap_timeout")
     async with open_scorer(RewardSpec(name=f"{module}:misbehave")) as scorer:
-        [scored] = await scorer.score([TrajectoryGroup(one.problem, (failed,))])
+        scored = await scorer.score_group(TrajectoryGroup(one.problem, (failed,)))
     assert scored.trajectories_G == (failed,)
 
 
@@ -364,7 +369,7 @@ async def test_each_problem_may_have_a_schema_of_its_own() -> None:
     async with open_scorer(RewardSpec(name="json_schema")) as scorer:
         numbers = group("1", '"a"', answer={"type": "integer"})
         broken = group("1", answer={"type": "nothing"})
-        scored, other = await scorer.score([numbers, broken])
+        scored, other = await scorer.score_group(numbers), await scorer.score_group(broken)
     assert scored.rewards_G == (1, 0)
     assert other.trajectories_G[0].failure == "reward_raised"
     assert "the schema is none" in other.trajectories_G[0].detail
@@ -378,7 +383,8 @@ async def test_a_weighted_sum_of_what_runs_here_and_elsewhere(module: str) -> No
     ]
     spec = RewardSpec(name="weighted_sum", arguments={"parts": parts})
     async with open_scorer(spec) as scorer:
-        scored, failed = await scorer.score([group("b1", "a", answer="a"), group("1", "nothing")])
+        scored = await scorer.score_group(group("b1", "a", answer="a"))
+        failed = await scorer.score_group(group("1", "nothing", answer="a"))
     assert scored.rewards_G == (0 + 1 + 1, 2 + 0.5 + 0)
     assert scored.reward_parts_G[1] == {
         "exact_match": 1,
@@ -448,7 +454,7 @@ async def test_a_variable_that_cannot_be_had_is_refused(
         (RewardSpec(name="exact_match", per_group=True), "per_group"),
         (RewardSpec(name="regex"), "pattern"),
         (RewardSpec(name="regex", arguments={"pattern": "("}), "cannot use its arguments"),
-        (RewardSpec(name="length", arguments={"target": 0}), "ZeroDivisionError"),
+        (RewardSpec(name="length", arguments={"target": 0}), "target: found 0"),
         (RewardSpec(name="remote"), "url"),
         (
             RewardSpec(

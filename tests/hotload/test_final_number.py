@@ -1,0 +1,234 @@
+"""Final numbers by a table of texts, and by numbers written in every way."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hotload.final_number import final_number, one_number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so it is 72.", 72),
+        ("**-5**", -5),
+        ("The answer is \u22125.", -5),
+        ("The answer is \u20135.", -5),
+        ("The answer is \uff0d5.", -5),
+        ("答案是-5", -5),
+        ("-$5", -5),
+        ("$-5$", -5),
+        ("- 5", 5),  # an item of a list
+        ("pages 5–10", 10),
+        ("x = 8-5", 5),
+        ("3/2", Fraction(3, 2)),
+        ("3 / 4 of it", Fraction(3, 4)),
+        ("2 1/2 cups", Fraction(5, 2)),
+        (r"$-\frac{1}{2}$", Fraction(-1, 2)),
+        (r"\dfrac{-1}{2}", Fraction(-1, 2)),
+        (r"\tfrac12", Fraction(1, 2)),
+        (r"2\frac12", Fraction(5, 2)),
+        (r"x=\frac{1,000}{3}", Fraction(1000, 3)),
+        ("1,234.50", Fraction(2469, 2)),
+        ("3,5", 5),
+        ("1,111,1111", 1111),
+        ("12,34", 34),
+        ("v1.2.3 says 7", 7),
+        ("= .50", Fraction(1, 2)),
+        ("1e3", 1000),
+        ("2.5E-1", Fraction(1, 4)),
+        (r"$3 \times 10^{-2}$", Fraction(3, 100)),
+        ("3 × 10^5 m", 300_000),
+        ("the area is 12 m^2", 12),
+        ("12 m²", 12),
+        ("7 g of CO2 and H2O", 7),
+        ("49, as x_1 = 49 with x_2", 49),
+        ("50%", 50),
+        ("50\\%", 50),
+        ("٥", 5),
+        ("#### Step 2: add\n40 + 2\n\n#### Final answer\n**Forty-two**, i.e. 42", 42),
+        ("#### 2. Add them\nThat makes 42", 42),
+        ("##### 5\n6", 6),
+        ("5/0", None),
+        ("10^2", None),
+        ("10^{25}", None),
+        ("10²", None),
+        ("5 million", None),
+        (r"2\pi", None),
+        (r"2\sqrt{3}", None),
+        ("1011_2", None),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_of_a_text(text: str, number: Fraction | int | None) -> None:
+    assert final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 72", 72),
+        ("48/2 = <<48/2=24>>24 clips.\n48+24 = <<48+24=72>>72 clips.\n#### 72", 72),
+        ("#### −1,234 so 7", -1234),
+        ("#### -$5 or 3", -5),
+        ("#### **$18.50**\n\n7", Fraction(37, 2)),
+        ("#### 72 clips (48 in April and 24 in May)", 72),
+        ("#### 72.\nSo 3", 72),
+        ("#### 5\n\n#### 6\n7", 6),
+        ("#### 10^2, so 3", None),
+        (r"\boxed{7} and not 8", 7),
+        (r"\boxed{7} and \boxed{8}", 8),
+        ("\\boxed{7}\n#### Check 3", 7),
+        ("\\boxed{7}\n#### 8\n9", 8),
+        (r"#### 8, that is \boxed{7}", 7),
+        (r"\boxed {5} after 3", 5),
+        (r"\boxed 5 after 3", 5),
+        (r"\fbox{5} after 3", 5),
+        (r"\boxed{\boxed{5}} after 3", 5),
+        (r"\boxed{- 5} after 3", -5),
+        (r"\boxed{-\$5} after 3", -5),
+        (r"\boxed{\frac{7}{2}}", Fraction(7, 2)),
+        (r"\boxed{-\dfrac{1}{2}\text{ cm}}", Fraction(-1, 2)),
+        (r"\boxed{10{,}000}", 10_000),
+        (r"\boxed{10,\!000}", 10_000),
+        (r"\boxed{10\,000}", 10_000),
+        (r"So \boxed{42\text{ cm}} in 3 steps.", 42),
+        (r"\boxed{\text{42 cm}} in 3 steps.", 42),
+        (r"\boxed{12\text{ m}^2}", 12),
+        (r"\boxed{12 \mathrm{~m}^{2}}", 12),
+        (r"\boxed{20\,\text{km/h}}", 20),
+        (r"\boxed{9.81 m/s^2}", Fraction(981, 100)),
+        (r"\boxed{45^\circ}", 45),
+        (r"\boxed{45^{\circ}}", 45),
+        (r"\boxed{50\%}", 50),
+        (r"\boxed{x = 5}", 5),
+        (r"\boxed{\text{Answer: } 5}", 5),
+        (r"\boxed{3 \times 10^5}", 300_000),
+        (r"3 in \boxed{}", None),
+        (r"3 in \boxed{5", None),
+        (r"3 in \boxed{no}", None),
+        (r"3 in \boxed{(1,2)}", None),
+        (r"3 in \boxed{1,2}", None),
+        (r"3 in \boxed{3x}", None),
+        (r"3 in \boxed{2\pi}", None),
+        (r"3 in \boxed{\sqrt{5}}", None),
+        (r"3 in \boxed{\frac{\sqrt{3}}{2}}", None),
+        (r"3 in \boxed{10^2}", None),
+        (r"3 in \boxed{3+5}", None),
+        (r"3 in \boxed{3:5}", None),
+        (r"3 in \boxed{x < 5}", None),
+        (r"3 in \boxed{x=3 \text{ or } x=5}", None),
+        (r"3 in \boxed{3\text{ or }5}", None),
+        (r"3 in \boxed{5 million}", None),
+    ],
+)
+def test_a_marked_number_counts_before_others(text: str, number: Fraction | int | None) -> None:
+    assert final_number(text) == number
+    if number is None:
+        with pytest.raises(ValueError, match="expected an answer that is one number"):
+            one_number(text)
+    else:
+        assert one_number(text) == number  # an answer may be the whole solution
+
+
+@pytest.mark.parametrize("text", ["5", "-5", "$5", "5%", "5 apples", "x = 5", "$x=5$", "5.", "1/2"])
+def test_an_answer_that_is_one_number(text: str) -> None:
+    assert one_number(text) == final_number(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(1,2)",
+        "1,2",
+        "2 000",
+        "3,5",
+        "five",
+        "none",
+        "",
+        "3x",
+        "5 or 7",
+        "3:5",
+        "1/0",
+        "10^2",
+        "5!",
+    ],
+)
+def test_an_answer_that_is_not_one_number(text: str) -> None:
+    with pytest.raises(ValueError, match="expected an answer that is one number, found"):
+        one_number(text)
+
+
+WAYS = [
+    "{}",
+    "{:,}",
+    "{:,}.00",
+    "${}$",
+    "**{:,}**",
+    "#### {:,}",
+    r"\boxed{{{}}}",
+    r"\boxed{{\text{{{:,} cm}}}}",
+    r"\fbox{{x = {}}}",
+    r"\boxed{{\frac{{{}}}{{1}}}}",
+    "{}/1",
+    "{:,}%",
+    "{} km",
+]
+
+
+@given(
+    number=st.integers(-(10**18), 10**18),
+    way=st.sampled_from(WAYS),
+    minus=st.sampled_from("-\u2212\u2013\uff0d"),
+    comma=st.sampled_from([",", "{,}", r",\!", r"\,", "\u202f"]),
+)
+def test_a_number_is_read_however_it_is_written(
+    number: int, way: str, minus: str, comma: str
+) -> None:
+    text = way.format(number).replace("-", minus).replace(",", comma)
+    assert one_number(text) == number
+    assert final_number(f"First 3 of 7. So: {text}") == number
+
+
+@given(st.fractions(max_denominator=10**6))
+def test_a_fraction_is_read_however_it_is_written(number: Fraction) -> None:
+    sign, over = "-" if number < 0 else "", abs(number.numerator)
+    for text in (str(number), rf"\boxed{{{sign}\frac{{{over}}}{{{number.denominator}}}}}"):
+        assert final_number(text) == one_number(text) == number
+
+
+@given(st.text("0123456789,.-+/^_ \\{}$#%e\n"))
+def test_whatever_a_text_says_it_has_a_number_or_none(text: str) -> None:
+    for written in (text, rf"\boxed{{{text}}}", f"#### {text}", rf"\frac{text}"):
+        found = final_number(written)
+        assert found is None or isinstance(found, Fraction)
+
+
+MANY = 250_000
+"""Characters of a hostile text: with work that grows as their square no time limit would do."""
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1", "1,", ",111", "1.", "1/", "1 ", "1e", "1^", "-", " ", "#", "#### ", "#### 1", "{", "}",
+        "a", "a_", "ab ", "\\", "\\frac", r"\frac{1", r"\frac{1}{", r"\boxed{", r"\boxed{1",
+        r"\boxed 1", r"\text{", r"\text{a}", r"1\times 10^", "1 million", "$", "=", "m^", "é",
+    ],
+)  # fmt: skip
+def test_a_long_text_costs_little(piece: str) -> None:
+    many = piece * (MANY // len(piece))
+    for text in (many, f"1{many}1", rf"\boxed{{{many}}}"):
+        final_number(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["1" * MANY, "1e999999999", "1e-999999999", "1e" + "9" * MANY, "0." + "0" * MANY]
+)
+def test_a_number_too_large_to_handle_is_none(text: str) -> None:
+    assert final_number(text) is None
+    with pytest.raises(ValueError, match="one number"):
+        one_number(text)
