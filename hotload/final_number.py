@@ -17,8 +17,9 @@ DASHES = str.maketrans("\u2212\u2013\uff0d", "---")
 """The minus sign, and what is written for it."""
 
 # Groups of three by commas, or by the spaces that no line breaks at; never by others.
-_DIGITS = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3}(?!\d))++|\d++)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d++)?+|\.\d++)"
+# Only single characters are taken for good by `++`: for groups Python below 3.11.5 has it wrong.
+_DIGITS = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3}(?!\d))+|\d++)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.\d++)?|\.\d++)"
 _MAGNITUDE = rf"""
     (?>
         (?:[$€£¥]\ ?)?
@@ -48,8 +49,8 @@ _IN_TEXT = re.compile(
 )
 _ALONE = re.compile(
     rf"""
-    (?:[^\d=:,;<>!]*+[=:])?+ [\s$*]*+ (?P<sign>[-+])?\s* {_MAGNITUDE} (?!{_FACTOR})
-    [\s$€£¥*.]*+ (?:{_UNIT}[\s$*./·-]*+)*+
+    (?:[^\d=:,;<>!]*+[=:])? [\s$*]*+ (?P<sign>[-+])?\s* {_MAGNITUDE} (?!{_FACTOR})
+    [\s$€£¥*.]*+ (?:{_UNIT}[\s$*./·-]*+)*
     """,
     re.VERBOSE,
 )
@@ -57,7 +58,7 @@ _ALONE = re.compile(
 _MARKER = re.compile(
     rf"""
     (?:(?<!\#)\#{{4}}(?!\#) | \\(?:boxed|fbox)\b) [\s*]{{0,9}}+
-    (?P<line>(?:[-+]\s?)?{_MAGNITUDE}(?:{_FACTOR})?+)(?![.):][\ \t]*+\w)
+    (?P<line>(?:[-+]\s?)?{_MAGNITUDE}(?>(?:{_FACTOR})?))(?![.):][\ \t]*+\w)
     | \\(?:boxed|fbox)\s{{0,9}}(?P<brace>\{{)
     """,
     re.VERBOSE,
