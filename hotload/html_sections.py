@@ -236,7 +236,7 @@ def rewards_section(report: CycleReport, figures: Figures) -> str:
     if len(distinct) <= DISTINCT_REWARDS:
         drawn = columns(
             [
-                Bar(number(value), 0, distinct[value], f"{distinct[value]:,}")
+                Bar(f"{value:.3g}", 0, distinct[value], f"{distinct[value]:,}")
                 for value in sorted(distinct)
             ],
             "Samples by reward",
