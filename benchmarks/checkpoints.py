@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hotload.manifests import build_index, build_spec
-from hotload.shards import (
+from hotload.checkpoint.index_and_spec import build_index, build_spec
+from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
+from hotload.checkpoint.safetensors import (
     PREFIX_BYTES,
     ShardHeader,
     TensorInfo,
@@ -28,7 +29,6 @@ from hotload.shards import (
     read_header,
     render_header,
 )
-from hotload.snapshot import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 
 Bits = npt.NDArray[np.unsignedinteger]
 Floats = npt.NDArray[np.float32]

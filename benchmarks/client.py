@@ -26,24 +26,25 @@ from openai import AsyncOpenAI
 
 from benchmarks.profiles import print_costs
 from benchmarks.stub_service import PROMPT
-from blocks.exchange import Chunks
 from blocks.rollout_client import RolloutClient
 from examples.processes import free_port, process
+from hotload.clients.inference.attempt import Chunks
+from hotload.publish import fireworks_api
+from hotload.rollout import completions_api
+from hotload.rollout.trajectory import Problem
 from hotload.spec import Concurrency, Sampling
-from hotload.trajectories import Problem
-from hotload.wire import fireworks, inference
 
 BAR_OF_HAND, BAR_OF_OPENAI = 0.85, 5.0
 STORM_BAR, INTERVALS_BAR = 1.5, 3
 IDENTITY = "bench-000001-00000000"
 NAMES = {"account_id": "bench", "model_id": "tiny", "deployment_id": "fleet"}
-MODEL = fireworks.model_name("bench", "tiny")
+MODEL = fireworks_api.model_name("bench", "tiny")
 HEADERS = {
     "Authorization": "Bearer bench",
     "Content-Type": "application/json",
     "Accept-Encoding": "identity",
-    fireworks.MODEL_HEADER: MODEL,
-    fireworks.DEPLOYMENT_HEADER: fireworks.deployment_name("bench", "fleet"),
+    fireworks_api.MODEL_HEADER: MODEL,
+    fireworks_api.DEPLOYMENT_HEADER: fireworks_api.deployment_name("bench", "fleet"),
 }
 Sampled = list[tuple[Sequence[int], Sequence[float]]]
 Side = Callable[[str, argparse.Namespace, int], Awaitable[Sampled]]
@@ -84,15 +85,15 @@ async def _in_flight(options: argparse.Namespace, count: int, send: Any) -> Samp
 
 async def by_hand(url: str, options: argparse.Namespace, count: int) -> Sampled:
     """Ids and log-probabilities by a loop on the same transport with the same parsing."""
-    sampling, target = sampling_of(options), httpx.URL(url + fireworks.COMPLETIONS_PATH)
+    sampling, target = sampling_of(options), httpx.URL(url + fireworks_api.COMPLETIONS_PATH)
     extensions = {"timeout": httpx.Timeout(600).as_dict()}
     limits = httpx.Limits(max_connections=options.in_flight)
     async with AiohttpTransport(limits=limits) as transport:
 
         async def send(number: int) -> Any:
             problem = problem_of(number)
-            body = inference.sample_body(problem, sampling, model=MODEL, seed=number)
-            answer = inference.Answer(sampling, problem.prompt)
+            body = completions_api.sample_body(problem, sampling, model=MODEL, seed=number)
+            answer = completions_api.Answer(sampling, problem.prompt)
             chunks = Chunks(answer)
             request = httpx.Request(
                 "POST", target, headers=HEADERS, content=orjson.dumps(body), extensions=extensions
@@ -109,14 +110,14 @@ async def by_hand(url: str, options: argparse.Namespace, count: int) -> Sampled:
 
 async def bare_aiohttp(url: str, options: argparse.Namespace, count: int) -> Sampled:
     """Ids and log-probabilities by a loop on aiohttp's own interface, with the same parsing."""
-    sampling, target = sampling_of(options), url + fireworks.COMPLETIONS_PATH
+    sampling, target = sampling_of(options), url + fireworks_api.COMPLETIONS_PATH
     connector = aiohttp.TCPConnector(limit=options.in_flight)
     async with aiohttp.ClientSession(connector=connector, headers=HEADERS) as session:
 
         async def send(number: int) -> Any:
             problem = problem_of(number)
-            body = inference.sample_body(problem, sampling, model=MODEL, seed=number)
-            answer = inference.Answer(sampling, problem.prompt)
+            body = completions_api.sample_body(problem, sampling, model=MODEL, seed=number)
+            answer = completions_api.Answer(sampling, problem.prompt)
             chunks = Chunks(answer)
             async with session.post(target, data=orjson.dumps(body)) as response:
                 async for piece in response.content.iter_any():

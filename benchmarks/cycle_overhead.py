@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from examples.processes import emulator, prefect_server
-from hotload.report import CycleReport
+from hotload.report.cycle_report import CycleReport
 from hotload.spec import RewardSpec
 
 CYCLES = 6

@@ -35,29 +35,30 @@ async def by_hand(url: str, spec: Any, problems: Any, *, is_bare: bool) -> int:
     import orjson
     from httpx_aiohttp import AiohttpTransport
 
-    from hotload.wire import fireworks, inference
+    from hotload.publish import fireworks_api
+    from hotload.rollout import completions_api
 
     gate = asyncio.Semaphore(spec.sampling.concurrency.initial_window)
-    model = fireworks.model_name(NAMES["account_id"], NAMES["model_id"])
-    service = fireworks.deployment_name(NAMES["account_id"], NAMES["deployment_id"])
+    model = fireworks_api.model_name(NAMES["account_id"], NAMES["model_id"])
+    service = fireworks_api.deployment_name(NAMES["account_id"], NAMES["deployment_id"])
     headers = {
         "Authorization": "Bearer bench",
         "Content-Type": "application/json",
-        fireworks.MODEL_HEADER: model,
-        fireworks.DEPLOYMENT_HEADER: service,
+        fireworks_api.MODEL_HEADER: model,
+        fireworks_api.DEPLOYMENT_HEADER: service,
     }
     timeout = httpx.Timeout(600)
     transport = AiohttpTransport(limits=httpx.Limits(max_connections=256))
-    target = httpx.URL(url + fireworks.COMPLETIONS_PATH)
+    target = httpx.URL(url + fireworks_api.COMPLETIONS_PATH)
 
     async with httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport) as http:
 
         async def sample(problem: Any, number: int) -> int:
             sampling = spec.sampling
             content = orjson.dumps(
-                inference.sample_body(problem, sampling, model=model, seed=number)
+                completions_api.sample_body(problem, sampling, model=model, seed=number)
             )
-            answer, events = inference.Answer(sampling, None), inference.EventStream()
+            answer, events = completions_api.Answer(sampling, None), completions_api.EventStream()
             async with gate:
                 if is_bare:
                     request = httpx.Request(
@@ -73,7 +74,7 @@ async def by_hand(url: str, spec: Any, problems: Any, *, is_bare: bool) -> int:
                     response = await http.send(request, stream=True)
                 async for piece in response.aiter_raw() if is_bare else response.aiter_bytes():
                     for _, data in events.feed(piece):
-                        if data != inference.DONE:
+                        if data != completions_api.DONE:
                             answer.add(orjson.loads(data))
                 await response.aclose()
             assert answer.finish() is None
@@ -90,11 +91,11 @@ async def without_prefect(spec: Any, url: str, root: Path) -> Any:
 
     from blocks.checkpoint_store import CheckpointStore
     from blocks.rollout_client import RolloutClient
-    from hotload.parts import MANIFEST_FILE
+    from hotload.dataset.rollout_plan import MANIFEST_FILE
+    from hotload.sampling.concurrently import overlap
+    from hotload.sampling.problems import plan_rollouts
+    from hotload.sampling.rollout import open_rollout
     from tasks.hand_back import hand_back
-    from tasks.overlap import overlap
-    from tasks.read_problems import plan_rollouts
-    from tasks.roll_out import open_rollout
 
     client = RolloutClient(base_url=url, api_key="bench", **NAMES)
     store = CheckpointStore(url=(root / "bucket").as_uri())
@@ -111,8 +112,8 @@ async def measure(options: argparse.Namespace, url: str, root: Path) -> tuple[fl
     from blocks.checkpoint_store import CheckpointStore
     from blocks.rollout_client import RolloutClient
     from flows.rollouts import roll_out_and_score
+    from hotload.sampling.problems import read_problems
     from hotload.spec import CycleSpec
-    from tasks.read_problems import read_problems
 
     dataset = root / "problems.jsonl"
     rows = ({"id": i, "prompt": f"{i}: say ab", "answer": "ab"} for i in range(options.problems))

@@ -24,12 +24,12 @@ import numpy.typing as npt
 from benchmarks import checkpoints
 from benchmarks.checkpoints import Change
 from benchmarks.peers import Plain, Sparse, Vendor, Way
-from hotload.readable import InMemory
-from hotload.shards import PREFIX_BYTES, ShardHeader, header_size, read_header
+from hotload.checkpoint.safetensors import PREFIX_BYTES, ShardHeader, header_size, read_header
+from hotload.delta.byte_io import InMemory
 
 
 class Buffer:
-    """Memory of a fixed size that the codec reads and writes (`hotload.readable.Writable`)."""
+    """Memory of a fixed size that the codec reads and writes (`hotload.delta.byte_io.Writable`)."""
 
     def __init__(self, data: npt.NDArray[np.uint8]) -> None:
         self.data = data
@@ -52,9 +52,8 @@ class Ours:
     """`arc_v2` of this project, tensor by tensor in memory, as the plain way is handed them."""
 
     def __init__(self, changes: Sequence[Change], writer: str) -> None:
-        from hotload import codec
-        from hotload.envelope import ARC_V2
-        from hotload.zstd_frame import Writer
+        from hotload.delta.envelope import ARC_V2
+        from hotload.delta.frame import Writer
 
         self._codec, self._writer, self._envelope = codec, Writer(writer), ARC_V2
         self._pairs = [

@@ -28,7 +28,7 @@ import zstandard
 from safetensors.numpy import save_file
 
 from benchmarks.checkpoints import read_head
-from hotload.shards import TensorInfo
+from hotload.checkpoint.safetensors import TensorInfo
 
 Job = Callable[..., object]
 
@@ -110,8 +110,8 @@ def first_bytes(path: Path, size: int) -> bytes:
 
 def hotload_jobs(workers: int) -> dict[str, Job]:
     """Shard to shard; SHA-256 of base, target and delta too, and durable files."""
-    from hotload import local
-    from hotload.in_order import Workers
+    from hotload.delta.ordered_threads import Workers
+    from hotload.directory import files as local
 
     def with_pool(job: Job) -> Job:
         if workers == 1:
@@ -132,21 +132,21 @@ def hotload_jobs(workers: int) -> dict[str, Job]:
 
 
 def directory_jobs(workers: int) -> dict[str, Job]:
-    from hotload import directories
-    from hotload.wire.dialects import Dialect, Lineage
+    from hotload.delta.dialects import Dialect, Lineage
+    from hotload.directory import operations
 
     def encode(base: Path, target: Path, out: Path) -> None:
-        directories.encode_directory(base, target, out, workers=workers)
+        operations.encode_directory(base, target, out, workers=workers)
 
     def apply(base: Path, delta: Path, out: Path) -> None:
-        directories.apply_directory(base, delta, out, workers=workers)
+        operations.apply_directory(base, delta, out, workers=workers)
 
     def verify(base: Path, delta: Path, target: Path) -> None:
-        directories.verify_directory(base, delta, target, workers=workers)
+        operations.verify_directory(base, delta, target, workers=workers)
 
     def redress(delta: Path, out: Path) -> None:
         lineage = Lineage("000002", "000001")
-        directories.redress_directory(
+        operations.redress_directory(
             delta, out, dialect=Dialect.SLIME, lineage=lineage, workers=workers
         )
 

@@ -254,8 +254,8 @@ def middle(taken: Taken, of: str) -> float:
 
 def conditions(*, repetitions: int, seed: int, load: float, seconds: float) -> list[str]:
     """Machine, versions and settings, a line each."""
-    from hotload.checksums import ADLER32_SOURCE
-    from hotload.zstd_frame import Writer, best_writer, describe
+    from hotload.delta.checksums import ADLER32_SOURCE
+    from hotload.delta.frame import Writer, best_writer, describe
 
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = [f"Python {platform.python_version()}"]

@@ -21,14 +21,14 @@ from typing import Any
 import psutil
 
 from blocks.checkpoint_store import CheckpointStore
-from blocks.conversation import Conversation, Outcome
-from hotload.parts import plan_rollout
+from hotload.clients.inference.conversation import Conversation, Outcome
+from hotload.dataset.rollout_plan import plan_rollout
+from hotload.rollout.completions_api import Answer
+from hotload.rollout.trajectory import Problem
+from hotload.sampling.concurrently import overlap
+from hotload.sampling.reward.scorer import open_scorer
+from hotload.sampling.rollout import Rollout
 from hotload.spec import CycleSpec, Sampling
-from hotload.trajectories import Problem
-from hotload.wire.inference import Answer
-from tasks.overlap import overlap
-from tasks.roll_out import Rollout
-from tasks.score import open_scorer
 
 BAR_MIB = 400
 IDENTITY = "bench-000001-00000000"

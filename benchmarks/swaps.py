@@ -24,7 +24,8 @@ import polars as pl
 from examples.processes import emulator, prefect_server
 
 if TYPE_CHECKING:
-    from hotload.report import CycleReport, RolloutSummary
+    from hotload.report.cycle_report import CycleReport
+    from hotload.rollout.counts import RolloutSummary
     from hotload.spec import CycleSpec
 
 VERSIONS = (1, 2, 3)

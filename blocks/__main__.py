@@ -12,7 +12,7 @@ import httpx
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
-from hotload.preflight import CheckLine
+from hotload.publish.preflight import CheckLine
 
 EPILOG = """\
 examples:

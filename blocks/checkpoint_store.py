@@ -14,12 +14,12 @@ from prefect.blocks.core import Block
 from prefect.types import SecretDict
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 
-from blocks.buckets import Bucket, open_bucket
-from blocks.redaction import leaves
-from blocks.store_errors import store_error
+from hotload.clients.redaction import leaves
+from hotload.clients.store.buckets import Bucket, open_bucket
+from hotload.clients.store.failures import store_error
+from hotload.directory.files import sync_and_replace
 from hotload.errors import StoreError, StoreUnavailableError
-from hotload.local import sync_and_replace
-from hotload.preflight import CheckLine
+from hotload.publish.preflight import CheckLine
 
 SCHEMES = ("file", "memory", "s3", "gs")
 PATH_LIMIT_BYTES = 900  # S3 allows keys of 1,024

@@ -10,7 +10,8 @@ from typing import Literal
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, JsonValue, PrivateAttr, SecretStr, field_validator
 
-from blocks.control_calls import (
+from hotload.clients.redaction import redact
+from hotload.clients.service.calls import (
     RESOURCE_ID,
     advice_for,
     ask,
@@ -20,7 +21,6 @@ from blocks.control_calls import (
     parse_json,
     raise_for,
 )
-from blocks.redaction import redact
 from hotload.errors import (
     ProtocolError,
     ServiceError,
@@ -28,10 +28,12 @@ from hotload.errors import (
     ServiceUnavailableError,
     SnapshotRejectedError,
 )
-from hotload.preflight import CheckLine, service_lines
-from hotload.readiness import ServiceDescription, ServiceStatus
-from hotload.snapshot import SnapshotKind, SnapshotManifest
-from hotload.wire import fireworks, inference
+from hotload.identity import SnapshotKind
+from hotload.publish import fireworks_api
+from hotload.publish.preflight import CheckLine, service_lines
+from hotload.publish.readiness import ServiceDescription, ServiceStatus
+from hotload.publish.snapshot import SnapshotManifest
+from hotload.rollout import completions_api
 
 POST_TIMEOUT_SECONDS = 60.0
 GET_TIMEOUT_SECONDS = 30.0
@@ -58,7 +60,7 @@ class HotLoadService(Block):
     """The base model, as the service names it."""
     deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The service, in the vendor's word; it exists beforehand, with hot-loading switched on."""
-    base_url: str | None = Field(None, examples=[fireworks.BASE_URL])
+    base_url: str | None = Field(None, examples=[fireworks_api.BASE_URL])
     """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
     api_key: SecretStr = SecretStr("")
     """Empty takes FIREWORKS_API_KEY from the environment. An inference-only key is not enough."""
@@ -89,11 +91,11 @@ class HotLoadService(Block):
             ServiceRefusedError: the key, a name or the account is wrong.
             ProtocolError: JSON of another form.
         """
-        limit = fireworks.STATUS_LIMIT_BYTES
-        text = await self._get("observe", fireworks.HOT_LOAD_PATH, limit, self._names())
+        limit = fireworks_api.STATUS_LIMIT_BYTES
+        text = await self._get("observe", fireworks_api.HOT_LOAD_PATH, limit, self._names())
         key = self._key("observe")
         data = parse_json("observe", text, key, ServiceUnavailableError)
-        replicas = fireworks.parse_status(data).replicas
+        replicas = fireworks_api.parse_status(data).replicas
         # What is shown of a replica goes to the log, whatever the server put into it.
         return ServiceStatus(tuple(replace(one, raw=redact(one.raw, [key])) for one in replicas))
 
@@ -110,7 +112,7 @@ class HotLoadService(Block):
             SnapshotRejectedError: the service refuses the snapshot; carries its text.
         """
         status, text = await self._signal(manifest)
-        if self._knows_prompt_cache and fireworks.refuses_prompt_cache_field(status, text):
+        if self._knows_prompt_cache and fireworks_api.refuses_prompt_cache_field(status, text):
             self._knows_prompt_cache = False
             status, text = await self._signal(manifest)
         raise_for(status, "signal", text, SnapshotRejectedError)
@@ -145,10 +147,10 @@ class HotLoadService(Block):
             "kind": kind.value,
             "previous": previous or "",
         }
-        body = fireworks.hint_body(self.hint_body_template, values)
+        body = fireworks_api.hint_body(self.hint_body_template, values)
         try:
             status, text = await self._ask(
-                "hint", "POST", fireworks.HINT_PATH, HINT_TIMEOUT_SECONDS, self._names(), body
+                "hint", "POST", fireworks_api.HINT_PATH, HINT_TIMEOUT_SECONDS, self._names(), body
             )
             raise_for(status, "hint", text, ServiceRefusedError)
         except ServiceError as error:
@@ -167,7 +169,7 @@ class HotLoadService(Block):
         Raises:
             ServiceUnavailableError, ServiceRefusedError: as `observe`.
         """
-        path = fireworks.ledger_path(self.account_id, self.deployment_id)
+        path = fireworks_api.ledger_path(self.account_id, self.deployment_id)
         status, text = await self._ask("reset_ledger", "DELETE", path, POST_TIMEOUT_SECONDS)
         raise_for(status, "reset_ledger", text, ServiceRefusedError)
 
@@ -179,10 +181,10 @@ class HotLoadService(Block):
             ServiceRefusedError: there is no such service, or the key may not ask.
             ProtocolError: the answer is not JSON, or not an object.
         """
-        path = fireworks.deployment_path(self.account_id, self.deployment_id)
+        path = fireworks_api.deployment_path(self.account_id, self.deployment_id)
         text = await self._get("describe", path, DESCRIPTION_LIMIT_BYTES)
         data = parse_json("describe", text, self._key("describe"), ProtocolError)
-        return fireworks.parse_description(data)
+        return fireworks_api.parse_description(data)
 
     def preflight(self, description: ServiceDescription, bucket_url: str | None) -> list[CheckLine]:
         """Whether the service can be hot-loaded from `bucket_url`, line by line (protocol §8)."""
@@ -195,15 +197,15 @@ class HotLoadService(Block):
 
     async def probe(self) -> bool:
         """Whether the service answers a very small completion within 10 s (protocol §8, §14)."""
-        model = fireworks.model_name(self.account_id, self.model_id)
+        model = fireworks_api.model_name(self.account_id, self.model_id)
         try:
             status, _ = await self._ask(
                 "probe",
                 "POST",
-                fireworks.COMPLETIONS_PATH,
+                fireworks_api.COMPLETIONS_PATH,
                 PROBE_TIMEOUT_SECONDS,
                 self._names(),
-                {"model": model, **inference.WARM_UP_BODY},
+                {"model": model, **completions_api.WARM_UP_BODY},
             )
         except ServiceError:
             return False
@@ -237,11 +239,11 @@ class HotLoadService(Block):
 
     async def _signal(self, manifest: SnapshotManifest) -> tuple[int, str]:
         policy = self.reset_prompt_cache if self._knows_prompt_cache else "all"
-        body = fireworks.signal_body(
+        body = fireworks_api.signal_body(
             manifest, reset_prompt_cache=policy, extra_fields_ignore=self.extra_fields_ignore
         )
         return await self._ask(
-            "signal", "POST", fireworks.HOT_LOAD_PATH, POST_TIMEOUT_SECONDS, self._names(), body
+            "signal", "POST", fireworks_api.HOT_LOAD_PATH, POST_TIMEOUT_SECONDS, self._names(), body
         )
 
     async def _get(
@@ -279,8 +281,8 @@ class HotLoadService(Block):
 
     def _names(self) -> dict[str, str]:
         return {
-            fireworks.MODEL_HEADER: fireworks.model_name(self.account_id, self.model_id),
-            fireworks.DEPLOYMENT_HEADER: fireworks.deployment_name(
+            fireworks_api.MODEL_HEADER: fireworks_api.model_name(self.account_id, self.model_id),
+            fireworks_api.DEPLOYMENT_HEADER: fireworks_api.deployment_name(
                 self.account_id, self.deployment_id
             ),
         }

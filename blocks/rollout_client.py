@@ -18,14 +18,15 @@ from httpx_aiohttp import AiohttpTransport
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, SecretStr, field_validator
 
-from blocks.control_calls import RESOURCE_ID, check_origin, key_of, origin_of
-from blocks.sampler import Sampler, Sleep
-from blocks.transport import NO_ANSWER, Wire, head_of, names_in
-from hotload.concurrency import Window
+from hotload.clients.inference.sampler import Sampler, Sleep
+from hotload.clients.inference.transport import NO_ANSWER, Wire, head_of, names_in
+from hotload.clients.service.calls import RESOURCE_ID, check_origin, key_of, origin_of
 from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
-from hotload.preflight import CheckLine
+from hotload.publish import fireworks_api
+from hotload.publish.preflight import CheckLine
+from hotload.rollout import completions_api
+from hotload.rollout.window import Window
 from hotload.spec import Sampling
-from hotload.wire import fireworks, inference
 
 CONNECT_TIMEOUT_SECONDS = 30.0
 CONNECTIONS = 256
@@ -68,19 +69,21 @@ class RolloutClient(Block):
     def model(self) -> str:
         """What the body's `model` says (protocol §11)."""
         if self.model_addressing == "deployment":
-            return fireworks.deployment_name(self.account_id, self.deployment_id)
-        return fireworks.model_name(self.account_id, self.model_id)
+            return fireworks_api.deployment_name(self.account_id, self.deployment_id)
+        return fireworks_api.model_name(self.account_id, self.model_id)
 
     def _headers(self) -> dict[str, str]:
         key = key_of(self.api_key, "rollouts")
         headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
         if self.model_addressing == "header":
-            headers[fireworks.MODEL_HEADER] = fireworks.model_name(self.account_id, self.model_id)
-            headers[fireworks.DEPLOYMENT_HEADER] = fireworks.deployment_name(
+            headers[fireworks_api.MODEL_HEADER] = fireworks_api.model_name(
+                self.account_id, self.model_id
+            )
+            headers[fireworks_api.DEPLOYMENT_HEADER] = fireworks_api.deployment_name(
                 self.account_id, self.deployment_id
             )
         if self.drain_timeout_seconds is not None:
-            headers[fireworks.DRAIN_TIMEOUT_HEADER] = str(self.drain_timeout_seconds)
+            headers[fireworks_api.DRAIN_TIMEOUT_HEADER] = str(self.drain_timeout_seconds)
         return headers
 
     @asynccontextmanager
@@ -170,9 +173,9 @@ class RolloutClient(Block):
         """
         try:
             async with asyncio.timeout(timeout_seconds), self._wire(timeout_seconds) as wire:
-                body = {"model": self.model, **inference.WARM_UP_BODY}
+                body = {"model": self.model, **completions_api.WARM_UP_BODY}
                 response = await wire.post(
-                    fireworks.COMPLETIONS_PATH, json.dumps(body).encode(), []
+                    fireworks_api.COMPLETIONS_PATH, json.dumps(body).encode(), []
                 )
                 try:
                     head = await head_of(response)

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from emulator.faults import FAULTS, InvalidFaultError, read_plan
+from emulator.control.faults import FAULTS, InvalidFaultError, read_plan
+from emulator.control.settings import EmulatorConfig
 from emulator.server import run
-from emulator.settings import EmulatorConfig
 
 ABOUT = """
 Serves a base model with N replicas, loads what is signalled from BUCKET/<identity>/ and answers

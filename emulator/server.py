@@ -12,8 +12,8 @@ from typing import Any, Self
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from emulator.app import create_app
-from emulator.settings import EmulatorConfig
+from emulator.api.app import create_app
+from emulator.control.settings import EmulatorConfig
 
 HOST = "127.0.0.1"
 SHUTDOWN_SECONDS = 1

@@ -1,6 +1,6 @@
 """Rewards of a user's own, named in a cycle as `examples.rewards:letters`."""
 
-from hotload.trajectories import Problem, Trajectory
+from hotload.rollout.trajectory import Problem, Trajectory
 
 
 def letters(problem: Problem, trajectory: Trajectory) -> float:

@@ -16,8 +16,8 @@ from pathlib import Path
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import arun_deployment
 
+from flows.cycle_file import load_cycle_file
 from hotload.spec import CycleSpec
-from tasks.cycle_file import load_cycle_file
 
 DEPLOYMENT = "checkpoint-to-rollout/process"
 POLL_SECONDS = 1.0

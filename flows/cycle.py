@@ -21,16 +21,17 @@ from prefect.exceptions import TerminationSignal
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
+from flows.cycle_file import parse_cycle_file, save_inline_blocks
 from flows.publish import full_snapshot, publish_snapshot
 from flows.rollouts import roll_out_and_score
 from hotload.errors import HotLoadError, NeedsFullSnapshotError
-from hotload.report import CycleReport, Publication
+from hotload.publish.publication import Publication
+from hotload.report.cycle_report import CycleReport
+from hotload.sampling.concurrently import both
 from hotload.spec import CycleSpec
 from tasks.baseline import keep_baseline
 from tasks.conclude import conclude_cycle, find_report, named
-from tasks.cycle_file import parse_cycle_file, save_inline_blocks
 from tasks.lease import publisher_lease
-from tasks.overlap import both
 from tasks.plan import plan_snapshot
 from tasks.preflight import preflight_service
 from tasks.publication import find_publication, record_publication

@@ -9,19 +9,15 @@ from prefect import flow
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
-from hotload.report import Carried, Published
-from hotload.snapshot import (
-    CheckpointContent,
-    FileDigest,
-    SnapshotKind,
-    SnapshotPlan,
-    batches,
-)
+from hotload.identity import SnapshotKind
+from hotload.publish.places import delta_dir, results_dir
+from hotload.publish.publication import Carried, Published
+from hotload.publish.snapshot import CheckpointContent, SnapshotPlan, batches
+from hotload.records import FileDigest
+from hotload.sampling.concurrently import overlap
 from hotload.spec import CycleSpec, LedgerReset
 from tasks.announce import hint_shards, reset_ledger, signal_snapshot
 from tasks.encode import EncodedBatch, encode_once
-from tasks.overlap import overlap
-from tasks.places import delta_dir, results_dir
 from tasks.plan import plan_fallback
 from tasks.progress import Progress
 from tasks.records import find_manifest

@@ -5,14 +5,15 @@ from prefect import flow
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
-from hotload.parts import MANIFEST_FILE
-from hotload.report import RolloutSummary
+from hotload.dataset.rollout_plan import MANIFEST_FILE
+from hotload.rollout.counts import RolloutSummary
+from hotload.sampling.concurrently import overlap
+from hotload.sampling.problems import plan_rollouts
+from hotload.sampling.rollout import Rollout, open_rollout
 from hotload.spec import CycleSpec
 from tasks.hand_back import find_rollout, hand_back
-from tasks.overlap import overlap
 from tasks.progress import Progress
-from tasks.read_problems import plan_rollouts
-from tasks.roll_out import Rollout, open_rollout, roll_out_chunk
+from tasks.roll_out import roll_out_chunk
 from tasks.warm_up import warm_up
 
 

@@ -33,10 +33,42 @@ late.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Literal
 
-if TYPE_CHECKING:
-    from hotload.shards import Finding
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One broken rule: where, what was found, what was expected, and who must act."""
+
+    rule: str
+    file: str
+    tensor: str | None
+    found: str
+    expected: str
+    who: str = "trainer"
+    severity: Severity = "error"
+
+    @property
+    def where(self) -> str:
+        """The file, and the tensor in it where the rule is about one."""
+        return self.file if self.tensor is None else f"{self.file}, tensor {shorten(self.tensor)}"
+
+    @property
+    def told(self) -> str:
+        """The rule, what was found and what was expected."""
+        return f"{self.rule}: found {self.found}, expected {self.expected}"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.told} [{self.severity}, {self.who} acts]"
+
+
+def shorten(value: object) -> str:
+    """The value as a person may see it: its repr, at most 160 characters."""
+    text = ascii(value[:200] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= 160 else f"{text[:157]}…"
 
 
 class HotLoadError(Exception):

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from hotload.snapshot import cycle_name
+from hotload.identity import cycle_name
 
 TRAINER_OWNED = "your trainer owns its own training; remove the field"
 VENDOR_TRAINER = "it belongs to the vendor's own trainer, which does not run here; remove the field"

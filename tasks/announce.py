@@ -6,11 +6,12 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
-from hotload.chain import may_signal
+from hotload.clients.store.records import mark_signalled
 from hotload.errors import LoadFailedError, ServiceRefusedError, SnapshotRejectedError
-from hotload.snapshot import Shard, SnapshotKind, SnapshotManifest, SnapshotPlan
+from hotload.identity import SnapshotKind
+from hotload.publish.chain import may_signal
+from hotload.publish.snapshot import Shard, SnapshotManifest, SnapshotPlan
 from tasks.lease import check_lease
-from tasks.records import mark_signalled
 from tasks.retrying import RETRIED
 
 

@@ -13,6 +13,14 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
+from hotload.clients.store.records import read_manifest
+from hotload.directory.files import (
+    apply_file,
+    copy_file,
+    remove_tree,
+    replace_directory,
+    sha256_file,
+)
 from hotload.errors import (
     BaselineLostError,
     DeltaError,
@@ -20,11 +28,11 @@ from hotload.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from hotload.local import apply_file, copy_file, remove_tree, replace_directory, sha256_file
-from hotload.snapshot import FileDigest, Shard, SnapshotKind, SnapshotManifest
+from hotload.identity import SnapshotKind
+from hotload.publish.places import baseline_dir, delta_dir, results_dir
+from hotload.publish.snapshot import Shard, SnapshotManifest
+from hotload.records import FileDigest
 from hotload.spec import CycleSpec
-from tasks.places import baseline_dir, delta_dir, results_dir
-from tasks.records import read_manifest
 from tasks.retrying import RETRIED
 
 

@@ -17,18 +17,18 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from blocks.checkpoint_store import CheckpointStore
-from blocks.rollout_directory import acknowledged_drift, read_manifest, version_before
-from hotload.drift import TrainedAgainst
+from hotload.clients.handoff.directory import acknowledged_drift, read_manifest, version_before
+from hotload.clients.metrics.send import send_metrics
+from hotload.clients.store.records import REPORTS, read_report, write_report
+from hotload.dataset.logprob_drift import TrainedAgainst
+from hotload.dataset.rollout_plan import rollout_directory
 from hotload.errors import StoreError, StoreUnavailableError
-from hotload.figures import Figures
-from hotload.html_report import render_report
-from hotload.metrics import cycle_metrics, json_lines
-from hotload.parts import rollout_directory
-from hotload.report import CycleReport
+from hotload.report.cycle_report import CycleReport
+from hotload.report.metrics import cycle_metrics, json_lines
+from hotload.report.page import render_report
+from hotload.report.sample_statistics import Figures
 from hotload.spec import CycleSpec
-from tasks.records import REPORTS, read_report, write_report
 from tasks.retrying import RETRIED
-from tasks.send_metrics import send_metrics
 from tasks.validate import require_content
 
 METRICS = "_hotload/metrics"

@@ -14,17 +14,18 @@ from prefect import get_run_logger, task
 from prefect.context import TaskRunContext
 
 from blocks.hot_load_service import HotLoadService
+from hotload.directory.files import encode_file, open_shard, sha256_file, verify_file
 from hotload.errors import (
     BaselineLostError,
     DeltaError,
     InvalidCheckpointError,
     SelfCheckError,
 )
-from hotload.local import encode_file, open_shard, sha256_file, verify_file
+from hotload.publish.places import baseline_dir, delta_dir, results_dir
+from hotload.publish.snapshot import Shard, SnapshotPlan
 from hotload.quantities import size
-from hotload.snapshot import FileDigest, Record, Shard, SnapshotPlan
+from hotload.records import FileDigest, Record
 from hotload.spec import CycleSpec
-from tasks.places import baseline_dir, delta_dir, results_dir
 from tasks.validate import changed_since_validation
 
 # numpy and zstd release the interpreter lock, so threads use every core there is.

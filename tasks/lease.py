@@ -1,5 +1,5 @@
 """Lease: hold the right to publish to a service for as long as a cycle runs (see
-hotload/lease.py)."""
+hotload/publish/lease.py)."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
-from hotload.lease import (
+from hotload.publish.lease import (
     LEASE_LIMIT_BYTES,
     LEASES,
     Claim,

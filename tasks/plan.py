@@ -8,20 +8,15 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
-from hotload.chain import ChainState, may_be_delta, plan_full, plan_next, read_chain
+from hotload.clients.store.records import read_attempts, read_manifest
+from hotload.delta.rules import drift
+from hotload.directory.files import read_checkpoint
 from hotload.errors import BaselineLostError
-from hotload.layout import drift
-from hotload.local import read_checkpoint
-from hotload.snapshot import (
-    CheckpointContent,
-    SnapshotKind,
-    SnapshotManifest,
-    SnapshotPlan,
-    is_identity,
-)
+from hotload.identity import SnapshotKind, is_identity
+from hotload.publish.chain import ChainState, may_be_delta, plan_full, plan_next, read_chain
+from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
 from hotload.spec import CycleSpec
 from tasks.baseline import hold_baseline
-from tasks.records import read_attempts, read_manifest
 from tasks.retrying import RETRIED
 
 # A service that took a signal just before a crash may need a moment to show it.

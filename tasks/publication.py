@@ -8,8 +8,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.report import Publication
-from hotload.snapshot import MANIFEST_LIMIT_BYTES
+from hotload.publish.publication import Publication
+from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES
 from hotload.spec import CycleSpec
 from tasks.retrying import RETRIED
 from tasks.validate import require_content

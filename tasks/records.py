@@ -1,94 +1,15 @@
-"""Reading and writing the store's own records: manifests, signal marks, cycle reports.
-
-The store is the only memory there is of what was published (design, rule 1). Paths are below the
-bucket.
-"""
-
-import asyncio
-import json
-import re
-from datetime import UTC, datetime
+"""Find the record of a snapshot in the store."""
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import ValidationError
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.chain import Attempt
-from hotload.errors import StoreError
-from hotload.report import CycleReport
-from hotload.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest
+from hotload.clients.store.records import read_manifest
+from hotload.publish.snapshot import SnapshotManifest
 from tasks.retrying import RETRIED
-
-SNAPSHOTS = "_hotload/snapshots"
-SIGNALS = "_hotload/signals"
-REPORTS = "_hotload/reports"
-READ_CONCURRENCY = 16
-
-
-async def read_manifest(store: CheckpointStore, identity: str) -> SnapshotManifest | None:
-    """The manifest of `identity`, or None if this store never published it whole."""
-    path = f"{SNAPSHOTS}/{identity}.json"
-    if await store.size(path) is None:
-        return None
-    data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
-    return SnapshotManifest.parse(data, identity=identity)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="manifest-{identity}", **RETRIED)
 async def find_manifest(store: CheckpointStore, identity: str) -> SnapshotManifest | None:
     """As `read_manifest`, tried again while the store does not answer."""
     return await read_manifest(store, identity)
-
-
-async def write_manifest(store: CheckpointStore, manifest: SnapshotManifest) -> None:
-    """Record that everything the manifest names is in the store. Called last, never before."""
-    await store.put_bytes(manifest.render(), f"{SNAPSHOTS}/{manifest.identity}.json")
-
-
-async def mark_signalled(store: CheckpointStore, identity: str) -> None:
-    """Record that a signal for `identity` may be sent from now on; a restart then doubts it."""
-    mark = {"identity": identity, "at": datetime.now(UTC).isoformat()}
-    await store.put_bytes(json.dumps(mark).encode(), f"{SIGNALS}/{identity}.json")
-
-
-async def read_attempts(store: CheckpointStore, name: str) -> list[Attempt]:
-    """What the cycle `name` has published so far, oldest first."""
-    of_this_cycle = re.compile(re.escape(name) + r"-[0-9a-f]{8}\.json")
-    listed = [file for file in await store.names(SNAPSHOTS) if of_this_cycle.fullmatch(file)]
-    gate = asyncio.Semaphore(READ_CONCURRENCY)
-
-    async def read(file: str) -> Attempt | None:
-        identity = file.removesuffix(".json")
-        async with gate:
-            manifest = await read_manifest(store, identity)
-            mark = await store.size(f"{SIGNALS}/{file}")
-        return Attempt(manifest, mark is not None) if manifest else None
-
-    found = await asyncio.gather(*(read(file) for file in listed))
-    return sorted((one for one in found if one), key=lambda one: one.manifest.attempt)
-
-
-async def read_report(store: CheckpointStore, name: str) -> CycleReport | None:
-    """The report of a cycle that has ended, or None.
-
-    Raises:
-        StoreError: there is one, and it cannot be read.
-    """
-    path = f"{REPORTS}/{name}.json"
-    if await store.size(path) is None:
-        return None
-    data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
-    try:
-        return CycleReport.model_validate_json(data)
-    except ValidationError:
-        raise StoreError(
-            path, "is not a cycle report; move it away to run the cycle again"
-        ) from None
-
-
-async def write_report(store: CheckpointStore, report: CycleReport) -> None:
-    """Record that the cycle has ended. The very last thing a cycle writes."""
-    await store.put_bytes(
-        report.model_dump_json(indent=1).encode(), f"{REPORTS}/{report.name}.json"
-    )

@@ -13,19 +13,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.local import sha256_file
+from hotload.clients.store.records import write_manifest
+from hotload.directory.files import sha256_file
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import CheckpointContent, Shard, SnapshotManifest, SnapshotPlan
 from hotload.quantities import size
-from hotload.snapshot import (
-    CheckpointContent,
-    FileDigest,
-    Record,
-    Shard,
-    SnapshotKind,
-    SnapshotManifest,
-    SnapshotPlan,
-)
+from hotload.records import FileDigest, Record
 from hotload.spec import CycleSpec
-from tasks.records import write_manifest
 from tasks.retrying import RETRIED
 from tasks.validate import changed_since_validation
 

@@ -8,16 +8,19 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.hot_load_service import HotLoadService
-from hotload.errors import IdentityConflictError, InvalidCheckpointError
-from hotload.layout import check_full, check_lora, refuse_errors
-from hotload.local import read_checkpoint, sha256_file
-from hotload.shards import Checkpoint, Finding, read_json_object
-from hotload.snapshot import CONFIG_FILE, CheckpointContent, FileDigest, SnapshotKind
+from hotload.checkpoint.names import CONFIG_FILE
+from hotload.checkpoint.rules import check_full, check_lora, refuse_errors
+from hotload.checkpoint.safetensors import Checkpoint, read_json_object
+from hotload.directory.files import read_checkpoint, sha256_file
+from hotload.errors import Finding, IdentityConflictError, InvalidCheckpointError
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import CheckpointContent
+from hotload.records import FileDigest
+from hotload.sampling.draw import load_rollout
+from hotload.sampling.problems import read_problems
+from hotload.sampling.reward.scorer import open_scorer
 from hotload.spec import CycleSpec
-from tasks.draw import load_rollout
 from tasks.progress import Progress
-from tasks.read_problems import read_problems
-from tasks.score import open_scorer
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="validate-{spec.name}")

@@ -14,8 +14,8 @@ from hotload.errors import (
     ServiceError,
     ServiceUnavailableError,
 )
-from hotload.readiness import Convergence, ServiceStatus, Verdict, assess
-from hotload.snapshot import SnapshotManifest
+from hotload.publish.readiness import Convergence, ServiceStatus, Verdict, assess
+from hotload.publish.snapshot import SnapshotManifest
 from hotload.spec import CycleSpec, ReadinessPolicy
 
 

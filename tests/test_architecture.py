@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from hotload import errors
-from hotload.errors import HotLoadError
-from hotload.shards import Finding
+from hotload.errors import Finding, HotLoadError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hotload", "emulator", "blocks", "tasks", "flows")
@@ -148,7 +147,7 @@ def test_the_floors_hold() -> None:
 
 def test_a_codec_user_pays_for_no_data_frame_and_no_engine() -> None:
     script = (
-        "import sys, hotload, hotload.codec\n"
+        "import sys, hotload, hotload.delta\n"
         "heavy = {'polars', 'pandera', 'prefect', 'fsspec', 'httpx'} & set(sys.modules)\n"
         "sys.exit(' '.join(sorted(heavy)) or 0)"
     )

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import checkpoints, swaps
 from benchmarks.peers import Plain, Sparse
-from hotload.report import GroupCounts, RolloutSummary
+from hotload.rollout.counts import GroupCounts, RolloutSummary
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hotload.chain import TRANSITIONS
+from hotload.publish.chain import TRANSITIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,9 +8,9 @@ trained on.
 import re
 from typing import Any
 
-from blocks.conversation import Conversation
 from examples.rollouts.stage import Show, main
-from hotload.trajectories import Problem, Trajectory
+from hotload.clients.inference.conversation import Conversation
+from hotload.rollout.trajectory import Problem, Trajectory
 
 SUM = re.compile(r"(\d{1,6})\s*([+*-])\s*(\d{1,6})")
 

@@ -10,10 +10,10 @@ from functools import cache
 
 from tokenizers import Tokenizer
 
-from blocks.conversation import Conversation
 from examples.rollouts.stage import Show, main
 from examples.tiny_trainer import make_tokenizer
-from hotload.trajectories import Problem, Trajectory
+from hotload.clients.inference.conversation import Conversation
+from hotload.rollout.trajectory import Problem, Trajectory
 
 GUESSES = 5
 

@@ -4,9 +4,9 @@ examples.rollouts.single_turn`
 Without a rollout function every problem is sampled once just the same; this is where to begin one.
 """
 
-from blocks.conversation import Conversation
 from examples.rollouts.stage import Show, main
-from hotload.trajectories import Problem, Trajectory
+from hotload.clients.inference.conversation import Conversation
+from hotload.rollout.trajectory import Problem, Trajectory
 
 
 async def rollout(problem: Problem, sampler: Conversation) -> Trajectory:

@@ -31,7 +31,7 @@ class Speaker(TinyTrainer):
                 self.biases[token] = bias
 
     def learn(self, rows: pl.DataFrame) -> int:
-        """One step on the rows of a cycle, as `hotload.frames.Rollouts` has them; how many tokens
+        """One step on the rows of a cycle, as `hotload.dataset.table.Rollouts` has them; how many tokens
         took part.
         """
         gradient = np.zeros(VOCABULARY)

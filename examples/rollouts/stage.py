@@ -22,7 +22,7 @@ import polars as pl
 from examples.processes import emulator, prefect_server
 
 if TYPE_CHECKING:  # prefect reads its settings when it is imported, and those are made below
-    from hotload.report import CycleReport
+    from hotload.report.cycle_report import CycleReport
 
 DEMO = Path(__file__).resolve().parents[2] / ".demo"
 NAMES = {"account_id": "demo", "model_id": "speaker", "deployment_id": "fleet"}
@@ -93,9 +93,9 @@ def run(show: Show, cycles: int) -> None:
 async def play(show: Show, policy: Any, url: str, cycles: int) -> None:
     """Publish, play, learn; as often as asked."""
     from blocks.checkpoint_store import CheckpointStore
-    from blocks.rollout_reader import RolloutReader
     from examples.five_cycles import declare_blocks
     from flows.cycle import checkpoint_to_rollout
+    from hotload.clients.handoff.reader import RolloutReader
     from hotload.spec import CycleSpec
 
     bucket = (show.root / "bucket").as_uri()

@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from hotload.checksums import Checksum
 from hotload.cli.outcome import USAGE
-from hotload.wire.dialects import Dialect
+from hotload.delta.checksums import Checksum
+from hotload.delta.dialects import Dialect
 
 ABOUT = """
 Lossless deltas between the checkpoints of a training run: write them, apply them, look into them,

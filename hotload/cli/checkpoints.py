@@ -7,22 +7,24 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from hotload.checkpoint.index_and_spec import check_index
+from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
+from hotload.checkpoint.rules import check_full, check_lora
+from hotload.checkpoint.safetensors import Checkpoint, read_json_object, storage_bytes
 from hotload.cli.contents import kind_of
 from hotload.cli.outcome import FOUND, OK, Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.refusals import UsageError
 from hotload.cli.wording import count, size
-from hotload.errors import DeltaError, InvalidCheckpointError
-from hotload.inspection import Form, spec_forms
-from hotload.layout import check_delta, check_full, check_lora, check_payload, drift
-from hotload.local import read_checkpoint
-from hotload.manifests import check_index
-from hotload.operands import open_delta
-from hotload.relayout import relayout_directory
-from hotload.shards import Checkpoint, Finding, read_json_object, storage_bytes
-from hotload.snapshot import CONFIG_FILE, INDEX_FILE, SPEC_FILE, SnapshotKind
-from hotload.wire.dialects import parse_index
-from hotload.zstd_frame import content_size
+from hotload.delta.dialects import parse_index
+from hotload.delta.frame import content_size
+from hotload.delta.inspect_delta import Form, spec_forms
+from hotload.delta.rules import check_delta, check_payload, drift
+from hotload.directory.files import read_checkpoint
+from hotload.directory.inputs import open_delta
+from hotload.directory.relayout import relayout_directory
+from hotload.errors import DeltaError, Finding, InvalidCheckpointError
+from hotload.identity import SnapshotKind
 
 
 def check(options: Namespace, _: Bar | None) -> Outcome:

@@ -9,34 +9,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hotload.checkpoint.anatomy import is_delta
+from hotload.checkpoint.model_config import is_tied
+from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
+from hotload.checkpoint.safetensors import Checkpoint, read_json_object
 from hotload.cli.outcome import Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.wording import count, percent, ratio, size, table
-from hotload.errors import InvalidCheckpointError
-from hotload.inspection import (
+from hotload.delta.dialects import Dialect
+from hotload.delta.inspect_delta import (
     PartFacts,
     TensorFacts,
     delta_facts,
-    is_delta,
     parts,
     plain_facts,
     spec_forms,
     total,
 )
-from hotload.local import read_checkpoint
-from hotload.model_config import is_tied
-from hotload.operands import open_delta
-from hotload.shards import Checkpoint, Finding, read_json_object
-from hotload.snapshot import (
-    ADAPTER_CONFIG_FILE,
-    CONFIG_FILE,
-    INDEX_FILE,
-    MANIFEST_LIMIT_BYTES,
-    SPEC_FILE,
-    SnapshotKind,
-    SnapshotManifest,
-)
-from hotload.wire.dialects import Dialect
+from hotload.directory.files import read_checkpoint
+from hotload.directory.inputs import open_delta
+from hotload.errors import Finding, InvalidCheckpointError
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest
 
 FIREWORKS = Dialect.FIREWORKS.value
 

@@ -10,19 +10,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hotload import directories, local
-from hotload.checksums import Checksum
 from hotload.cli.outcome import FOUND, Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.refusals import UsageError, refusal
 from hotload.cli.wording import count, percent, ratio, size
-from hotload.codec import DeltaStats
+from hotload.delta import DeltaStats
+from hotload.delta.checksums import Checksum
+from hotload.delta.dialects import Dialect, Lineage
+from hotload.delta.frame import best_writer, describe
+from hotload.delta.ordered_threads import Workers
+from hotload.directory import files as local
+from hotload.directory import operations
 from hotload.errors import DeltaError
-from hotload.in_order import Workers
-from hotload.snapshot import check_identity
-from hotload.wire.dialects import Dialect, Lineage
-from hotload.wire.fireworks import delta_metadata
-from hotload.zstd_frame import best_writer, describe
+from hotload.identity import check_identity
+from hotload.publish.fireworks_api import delta_metadata
 
 
 def encode(options: Namespace, bar: Bar | None) -> Outcome:
@@ -38,7 +39,7 @@ def encode(options: Namespace, bar: Bar | None) -> Outcome:
         shards = [_encode_file(options, bar)]
         size_bytes = shards[0].size_bytes
     else:
-        stats = directories.encode_directory(
+        stats = operations.encode_directory(
             options.base,
             options.target,
             options.out,
@@ -69,7 +70,7 @@ def apply(options: Namespace, bar: Bar | None) -> Outcome:
         with Workers(options.workers) as pool:
             local.apply_file(options.base, options.delta, options.out, pool=pool)
     else:
-        directories.apply_directory(
+        operations.apply_directory(
             options.base, options.delta, options.out, workers=options.workers, progress=bar
         )
     size_bytes = _size_bytes(options.out)
@@ -84,7 +85,7 @@ def verify(options: Namespace, bar: Bar | None) -> Outcome:
             with Workers(options.workers) as pool:
                 local.verify_file(options.base, options.delta, options.target, pool=pool)
         else:
-            directories.verify_directory(
+            operations.verify_directory(
                 options.base, options.delta, options.target, workers=options.workers, progress=bar
             )
     except DeltaError as error:
@@ -97,7 +98,7 @@ def redress(options: Namespace, bar: Bar | None) -> Outcome:
     """Write DELTA again for another family of receivers."""
     dialect = Dialect(options.dialect)
     lineage = _lineage(options, dialect)
-    directories.redress_directory(
+    operations.redress_directory(
         options.delta,
         options.out,
         dialect=dialect,
@@ -119,7 +120,7 @@ def redress(options: Namespace, bar: Bar | None) -> Outcome:
 
 def fold(options: Namespace, bar: Bar | None) -> Outcome:
     """Make one delta out of consecutive ones."""
-    directories.fold_directory(options.delta, options.out, workers=options.workers, progress=bar)
+    operations.fold_directory(options.delta, options.out, workers=options.workers, progress=bar)
     stored = sum(map(_size_bytes, options.delta))
     facts: dict[str, Any] = {
         "out": str(options.out),

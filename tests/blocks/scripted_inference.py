@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from blocks.rollout_client import RolloutClient
-from blocks.sampler import Sampler
+from hotload.clients.inference.sampler import Sampler
+from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.spec import Sampling
-from hotload.trajectories import Problem, Trajectory
 
 KEY = "sk-very-secret"
 IDENTITY = "run-000003-0badf00d"

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from hotload.rollout.trajectory import Weights
 from hotload.spec import Sampling
-from hotload.trajectories import Weights
 from tests.blocks.scripted_inference import (
     DONE,
     GOOD,

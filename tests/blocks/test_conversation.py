@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from blocks.conversation import Conversation, TurnFailedError
+from hotload.clients.inference.conversation import Conversation, TurnFailedError
 from hotload.errors import ProtocolError, ServiceRefusedError
-from hotload.faults import Action, Cause, Fault
-from hotload.trajectories import Problem, Segment
+from hotload.rollout.failures import Action, Cause, Fault
+from hotload.rollout.trajectory import Problem, Segment
 from tests.blocks.scripted_inference import (
     DONE,
     GOOD,

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from blocks.exchange import Call, exchange
-from blocks.slots import Slots
-from blocks.transport import Wire
-from hotload.concurrency import Attempt, Window
-from hotload.faults import Cause
+from hotload.clients.inference.attempt import Call, exchange
+from hotload.clients.inference.request_slots import Slots
+from hotload.clients.inference.transport import Wire
+from hotload.rollout.completions_api import Answer
+from hotload.rollout.failures import Cause
+from hotload.rollout.window import Attempt, Window
 from hotload.spec import Concurrency, Sampling
-from hotload.wire.inference import Answer
 from tests.blocks.scripted_inference import GOOD, MODEL, event, token
 
 PING = b"event: ping\ndata: {}\n\n"
@@ -49,7 +49,7 @@ async def test_an_answer_may_take_long_as_long_as_it_goes_on(
     """A second passes with every piece, and three are the limit."""
     seconds = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
-    monkeypatch.setattr("blocks.exchange.time", clock)
+    monkeypatch.setattr("hotload.clients.inference.attempt.time", clock)
     slow = [piece for _ in range(20) for piece in (token(1, "a"), PING, PING)]
     end = event({"model": MODEL, "choices": [{"index": 0, "text": "", "finish_reason": "stop"}]})
     answer, cause = await answered(*slow, end, silence_seconds=3)

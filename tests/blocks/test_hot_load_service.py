@@ -16,8 +16,11 @@ import pytest
 from pydantic import ValidationError
 
 from blocks.hot_load_service import HotLoadService
+from emulator.control.settings import EmulatorConfig
 from emulator.server import RunningEmulator, serve
-from emulator.settings import EmulatorConfig
+from hotload.checkpoint.index_and_spec import build_index, build_spec
+from hotload.checkpoint.names import INDEX_FILE, SPEC_FILE
+from hotload.directory.files import open_shard
 from hotload.errors import (
     ProtocolError,
     ServiceError,
@@ -25,10 +28,9 @@ from hotload.errors import (
     ServiceUnavailableError,
     SnapshotRejectedError,
 )
-from hotload.local import open_shard
-from hotload.manifests import build_index, build_spec
-from hotload.readiness import ServiceDescription
-from hotload.snapshot import INDEX_FILE, SPEC_FILE, SnapshotKind, SnapshotManifest
+from hotload.identity import SnapshotKind
+from hotload.publish.readiness import ServiceDescription
+from hotload.publish.snapshot import SnapshotManifest
 from tests.blocks.peers import RawServer, http
 
 KEY = "fw_s3cr3tServiceKeyForTests"

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from blocks.exchange import Chunks
+from hotload.clients.inference.attempt import Chunks
 from hotload.errors import ProtocolError, ServiceRefusedError
-from hotload.faults import Cause, fault_of_status, is_recoverable
+from hotload.rollout.completions_api import Answer
+from hotload.rollout.failures import Cause, fault_of_status, is_recoverable
+from hotload.rollout.trajectory import Problem, Weights
 from hotload.spec import Sampling
-from hotload.trajectories import Problem, Weights
-from hotload.wire.inference import Answer
 from tests.blocks.scripted_inference import (
     DONE,
     GOOD,

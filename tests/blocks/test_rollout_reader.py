@@ -19,16 +19,16 @@ import pytest
 from pydantic import PrivateAttr
 
 from blocks.checkpoint_store import CheckpointStore
-from blocks.rollout_directory import version_before
-from blocks.rollout_reader import Delivery, RolloutReader
-from hotload.advantages import advantages
-from hotload.batches import make_batch
-from hotload.claims import claims_path
+from hotload.clients.handoff.directory import version_before
+from hotload.clients.handoff.reader import Delivery, RolloutReader
+from hotload.dataset.claims import claims_path
+from hotload.dataset.parquet import render_rollouts
+from hotload.dataset.rollout_plan import PARTS, RolloutManifest, RolloutPart, summarize
+from hotload.dataset.table import Rollouts, part_facts, rollouts_frame
+from hotload.dataset.trainer_batch import make_batch
 from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
-from hotload.frames import Rollouts, part_facts, rollouts_frame
-from hotload.part_files import render_rollouts
-from hotload.parts import PARTS, RolloutManifest, RolloutPart, summarize
-from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.reward.advantages import advantages
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
 from tests.blocks.conftest import make_store
 
 IDENTITY = "run-000003-0123abcd"
@@ -224,7 +224,7 @@ async def test_a_consumer_that_died_gets_its_groups_again_and_no_acknowledged_on
 CONSUMER = """
 import asyncio, sys
 from blocks.checkpoint_store import CheckpointStore
-from blocks.rollout_reader import RolloutReader
+from hotload.clients.handoff.reader import RolloutReader
 
 async def consume():
     store = CheckpointStore(url=sys.argv[1])

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from emulator.control.settings import EmulatorConfig
 from emulator.server import RunningEmulator, serve
-from emulator.settings import EmulatorConfig
-from hotload.local import encode_file
-from hotload.shards import TensorInfo, render_header
+from hotload.checkpoint.safetensors import TensorInfo, render_header
+from hotload.directory.files import encode_file
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from emulator.clock import Clock
+from emulator.control.clock import Clock
 
 
 async def test_a_tick_goes_from_moment_to_moment() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from emulator.faults import FAULTS, Faults, InvalidFaultError, read_plan
+from emulator.control.faults import FAULTS, Faults, InvalidFaultError, read_plan
 
 Start = Callable[..., Any]
 Events = Callable[[httpx.Response], list[dict[str, Any]]]

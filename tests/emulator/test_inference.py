@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from emulator.decoding import log_softmax
-from emulator.weights import load_llama
+from emulator.engine.decoding import log_softmax
+from emulator.engine.weights import load_llama
 
 Start = Callable[..., Any]
 Events = Callable[[httpx.Response], list[dict[str, Any]]]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emulator.engine import UnsupportedModelError
-from emulator.llama import LlamaShape, LlamaWeights
-from emulator.weights import load_llama, read_json, read_tensors
+from emulator.engine.engine import UnsupportedModelError
+from emulator.engine.llama import LlamaShape, LlamaWeights
+from emulator.engine.weights import load_llama, read_json, read_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["llama", "llama_tied", "qwen2", "qwen3"]
@@ -99,7 +99,7 @@ def test_missing_misshapen_and_unknown_tensors_are_refused() -> None:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_those_of_transformers_now(name: str) -> None:
-    from emulator.torch_engine import TorchEngine
+    from emulator.engine.torch_engine import TorchEngine
 
     ids = [int(x) for x in np.random.default_rng(7).integers(0, 64, 50)]
     numpy_weights = load_llama(FIXTURES / name)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emulator.decoding import log_softmax
-from emulator.weights import load_llama
+from emulator.engine.decoding import log_softmax
+from emulator.engine.weights import load_llama
 
 PROMPT = [5, 9, 200, 31, 7]
 Start = Callable[..., Any]

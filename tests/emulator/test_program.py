@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from emulator.faults import FAULTS
+from emulator.control.faults import FAULTS
+from emulator.control.settings import EmulatorConfig
 from emulator.server import serve
-from emulator.settings import EmulatorConfig
 
 
 @pytest.mark.timeout(60)

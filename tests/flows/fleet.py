@@ -15,9 +15,9 @@ from prefect.blocks.core import Block
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
+from emulator.control.settings import EmulatorConfig
 from emulator.server import serve
-from emulator.settings import EmulatorConfig
-from hotload.report import CycleReport
+from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 
 API_KEY = "key-that-must-not-be-shown"

@@ -20,10 +20,10 @@ import yaml
 from prefect.results import ResultRecord
 
 from blocks.hot_load_service import HotLoadService
-from hotload.local import sha256_file
+from hotload.directory.files import sha256_file
+from hotload.publish.places import delta_dir, results_dir
 from hotload.spec import CycleSpec
 from tasks.encode import EncodedBatch
-from tasks.places import delta_dir, results_dir
 from tasks.upload import UploadedBatch
 from tests.flows.fleet import API_KEY, NAMES, Fleet
 

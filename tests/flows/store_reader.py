@@ -14,11 +14,12 @@ from typing import Self
 
 import polars as pl
 
-from hotload.frames import check_rollouts
-from hotload.lease import Lease, token_of
-from hotload.parts import RolloutManifest
-from hotload.report import CycleReport
-from hotload.snapshot import INDEX_FILE, SnapshotManifest
+from hotload.checkpoint.names import INDEX_FILE
+from hotload.dataset.rollout_plan import RolloutManifest
+from hotload.dataset.table import check_rollouts
+from hotload.publish.lease import Lease, token_of
+from hotload.publish.snapshot import SnapshotManifest
+from hotload.report.cycle_report import CycleReport
 
 BETWEEN_LOOKS_SECONDS = 0.005
 Stamp = tuple[int, int, int]

@@ -13,6 +13,7 @@ from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from examples.tiny_trainer import TinyTrainer
 from flows.cycle import checkpoint_to_rollout
+from hotload.directory.files import read_checkpoint, sha256_file
 from hotload.errors import (
     FullSnapshotFailedError,
     IdentityConflictError,
@@ -24,9 +25,9 @@ from hotload.errors import (
     ServiceRefusedError,
     SnapshotRejectedError,
 )
-from hotload.local import read_checkpoint, sha256_file
-from hotload.report import CycleReport
-from hotload.snapshot import SnapshotKind, SnapshotPlan
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import SnapshotPlan
+from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 from tasks.lease import publisher_lease
 from tasks.plan import plan_snapshot

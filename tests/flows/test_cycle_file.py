@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from flows.cycle import main
+from flows.cycle_file import load_cycle_file
 from hotload.spec import CycleSpec
-from tasks.cycle_file import load_cycle_file
 
 ROOT = Path(__file__).parents[2]
 GOOD = (

@@ -17,9 +17,10 @@ import polars as pl
 import pytest
 
 from examples.tiny_trainer import TinyTrainer
-from hotload.parts import RolloutManifest
-from hotload.report import CycleReport
-from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.dataset.rollout_plan import RolloutManifest
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import SnapshotManifest
+from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
 from tests.flows.killed_cycle import CycleProcess, Standing

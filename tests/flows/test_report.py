@@ -12,9 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from blocks.checkpoint_store import CheckpointStore
-from blocks.rollout_reader import RolloutReader
 from flows.cycle import checkpoint_to_rollout
-from hotload.batches import make_batch
+from hotload.clients.handoff.reader import RolloutReader
+from hotload.dataset.trainer_batch import make_batch
 from tests.flows.fleet import Fleet
 
 pytestmark = [

@@ -16,9 +16,9 @@ import polars as pl
 import pytest
 
 from flows.cycle import checkpoint_to_rollout
-from hotload.frames import check_rollouts
-from hotload.parts import RolloutManifest
-from hotload.report import CycleReport
+from hotload.dataset.rollout_plan import RolloutManifest
+from hotload.dataset.table import check_rollouts
+from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
 from tests.flows.killed_cycle import CycleProcess

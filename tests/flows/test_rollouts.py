@@ -8,8 +8,8 @@ import pytest
 
 from blocks.checkpoint_store import CheckpointStore
 from flows.rollouts import roll_out_and_score
+from hotload.dataset.table import check_rollouts
 from hotload.errors import ServiceRefusedError
-from hotload.frames import check_rollouts
 from hotload.spec import CycleSpec
 from tests.blocks.scripted_inference import GOOD, IDENTITY, Script, client, http
 

@@ -306,7 +306,7 @@ async def test_a_worker_runs_the_code_of_the_clone_and_not_what_is_installed(
     origin, clone = tmp_path / "origin.git", tmp_path / "work"
     for package in ("hotload", "blocks", "tasks", "flows", "examples"):
         shutil.copytree(ROOT / package, clone / package)
-    report = clone / "hotload/report.py"
+    report = clone / "hotload/report/cycle_report.py"
     report.write_text(report.read_text().replace("facts = {", 'facts = {"library": __file__,'))
     document = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())
     (process,) = (each for each in document["deployments"] if each["name"] == "process")

@@ -29,7 +29,7 @@ INPUT_BYTES = 1 << 16
 def main(seconds: int, corpus: Path) -> None:
     if atheris:
         # Of an instrumented comparison of arrays atheris 3 never frees the result.
-        of_arrays = ["hotload.encode", "hotload.sequences"]
+        of_arrays = ["hotload.delta.encode", "hotload.delta.libzstd"]
         with atheris.instrument_imports(include=["hotload"], exclude=of_arrays):
             from tests.fuzz.seeds import seeds
             from tests.fuzz.targets import any_of

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import zstandard
 
-from hotload.checksums import Checksum
-from hotload.wire.dialects import Lineage, render_index
-from hotload.zstd_frame import zero_frame
+from hotload.delta.checksums import Checksum
+from hotload.delta.dialects import Lineage, render_index
+from hotload.delta.frame import zero_frame
 from tests.fuzz.targets import TARGETS
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -13,15 +13,21 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from hotload.checksums import Checksum
-from hotload.codec import Payload, apply_shard, decode_tensor, encode_tensor, payloads
-from hotload.envelope import ARC_V2
+from hotload.checkpoint.safetensors import (
+    ShardHeader,
+    header_size,
+    read_header,
+    read_json_object,
+    render_header,
+)
+from hotload.delta import Payload, apply_shard, decode_tensor, encode_tensor, payloads
+from hotload.delta.byte_io import Bytes, InMemory
+from hotload.delta.checksums import Checksum
+from hotload.delta.dialects import Dialect, envelope_of, parse_index
+from hotload.delta.envelope import ARC_V2
+from hotload.delta.fold import fold_shard
+from hotload.delta.frame import Writer, content_size, is_zero_frame, read_frame
 from hotload.errors import DeltaError, InvalidCheckpointError
-from hotload.fold import fold_shard
-from hotload.readable import Bytes, InMemory
-from hotload.shards import ShardHeader, header_size, read_header, read_json_object, render_header
-from hotload.wire.dialects import Dialect, envelope_of, parse_index
-from hotload.zstd_frame import Writer, content_size, is_zero_frame, read_frame
 
 FILE = "x.safetensors"
 ENVELOPES = (ARC_V2, *(envelope_of(Dialect.SLIME, checksum) for checksum in Checksum))

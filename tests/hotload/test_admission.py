@@ -2,7 +2,7 @@
 
 import pytest
 
-from hotload.admission import Admission
+from hotload.rollout.admission import Admission
 
 
 def admission(offpolicy: int = 0, **counts: int) -> Admission:

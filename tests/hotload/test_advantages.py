@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.advantages import Method, advantages
+from hotload.reward.advantages import Method, advantages
 
 REWARDS = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=16)
 METHODS = st.sampled_from(get_args(Method))

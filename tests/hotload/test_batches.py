@@ -12,12 +12,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hotload.batches import make_batch, slime_batch, to_tensors, trl_batch, verl_batch
+from hotload.dataset.logprob_drift import drifts_of
+from hotload.dataset.parquet import parse_rollouts, render_rollouts
+from hotload.dataset.table import check_rollouts, part_facts, rollouts_frame
+from hotload.dataset.trainer_batch import make_batch, slime_batch, to_tensors, trl_batch, verl_batch
 from hotload.errors import StoreError
-from hotload.frames import check_rollouts, part_facts, rollouts_frame
-from hotload.part_files import parse_rollouts, render_rollouts
-from hotload.trainer_logprobs import drifts_of
-from hotload.trajectories import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 
 SHA = "0" * 64
 PAD = 99
@@ -308,5 +308,5 @@ def test_tensors_where_torch_is_there() -> None:
 
 
 def test_nothing_here_needs_torch() -> None:
-    code = "import sys, hotload.batches; sys.exit('torch' in sys.modules)"
+    code = "import sys, hotload.dataset.trainer_batch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

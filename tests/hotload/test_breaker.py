@@ -2,7 +2,7 @@
 
 import pytest
 
-from hotload.breaker import Breaker
+from hotload.rollout.breaker import Breaker
 
 
 @pytest.mark.parametrize(

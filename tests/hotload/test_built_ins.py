@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from hotload.built_ins import BUILT_INS, check_built_in
-from hotload.trajectories import Problem, Provenance, Trajectory
+from hotload.reward.built_ins import BUILT_INS, check_built_in
+from hotload.rollout.trajectory import Problem, Provenance, Trajectory
 
 ORIGIN = Provenance("i", "r", "s", 1)
 

@@ -5,7 +5,14 @@ from datetime import UTC, datetime
 
 import pytest
 
-from hotload.chain import (
+from hotload.errors import (
+    ChainBrokenError,
+    IdentityConflictError,
+    InvalidIdentityError,
+    LoadFailedError,
+)
+from hotload.identity import SnapshotKind
+from hotload.publish.chain import (
     TRANSITIONS,
     Attempt,
     Chain,
@@ -17,20 +24,9 @@ from hotload.chain import (
     plan_next,
     read_chain,
 )
-from hotload.errors import (
-    ChainBrokenError,
-    IdentityConflictError,
-    InvalidIdentityError,
-    LoadFailedError,
-)
-from hotload.readiness import ReplicaStatus, ServiceStatus
-from hotload.snapshot import (
-    CheckpointContent,
-    FileDigest,
-    SnapshotKind,
-    SnapshotManifest,
-    SnapshotPlan,
-)
+from hotload.publish.readiness import ReplicaStatus, ServiceStatus
+from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
+from hotload.records import FileDigest
 from hotload.spec import CycleSpec
 
 DIGEST = "ab" * 32

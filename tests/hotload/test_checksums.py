@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.checksums import ADLER32_SOURCE, Checksum, adler32, join_adler32, start
+from hotload.delta.checksums import ADLER32_SOURCE, Checksum, adler32, join_adler32, start
 
 V1 = bytes.fromhex("803f81bf233c00007e7fcd3d")
 VALUES = {

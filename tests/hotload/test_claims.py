@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.claims import Claim, Holding
-from hotload.drift import LogprobDrift
+from hotload.dataset.claims import Claim, Holding
+from hotload.dataset.logprob_drift import LogprobDrift
 from hotload.errors import StoreError
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 import hotload
 from hotload.__main__ import main
-from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import SnapshotManifest
 
 ROOT = Path(hotload.__file__).parents[1]
 COMMANDS = ("encode", "apply", "verify", "redress", "fold", "inspect", "check", "doctor")

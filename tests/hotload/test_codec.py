@@ -11,8 +11,15 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotload.checksums import Checksum
-from hotload.codec import (
+from hotload.checkpoint.safetensors import (
+    DTYPE_BITS,
+    ShardHeader,
+    TensorInfo,
+    header_size,
+    read_header,
+    render_header,
+)
+from hotload.delta import (
     DeltaStats,
     Payload,
     apply_shard,
@@ -22,21 +29,14 @@ from hotload.codec import (
     payloads,
     verify_shard,
 )
-from hotload.encode import SPAN_BYTES
-from hotload.envelope import ARC_V2, Envelope
+from hotload.delta.byte_io import InMemory, read_bytes
+from hotload.delta.checksums import Checksum
+from hotload.delta.encode import SPAN_BYTES
+from hotload.delta.envelope import ARC_V2, Envelope
+from hotload.delta.frame import PIECE_BYTES, Writer, best_writer, zero_frame
+from hotload.delta.ordered_threads import Workers
+from hotload.delta.rules import check_delta_shard
 from hotload.errors import ChecksumMismatchError, DeltaError, LayoutMismatchError
-from hotload.in_order import Workers
-from hotload.layout import check_delta_shard
-from hotload.readable import InMemory, read_bytes
-from hotload.shards import (
-    DTYPE_BITS,
-    ShardHeader,
-    TensorInfo,
-    header_size,
-    read_header,
-    render_header,
-)
-from hotload.zstd_frame import PIECE_BYTES, Writer, best_writer, zero_frame
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 V0, V1, V2 = (

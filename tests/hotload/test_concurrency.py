@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.concurrency import Attempt, StepReport, Window
+from hotload.rollout.window import Attempt, StepReport, Window
 from hotload.spec import Concurrency
 
 

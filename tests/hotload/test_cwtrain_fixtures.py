@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from hotload.codec import Payload
-from hotload.directories import (
+from hotload.delta import Payload
+from hotload.delta.byte_io import read_bytes
+from hotload.delta.dialects import Dialect, Lineage
+from hotload.directory.files import open_shard
+from hotload.directory.inputs import open_delta
+from hotload.directory.operations import (
     apply_directory,
     encode_directory,
     redress_directory,
     verify_directory,
 )
 from hotload.errors import ChecksumMismatchError
-from hotload.local import open_shard
-from hotload.operands import open_delta
-from hotload.readable import read_bytes
-from hotload.wire.dialects import Dialect, Lineage
 
 RECORDED = Path(__file__).parents[1] / "golden" / "cwtrain"
 BASE, DELTA, TARGET = (RECORDED / name for name in ("base", "delta", "target"))

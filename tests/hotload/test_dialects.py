@@ -7,11 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.checksums import Checksum
-from hotload.envelope import ARC_V2, Envelope
-from hotload.errors import DeltaError, InvalidIdentityError
-from hotload.snapshot import INDEX_FILE
-from hotload.wire.dialects import (
+from hotload.checkpoint.names import INDEX_FILE
+from hotload.delta.checksums import Checksum
+from hotload.delta.dialects import (
     DeltaIndex,
     Dialect,
     Lineage,
@@ -21,6 +19,8 @@ from hotload.wire.dialects import (
     parse_index,
     render_index,
 )
+from hotload.delta.envelope import ARC_V2, Envelope
+from hotload.errors import DeltaError, InvalidIdentityError
 
 SLIME = Lineage("000003", "000002")
 COREWEAVE = Lineage("run-000003-0123abcd", "run-000002-0123abcd")

@@ -14,8 +14,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import hotload
-from hotload.checksums import Checksum
-from hotload.directories import (
+from hotload.checkpoint.index_and_spec import build_index, build_spec
+from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
+from hotload.checkpoint.rules import check_full
+from hotload.delta.checksums import Checksum
+from hotload.delta.dialects import Dialect, Lineage
+from hotload.delta.rules import check_delta
+from hotload.directory.files import open_shard, read_checkpoint
+from hotload.directory.inputs import open_delta
+from hotload.directory.operations import (
     Progress,
     apply_directory,
     encode_directory,
@@ -31,12 +38,6 @@ from hotload.errors import (
     InvalidIdentityError,
     LayoutMismatchError,
 )
-from hotload.layout import check_delta, check_full
-from hotload.local import open_shard, read_checkpoint
-from hotload.manifests import build_index, build_spec
-from hotload.operands import open_delta
-from hotload.snapshot import CONFIG_FILE, INDEX_FILE, SPEC_FILE
-from hotload.wire.dialects import Dialect, Lineage
 from tests.hotload import slime_receiver
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -855,7 +856,7 @@ def test_whatever_breaks_it_off_leaves_nothing(
 FEW_FILES = """
 import resource, sys
 from pathlib import Path
-from hotload.directories import fold_directory
+from hotload.directory.operations import fold_directory
 *deltas, out = map(Path, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 fold_directory(deltas, out)
@@ -877,7 +878,7 @@ def test_a_fold_opens_one_file_of_each_delta_at_a_time(
 ENDLESS = """
 import sys
 from pathlib import Path
-from hotload.directories import encode_directory
+from hotload.directory.operations import encode_directory
 base, target, out = map(Path, sys.argv[1:])
 encode_directory(base, target, out, workers=2, progress=lambda *_: print("on", flush=True))
 """
@@ -922,7 +923,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(
     script = """
 import resource, signal, sys
 from pathlib import Path
-from hotload.directories import encode_directory
+from hotload.directory.operations import encode_directory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
 try:

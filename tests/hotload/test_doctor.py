@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from safetensors import TensorSpec, deserialize, safe_open, serialize_file
 from safetensors.numpy import load_file, save_file
 
-from hotload.doctor import plan, select
+from hotload.checkpoint.relayout_plan import plan, select
+from hotload.checkpoint.rules import check_full
+from hotload.checkpoint.safetensors import DTYPE_BITS, SHARD_WARNING_BYTES, ShardHeader, TensorInfo
+from hotload.delta.rules import drift
+from hotload.directory.files import read_checkpoint
+from hotload.directory.relayout import relayout_directory
 from hotload.errors import InvalidCheckpointError
-from hotload.layout import SHARD_WARNING_BYTES, check_full, drift
-from hotload.local import read_checkpoint
-from hotload.relayout import relayout_directory
-from hotload.shards import DTYPE_BITS, ShardHeader, TensorInfo
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "tie_word_embeddings": False}
 GiB = 1 << 30

@@ -7,12 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.drift import (
-    LogprobDrift,
-    distribution,
-    logprob_drift,
-    merged_drift,
-)
+from hotload.dataset.logprob_drift import LogprobDrift, distribution, logprob_drift, merged_drift
 
 
 def test_a_distribution() -> None:

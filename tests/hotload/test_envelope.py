@@ -2,8 +2,8 @@
 
 import pytest
 
-from hotload.checksums import Checksum
-from hotload.envelope import ARC_V2, Envelope
+from hotload.delta.checksums import Checksum
+from hotload.delta.envelope import ARC_V2, Envelope
 
 
 @pytest.mark.parametrize(

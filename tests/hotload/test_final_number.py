@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.final_number import final_number, one_number
+from hotload.reward.final_number import final_number, one_number
 
 
 @pytest.mark.parametrize(

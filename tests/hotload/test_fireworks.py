@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.errors import ProtocolError
-from hotload.snapshot import SnapshotManifest
-from hotload.wire import fireworks
+from hotload.publish import fireworks_api
+from hotload.publish.snapshot import SnapshotManifest
 
 DELTA = SnapshotManifest.model_validate(
     {
@@ -41,7 +41,7 @@ FULL = DELTA.model_copy(
 
 
 def test_a_delta_names_its_previous_and_the_documented_misspelling() -> None:
-    body = fireworks.signal_body(DELTA, reset_prompt_cache="all", extra_fields_ignore=())
+    body = fireworks_api.signal_body(DELTA, reset_prompt_cache="all", extra_fields_ignore=())
     assert body == {
         "identity": "run-000002-0123abcd",
         "incremental_snapshot_metadata": {
@@ -53,7 +53,7 @@ def test_a_delta_names_its_previous_and_the_documented_misspelling() -> None:
 
 
 def test_a_full_sends_no_metadata_and_only_what_says_something() -> None:
-    body = fireworks.signal_body(FULL, reset_prompt_cache="none", extra_fields_ignore=["a"])
+    body = fireworks_api.signal_body(FULL, reset_prompt_cache="none", extra_fields_ignore=["a"])
     assert body == {
         "identity": "run-000002-0123abcd",
         "reset_prompt_cache": "none",
@@ -62,7 +62,7 @@ def test_a_full_sends_no_metadata_and_only_what_says_something() -> None:
 
 
 def test_a_status_is_read_as_documented() -> None:
-    status = fireworks.parse_status(
+    status = fireworks_api.parse_status(
         {
             "replicas": [
                 {
@@ -89,7 +89,7 @@ def test_a_status_is_read_as_documented() -> None:
 )
 def test_a_status_of_another_form_is_the_providers_fault(data: Any) -> None:
     with pytest.raises(ProtocolError):
-        fireworks.parse_status(data)
+        fireworks_api.parse_status(data)
 
 
 json_values = st.recursive(
@@ -108,7 +108,7 @@ json_values = st.recursive(
     )
 )
 def test_no_replica_entry_is_more_than_it_says(entry: dict[str, Any]) -> None:
-    (replica,) = fireworks.parse_status({"replicas": [entry]}).replicas
+    (replica,) = fireworks_api.parse_status({"replicas": [entry]}).replicas
     assert replica.readiness == (entry.get("readiness") is True)
 
 
@@ -124,19 +124,19 @@ def test_no_replica_entry_is_more_than_it_says(entry: dict[str, Any]) -> None:
     ],
 )
 def test_the_policy_version_is_the_text_after_the_last_at(model: Any, identity: Any) -> None:
-    assert fireworks.served_identity(model) == identity
+    assert fireworks_api.served_identity(model) == identity
 
 
 def test_a_hint_fills_its_template_at_any_depth() -> None:
     template = {"file": "{uri}", "list": ["{size}", 3], "{kind}": "{unknown}"}
     values = {"uri": "s3://b/{size}", "size": 7}
-    body = fireworks.hint_body(template, values)
+    body = fireworks_api.hint_body(template, values)
     assert body["list"] == ["7", 3]
     assert body["{kind}"] == "{unknown}"
 
 
 def test_counts_of_protobuf_are_read() -> None:
-    description = fireworks.parse_description(
+    description = fireworks_api.parse_description(
         {"desiredReplicaCount": "3", "minReplicaCount": -1, "hotLoadBucketUrl": "s3://b/p/"}
     )
     assert (description.desired_replica_count, description.min_replica_count) == (3, None)

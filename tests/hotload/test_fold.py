@@ -13,15 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hotload
-from hotload.checksums import Checksum, start
-from hotload.codec import Payload, apply_shard, encode_shard, payloads
-from hotload.envelope import ARC_V2, Envelope
+from hotload.checkpoint.safetensors import (
+    ShardHeader,
+    TensorInfo,
+    header_size,
+    read_header,
+    render_header,
+)
+from hotload.delta import Payload, apply_shard, encode_shard, payloads
+from hotload.delta.byte_io import Bytes, InMemory, read_bytes
+from hotload.delta.checksums import Checksum, start
+from hotload.delta.convert import is_unchanged
+from hotload.delta.envelope import ARC_V2, Envelope
+from hotload.delta.fold import fold_shard
+from hotload.delta.frame import zero_frame
 from hotload.errors import DeltaError
-from hotload.fold import fold_shard
-from hotload.readable import Bytes, InMemory, read_bytes
-from hotload.redress import is_unchanged
-from hotload.shards import ShardHeader, TensorInfo, header_size, read_header, render_header
-from hotload.zstd_frame import zero_frame
 
 CHANGED_ONLY = Envelope(Checksum.XXH3_128, is_decimal=False, has_every_tensor=False)
 Link = dict[str, Payload]
@@ -265,10 +271,10 @@ def test_a_small_frame_that_claims_a_terabyte_takes_no_memory() -> None:
 MEASURED = """
 import numpy as np
 from pathlib import Path
-from hotload.codec import encode_shard, payloads
-from hotload.envelope import ARC_V2
-from hotload.fold import fold_shard
-from hotload.shards import TensorInfo, read_header, render_header
+from hotload.delta import encode_shard, payloads
+from hotload.delta.envelope import ARC_V2
+from hotload.delta.fold import fold_shard
+from hotload.checkpoint.safetensors import TensorInfo, read_header, render_header
 
 SIZE = 128 << 20
 

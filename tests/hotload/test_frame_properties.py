@@ -8,8 +8,8 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hotload.codec import decode_tensor, encode_tensor
-from hotload.zstd_frame import PIECE_BYTES, Writer
+from hotload.delta import decode_tensor, encode_tensor
+from hotload.delta.frame import PIECE_BYTES, Writer
 
 BLOCK_BYTES = 1 << 17
 # Around zstd's blocks, the codec's pieces, and where a frame is too small for sequences.

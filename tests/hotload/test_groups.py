@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from hotload.advantages import advantages
-from hotload.groups import (
+from hotload.reward.advantages import advantages
+from hotload.rollout.counts import GroupCounts, RolloutSummary
+from hotload.rollout.group_rules import (
     Tally,
     Verdict,
     draw_number,
@@ -19,10 +20,9 @@ from hotload.groups import (
     to_ask_again,
     usable_count,
 )
-from hotload.report import GroupCounts, RolloutSummary
+from hotload.rollout.straddling import settle_weights
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory, sample_seed
 from hotload.spec import Groups
-from hotload.straddling import settle_weights
-from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory, sample_seed
 
 PROBLEM = Problem("p", "x")
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 import hotload
-from hotload.directories import (
+from hotload.delta.dialects import Dialect, Lineage, parse_index
+from hotload.directory.files import apply_file, open_shard
+from hotload.directory.inputs import open_delta
+from hotload.directory.operations import (
     apply_directory,
     fold_directory,
     redress_directory,
     verify_directory,
 )
 from hotload.errors import DeltaError, HotLoadError, InvalidCheckpointError
-from hotload.local import apply_file, open_shard
-from hotload.operands import open_delta
-from hotload.wire.dialects import Dialect, Lineage, parse_index
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HOSTILE = GOLDEN / "hostile"
@@ -237,7 +237,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from hotload.errors import HotLoadError
-from hotload.local import apply_file, open_shard
+from hotload.directory.files import apply_file, open_shard
 
 base, out, *paths = map(Path, sys.argv[1:])
 def refuse(path):

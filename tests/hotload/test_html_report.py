@@ -14,21 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.advantages import advantages
-from hotload.drawing import Bar, bars, columns, histogram, nice_ticks, stack, steps, timeline
-from hotload.drift import LogprobDrift, TrainedAgainst
-from hotload.figures import Figures
-from hotload.frames import part_facts, rollouts_frame
-from hotload.groups import judge
-from hotload.html_report import render_report
-from hotload.metrics import cycle_metrics, json_lines, prometheus_text
-from hotload.part_files import render_rollouts
-from hotload.parts import RolloutPart, summarize
+from hotload.dataset.logprob_drift import LogprobDrift, TrainedAgainst
+from hotload.dataset.parquet import render_rollouts
+from hotload.dataset.rollout_plan import RolloutPart, summarize
+from hotload.dataset.table import part_facts, rollouts_frame
+from hotload.identity import SnapshotKind
+from hotload.publish.publication import Published
 from hotload.quantities import duration, number, percent, size
-from hotload.report import CycleReport, GroupCounts, Published
-from hotload.snapshot import SnapshotKind
+from hotload.report.charts import Bar, bars, columns, histogram, nice_ticks, stack, steps, timeline
+from hotload.report.cycle_report import CycleReport
+from hotload.report.metrics import cycle_metrics, json_lines, prometheus_text
+from hotload.report.page import render_report
+from hotload.report.sample_statistics import Figures
+from hotload.reward.advantages import advantages
+from hotload.rollout.counts import GroupCounts
+from hotload.rollout.group_rules import judge
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.spec import Groups
-from hotload.trajectories import Problem, Provenance, ScoredGroup, Segment, Trajectory
 
 SHA = "0" * 64
 NOW, NEXT = "run-000003-0123abcd", "run-000004-0123abcd"

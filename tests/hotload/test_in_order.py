@@ -7,7 +7,7 @@ from threading import Barrier, Event, main_thread
 
 import pytest
 
-from hotload.in_order import Turns, Workers, run_in_order
+from hotload.delta.ordered_threads import Turns, Workers, run_in_order
 
 
 def test_results_keep_the_order_of_the_jobs_not_of_their_ends() -> None:

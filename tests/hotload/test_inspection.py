@@ -10,23 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from hotload.checksums import Checksum
-from hotload.codec import Payload, encode_tensor
-from hotload.errors import DeltaError
-from hotload.inspection import (
+from hotload.checkpoint.anatomy import is_delta, natural, place
+from hotload.checkpoint.safetensors import ShardHeader, TensorInfo
+from hotload.delta import Payload, encode_tensor
+from hotload.delta.byte_io import InMemory
+from hotload.delta.checksums import Checksum
+from hotload.delta.inspect_delta import (
     TensorFacts,
     delta_facts,
-    is_delta,
-    natural,
     parts,
-    place,
     plain_facts,
     spec_forms,
     total,
 )
-from hotload.local import open_shard
-from hotload.readable import InMemory
-from hotload.shards import ShardHeader, TensorInfo
+from hotload.directory.files import open_shard
+from hotload.errors import DeltaError
 
 
 def payload(frame: bytes, before: bytes = b"", after: bytes = b"") -> Payload:

@@ -7,17 +7,12 @@ from hashlib import sha256
 
 import pytest
 
-from hotload.errors import InvalidCheckpointError
-from hotload.layout import (
-    check_delta,
-    check_full,
-    check_lora,
-    drift,
-    refuse_errors,
-)
-from hotload.manifests import TORCH_DTYPES, build_index, build_spec
-from hotload.shards import DTYPE_BITS, Checkpoint, Finding, ShardHeader, TensorInfo
-from hotload.snapshot import FileDigest
+from hotload.checkpoint.index_and_spec import TORCH_DTYPES, build_index, build_spec
+from hotload.checkpoint.rules import check_full, check_lora, refuse_errors
+from hotload.checkpoint.safetensors import DTYPE_BITS, Checkpoint, ShardHeader, TensorInfo
+from hotload.delta.rules import check_delta, drift
+from hotload.errors import Finding, InvalidCheckpointError
+from hotload.records import FileDigest
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "rope_theta": 10000.0, "use_cache": True}
 TENSORS = {

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.errors import StoreError
-from hotload.lease import Claim, Lease, Process, decide, highest_token, lease_path, loss, token_of
+from hotload.publish.lease import (
+    Claim,
+    Lease,
+    Process,
+    decide,
+    highest_token,
+    lease_path,
+    loss,
+    token_of,
+)
 
 NOON = datetime(2026, 8, 1, 12, tzinfo=UTC)
 HERE = Process(host="host-a", pid=100, started="5")

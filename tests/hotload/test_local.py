@@ -15,14 +15,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import hotload
-from hotload.errors import (
-    ChecksumMismatchError,
-    DeltaError,
-    InvalidCheckpointError,
-    LayoutMismatchError,
-)
-from hotload.layout import check_delta, check_full, drift
-from hotload.local import (
+from hotload.checkpoint.index_and_spec import build_index, build_spec
+from hotload.checkpoint.rules import check_full
+from hotload.delta.rules import check_delta, drift
+from hotload.directory.files import (
     apply_file,
     copy_file,
     encode_file,
@@ -35,7 +31,12 @@ from hotload.local import (
     verify_file,
     write_atomic,
 )
-from hotload.manifests import build_index, build_spec
+from hotload.errors import (
+    ChecksumMismatchError,
+    DeltaError,
+    InvalidCheckpointError,
+    LayoutMismatchError,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 V0, V1, DELTA = (GOLDEN / f"{name}.safetensors" for name in ("v0", "v1", "delta"))
@@ -283,7 +284,7 @@ def test_nothing_half_written_remains(
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from hotload.local import write_atomic
+from hotload.directory.files import write_atomic
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -302,7 +303,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path) -> None:
 COPYING = """
 import sys
 from pathlib import Path
-from hotload.local import copy_file
+from hotload.directory.files import copy_file
 copy_file(*map(Path, sys.argv[1:]))
 """
 
@@ -371,7 +372,7 @@ def test_remove_tree_takes_files_directories_links_and_nothing(tmp_path: Path) -
 MEASURED = """
 import sys
 from pathlib import Path
-from hotload.local import encode_file, verify_file
+from hotload.directory.files import encode_file, verify_file
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.part_progress import PartProgress
-from hotload.parts import PartPlan
-from hotload.trajectories import Problem
+from hotload.dataset.part_progress import PartProgress
+from hotload.dataset.rollout_plan import PartPlan
+from hotload.rollout.trajectory import Problem
 
 PROBLEMS = tuple(Problem(f"p{number}", "x") for number in range(5))
 RESERVE = tuple(Problem(f"r{number}", "x") for number in range(4))

@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 from pandera.errors import SchemaErrors
 
-from hotload.advantages import advantages
-from hotload.errors import StoreError
-from hotload.frames import (
+from hotload.checkpoint.safetensors import ShardHeader, TensorInfo
+from hotload.dataset.rollout_plan import RolloutManifest, RolloutPart, plan_rollout, summarize
+from hotload.dataset.table import (
     check_ledger,
     check_rollouts,
     check_tensors,
@@ -18,11 +18,12 @@ from hotload.frames import (
     rollouts_frame,
     tensors_frame,
 )
-from hotload.parts import RolloutManifest, RolloutPart, plan_rollout, summarize
-from hotload.shards import ShardHeader, TensorInfo
-from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.errors import StoreError
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import SnapshotManifest
+from hotload.reward.advantages import advantages
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
 from hotload.spec import CycleSpec
-from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory
 
 SHA = "0" * 64
 

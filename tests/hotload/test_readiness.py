@@ -2,8 +2,8 @@
 
 import pytest
 
-from hotload.readiness import ReplicaStatus, ServiceStatus, Verdict, assess
-from hotload.snapshot import SnapshotKind
+from hotload.identity import SnapshotKind
+from hotload.publish.readiness import ReplicaStatus, ServiceStatus, Verdict, assess
 
 NEW, OLD = "run-000002-00000000", "run-000001-00000000"
 READY = ReplicaStatus(True, NEW, "completed", NEW)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hotload.wire.retry_after import retry_after_seconds
+from hotload.rollout.retry_after import retry_after_seconds
 
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 LATER = "Sun, 06 Nov 1994 08:50:07 GMT"

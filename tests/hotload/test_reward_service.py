@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from hotload.errors import RewardError
-from hotload.faults import Cause
-from hotload.rewards import Outcome, Score
+from hotload.reward.http_service import parse_rewards, read_service, request_body
+from hotload.reward.outcome import Outcome, Score
+from hotload.rollout.failures import Cause
+from hotload.rollout.trajectory import Problem, Provenance, Trajectory
 from hotload.spec import RewardSpec
-from hotload.trajectories import Problem, Provenance, Trajectory
-from hotload.wire.reward_service import parse_rewards, read_service, request_body
 
 URL = "https://judge.example/v1/score"
 

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hotload.built_ins import BUILT_INS
 from hotload.errors import RewardError
-from hotload.faults import Cause
-from hotload.rewards import (
+from hotload.reward.built_ins import BUILT_INS
+from hotload.reward.outcome import (
     Score,
     Unscored,
     as_number,
@@ -22,6 +21,7 @@ from hotload.rewards import (
     read_outcome,
     read_outcomes,
 )
+from hotload.rollout.failures import Cause
 
 
 @pytest.mark.parametrize(

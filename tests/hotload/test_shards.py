@@ -15,19 +15,17 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.numpy import save
 
-from hotload.errors import InvalidCheckpointError
-from hotload.shards import (
+from hotload.checkpoint.safetensors import (
     DTYPE_BITS,
-    Finding,
     TensorInfo,
     header_size,
     plain_name,
     read_header,
     read_json_object,
     render_header,
-    shorten,
     storage_bytes,
 )
+from hotload.errors import Finding, InvalidCheckpointError, shorten
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HOSTILE = {

@@ -7,18 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.errors import InvalidIdentityError, StoreError
-from hotload.snapshot import (
-    FileDigest,
+from hotload.identity import (
     SnapshotKind,
-    SnapshotManifest,
-    batches,
     check_identity,
-    content_sha256,
     cycle_name,
     is_identity,
     snapshot_identity,
     version_of,
 )
+from hotload.publish.snapshot import SnapshotManifest, batches, content_sha256
+from hotload.records import FileDigest
 
 MANIFEST = {
     "schema_number": 1,

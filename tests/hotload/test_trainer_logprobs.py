@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hotload.trainer_logprobs import drifts_of
+from hotload.dataset.logprob_drift import drifts_of
 
 FRAME = pl.DataFrame(
     {

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hotload.errors import InvalidProblemsError
-from hotload.trajectories import (
+from hotload.rollout.trajectory import (
     Problem,
     Provenance,
     Trajectory,

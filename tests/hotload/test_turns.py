@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hotload.routing import join_routing, routing_array
+from hotload.rollout.completions_api import Answer
+from hotload.rollout.merge_turns import Turns
+from hotload.rollout.routing import join_routing, routing_array
+from hotload.rollout.straddling import settle_weights
+from hotload.rollout.trajectory import Provenance, Segment, Trajectory
 from hotload.spec import Sampling
-from hotload.straddling import settle_weights
-from hotload.trajectories import Provenance, Segment, Trajectory
-from hotload.turns import Turns
-from hotload.wire.inference import Answer
 
 
 def answered(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hotload.directory.files import apply_file, encode_file, open_shard, verify_file
 from hotload.errors import ChecksumMismatchError
-from hotload.local import apply_file, encode_file, open_shard, verify_file
 
 VENDOR = Path(__file__).parents[1] / "golden" / "vendor"
 BASE, DELTA, TARGET = (VENDOR / f"{name}.safetensors" for name in ("base", "delta", "target"))

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from hotload.errors import RewardError
-from hotload.faults import Cause
-from hotload.rewards import Score, Unscored
+from hotload.reward.outcome import Score, Unscored
+from hotload.reward.weighted_sum import add_up, weighted_parts
+from hotload.rollout.failures import Cause
 from hotload.spec import RewardSpec
-from hotload.weighted import add_up, weighted_parts
 
 
 def declared(*parts: Any, **fields: Any) -> RewardSpec:

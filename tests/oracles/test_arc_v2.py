@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from hotload.codec import decode_tensor, encode_shard, encode_tensor
-from hotload.errors import ChecksumMismatchError, DeltaError
-from hotload.local import (
+from hotload.delta import decode_tensor, encode_shard, encode_tensor
+from hotload.delta.frame import Writer
+from hotload.directory.files import (
     apply_file,
     encode_file,
     open_shard,
@@ -28,7 +28,7 @@ from hotload.local import (
     verify_file,
     writing,
 )
-from hotload.zstd_frame import Writer
+from hotload.errors import ChecksumMismatchError, DeltaError
 from tests.oracles.seeded import LARGE, SMALL, write_pair
 
 ARC_V2 = "arc_v2"

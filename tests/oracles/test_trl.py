@@ -26,7 +26,7 @@ from trainer_samples import (
 )
 from trl_steps import LEARNING_RATE, Fed
 
-from hotload.batches import make_batch, to_tensors, trl_batch
+from hotload.dataset.trainer_batch import make_batch, to_tensors, trl_batch
 
 ROOT = Path(__file__).parents[2]
 FRAME = frame()

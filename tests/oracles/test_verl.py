@@ -27,7 +27,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
-from hotload.batches import make_batch, to_tensors, verl_batch
+from hotload.dataset.trainer_batch import make_batch, to_tensors, verl_batch
 
 FRAME = frame()
 BATCH = make_batch(FRAME, pad_token_id=1)

@@ -1,5 +1,5 @@
 """Rollouts of every shape, a tiny model, and its loss over them written out by hand: one sequence
-at a time, nothing padded and nothing of `hotload.batches`.
+at a time, nothing padded and nothing of `hotload.dataset.trainer_batch`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hotload.frames import rollouts_frame
-from hotload.straddling import settle_weights
-from hotload.trajectories import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.dataset.table import rollouts_frame
+from hotload.rollout.straddling import settle_weights
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 
 VOCABULARY = 512
 TEMPERATURE = 0.7

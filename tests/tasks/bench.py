@@ -12,11 +12,12 @@ import polars as pl
 from prefect.logging import disable_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.parts import MANIFEST_FILE, RolloutManifest
+from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest
+from hotload.sampling.concurrently import overlap
+from hotload.sampling.problems import plan_rollouts
+from hotload.sampling.rollout import Rollout, open_rollout
 from hotload.spec import CycleSpec
-from tasks.overlap import overlap
-from tasks.read_problems import plan_rollouts
-from tasks.roll_out import Rollout, open_rollout, roll_out_chunk
+from tasks.roll_out import roll_out_chunk
 from tests.blocks.scripted_inference import IDENTITY, client
 from tests.tasks.answering import Answering, Asked, Reply, saying
 

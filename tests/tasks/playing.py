@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from blocks.conversation import Conversation, TurnFailedError
+from hotload.clients.inference.conversation import Conversation, TurnFailedError
 from hotload.errors import ServiceRefusedError
-from hotload.trajectories import Problem, Segment, Trajectory
+from hotload.rollout.trajectory import Problem, Segment, Trajectory
 
 KEY_VARIABLE = "judge_key"
 

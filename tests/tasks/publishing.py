@@ -14,22 +14,22 @@ import httpx
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
-from hotload.local import read_checkpoint, sha256_file
-from hotload.snapshot import (
+from hotload.directory.files import read_checkpoint, sha256_file
+from hotload.identity import SnapshotKind
+from hotload.publish.places import baseline_dir, delta_dir, results_dir
+from hotload.publish.snapshot import (
     CheckpointContent,
-    FileDigest,
     Shard,
-    SnapshotKind,
     SnapshotManifest,
     SnapshotPlan,
     batches,
 )
+from hotload.records import FileDigest
 from hotload.spec import CycleSpec, ReadinessPolicy
 from tasks.announce import signal_snapshot
 from tasks.baseline import keep_baseline
 from tasks.encode import EncodedBatch, encode_shards
 from tasks.lease import publisher_lease
-from tasks.places import baseline_dir, delta_dir, results_dir
 from tasks.plan import plan_snapshot
 from tasks.upload import upload_manifests, upload_shards
 from tasks.wait import wait_until_ready

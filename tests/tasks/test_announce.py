@@ -13,8 +13,9 @@ from hotload.errors import (
     ServiceUnavailableError,
     SnapshotRejectedError,
 )
-from hotload.lease import Lease, Process
-from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.identity import SnapshotKind
+from hotload.publish.lease import Lease, Process
+from hotload.publish.snapshot import SnapshotManifest
 from hotload.spec import ReadinessPolicy
 from tasks.announce import hint_shards, reset_ledger, signal_snapshot
 from tasks.encode import EncodedBatch

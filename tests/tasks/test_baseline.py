@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from hotload.errors import BaselineLostError, StoreError, StoreUnavailableError
-from hotload.snapshot import SnapshotKind, SnapshotManifest
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import SnapshotManifest
 from tasks.baseline import hold_baseline, keep_baseline
 from tasks.encode import encode_shards
 from tests.tasks.publishing import Publisher, contents, disk_full_after, flip_a_byte

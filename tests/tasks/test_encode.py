@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from hotload.directory.files import apply_file, sha256_file
 from hotload.errors import InvalidCheckpointError
-from hotload.local import apply_file, sha256_file
-from hotload.snapshot import FileDigest, SnapshotPlan
+from hotload.publish.snapshot import SnapshotPlan
+from hotload.records import FileDigest
 from tasks.encode import EncodedBatch, encode_once, encode_shards
 from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte, stamps
 

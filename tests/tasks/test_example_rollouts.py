@@ -9,14 +9,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from blocks.conversation import Conversation
 from blocks.rollout_client import RolloutClient
 from examples.rollouts import calculator, guessing_game, single_turn
 from examples.rollouts.speaker import Speaker
 from examples.rollouts.stage import Show
 from examples.tiny_trainer import make_tokenizer
+from hotload.clients.inference.conversation import Conversation
+from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.spec import Sampling
-from hotload.trajectories import Problem, Trajectory
 from tests.flows.fleet import API_KEY, NAMES, running_fleet
 
 GAMES = [single_turn, calculator, guessing_game]

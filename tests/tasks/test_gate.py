@@ -2,8 +2,8 @@
 
 import asyncio
 
-from hotload.admission import Admission
-from tasks.gate import Gate
+from hotload.rollout.admission import Admission
+from hotload.sampling.row_gate import Gate
 
 
 def gate(limit: int = 4) -> tuple[Gate, Admission]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from hotload.dataset.rollout_plan import RolloutManifest
 from hotload.errors import RolloutFunctionError, RolloutsFailedError
-from hotload.parts import RolloutManifest
 from tests.blocks.scripted_inference import IDENTITY, MODEL, http
 from tests.loop_clock import LoopClock
 from tests.tasks.answering import NO_IDS, Asked, never, saying

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from blocks.checkpoint_store import CheckpointStore
-from hotload.parts import PartNotes, RolloutPart, RolloutPlan
+from hotload.dataset.rollout_plan import PartNotes, RolloutPart, RolloutPlan
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.sampling.part_files import read_parts, write_part
+from hotload.sampling.problems import plan_rollouts
 from hotload.spec import CycleSpec
-from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory
-from tasks.hand_back import read_parts, write_part
-from tasks.read_problems import plan_rollouts
 
 IDENTITY = "run-000003-0badf00d"
 

@@ -14,7 +14,7 @@ from pydantic import PrivateAttr
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import LeaseLostError, StoreError
-from hotload.lease import LEASES, Lease, Process, lease_path
+from hotload.publish.lease import LEASES, Lease, Process, lease_path
 from tasks.lease import check_lease, is_running, publisher_lease, this_process
 
 ELSEWHERE = Process(host="another host", pid=1, started="1")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from blocks.checkpoint_store import CheckpointStore
+from hotload.dataset.rollout_plan import PartPlan, RolloutPlan
 from hotload.errors import StoreUnavailableError
-from hotload.groups import Tally, Verdict
-from hotload.parts import PartPlan, RolloutPlan
+from hotload.rollout.group_rules import Tally, Verdict
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.sampling.part_writer import FULL_TOKENS, PartWriter, Settled
 from hotload.spec import Groups
-from hotload.trajectories import Problem, Provenance, ScoredGroup, Trajectory
-from tasks.part_writer import FULL_TOKENS, PartWriter, Settled
 
 IDENTITY = "run-000003-0badf00d"
 PROBLEMS = tuple(Problem(str(number), "x") for number in range(2))

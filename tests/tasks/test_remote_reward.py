@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from hotload.errors import RewardError
-from hotload.faults import Cause
-from hotload.rewards import Outcome, Score, Unscored
+from hotload.reward.outcome import Outcome, Score, Unscored
+from hotload.rollout.failures import Cause
+from hotload.rollout.trajectory import Problem, Provenance, Trajectory, TrajectoryGroup
+from hotload.sampling.reward.remote import RemoteReward
+from hotload.sampling.reward.scorer import open_scorer
 from hotload.spec import RewardSpec
-from hotload.trajectories import Problem, Provenance, Trajectory, TrajectoryGroup
-from tasks.remote_reward import RemoteReward
-from tasks.score import open_scorer
 from tests.blocks.scripted_inference import Naps, Script, http
 
 KEY = "key-of-the-judge"

@@ -13,19 +13,20 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
+from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPlan
 from hotload.errors import (
     InvalidProblemsError,
     ServiceRefusedError,
     StoreError,
     StoreUnavailableError,
 )
-from hotload.parts import MANIFEST_FILE, RolloutManifest, RolloutPlan
-from hotload.report import RolloutSummary
+from hotload.rollout.counts import RolloutSummary
+from hotload.sampling.concurrently import overlap
+from hotload.sampling.problems import plan_rollouts, read_problems
+from hotload.sampling.rollout import open_rollout
 from hotload.spec import CycleSpec
 from tasks.hand_back import find_rollout, hand_back
-from tasks.overlap import overlap
-from tasks.read_problems import plan_rollouts, read_problems
-from tasks.roll_out import open_rollout, roll_out_chunk
+from tasks.roll_out import roll_out_chunk
 from tests.blocks.scripted_inference import (
     DONE,
     GOOD,

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from hotload.errors import RewardError
+from hotload.rollout.trajectory import Problem, Provenance, Trajectory, TrajectoryGroup
+from hotload.sampling.concurrently import overlap
+from hotload.sampling.reward.scorer import open_scorer
 from hotload.spec import RewardSpec
-from hotload.trajectories import Problem, Provenance, Trajectory, TrajectoryGroup
-from tasks.overlap import overlap
-from tasks.score import open_scorer
 
 REWARDS = """
 import asyncio, fcntl, os, sys, time
@@ -217,7 +217,7 @@ async def test_a_group_that_is_given_up_holds_up_no_other(
 def test_a_worker_ends_with_its_parent(module: str) -> None:
     """Also in the middle of a reward that hangs, when nobody is left to stop it."""
     worker = subprocess.Popen(
-        [sys.executable, "-m", "tasks.reward_worker"],
+        [sys.executable, "-m", "hotload.sampling.reward.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
@@ -246,7 +246,7 @@ def test_a_worker_ends_with_its_parent(module: str) -> None:
 
 def test_a_worker_that_reads_nonsense_ends() -> None:
     worker = subprocess.Popen(
-        [sys.executable, "-m", "tasks.reward_worker"],
+        [sys.executable, "-m", "hotload.sampling.reward.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from hotload.clients.metrics.send import _log_to_wandb
 from hotload.spec import CycleSpec
-from tasks.send_metrics import _log_to_wandb
 
 PACKAGE = """
 import json, os, pathlib, time
@@ -74,5 +74,5 @@ async def test_a_client_that_hangs_is_ended(
     spec: CycleSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_SAYS", "hang")
-    monkeypatch.setattr("tasks.send_metrics.WANDB_SECONDS", 1.5)
+    monkeypatch.setattr("hotload.clients.metrics.send.WANDB_SECONDS", 1.5)
     assert await _log_to_wandb(spec, {}) == "not done in 1.5 s"

@@ -8,7 +8,8 @@ import pytest
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.errors import RolloutsFailedError, ServiceRefusedError, StoreUnavailableError
-from tasks.roll_out import SECONDS_BETWEEN_WRITES, roll_out_chunk
+from hotload.sampling.rollout import SECONDS_BETWEEN_WRITES
+from tasks.roll_out import roll_out_chunk
 from tests.blocks.scripted_inference import http
 from tests.loop_clock import LoopClock
 from tests.tasks.answering import NO_IDS, Asked, never, saying

@@ -5,19 +5,13 @@ from pathlib import Path
 import pytest
 
 from blocks.checkpoint_store import CheckpointStore
+from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
+from hotload.clients.store.records import read_manifest
 from hotload.errors import InvalidCheckpointError, StoreError, StoreUnavailableError
-from hotload.snapshot import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    SPEC_FILE,
-    Shard,
-    SnapshotKind,
-    SnapshotManifest,
-    SnapshotPlan,
-)
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import Shard, SnapshotManifest, SnapshotPlan
 from tasks.encode import EncodedBatch
 from tasks.plan import plan_snapshot
-from tasks.records import read_manifest
 from tasks.upload import upload_manifests, upload_once, upload_shards
 from tests.blocks.peers import answering, http
 from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte, stamps

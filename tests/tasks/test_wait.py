@@ -12,7 +12,7 @@ from hotload.errors import (
     ServiceRefusedError,
     ServiceUnavailableError,
 )
-from hotload.snapshot import SnapshotManifest
+from hotload.publish.snapshot import SnapshotManifest
 from hotload.spec import CycleSpec
 from tasks.wait import wait_for_replicas, wait_until_ready
 from tests.flows.fleet import API_KEY, NAMES, REPLICAS

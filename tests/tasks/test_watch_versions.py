@@ -12,13 +12,13 @@ from prefect.logging import disable_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
-from hotload.admission import Admission
 from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
+from hotload.rollout.admission import Admission
+from hotload.sampling.problems import plan_rollouts
+from hotload.sampling.rollout import Rollout, open_rollout
+from hotload.sampling.row_gate import Gate
+from hotload.sampling.watch_versions import first_look
 from hotload.spec import CycleSpec, ReadinessPolicy, Sampling
-from tasks.gate import Gate
-from tasks.read_problems import plan_rollouts
-from tasks.roll_out import Rollout, open_rollout
-from tasks.watch_versions import first_look
 from tests.blocks.peers import answering, http
 from tests.blocks.scripted_inference import IDENTITY, KEY, client
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hotload.checksums import Checksum
-from hotload.directories import apply_directory, encode_directory
+from hotload.checkpoint.rules import check_full
+from hotload.delta.checksums import Checksum
+from hotload.delta.dialects import Dialect, Lineage
+from hotload.directory.files import read_checkpoint
+from hotload.directory.operations import apply_directory, encode_directory
 from hotload.errors import HotLoadError, InvalidCheckpointError
-from hotload.layout import check_full
-from hotload.local import read_checkpoint
-from hotload.wire.dialects import Dialect, Lineage
 from tests.conformance.adapters import DRESSES
 from tests.conformance.plain import Dress
 

@@ -1,0 +1,1 @@
+"""The HTTP side of the emulator: every path of the protocol and the emulator's own."""

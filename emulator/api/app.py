@@ -1,0 +1,85 @@
+"""The ASGI application: every path of protocol §2 on one origin, and the emulator's own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from emulator.api import extensions, hot_load
+from emulator.api.inference import infer
+from emulator.control.settings import EmulatorConfig
+from emulator.failures import RefusedError
+from emulator.replicas.service import Service
+from hotload.publish.fireworks_api import (
+    ACCOUNTS_PATH,
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    HINT_PATH,
+    HOT_LOAD_PATH,
+)
+
+DEPLOYMENTS = "/v1/accounts/{account}/deployments"
+DEPLOYMENT = f"{DEPLOYMENTS}/{{deployment}}"
+
+
+def create_app(config: EmulatorConfig) -> Starlette:
+    """The application for one service; its lifespan loads the base model and cleans up."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.service = service = Service(config)
+        try:
+            await service.start()
+        except BaseException as error:
+            app.state.failure = error  # the server that runs this only says that it failed
+            raise
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    routes = [
+        Route(COMPLETIONS_PATH, infer, methods=["POST"]),
+        Route(CHAT_PATH, infer, methods=["POST"]),
+        Route(HOT_LOAD_PATH, hot_load.signal, methods=["POST"]),
+        Route(HOT_LOAD_PATH, hot_load.status, methods=["GET"]),
+        Route(HINT_PATH, hot_load.hint, methods=["POST"]),
+        Route(f"{DEPLOYMENT}/ledger", hot_load.reset_ledger, methods=["DELETE"]),
+        Route(f"{DEPLOYMENT}/ledger", hot_load.read_ledger, methods=["GET"]),
+        Route(DEPLOYMENT, hot_load.get_deployment, methods=["GET"]),
+        Route(DEPLOYMENT, hot_load.change_deployment, methods=["PATCH", "DELETE"]),
+        Route(DEPLOYMENTS, hot_load.create_deployment, methods=["POST"]),
+        Route(ACCOUNTS_PATH, hot_load.list_accounts, methods=["GET"]),
+        Route("/emulator/faults", extensions.add_faults, methods=["POST"]),
+        Route("/emulator/faults", extensions.list_faults, methods=["GET"]),
+        Route("/emulator/faults", extensions.clear_faults, methods=["DELETE"]),
+        Route("/emulator/log", extensions.read_log, methods=["GET"]),
+        Route("/emulator/log", extensions.clear_log, methods=["DELETE"]),
+        Route("/emulator/replicas", extensions.change_replicas, methods=["POST"]),
+        Route("/emulator/tick", extensions.tick, methods=["POST"]),
+    ]
+    handlers = {HTTPException: _refuse, Exception: _confess}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the documented shape."""
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    told = f"{request.method} {request.url.path}: not found"
+    if status == 405:
+        told = f"{request.method} is not allowed here"
+    return RefusedError(status, told).response(request.url.path)
+
+
+async def _confess(request: Request, error: Exception) -> Response:
+    """A defect of the emulator itself, said so that nobody looks for it elsewhere."""
+    told = f"defect of the emulator: {type(error).__name__}: {error}"
+    return RefusedError(500, told[:2000]).response(request.url.path)

@@ -1,0 +1,1 @@
+"""What a test or a person sets: clock, faults, settings."""

@@ -1,0 +1,1 @@
+"""Engines: weights from a directory, and tokens from them."""

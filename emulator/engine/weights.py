@@ -1,0 +1,137 @@
+"""Tensors of a checkpoint directory as float32 arrays, a LoRA adapter added if there is one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emulator.engine.engine import UnsupportedModelError
+from emulator.engine.llama import LlamaWeights
+from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
+from hotload.checkpoint.safetensors import SHARD_SUFFIX
+from hotload.directory.files import open_shard
+
+Floats = npt.NDArray[np.float32]
+JSON_LIMIT_BYTES = 64 << 20
+
+
+def load_llama(directory: Path, adapter: Path | None = None) -> LlamaWeights:
+    """The numpy engine's weights from `directory`, with `adapter` (a PEFT directory) added to them.
+
+    Raises:
+        UnsupportedModelError: not a model of this engine.
+        InvalidCheckpointError: a shard is not readable.
+        OSError: a file is missing.
+    """
+    tensors = read_tensors(directory)
+    if adapter is not None:
+        add_adapter(tensors, adapter)
+    return LlamaWeights(read_json(directory / CONFIG_FILE), tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        UnsupportedModelError: not a JSON object.
+        OSError: not readable.
+    """
+    if path.stat().st_size > JSON_LIMIT_BYTES:
+        raise UnsupportedModelError(f"{path.name} is larger than {JSON_LIMIT_BYTES} bytes")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise UnsupportedModelError(f"{path.name} is not JSON") from None
+    if not isinstance(value, dict):
+        raise UnsupportedModelError(f"{path.name} is not a JSON object")
+    return value
+
+
+def shard_names(directory: Path) -> list[str]:
+    """Weight files of a checkpoint: as its index lists them, else all there are."""
+    index = directory / INDEX_FILE
+    if index.exists():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise UnsupportedModelError(f"{INDEX_FILE} has no weight_map")
+        return sorted({Path(str(name)).name for name in listed.values()})
+    return sorted(path.name for path in directory.glob(f"*{SHARD_SUFFIX}"))
+
+
+def read_tensors(directory: Path) -> dict[str, Floats]:
+    """Every tensor of the checkpoint by name, widened to float32."""
+    tensors: dict[str, Floats] = {}
+    for name in shard_names(directory):
+        with open_shard(directory / name) as shard:
+            for tensor in shard.header.tensors:
+                widen = WIDEN.get(tensor.dtype)
+                if widen is None:
+                    raise UnsupportedModelError(f"tensor {tensor.name!r} has dtype {tensor.dtype}")
+                raw = bytearray(tensor.size_bytes)
+                shard.read_into(shard.header.data_start + tensor.start, memoryview(raw))
+                tensors[tensor.name] = widen(raw).reshape(tensor.shape)
+    return tensors
+
+
+def add_adapter(tensors: dict[str, Floats], adapter: Path) -> None:
+    """Add a LoRA adapter to `tensors` in place: `W + scale * B @ A` for every pair it holds.
+
+    Raises:
+        UnsupportedModelError: rank, names or shapes do not fit the model.
+    """
+    scale = adapter_scale(read_json(adapter / ADAPTER_CONFIG_FILE))
+    pairs = adapter_pairs(read_tensors(adapter))
+    for name, (down, up) in pairs.items():
+        weight = tensors.get(name)
+        if weight is None or weight.shape != (up.shape[0], down.shape[1]):
+            raise UnsupportedModelError(f"adapter tensor for {name!r} does not fit the model")
+        tensors[name] = weight + np.float32(scale) * (up @ down)
+
+
+def adapter_scale(config: Mapping[str, Any]) -> float:
+    """`lora_alpha / r`, or `/ sqrt(r)` for rsLoRA."""
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise UnsupportedModelError(f"{ADAPTER_CONFIG_FILE}: r and lora_alpha are not numbers")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def adapter_pairs(tensors: Mapping[str, Floats]) -> dict[str, tuple[Floats, Floats]]:
+    """The (A, B) matrices of an adapter by the name of the weight they change."""
+    pairs: dict[str, dict[str, Floats]] = {}
+    for name, tensor in tensors.items():
+        stem = name.removeprefix("base_model.model.")
+        for part in ("lora_A", "lora_B"):
+            if f".{part}." in stem:
+                pairs.setdefault(stem.replace(f".{part}.", ".").replace("default.", ""), {})[
+                    part
+                ] = tensor
+                break
+        else:
+            raise UnsupportedModelError(f"adapter tensor {name!r} is not LoRA")
+    complete = {}
+    for target, parts in pairs.items():
+        if len(parts) != 2 or any(part.ndim != 2 for part in parts.values()):
+            raise UnsupportedModelError(f"adapter for {target!r} is not a pair of matrices")
+        if parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
+            raise UnsupportedModelError(f"adapter ranks for {target!r} differ")
+        complete[target] = (parts["lora_A"], parts["lora_B"])
+    return complete
+
+
+def _bfloat16(raw: bytearray) -> Floats:
+    # bf16 is the upper half of a float32.
+    return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+
+
+WIDEN: Mapping[str, Callable[[bytearray], Floats]] = {
+    "BF16": _bfloat16,
+    "F16": lambda raw: np.frombuffer(raw, "<f2").astype(np.float32),
+    "F32": lambda raw: np.frombuffer(raw, "<f4").copy(),
+}

@@ -1,0 +1,1 @@
+"""The fleet: the service, its replicas, what they load and serve."""

@@ -1,0 +1,81 @@
+"""What was signalled and served, by whom, when (protocol §7). Field names are our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from emulator.replicas.arrival import Load
+from emulator.replicas.signals import Signal
+from hotload.identity import SnapshotKind
+
+
+@dataclass(slots=True)
+class LedgerEntry:
+    """One accepted snapshot."""
+
+    load: Load
+    signal: Signal
+    signalled_at: float
+    ready_at: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def render(self) -> dict[str, Any]:
+        """As `GET …/ledger` shows it."""
+        replicas = sorted({*self.ready_at, *self.errors})
+        return {
+            "identity": self.load.identity,
+            "kind": self.load.kind.value,
+            "previous_snapshot_identity": self.load.previous,
+            "signalled_at_seconds": self.signalled_at,
+            "replicas": [
+                {
+                    "replica": name,
+                    "ready_at_seconds": self.ready_at.get(name),
+                    "error": self.errors.get(name),
+                }
+                for name in replicas
+            ],
+        }
+
+
+class Ledger:
+    """Entries in the order they were signalled; `reset` forgets them."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, LedgerEntry] = {}
+
+    def add(self, entry: LedgerEntry) -> None:
+        """Record an accepted signal."""
+        self._entries[entry.load.identity] = entry
+
+    def get(self, identity: str) -> LedgerEntry | None:
+        """The entry of an identity."""
+        return self._entries.get(identity)
+
+    def reset(self) -> None:
+        """Forget every entry."""
+        self._entries.clear()
+
+    def render(self) -> list[dict[str, Any]]:
+        """Newest first."""
+        return [entry.render() for entry in reversed(self._entries.values())]
+
+    def chain(self) -> list[Load]:
+        """What a late joiner replays: the last full, the deltas after it, the last adapter on top.
+
+        A snapshot that failed wherever it was tried is left out.
+        """
+        chain: list[Load] = []
+        adapter: Load | None = None
+        for entry in self._entries.values():
+            load = entry.load
+            if entry.errors and not entry.ready_at:
+                continue
+            if load.kind is SnapshotKind.LORA:
+                adapter = load
+            elif load.kind is SnapshotKind.FULL:
+                chain, adapter = [load], None
+            elif chain and chain[-1].identity == load.previous:
+                chain, adapter = [*chain, load], None
+        return [*chain, adapter] if adapter else chain

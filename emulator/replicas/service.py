@@ -1,0 +1,339 @@
+"""The service: signals in, replicas told, status out (protocol §4-§8, §21)."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from emulator.control.clock import Clock
+from emulator.control.faults import Faults
+from emulator.control.settings import EmulatorConfig
+from emulator.engine.engine import Engine
+from emulator.engine.stub import StubEngine
+from emulator.engine.tokens import Tokens
+from emulator.failures import RefusedError
+from emulator.replicas.arrival import Load
+from emulator.replicas.bucket import Bucket, BucketError, MissingObjectError
+from emulator.replicas.ledger import Ledger, LedgerEntry
+from emulator.replicas.replica import LOOKS, Replica, Surroundings
+from emulator.replicas.signals import Signal
+from emulator.replicas.validation import BaseModel, InvalidSnapshotError, check_full, check_lora
+from hotload.checkpoint.names import ADAPTER_CONFIG_FILE
+from hotload.checkpoint.safetensors import plain_name
+from hotload.identity import SnapshotKind, check_identity
+
+# Small matrix products hold the interpreter: two threads answered a fifth slower than one. Large
+# ones are spread over the cores by the matrix library itself.
+COMPUTE_THREADS = 1
+SESSION_LIMIT = 50_000
+RECORD_LIMIT = 10_000
+REQUEST_LIMIT = 100_000
+UNCHAINED = "incremental snapshot refused"
+
+
+class Service:
+    """One service with its replicas. Lives in the event loop; `start` before use, `stop` after."""
+
+    def __init__(self, config: EmulatorConfig) -> None:
+        self.config = config
+        self.clock = Clock(is_real=config.clock == "real")
+        self.faults = Faults(config.faults)
+        self.ledger = Ledger()
+        self.replicas: list[Replica] = []
+        self.is_up = False
+        self.hints: list[dict[str, Any]] = []
+        self.signals: list[dict[str, Any]] = []
+        self.client_bugs: list[str] = []
+        self.requests: deque[dict[str, Any]] = deque(maxlen=REQUEST_LIMIT)
+        self.compute_threads = ThreadPoolExecutor(COMPUTE_THREADS, "compute")
+        self._threads = ThreadPoolExecutor(config.replica_count + 2, "load")
+        self._sessions: OrderedDict[str, Replica] = OrderedDict()
+        self._next_index = self._turn = 0
+        self._background: set[asyncio.Task[None]] = set()
+        self._signalling = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Load the base model and bring the replicas up, at once or after `startup_seconds`."""
+        config = self.config
+        if config.work_dir is not None:
+            config.work_dir.mkdir(parents=True, exist_ok=True)
+        self._work_dir = Path(tempfile.mkdtemp(prefix="emulator-", dir=config.work_dir))
+        try:
+            engine = make_engine(config)
+            base = await asyncio.to_thread(BaseModel.read, config.base, config.base_model)
+            self.tokens = await asyncio.to_thread(Tokens.read, config.base_model)
+            self.around = Surroundings(
+                config=config,
+                clock=self.clock,
+                faults=self.faults,
+                bucket=Bucket(config.bucket, config.bucket_options, self.faults),
+                engine=engine,
+                base=base,
+                base_weights=await asyncio.to_thread(engine.load, config.base_model),
+                work_dir=self._work_dir,
+                threads=self._threads,
+                on_served=self._note_served,
+                on_failed=self._note_failed,
+            )
+        except BaseException:
+            shutil.rmtree(self._work_dir, ignore_errors=True)
+            raise
+        for _ in range(config.replica_count):
+            self._add()
+        self.scale_up()
+
+    async def stop(self) -> None:
+        """Stop every load and remove what was written."""
+        for replica in self.replicas:
+            replica.stop()
+        for task in self._background:
+            task.cancel()
+        self.compute_threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(self._work_dir, ignore_errors=True)
+
+    def scale_up(self) -> None:
+        """Show no replicas for `startup_seconds`, then all."""
+        self.is_up = self.config.startup_seconds <= 0
+        if not self.is_up:
+            self._in_background(self._appear())
+
+    def status(self) -> dict[str, Any]:
+        """The body of operation B, as the ordered faults let it be seen."""
+        if not self.is_up or self.faults.take("empty_replicas"):
+            return {"replicas": []}
+        shown = []
+        for replica in self.replicas:
+            entry = replica.render()
+            where = {"replica": replica.name, "identity": replica.target or replica.current}
+            if odd := self.faults.take("odd_stage", **where):
+                entry["loading_state"]["stage"] = odd["stage"]
+            if stale := self.faults.take("stale_error", **where):
+                entry["loading_state"] = {"stage": "error"}
+                if stale["target"]:
+                    entry["loading_state"]["target_snapshot_identity"] = stale["target"]
+            shown.append(entry)
+        return {"replicas": shown}
+
+    async def signal(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Operation A: check, record, tell every replica.
+
+        Raises:
+            RefusedError: the documented refusals.
+        """
+        knows = not self.config.reject_reset_prompt_cache
+        signal = Signal.parse(body, knows_prompt_cache=knows)
+        if self.faults.take("ledger_reset", identity=signal.identity):
+            self.reset()
+        async with self._signalling:
+            load = await self._accept(signal)
+        if load is not None:
+            for replica in self.replicas:
+                replica.load(load)
+        return {"identity": signal.identity}
+
+    async def _accept(self, signal: Signal) -> Load | None:
+        """The load to hand to the replicas; None where there is nothing to hand on."""
+        identity = signal.identity
+        note: dict[str, Any] = {
+            "identity": identity,
+            "previous": signal.previous,
+            "result": "refused",
+        }
+        self.signals.append(note)
+        del self.signals[:-RECORD_LIMIT]
+        known = self.ledger.get(identity)
+        if known is not None:
+            if known.load.previous != signal.previous:
+                told = f"identity {identity!r} was signalled before with other metadata"
+                raise RefusedError(400, told)
+            note["result"] = "repeated"
+            return None
+        if not self.is_up or not self.replicas:
+            self._crash(f"signal of {identity} before any replica was up")
+            note["result"] = "crashed"
+            return None
+        reason = self._chain_error(signal)
+        try:
+            is_lora = await self._inspect(signal) if reason is None else False
+        except (InvalidSnapshotError, MissingObjectError, BucketError) as error:
+            raise RefusedError(400, f"snapshot validation failed: {error}") from None
+        # The look took a while: another party may have reset or signalled meanwhile.
+        reason = reason or self._chain_error(signal)
+        if reason is not None and self.config.chain_error != "load_error":
+            raise RefusedError(int(self.config.chain_error), reason)
+        if is_lora and signal.previous is not None:
+            self._crash(f"delta metadata for the LoRA snapshot {identity}")
+            note["result"] = "crashed"
+            return None
+        kind = SnapshotKind.FULL if signal.previous is None else SnapshotKind.DELTA
+        kind = SnapshotKind.LORA if is_lora else kind
+        load = Load(identity, kind, signal.previous, signal.reset_prompt_cache)
+        note["result"] = "accepted"
+        self.ledger.add(LedgerEntry(load, signal, self.clock.now()))
+        if reason is not None:
+            for replica in self.replicas:
+                replica.refuse(load, reason)
+            return None
+        return load
+
+    def _chain_error(self, signal: Signal) -> str | None:
+        loading = {replica.loading for replica in self.replicas} - {None, signal.identity}
+        if loading:
+            return f"snapshot {min(filter(None, loading))!r} is being loaded"
+        if signal.previous is None:
+            return None
+        if self.ledger.get(signal.previous) is None:
+            return f"{UNCHAINED}: {signal.previous!r} is not in the ledger"
+        if all(replica.current != signal.previous for replica in self.replicas):
+            return f"{UNCHAINED}: {signal.previous!r} is not the snapshot being served"
+        return None
+
+    async def _inspect(self, signal: Signal) -> bool:
+        """Whether the snapshot is a LoRA adapter; a full or an adapter is validated on the way."""
+        around = self.around
+        for look in range(LOOKS):
+            try:
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._threads, _inspect, around.bucket, signal, around.base
+                )
+            except MissingObjectError:
+                if look + 1 == LOOKS:
+                    raise
+        raise AssertionError("unreachable")
+
+    def reset(self) -> None:
+        """Operation D: forget every snapshot and serve base weights."""
+        self.ledger.reset()
+        for replica in self.replicas:
+            replica.reset()
+
+    async def hint(self, body: Mapping[str, Any]) -> None:
+        """Operation C: record it, and pre-stage the file it names if it is there (protocol §6)."""
+        note = {"body": body, "prestaged": False}
+        self.hints.append(note)
+        del self.hints[:-RECORD_LIMIT]
+        identity, file = body.get("identity"), body.get("file")
+        if not isinstance(identity, str) or not isinstance(file, str) or plain_name(file):
+            return
+        try:
+            directory = self._work_dir / "hinted" / check_identity(identity)
+            directory.mkdir(parents=True, exist_ok=True)
+            download, target = self.around.bucket.download, directory / file
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._threads, download, identity, file, target)
+        except (OSError, ValueError):
+            return  # a hint is a wish
+        note["prestaged"] = True
+
+    def pick(self, session: str | None) -> Replica:
+        """The replica that answers: the session's own, else the one with the fewest requests.
+
+        Raises:
+            RefusedError: 503 without replicas, 404 while all restart.
+        """
+        if not self.is_up or not self.replicas:
+            raise RefusedError(
+                503, "DEPLOYMENT_SCALING_UP: no replicas yet", "DEPLOYMENT_SCALING_UP"
+            )
+        up = [replica for replica in self.replicas if not replica.is_down]
+        if not up:
+            raise RefusedError(404, "Model not found, inaccessible, and/or not deployed")
+        replica = self._sessions.get(session) if session is not None else None
+        if replica is None or replica not in up:
+            # One that swaps comes last, ties go round.
+            self._turn = (self._turn + 1) % len(up)
+            order = up[self._turn :] + up[: self._turn]
+            replica = min(order, key=lambda each: (not each.gate.is_set(), each.in_flight))
+        if session is None:
+            return replica
+        self._sessions[session] = replica
+        self._sessions.move_to_end(session)
+        while len(self._sessions) > SESSION_LIMIT:
+            self._sessions.popitem(last=False)
+        return replica
+
+    def add_replica(self) -> Replica:
+        """A late joiner: replays the chain from the bucket, unready meanwhile."""
+        replica = self._add()
+        self.restart(replica)
+        return replica
+
+    def remove_replica(self, replica: Replica) -> None:
+        """Scale down; requests running there end in an error."""
+        replica.stop()
+        replica.starts += 1
+        self.replicas.remove(replica)
+
+    def restart(self, replica: Replica, *, on_base: bool = False) -> None:
+        """Restart a replica; it replays the chain, or by fault comes back on base weights."""
+        on_base = on_base or bool(self.faults.take("restart_to_base", replica=replica.name))
+        replica.restart(self.ledger.chain(), on_base=on_base)
+
+    def replica(self, name: object) -> Replica | None:
+        """The replica of a name, or of a number."""
+        wanted = f"replica-{name}" if isinstance(name, int) else name
+        return next((replica for replica in self.replicas if replica.name == wanted), None)
+
+    def _add(self) -> Replica:
+        replica = Replica(self._next_index, self.around)
+        self._next_index += 1
+        self.replicas.append(replica)
+        return replica
+
+    def _crash(self, what: str) -> None:
+        self.client_bugs.append(what)
+        del self.client_bugs[:-RECORD_LIMIT]
+        for replica in self.replicas:
+            self.restart(replica)
+
+    def _note_served(self, replica: str, identity: str) -> None:
+        entry = self.ledger.get(identity)
+        if entry is not None:
+            entry.ready_at[replica] = self.clock.now()
+            if len(entry.ready_at) >= len(self.replicas):
+                shutil.rmtree(self._work_dir / "hinted" / identity, ignore_errors=True)
+
+    def _note_failed(self, replica: str, identity: str, detail: str) -> None:
+        entry = self.ledger.get(identity)
+        if entry is not None:
+            entry.errors[replica] = detail
+
+    async def _appear(self) -> None:
+        with self.clock.busy():
+            await self.clock.sleep(self.config.startup_seconds)
+            self.is_up = True
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def make_engine(config: EmulatorConfig) -> Engine:
+    """The engine a configuration names; torch is imported only for its own."""
+    if config.engine == "stub":
+        return StubEngine()
+    if config.engine == "transformers":
+        from emulator.engine.torch_engine import TorchEngine
+
+        return TorchEngine()
+    from emulator.engine.numpy_engine import NumpyEngine
+
+    return NumpyEngine()
+
+
+def _inspect(bucket: Bucket, signal: Signal, base: BaseModel) -> bool:
+    files = bucket.files(signal.identity)
+    is_lora = ADAPTER_CONFIG_FILE in files
+    if is_lora and signal.previous is None:
+        check_lora(bucket, signal.identity, files, base)
+    elif signal.previous is None:
+        check_full(bucket, signal.identity, files, base, list(signal.extra_fields_ignore))
+    return is_lora

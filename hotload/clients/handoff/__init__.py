@@ -1,0 +1,1 @@
+"""The hand-off: scored groups for a trainer, with lease and acknowledgement."""

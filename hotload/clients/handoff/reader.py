@@ -1,0 +1,401 @@
+"""The reader's side of the hand-off: scored groups of one policy version, also while its cycle
+still samples.
+
+Several consumers may read one rollout. Each group is delivered to one of them, again if that one
+dies before it has acknowledged it, and never after it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Literal, Self
+
+import polars as pl
+from numpy.typing import ArrayLike
+
+from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.handoff.directory import (
+    FoundRollouts,
+    acknowledged_drift,
+    find_rollouts,
+    read_groups,
+    read_holdings,
+    read_log,
+)
+from hotload.dataset.claims import (
+    CONSUMER_LIMIT_CHARACTERS,
+    Claim,
+    Holding,
+    claim_file,
+    claims_path,
+)
+from hotload.dataset.logprob_drift import LogprobDrift, drifts_of
+from hotload.dataset.rollout_plan import PARTS, RolloutPart
+from hotload.errors import LeaseLostError, StoreUnavailableError
+from hotload.identity import cycle_name
+
+LONGEST_LEASE_SECONDS = 7 * 86_400
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivery:
+    """Whole groups for one consumer, to be acknowledged; `frame` has the rows of `Rollouts`."""
+
+    frame: pl.DataFrame
+    claims: tuple[tuple[str, int, tuple[str, ...]], ...]
+    """The problems of the groups, by the log of the part they lie in and the number of the lease
+    in it that they were delivered under."""
+    row_counts: tuple[int, ...]
+    """The rows of `frame` that each of the claims has, in order."""
+
+    @property
+    def problem_ids(self) -> tuple[str, ...]:
+        """The problem of each group, in order."""
+        return tuple(problem for _, _, problems in self.claims for problem in problems)
+
+
+@dataclass(eq=False)
+class _Part:
+    """What the reader knows of a part: its log so far, and the groups it has not delivered."""
+
+    info: RolloutPart
+    path: str
+    log: list[Claim] = field(default_factory=list)
+    groups: dict[str, pl.DataFrame] | None = None
+
+    @property
+    def holding(self) -> Holding:
+        return Holding.of(self.log)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.holding.acknowledged) >= self.info.group_count
+
+
+class RolloutReader:
+    """The groups of one policy version of a run, in deliveries of `groups_per_batch`.
+
+    `async for delivery in reader`, or `for delivery in reader.blocking()` where there is no event
+    loop; then `acknowledge` it when it must not come again, for instance when the step that used it
+    is saved. The last delivery may be smaller. It ends when every group of the ended cycle is
+    acknowledged by somebody or delivered to this reader. After an error the next call goes on.
+
+    A version that is published again, under another identity, supersedes itself: also a reader that
+    has begun goes on with the new rollouts, less the problems that somebody acknowledged, or this
+    reader was given, before.
+
+    Args:
+        consumer: a name a person recognises.
+        groups_per_batch: groups per delivery.
+        lease_seconds: how long a delivered group stays this consumer's without an acknowledgement
+            or another call; longer than a training step, at least 1.
+        poll_seconds: between two looks at a cycle that still samples.
+        patience_seconds: of one call's waiting in which the cycle wrote no further group, before
+            StoreUnavailableError says so.
+        clock: the time, compared between consumers.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        run_id: str,
+        policy_version: int,
+        *,
+        consumer: str,
+        groups_per_batch: int = 32,
+        lease_seconds: float = 900.0,
+        poll_seconds: float = 2.0,
+        patience_seconds: float = 3600.0,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        if type(groups_per_batch) is not int or groups_per_batch < 1:
+            raise ValueError(f"groups_per_batch: expected 1 or more, not {groups_per_batch}")
+        if not 1 <= lease_seconds <= LONGEST_LEASE_SECONDS:
+            told = f"expected 1 to {LONGEST_LEASE_SECONDS}, not {lease_seconds:g}"
+            raise ValueError(f"lease_seconds: {told}")
+        if not 0 < len(consumer) <= CONSUMER_LIMIT_CHARACTERS:
+            told = f"expected 1 to {CONSUMER_LIMIT_CHARACTERS} characters, not {len(consumer)}"
+            raise ValueError(f"consumer: {told}")
+        self._store = store
+        self._name = cycle_name(run_id, policy_version)
+        self._run_id, self._policy_version = run_id, policy_version
+        self._consumer, self._nonce = consumer, secrets.token_hex(16)
+        self._groups_per_batch = groups_per_batch
+        self._lease = timedelta(seconds=lease_seconds)
+        self._poll_seconds = poll_seconds
+        self._patience = timedelta(seconds=patience_seconds)
+        self._clock = clock
+        self._found: list[FoundRollouts] = []
+        self._parts: dict[str, _Part] = {}
+        self._delivered: dict[str, str] = {}
+        """By problem, the path of the part its group came from."""
+        self._used: set[str] = set()
+        """Problems acknowledged in superseded rollouts, as far as this reader knows."""
+
+    def __aiter__(self) -> Self:
+        """The reader itself."""
+        return self
+
+    async def __anext__(self) -> Delivery:
+        """The next delivery, as `next`."""
+        delivery = await self.next()
+        if delivery is None:
+            raise StopAsyncIteration
+        return delivery
+
+    async def __aenter__(self) -> Self:
+        """The reader itself; leaving gives back what was not acknowledged."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """As `give_back`."""
+        await self.give_back()
+
+    async def next(self) -> Delivery | None:
+        """The next groups, waited for while the cycle samples; `None` when there will be no more.
+
+        Raises:
+            StoreUnavailableError: the store does not answer, or no group was written for
+                `patience_seconds`; call again.
+            StoreError: a part is not what the manifest says, or the store refuses.
+        """
+        since, seen = self._clock(), (f"{PARTS}/{self._name}", 0)
+        while True:
+            if (rollouts := await self._look()) is not None:
+                found, others_have_some = await self._collect(rollouts)
+                count = sum(len(problems) for _, problems in found)
+                is_complete = rollouts.manifest.is_complete
+                if count >= self._groups_per_batch or (count and is_complete):
+                    return self._deliver(found)
+                if is_complete and not others_have_some:
+                    return None
+                if (there := (rollouts.directory, rollouts.group_count)) != seen:
+                    since, seen = self._clock(), there
+            if self._clock() - since > self._patience:
+                waited = f"no group came for {self._patience.total_seconds():g} s"
+                raise StoreUnavailableError(seen[0], f"{waited}: {self._reason()}")
+            await asyncio.sleep(self._poll_seconds)
+
+    async def acknowledge(
+        self, delivery: Delivery, trainer_logprobs: Sequence[ArrayLike | None] | None = None
+    ) -> None:
+        """Record that these groups are used: nobody gets them again. Repeating it changes nothing.
+
+        Args:
+            trainer_logprobs: the trainer's own log-probabilities, from which the drift is recorded
+                with it: for each row of `delivery.frame` one number per completion token, or `None`
+                for a row that was not trained on. `Batch.by_frame_row` makes them of a batch's.
+
+        Raises:
+            ValueError: the log-probabilities do not fit the rows; nothing was acknowledged.
+            LeaseLostError: the lease expired and another consumer has taken them, or had them for
+                a while; what was learnt from them may count twice now. Groups of other parts may be
+                acknowledged already.
+            StoreError: as `next`; call again.
+        """
+        drifts: list[LogprobDrift | None] = [None] * len(delivery.claims)
+        if trainer_logprobs is not None:
+            drifts = drifts_of(trainer_logprobs, delivery.frame, delivery.row_counts)
+        for (path, leased_at, problems), drift in zip(delivery.claims, drifts, strict=True):
+            part = self._parts[path]
+            while not self._is_acknowledged(part, leased_at, problems):
+                await self._append(part, self._claim("acknowledge", problems, drift))
+            self._used.update(problems)
+
+    async def drift(self) -> LogprobDrift | None:
+        """How far trainers' log-probabilities are from the sampler's, over all that consumers told
+        with their acknowledgements of this version so far; `None` where none did.
+
+        Raises:
+            StoreError: as `next`; call again.
+        """
+        return await acknowledged_drift(self._store, self._run_id, self._policy_version)
+
+    async def give_back(self) -> None:
+        """Let other consumers have at once what was delivered or leased and not acknowledged.
+
+        Raises:
+            StoreError: as `next`; the leases then expire.
+        """
+        for part in self._parts.values():
+            while part.holding.is_held_by(self._nonce) and not part.is_done:
+                await self._append(part, self._claim("give back"))
+            part.groups = None
+        self._delivered.clear()
+
+    def blocking(self) -> BlockingReader:
+        """The same for code without an event loop."""
+        return BlockingReader(self)
+
+    def _reason(self) -> str:
+        """What a reader that has waited in vain waits for."""
+        if not self._found:
+            return "no cycle of this run and version has written rollouts here"
+        now = self._clock()
+        for part in self._parts.values():
+            if part.holding.is_busy(self._nonce, now) and (lease := part.holding.lease):
+                return f"consumer {lease.consumer!r} has groups until {lease.expires_at}"
+        return "the cycle has not written another; see whether it still runs"
+
+    async def _look(self) -> FoundRollouts | None:
+        """The version's rollouts, if there are any; until complete, others may supersede them."""
+        if not self._found or not self._found[0].manifest.is_complete:
+            self._found = await find_rollouts(self._store, self._run_id, self._policy_version)
+        return self._found[0] if self._found else None
+
+    async def _collect(
+        self, rollouts: FoundRollouts
+    ) -> tuple[list[tuple[_Part, tuple[str, ...]]], bool]:
+        """Groups to deliver next, at most a batch, all leased by us; and whether other consumers
+        have groups that may still become free."""
+        found: list[tuple[_Part, tuple[str, ...]]] = []
+        missing = self._groups_per_batch
+        others_have_some = False
+        parts = []
+        for info in rollouts.manifest.parts:
+            path = claims_path(rollouts.directory, info)
+            parts.append(self._parts.setdefault(path, _Part(info, path)))
+        for part in parts:  # also those that this batch will not come to
+            if part.holding.is_held_by(self._nonce) and not part.is_done:
+                await self._hold(part)
+        for part in parts:
+            if missing == 0 or part.is_done:
+                continue
+            if not await self._hold(part):
+                others_have_some |= not part.is_done
+            elif problems := (await self._problems(part, rollouts.directory))[:missing]:
+                found.append((part, problems))
+                missing -= len(problems)
+        return found, others_have_some
+
+    async def _hold(self, part: _Part) -> bool:
+        """Whether the part is ours for a while; not if another consumer has it, or none of its
+        groups is left."""
+        while part.holding.needs_renewal(self._nonce, self._clock()):
+            await read_log(self._store, part.path, part.log)
+            if part.is_done or part.holding.is_busy(self._nonce, self._clock()):
+                return False
+            if not part.holding.is_held_by(self._nonce):
+                part.groups = None  # ours no longer: what was delivered comes again
+            await self._append(part, self._claim("lease"))
+        return True
+
+    async def _problems(self, part: _Part, directory: str) -> tuple[str, ...]:
+        """The problems of a leased part whose groups are to be delivered, in order."""
+        if part.groups is None:
+            for superseded in self._found[1:]:
+                for holding in await read_holdings(self._store, *superseded):
+                    self._used.update(holding.acknowledged)
+            groups = await read_groups(self._store, directory, part.info)
+            done = part.holding.acknowledged
+            part.groups = {name: rows for name, rows in groups.items() if name not in done}
+        if used := tuple(problem for problem in part.groups if problem in self._used):
+            # In this log, too, so that the part is done when its other groups are.
+            await self._append(part, self._claim("acknowledge", used))
+            for problem in used:
+                del part.groups[problem]
+        # What the superseded rollouts gave us is ours still.
+        return tuple(p for p in part.groups if self._delivered.get(p, part.path) == part.path)
+
+    def _deliver(self, found: list[tuple[_Part, tuple[str, ...]]]) -> Delivery:
+        frames = []
+        for part, problems in found:
+            assert part.groups is not None
+            frames.append(pl.concat([part.groups.pop(problem) for problem in problems]))
+            self._delivered.update(dict.fromkeys(problems, part.path))
+        claims = tuple((part.path, self._leased_at(part), problems) for part, problems in found)
+        return Delivery(pl.concat(frames), claims, tuple(frame.height for frame in frames))
+
+    def _leased_at(self, part: _Part) -> int:
+        """The number in its log of our last lease of the part."""
+        leases = (n for n, each in enumerate(part.log) if each.kind == "lease")
+        return max(n for n in leases if part.log[n].nonce == self._nonce)
+
+    def _is_acknowledged(self, part: _Part, leased_at: int, problems: tuple[str, ...]) -> bool:
+        """Whether we have acknowledged the groups.
+
+        Raises:
+            LeaseLostError: we have not, and may not any more.
+        """
+        done = part.holding.acknowledged
+        if all(done.get(problem) == self._nonce for problem in problems):
+            return True
+        since = [claim for claim in part.log[leased_at:] if claim.kind == "lease"]
+        others = [lease.consumer for lease in since if lease.nonce != self._nonce]
+        if others or not part.holding.is_held_by(self._nonce):
+            holder = others[-1] if others else "nobody"
+            reason = f"groups of {part.info.file} were leased again before they were acknowledged"
+            raise LeaseLostError(holder, reason)
+        return False
+
+    def _claim(
+        self,
+        kind: Literal["lease", "acknowledge", "give back"],
+        problems: tuple[str, ...] = (),
+        drift: LogprobDrift | None = None,
+    ) -> Claim:
+        now = self._clock()
+        return Claim(
+            kind=kind,
+            consumer=self._consumer,
+            nonce=self._nonce,
+            at=now,
+            expires_at=now + self._lease if kind == "lease" else None,
+            problem_ids=problems,
+            drift=drift,
+        )
+
+    async def _append(self, part: _Part, claim: Claim) -> None:
+        """Write the entry after those we know, unless somebody else has; then read what stands
+        there."""
+        # What it returns does not matter: an answer can be lost on the way. What is stored decides.
+        path = f"{part.path}/{claim_file(len(part.log))}"
+        await self._store.create_bytes(claim.render(), path)
+        await read_log(self._store, part.path, part.log)
+
+
+class BlockingReader:
+    """A reader for code without an event loop; it has one of its own between `with` and the end."""
+
+    def __init__(self, reader: RolloutReader) -> None:
+        self._reader = reader
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> Self:
+        """The reader itself; leaving gives back what was not acknowledged."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """As `RolloutReader.give_back`."""
+        with self._runner as runner:
+            runner.run(self._reader.give_back())
+
+    def __iter__(self) -> Iterator[Delivery]:
+        """Deliveries, as `RolloutReader.next`."""
+        while (delivery := self._runner.run(self._reader.next())) is not None:
+            yield delivery
+
+    def acknowledge(
+        self, delivery: Delivery, trainer_logprobs: Sequence[ArrayLike | None] | None = None
+    ) -> None:
+        """As `RolloutReader.acknowledge`."""
+        self._runner.run(self._reader.acknowledge(delivery, trainer_logprobs))
+
+    def drift(self) -> LogprobDrift | None:
+        """As `RolloutReader.drift`."""
+        return self._runner.run(self._reader.drift())

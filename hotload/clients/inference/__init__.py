@@ -1,0 +1,1 @@
+"""The inference endpoints: one request, its attempts, and the window they share."""

@@ -1,0 +1,351 @@
+"""A trajectory of several turns, asked for by a rollout function (protocol §11, §12).
+
+All turns share one session, so that the replica that holds their common prefix answers them all.
+Token ids come from the service alone; nothing is ever tokenized here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from hotload.errors import HotLoadError, ServiceError
+from hotload.rollout.completions_api import Answer
+from hotload.rollout.failures import CANCELLED, Action, Cause, Fault
+from hotload.rollout.merge_turns import Turns
+from hotload.rollout.straddling import settle_weights
+from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Provenance, Segment, Trajectory
+from hotload.spec import Sampling
+
+# A function that was left behind waits for each refusal, lest it keep the event loop to itself.
+CLOSED_WAIT_SECONDS = 0.1
+
+Asked = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""What a turn asks: text, token ids, or the messages of a chat."""
+
+
+class Outcome(NamedTuple):
+    """What came of one logical request, repeated within its budgets."""
+
+    answer: Answer
+    fault: Fault | None
+
+
+class Ask(Protocol):
+    """Sends one logical request, repeated within its budgets."""
+
+    def __call__(
+        self,
+        asked: Problem,
+        sampling: Sampling,
+        *,
+        seed: int,
+        request_id: str,
+        session_id: str,
+        attempted: Callable[[], None],
+        ended: Callable[[Fault | None], None],
+    ) -> Awaitable[Outcome]:
+        """Its outcome; `attempted` is called as each attempt is sent, `ended` as it has ended.
+
+        Raises:
+            ServiceError: no request can succeed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One answer. `token_ids` and `sampling_logprobs` have the same length; log-probabilities are
+    natural, under the distribution really sampled.
+    """
+
+    text: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    sampling_logprobs: tuple[float, ...]
+    finish_reason: str | None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message, to be appended to a chat."""
+        return {"role": "assistant", "content": self.text}
+
+
+class TurnFailedError(HotLoadError):
+    """A turn got no usable answer. A rollout function may end with it: its sample is marked."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault)
+        self.fault = fault
+
+    def __str__(self) -> str:
+        return f"a turn failed: {self.fault.cause.value}, {self.fault.detail}"
+
+
+class Conversation:
+    """The turns of one trajectory; a rollout function gets it as `sampler`.
+
+    Made by `Sampler.converse`. Turns are asked one after the other.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        problem: Problem,
+        sample_number: int,
+        *,
+        sampling: Sampling,
+        identity: str,
+        seed: int,
+        request_id: str,
+        session_id: str,
+        turn_timeout_seconds: float | None,
+        is_hedge: bool,
+    ) -> None:
+        self.problem = problem
+        self.sample_number = sample_number
+        self.attempts = 0
+        """Requests sent so far."""
+        self._ask = ask
+        self._sampling = sampling
+        self._identity = identity
+        self._seed = seed
+        self._request_id = request_id
+        self._session_id = session_id
+        self._turn_timeout_seconds = turn_timeout_seconds
+        self._is_hedge = is_hedge
+        self._first_sent_at: float | None = None
+        self._answered_count = 0
+        self._met: tuple[str, ...] = ()
+        self._turn_count = 0
+        self._turns = Turns()
+        self._is_closed = False
+        self._fault: Fault | None = None
+        self._stop: ServiceError | None = None
+        self._transcript: list[Mapping[str, Any]] = []
+
+    @property
+    def failed_attempts(self) -> tuple[str, ...]:
+        """What each request met that got no usable answer; one that has not ended is `cancelled`,
+        since what is counted now is given up.
+        """
+        unfinished = self.attempts - self._answered_count - len(self._met)
+        return (*self._met, *(CANCELLED,) * unfinished)
+
+    async def sample(
+        self, asked: Asked, *, max_tokens: int | None = None, stop: Sequence[str] | None = None
+    ) -> Turn:
+        """The answer to messages, to token ids or to text.
+
+        Ids that begin with the ids of the turns so far (`turn.prompt_token_ids + turn.token_ids`)
+        go on with their sequence; what is new between them is never trained on.
+
+        Args:
+            asked: everything, from the first message or token on.
+            max_tokens: tokens at most; empty is the spec's `max_completion_tokens`.
+            stop: texts that end the answer; empty is the spec's.
+
+        Raises:
+            TurnFailedError: there is no usable answer, or not within the turn's time.
+            ServiceRefusedError: 401, 402, 403, 412 or an undocumented code: no turn can succeed.
+            ProtocolError: the service answers 200 with something else than an answer.
+            ValueError: nothing, or something else, was asked.
+            RuntimeError: the sample has ended; nothing is sent.
+        """
+        sampling = self._sampling
+        changes: dict[str, Any] = {}
+        if max_tokens is not None:
+            changes["max_completion_tokens"] = max_tokens
+        if stop is not None:
+            changes["stop"] = tuple(stop)
+        if changes:
+            sampling = Sampling.model_validate({**sampling.model_dump(), **changes})
+        question = _question(self.problem.id, asked)
+        answer, fault = await self.ask(question, sampling)
+        if fault is not None:
+            raise TurnFailedError(fault)
+        turn = Turn(
+            answer.text,
+            answer.prompt_token_ids,
+            answer.token_ids,
+            tuple(answer.sampling_logprobs),
+            answer.finish_reason,
+        )
+        self._tell(question, turn)
+        return turn
+
+    async def answer(self) -> Trajectory:
+        """The answer to the problem itself: a trajectory of one turn, marked if it failed.
+
+        Raises:
+            ServiceRefusedError, ProtocolError: as `ask`.
+        """
+        await self.ask(self.problem, self._sampling)
+        return self.trajectory()
+
+    async def ask(self, asked: Problem, sampling: Sampling) -> Outcome:
+        """One turn, its failure a value.
+
+        Raises:
+            ServiceRefusedError: no turn can succeed.
+            ProtocolError: the service answers 200 with something else than an answer.
+            RuntimeError: the sample has ended; nothing is sent.
+        """
+        if self._is_closed:
+            await asyncio.sleep(CLOSED_WAIT_SECONDS)
+            self._check_open()
+        number, before = self._turn_count, self.attempts
+        self._turn_count += 1
+        # A turn's time begins as it is first sent: the wait for a slot is our own doing.
+        limit = asyncio.timeout(None)
+
+        def note_attempt() -> None:
+            self._note_attempt()
+            if limit.when() is None and self._turn_timeout_seconds is not None:
+                now = asyncio.get_running_loop().time()
+                limit.reschedule(now + self._turn_timeout_seconds)
+
+        try:
+            async with limit:
+                answer, fault = await self._ask(
+                    asked,
+                    sampling,
+                    seed=(self._seed + number) % 2**31,
+                    request_id=f"{self._request_id}-{number}" if number else self._request_id,
+                    session_id=self._session_id,
+                    attempted=note_attempt,
+                    ended=self._note_end,
+                )
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            told = f"turn {number + 1} took more than {self._turn_timeout_seconds} s"
+            answer = Answer(sampling, None)
+            fault = Fault(Action.FAIL_SAMPLE, Cause.TURN_TIMEOUT, None, told)
+        except ServiceError as error:
+            self._stop = error
+            raise
+        self._turns.note(answer)
+        longest = sampling.max_seq_len
+        if fault is not None:
+            status = "no answer" if fault.status_code is None else f"HTTP {fault.status_code}"
+            detail = f"{status} at attempt {self.attempts - before}: {fault.detail}"
+            fault = Fault(fault.action, fault.cause, fault.status_code, detail)
+        else:
+            self._turns.take(answer)
+            if longest and len(answer.prompt_token_ids) + len(answer.token_ids) > longest:
+                told = f"prompt and completion exceed {longest} tokens"
+                fault = Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, told)
+        self._fault = fault
+        return Outcome(answer, fault)
+
+    def close(self) -> None:
+        """Send nothing any more: what was sent is counted now. A request that is under way is the
+        caller's to cancel.
+        """
+        self._is_closed = True
+
+    def trajectory(
+        self, fault: Fault | None = None, *, segments: Sequence[Segment] | None = None
+    ) -> Trajectory:
+        """What the turns so far come to; marked as failed by `fault`, or if the last turn failed.
+
+        Args:
+            segments: the sequences to train on, where the rollout function made them itself.
+
+        Raises:
+            ServiceRefusedError: a turn met it, even if the rollout function went on.
+            ProtocolError: as above.
+            ValueError: `segments` is empty.
+        """
+        if segments is not None and not segments:
+            raise ValueError("expected one segment or more")
+        if self._stop is not None:
+            raise self._stop
+        fault = fault or self._fault
+        turns = self._turns
+        is_own = segments is not None and not _are_same_tokens(segments, turns.segments)
+        first, *further = segments or turns.segments
+        now = time.monotonic()
+        trajectory = Trajectory(
+            problem_id=self.problem.id,
+            sample_number=self.sample_number,
+            seed=self._seed,
+            provenance=Provenance(
+                identity=self._identity,
+                request_id=self._request_id,
+                session_id=self._session_id,
+                attempts=self.attempts,
+                failed_attempts=self.failed_attempts,
+                observed=turns.observed,
+                last=turns.last_identity,
+                replica=turns.replica,
+                response_id=turns.response_id,
+                runs=() if is_own else turns.runs,
+            ),
+            latency_seconds=now - (self._first_sent_at or now),
+            prompt_token_ids=first.prompt_token_ids,
+            token_ids_T=first.token_ids_T,
+            sampling_logprobs_T=first.sampling_logprobs_T,
+            loss_mask_T=first.loss_mask_T,
+            text=turns.text,
+            finish_reason=turns.finish_reason,
+            prompt_token_count=turns.prompt_token_count,
+            cached_prompt_token_count=turns.cached_prompt_token_count,
+            completion_token_count=turns.completion_token_count,
+            failure=None if fault is None else fault.cause.value,
+            detail="" if fault is None else fault.detail,
+            turn_count=max(1, self._turn_count),
+            further=tuple(further),
+            transcript=tuple(self._transcript),
+            routing_matrix=None if is_own else turns.routing_matrix,
+            is_hedge=self._is_hedge,
+        )
+        return settle_weights(trajectory, self._sampling.groups.on_straddling)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the sample has ended: no further turn is sent for it")
+
+    def _note_attempt(self) -> None:
+        self._check_open()
+        self.attempts += 1
+        if self._first_sent_at is None:
+            self._first_sent_at = time.monotonic()
+
+    def _note_end(self, fault: Fault | None) -> None:
+        if fault is None:
+            self._answered_count += 1
+        else:
+            self._met += (fault.met,)
+
+    def _tell(self, question: Problem, turn: Turn) -> None:
+        """Write the turn down: a chat as it stands, anything else one line after the other."""
+        if question.messages is not None:
+            self._transcript = [*question.messages]
+        elif isinstance(question.prompt, str):
+            self._transcript.append({"role": "user", "content": question.prompt})
+        else:
+            told = f"({len(turn.prompt_token_ids)} token ids)"
+            self._transcript.append({"role": "user", "content": told})
+        self._transcript.append(turn.message)
+
+
+def _are_same_tokens(segments: Sequence[Segment], others: Sequence[Segment]) -> bool:
+    return [(each.prompt_token_ids, each.token_ids_T) for each in segments] == [
+        (each.prompt_token_ids, each.token_ids_T) for each in others
+    ]
+
+
+def _question(name: str, asked: Asked) -> Problem:
+    if isinstance(asked, str) and asked:
+        return Problem(name, prompt=asked)
+    parts: tuple[Any, ...] = tuple(asked)
+    if parts and all(type(part) is int and 0 <= part < TOKEN_ID_LIMIT for part in parts):
+        return Problem(name, prompt=parts)
+    if parts and all(isinstance(part, Mapping) and "role" in part for part in parts):
+        return Problem(name, messages=tuple(dict(part) for part in parts))
+    raise ValueError("expected text, token ids, or messages that each have a role")

@@ -1,0 +1,1 @@
+"""Metrics sent to Prometheus and Weights & Biases."""

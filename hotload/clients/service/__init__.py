@@ -1,0 +1,1 @@
+"""The hot-load service: signal, status, description."""

@@ -1,0 +1,182 @@
+"""One HTTP call to the service's control side, and what its answer means (protocol §2, §3).
+
+The class of an error says who must act; its text is the head of the answer, the key masked in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import SecretStr
+
+from hotload.clients.redaction import redact
+from hotload.errors import (
+    ProtocolError,
+    ServiceError,
+    ServiceRefusedError,
+    ServiceUnavailableError,
+)
+from hotload.publish import fireworks_api
+
+ERROR_LIMIT_BYTES = 64 << 10
+DETAIL_CHARS = 2048
+HEAD_CHARS = 200
+PIECE_BYTES = 64 << 10
+RESOURCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+async def ask(
+    operation: str,
+    method: str,
+    url: str,
+    *,
+    key: str,
+    headers: Mapping[str, str],
+    body: object,
+    timeout_seconds: float,
+    limit_bytes: int,
+) -> tuple[int, str]:
+    """Status and text of one request. In anything but a good answer `key` is masked wherever the
+    server repeats it; a good answer is data, and stays as it is.
+
+    Of a good answer at most `limit_bytes` are read, of any other 64 KiB; redirects are not
+    followed. A client for each call: calls are few, and none outlives the loop it was made in.
+
+    Raises:
+        ServiceUnavailableError: no whole answer within `timeout_seconds`.
+        ProtocolError: a good answer is larger than `limit_bytes`; 0 reads none.
+    """
+    sent = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity", **headers}
+    try:
+        async with (
+            asyncio.timeout(timeout_seconds),
+            httpx.AsyncClient(verify=_tls(), timeout=timeout_seconds, headers=sent) as client,
+            client.stream(method, url, json=body) as response,
+        ):
+            status = response.status_code
+            limit = limit_bytes if response.is_success else ERROR_LIMIT_BYTES
+            data = await _read(response, limit)
+    except TimeoutError:
+        reason = f"not finished within {timeout_seconds:g} s"
+        raise ServiceUnavailableError(operation, None, reason) from None
+    except httpx.RequestError as error:
+        reason = redact(f"{type(error).__name__}: {error}", [key])[:DETAIL_CHARS]
+        raise ServiceUnavailableError(operation, None, reason) from None
+    if 200 <= status < 300 and len(data) > limit:
+        raise ProtocolError(operation, status, f"the answer is larger than {limit} bytes")
+    text = data.decode("utf-8", "replace")
+    return status, text if 200 <= status < 300 else redact(text, [key])
+
+
+async def _read(response: httpx.Response, limit_bytes: int) -> bytes:
+    """At most `limit_bytes` of the body, and one piece more if there is more; nothing for 0."""
+    data = bytearray()
+    if limit_bytes:
+        async for piece in response.aiter_bytes(PIECE_BYTES):
+            data += piece
+            if len(data) > limit_bytes:
+                break
+    return bytes(data)
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """One context for all clients: making it costs more than a request."""
+    return httpx.create_ssl_context()
+
+
+def raise_for(status: int, operation: str, text: str, other: type[ServiceError]) -> None:
+    """Nothing for 2xx; else the class says who must act, `other` where the status does not.
+
+    Raises:
+        ServiceError: one of its subclasses, with the first 2 KiB of the answer.
+    """
+    if 200 <= status < 300:
+        return
+    detail = " ".join(text[:DETAIL_CHARS].split()) or "empty answer"
+    if status in (408, 429) or status >= 500:
+        raise ServiceUnavailableError(operation, status, detail)
+    if status in (401, 402, 403, 404):
+        raise ServiceRefusedError(operation, status, detail)
+    if status < 400:
+        raise ProtocolError(operation, status, "a redirect: set base_url to where it leads")
+    raise other(operation, status, detail)
+
+
+def parse_json(operation: str, text: str, key: str, error: type[ServiceError]) -> Any:
+    """The JSON of a good answer; `key` is masked in what an error shows of another.
+
+    Raises:
+        ServiceError: `error`, when it is HTML, empty, or nested beyond measure.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        head = " ".join(redact(text, [key])[:HEAD_CHARS].split()) or "nothing"
+        raise error(operation, 200, f"expected JSON, found: {head}") from None
+
+
+def check_origin(url: str) -> str:
+    """The address without a trailing slash, if it is an http or https origin.
+
+    Raises:
+        ValueError: another scheme, credentials, a query, or nothing at all.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected an http or https address")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("expected an address without credentials, query or fragment")
+    return url.rstrip("/")
+
+
+def origin_of(base_url: str | None, operation: str) -> str:
+    """Where the API is: a block's `base_url`, else the environment's, else the vendor's.
+
+    Raises:
+        ServiceRefusedError: the environment's is no origin.
+    """
+    if base_url:
+        return base_url
+    try:
+        return check_origin(
+            os.environ.get(fireworks_api.BASE_URL_VARIABLE) or fireworks_api.BASE_URL
+        )
+    except ValueError as error:
+        reason = f"{fireworks_api.BASE_URL_VARIABLE}: {error}"
+        raise ServiceRefusedError(operation, None, reason) from None
+
+
+def key_of(api_key: SecretStr, operation: str) -> str:
+    """The key of a block, else of the environment, if there is one that can be sent.
+
+    Raises:
+        ServiceRefusedError: none, or with characters httpx would refuse, showing the key.
+    """
+    from_block = api_key.get_secret_value()
+    key = from_block or os.environ.get(fireworks_api.API_KEY_VARIABLE, "")
+    if not key:
+        reason = f"no API key: set the block's api_key or {fireworks_api.API_KEY_VARIABLE}"
+        raise ServiceRefusedError(operation, None, reason)
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        reason = "the API key has characters that no key has, a line end perhaps"
+        raise ServiceRefusedError(operation, None, reason)
+    return key
+
+
+def advice_for(error: ServiceError) -> str:
+    """What the operator can do about an answer."""
+    return {
+        401: "Use a key that may call the control plane; an inference-only key may not",
+        402: "Settle the account's billing",
+        403: "Give the key's owner rights on this service",
+        404: "Compare account, model and deployment with the vendor's names",
+    }.get(error.status_code or 0, "Compare base_url, and see whether the service is up")

@@ -1,0 +1,1 @@
+"""The object store that snapshots and rollouts travel through."""

@@ -1,0 +1,227 @@
+"""Scored groups as they lie in the store: part files, and a manifest that names them.
+
+A cycle's rollouts are planned first: which problems make which part. A part is written in one file
+or several, as its groups finish; each carries the digest of what was asked for, so that a cycle
+that starts again knows which groups it has. The manifest is written after the files it names, again
+and again while the cycle runs, and says at last that it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from pydantic import AwareDatetime, Field
+
+from hotload.identity import version_of
+from hotload.records import FileName, Record, Sha256
+from hotload.rollout.counts import GroupCounts, RolloutSummary, added
+from hotload.rollout.trajectory import Problem, chunk, problems_for
+from hotload.spec import CycleSpec
+
+SCHEMA_NUMBER = 2
+PART_COUNT_LIMIT = 50
+PARTS = "_hotload/rollouts"
+MANIFEST_FILE = "manifest.json"
+# How fast samples are asked for changes nothing about them.
+PACE_FIELDS = {
+    "concurrency",
+    "sample_timeout",
+    "problems_per_task",
+    "max_head_offpolicy_versions",
+}
+# Neither does where the reward runs, and how long it may.
+PLACE_FIELDS = {"timeout_seconds", "environment"}
+
+
+@dataclass(frozen=True, slots=True)
+class PartPlan:
+    """The problems of one part; `digest` says what is asked for, whatever the pace.
+
+    `reserve` are the rows of the problem file that may take the place of dropped ones, in order and
+    for this part alone.
+    """
+
+    number: int
+    problems: tuple[Problem, ...]
+    digest: str
+    reserve: tuple[Problem, ...] = ()
+
+    def file(self, piece: int) -> str:
+        """Name of one of the part's files below its rollout's directory."""
+        return f"part-{self.number:05d}-{piece:02d}.parquet"
+
+    def pieces(self, names: Iterable[str]) -> Iterator[int]:
+        """The numbers of this part's files among `names`, in order."""
+        prefix, suffix = f"part-{self.number:05d}-", ".parquet"
+        stems = [
+            name[len(prefix) : -len(suffix)]
+            for name in names
+            if name.startswith(prefix) and name.endswith(suffix)
+        ]
+        yield from sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPlan:
+    """Which parts one policy version's rollouts have, below `directory` in the store."""
+
+    run_id: str
+    identity: str
+    policy_version: int
+    directory: str
+    parts: tuple[PartPlan, ...]
+    digest: str
+    group_size: int
+
+    @property
+    def problem_count(self) -> int:
+        """Problems in all parts."""
+        return sum(len(part.problems) for part in self.parts)
+
+    def path(self, file: str) -> str:
+        """Path of a file of this rollout below the bucket."""
+        return f"{self.directory}/{file}"
+
+
+class RolloutPart(Record):
+    """One part file and what is in it."""
+
+    file: FileName
+    size_bytes: int = Field(ge=0)
+    sha256: Sha256
+    digest: Sha256
+    group_count: int = Field(ge=0)
+    sample_count: int = Field(ge=0)
+    failed_samples: dict[str, int]
+    samples_by_identity: dict[str, int]
+    reward_count: int = Field(ge=0)
+    reward_sum: float
+    completion_token_count: int = Field(ge=0)
+    groups: GroupCounts = GroupCounts()
+
+
+class PartNotes(Record):
+    """What a part file carries beside its rows: groups that left no row, and what the rules did."""
+
+    dropped_problem_ids: tuple[str, ...] = ()
+    groups: GroupCounts = GroupCounts()
+
+
+class RolloutManifest(Record):
+    """Names the part files of one rollout: all of them once `is_complete`, until then those that
+    are there. What it names exists."""
+
+    schema_number: Literal[2] = 2
+    identity: str
+    policy_version: int = Field(ge=0)
+    digest: Sha256
+    parts: tuple[RolloutPart, ...]
+    summary: RolloutSummary
+    is_complete: bool = True
+    """Whether the cycle has ended; before, more parts may come."""
+    planned_group_count: int = Field(0, ge=0)
+    """Groups there will be, less those that are dropped without another in their place."""
+    created_at: AwareDatetime
+
+    def render(self) -> bytes:
+        """The manifest as JSON; `parse` reads it back."""
+        return self.model_dump_json(indent=1).encode()
+
+    @classmethod
+    def parse(cls, data: bytes, *, path: str) -> RolloutManifest:
+        """The manifest in `data`.
+
+        Raises:
+            StoreError: it is not one.
+        """
+        return cls.parse_stored(data, path)
+
+
+def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) -> RolloutPlan:
+    """The parts of a cycle's rollouts: at most 50, `problems_per_task` problems each or more."""
+    chosen = problems_for(
+        problems[: spec.problems.max_rows],
+        spec.policy_version,
+        spec.problems.prompt_groups_per_step,
+    )
+    size = max(spec.sampling.problems_per_task, -(-len(chosen) // PART_COUNT_LIMIT))
+    asked = [
+        SCHEMA_NUMBER,
+        identity,
+        spec.policy_version,
+        spec.sampling.model_dump(mode="json", exclude=PACE_FIELDS),
+        spec.reward.model_dump(mode="json", exclude=PLACE_FIELDS),
+    ]
+    chunks = chunk(chosen, size)
+    reserve: tuple[Problem, ...] = ()
+    if spec.sampling.groups.on_uniform == "refill":
+        reserve = _after(problems[: spec.problems.max_rows], chosen)
+    parts = []
+    for number, some in enumerate(chunks):
+        # Rows of its own, so that no two parts take the same one, whichever drops first.
+        own = reserve[number :: len(chunks)]
+        facts = [*asked, [asdict(problem) for problem in (*some, *own)]]
+        parts.append(PartPlan(number, some, _digest(facts), own))
+    digest = _digest([part.digest for part in parts])
+    size = spec.sampling.completions_per_prompt
+    version = spec.policy_version
+    directory = rollout_directory(identity, spec.run_id, version)
+    return RolloutPlan(spec.run_id, identity, version, directory, tuple(parts), digest, size)
+
+
+def rollout_directory(identity: str, run_id: str, policy_version: int) -> str:
+    """Where the rollouts lie that a version samples from the weights of `identity`."""
+    directory = f"{PARTS}/{identity}"
+    if version_of(identity, run_id) == policy_version:
+        return directory
+    # The version was not published: it samples an earlier one, whose own rollouts lie there.
+    return f"{directory}/{policy_version:06d}"
+
+
+def _after(problems: Sequence[Problem], chosen: Sequence[Problem]) -> tuple[Problem, ...]:
+    """The rows that were not chosen, from the one after the last chosen on."""
+    taken = {problem.id for problem in chosen}
+    last = next(i for i, problem in enumerate(problems) if problem.id == chosen[-1].id)
+    following = (*problems[last + 1 :], *problems[:last])
+    return tuple(problem for problem in following if problem.id not in taken)
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def summarize(
+    identity: str,
+    parts: Iterable[RolloutPart],
+    *,
+    parts_uri: str,
+    seconds: float,
+    found: Iterable[RolloutPart] = (),
+    window_trace: Iterable[tuple[float, int, int]] = (),
+) -> RolloutSummary:
+    """What these parts of one rollout came to; the mean is over the samples that have a reward.
+
+    Args:
+        found: those of them that were there before the `seconds` began.
+    """
+    parts, found = tuple(parts), tuple(found)
+    rewarded = sum(part.reward_count for part in parts)
+    return RolloutSummary(
+        identity=identity,
+        group_count=sum(part.group_count for part in parts),
+        sample_count=sum(part.sample_count for part in parts),
+        failed_samples=added(part.failed_samples for part in parts),
+        samples_by_identity=added(part.samples_by_identity for part in parts),
+        mean_reward=sum(part.reward_sum for part in parts) / rewarded if rewarded else None,
+        completion_token_count=sum(part.completion_token_count for part in parts),
+        found_sample_count=sum(part.sample_count for part in found),
+        found_token_count=sum(part.completion_token_count for part in found),
+        parts_uri=parts_uri,
+        seconds=seconds,
+        groups=GroupCounts.total(part.groups for part in parts),
+        window_trace=tuple(window_trace),
+    )

@@ -1,0 +1,365 @@
+"""Schemas of tables: rollouts, as a cycle hands them back; the tensors of a snapshot and the
+ledger of publications, for whoever analyses them.
+
+Each `…_frame` makes a table from values, each `check_…` returns it if it keeps its schema.
+Importing this brings pandera and polars, so `hotload` itself does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import pandera.polars as pa
+import polars as pl
+from pandera.api.polars.types import PolarsData
+
+from hotload.dataset.rollout_plan import RolloutPart
+from hotload.identity import SnapshotKind, version_of
+from hotload.publish.snapshot import SnapshotManifest
+from hotload.rollout.trajectory import Problem, ScoredGroup, Segment, Trajectory, Weights
+
+if TYPE_CHECKING:
+    from hotload.checkpoint.safetensors import ShardHeader
+
+UtcMoment = Annotated[pl.Datetime, "us", "UTC"]
+
+IDENTITY_RUN = {"start": pl.Int32, "identity": pl.String}
+REWARD_PART = {"name": pl.String, "value": pl.Float64}
+
+
+class _Table(pa.DataFrameModel):
+    """Columns are exactly those named, of exactly their types."""
+
+    class Config:
+        strict = True
+        ordered = True
+        coerce = False
+
+
+class Tensors(_Table):
+    """One row per tensor of a snapshot; offsets in bytes from the end of the shard's header, end
+    exclusive.
+    """
+
+    file: pl.String
+    tensor: pl.String
+    dtype: pl.String
+    shape: pl.List(pl.Int64)  # type: ignore[valid-type]
+    start: pl.Int64 = pa.Field(ge=0)
+    end: pl.Int64 = pa.Field(ge=0)
+
+    @pa.dataframe_check(error="end lies before start")
+    def _in_order(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805 - pandera binds the class
+        return data.lazyframe.select(pl.col("end") >= pl.col("start"))
+
+    @pa.dataframe_check(error="a tensor is named twice")
+    def _once(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
+        return data.lazyframe.select(~pl.col("tensor").is_duplicated())
+
+
+class Rollouts(_Table):
+    """One row per segment of a sample, failed samples included: tokens, reward, advantage, and
+    which weights made them.
+
+    A segment is one sequence to train on; a sample of several turns has more than one where a later
+    prompt does not repeat the tokens so far. What is known of the sample as a whole (reward, text,
+    latency, …) stands in each of its rows. In the first alone stand `transcript`, `routing_matrix`
+    and, of the problem, `prompt` (text, or messages as JSON; null if it was token ids) and `answer`
+    (as JSON).
+
+    `token_ids`, `loss_mask` and `sampling_logprobs` have the same length. `identity` is what was
+    confirmed at dispatch, `policy_version` the version it names, `weights` how the answer's own
+    words compare with it, `identity_runs` which weights made the tokens from `start` (of this
+    row's, from 0) on. Without a reward there is a `failure`; `mark` says what became of a group
+    that is not simply complete. A row without an advantage is not to be trained on.
+    """
+
+    identity: pl.String
+    policy_version: pl.Int64 = pa.Field(ge=0)
+    problem_id: pl.String
+    sample_number: pl.Int32 = pa.Field(ge=0)
+    segment_number: pl.Int32 = pa.Field(ge=0)
+    segment_count: pl.Int32 = pa.Field(ge=1)
+    turn_count: pl.Int32 = pa.Field(ge=0)
+    seed: pl.Int64 = pa.Field(ge=0)
+    prompt_token_ids: pl.List(pl.Int32)  # type: ignore[valid-type]
+    token_ids: pl.List(pl.Int32)  # type: ignore[valid-type]
+    loss_mask: pl.List(pl.Boolean)  # type: ignore[valid-type]
+    sampling_logprobs: pl.List(pl.Float32)  # type: ignore[valid-type]
+    prompt: pl.String = pa.Field(nullable=True)
+    answer: pl.String = pa.Field(nullable=True)
+    text: pl.String
+    transcript: pl.String = pa.Field(nullable=True)
+    routing_matrix: pl.String = pa.Field(nullable=True)
+    finish_reason: pl.String = pa.Field(nullable=True)
+    reward: pl.Float64 = pa.Field(nullable=True)
+    reward_parts: pl.List(pl.Struct(REWARD_PART))  # type: ignore[valid-type]
+    advantage: pl.Float64 = pa.Field(nullable=True)
+    mark: pl.String = pa.Field(nullable=True)
+    failure: pl.String = pa.Field(nullable=True)
+    detail: pl.String
+    weights: pl.String = pa.Field(isin=[each.value for each in Weights])
+    first_identity: pl.String = pa.Field(nullable=True)
+    last_identity: pl.String = pa.Field(nullable=True)
+    identities: pl.List(pl.String)  # type: ignore[valid-type]
+    identity_runs: pl.List(pl.Struct(IDENTITY_RUN))  # type: ignore[valid-type]
+    replica: pl.String = pa.Field(nullable=True)
+    request_id: pl.String
+    session_id: pl.String
+    response_id: pl.String = pa.Field(nullable=True)
+    is_hedge: pl.Boolean
+    attempts: pl.Int32 = pa.Field(ge=0)
+    latency_seconds: pl.Float64 = pa.Field(ge=0)
+    prompt_token_count: pl.Int64 = pa.Field(ge=0)
+    cached_prompt_token_count: pl.Int64 = pa.Field(ge=0)
+    completion_token_count: pl.Int64 = pa.Field(ge=0)
+
+    @pa.dataframe_check(error="token_ids, loss_mask and sampling_logprobs differ in length")
+    def _same_length(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
+        tokens = pl.col("token_ids").list.len()
+        return data.lazyframe.select(
+            (tokens == pl.col("loss_mask").list.len())
+            & (tokens == pl.col("sampling_logprobs").list.len())
+        )
+
+    @pa.dataframe_check(
+        error="reward and advantage are finite, or a failure says why there is none, or a mark"
+    )
+    def _scored_or_failed(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
+        has_reward = pl.col("reward").is_not_null()
+        has_advantage = pl.col("advantage").is_not_null()
+        return data.lazyframe.select(
+            (has_reward == pl.col("failure").is_null())
+            & (has_reward | ~has_advantage)
+            & (has_advantage | ~has_reward | pl.col("mark").is_not_null())
+            & pl.col("reward").is_finite().fill_null(True)
+            & pl.col("advantage").is_finite().fill_null(True)
+        )
+
+    @pa.dataframe_check(error="a segment occurs twice")
+    def _once(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
+        row = pl.struct("problem_id", "sample_number", "segment_number")
+        return data.lazyframe.select(~row.is_duplicated())
+
+
+class Ledger(_Table):
+    """One row per published snapshot, oldest first; sizes in bytes."""
+
+    identity: pl.String = pa.Field(unique=True)
+    policy_version: pl.Int64 = pa.Field(ge=0)
+    kind: pl.String = pa.Field(isin=[each.value for each in SnapshotKind])
+    previous: pl.String = pa.Field(nullable=True)
+    anchor: pl.String
+    chain_length: pl.Int64 = pa.Field(ge=0)
+    reason: pl.String
+    content_sha256: pl.String
+    size_bytes: pl.Int64 = pa.Field(ge=0)
+    content_size_bytes: pl.Int64 = pa.Field(ge=0)
+    created_at: UtcMoment
+
+    @pa.dataframe_check(error="a delta, and only a delta, has a previous identity")
+    def _lineage(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
+        is_delta = pl.col("kind") == SnapshotKind.DELTA.value
+        return data.lazyframe.select(is_delta == pl.col("previous").is_not_null())
+
+
+def _frame(schema: type[_Table], columns: dict[str, list[object]]) -> pl.DataFrame:
+    types = {name: column.dtype.type for name, column in schema.to_schema().columns.items()}
+    return pl.DataFrame(columns, schema=types)
+
+
+def tensors_frame(shards: Iterable[ShardHeader]) -> pl.DataFrame:
+    """The tensors of a snapshot, in the order of shards and offsets; keeps `Tensors`."""
+    rows = [(shard.file, tensor) for shard in shards for tensor in shard.tensors]
+    return _frame(
+        Tensors,
+        {
+            "file": [file for file, _ in rows],
+            "tensor": [tensor.name for _, tensor in rows],
+            "dtype": [tensor.dtype for _, tensor in rows],
+            "shape": [list(tensor.shape) for _, tensor in rows],
+            "start": [tensor.start for _, tensor in rows],
+            "end": [tensor.end for _, tensor in rows],
+        },
+    )
+
+
+def rollouts_frame(
+    groups: Sequence[ScoredGroup], *, run_id: str, policy_version: int
+) -> pl.DataFrame:
+    """The segments of scored groups, group by group in sample order; keeps `Rollouts`.
+
+    Args:
+        policy_version: the cycle's, for samples whose identity names no version of `run_id`.
+    """
+    columns: dict[str, list[object]] = {name: [] for name in Rollouts.to_schema().columns}
+    for group in groups:
+        parts_G = group.reward_parts_G or ({},) * len(group.trajectories_G)
+        scored = zip(
+            group.trajectories_G, group.rewards_G, group.advantages_G, parts_G, strict=True
+        )
+        for sample, reward, advantage, parts in scored:
+            origin = sample.provenance
+            confirmed = version_of(origin.identity, run_id)
+            shared = {
+                "identity": origin.identity,
+                "policy_version": policy_version if confirmed is None else confirmed,
+                "problem_id": sample.problem_id,
+                "sample_number": sample.sample_number,
+                "segment_count": 1 + len(sample.further),
+                "turn_count": sample.turn_count,
+                "seed": sample.seed,
+                "text": sample.text,
+                "finish_reason": sample.finish_reason,
+                "reward": reward,
+                "reward_parts": [{"name": name, "value": parts[name]} for name in sorted(parts)],
+                "advantage": advantage,
+                "mark": group.mark,
+                "failure": sample.failure,
+                "detail": sample.detail,
+                "weights": sample.weights.value,
+                "first_identity": origin.first,
+                "last_identity": origin.last,
+                "identities": list(origin.observed),
+                "replica": origin.replica,
+                "request_id": origin.request_id,
+                "session_id": origin.session_id,
+                "response_id": origin.response_id,
+                "is_hedge": sample.is_hedge,
+                "attempts": origin.attempts,
+                "latency_seconds": sample.latency_seconds,
+                "prompt_token_count": sample.prompt_token_count,
+                "cached_prompt_token_count": sample.cached_prompt_token_count,
+                "completion_token_count": sample.completion_token_count,
+            }
+            for own in _segment_columns(group.problem, sample):
+                for name, value in (shared | own).items():
+                    columns[name].append(value)
+    return _frame(Rollouts, columns)
+
+
+def _segment_columns(problem: Problem, sample: Trajectory) -> Iterable[dict[str, object]]:
+    start = 0
+    for number, segment in enumerate(sample.segments):
+        is_first = number == 0
+        yield {
+            "segment_number": number,
+            "prompt_token_ids": segment.prompt_token_ids,
+            "token_ids": segment.token_ids_T,
+            "loss_mask": segment.loss_mask_T,
+            "sampling_logprobs": segment.sampling_logprobs_T,
+            "identity_runs": _runs_of(segment, start, sample.provenance.runs),
+            "prompt": _prompt(problem) if is_first else None,
+            "answer": None if problem.answer is None or not is_first else _json(problem.answer),
+            "transcript": _json(sample.transcript) if is_first and sample.transcript else None,
+            "routing_matrix": sample.routing_matrix if is_first else None,
+        }
+        start += len(segment.token_ids_T)
+
+
+def _runs_of(
+    segment: Segment, start: int, runs: Sequence[tuple[int, str]]
+) -> list[dict[str, object]]:
+    """The part of a sample's runs that lies in the segment whose first token has number `start`."""
+    length = len(segment.token_ids_T)
+    bounds = [*(first - start for first, _ in runs), length]
+    return [
+        {"start": max(bounds[i], 0), "identity": identity}
+        for i, (_, identity) in enumerate(runs)
+        if max(bounds[i], 0) < min(bounds[i + 1], length)
+    ]
+
+
+def _prompt(problem: Problem) -> str | None:
+    if problem.messages is not None:
+        return _json(problem.messages)
+    return problem.prompt if isinstance(problem.prompt, str) else None
+
+
+def _json(value: object) -> str:
+    def plain(other: object) -> object:
+        return dict(other) if isinstance(other, Mapping) else str(other)
+
+    return json.dumps(value, ensure_ascii=False, default=plain)
+
+
+def ledger_frame(manifests: Iterable[SnapshotManifest]) -> pl.DataFrame:
+    """What was published, oldest first; keeps `Ledger`."""
+    ordered = sorted(manifests, key=lambda manifest: manifest.created_at)
+    return _frame(
+        Ledger,
+        {
+            "identity": [each.identity for each in ordered],
+            "policy_version": [each.policy_version for each in ordered],
+            "kind": [each.kind.value for each in ordered],
+            "previous": [each.previous for each in ordered],
+            "anchor": [each.anchor for each in ordered],
+            "chain_length": [each.chain_length for each in ordered],
+            "reason": [each.reason for each in ordered],
+            "content_sha256": [each.content_sha256 for each in ordered],
+            "size_bytes": [each.size_bytes for each in ordered],
+            "content_size_bytes": [each.content_size_bytes for each in ordered],
+            "created_at": [each.created_at for each in ordered],
+        },
+    )
+
+
+def check_tensors(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame itself, if it keeps `Tensors`; otherwise pandera's SchemaErrors, naming every
+    breach.
+    """
+    return Tensors.validate(frame, lazy=True)
+
+
+def check_rollouts(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame itself, if it keeps `Rollouts`; otherwise pandera's SchemaErrors, naming every
+    breach.
+    """
+    return Rollouts.validate(frame, lazy=True)
+
+
+def check_ledger(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame itself, if it keeps `Ledger`; otherwise pandera's SchemaErrors, naming every
+    breach.
+    """
+    return Ledger.validate(frame, lazy=True)
+
+
+def weights_told(weights: str, identity: str, identities: Sequence[str]) -> str | None:
+    """The weights that made a sample, in its columns' words: `first → … → last` where it straddles
+    a swap, `… (assumed)` where its answer did not tell; `None` without tokens.
+    """
+    if weights == Weights.NONE.value:
+        return None
+    return f"{identity} (assumed)" if weights == Weights.ASSUMED.value else " → ".join(identities)
+
+
+def samples_by_weights(samples: pl.DataFrame) -> Counter[str]:
+    """Samples, given by one row of `Rollouts` each, by the weights that made them."""
+    told = samples.select("weights", "identity", "identities").iter_rows()
+    return Counter(made for row in told if (made := weights_told(*row)) is not None)
+
+
+def part_facts(
+    frame: pl.DataFrame, *, file: str, size_bytes: int, sha256: str, digest: str
+) -> RolloutPart:
+    """What a part's rows come to."""
+    samples = frame.filter(pl.col("segment_number") == 0)
+    failures = Counter(failure for failure in samples["failure"] if failure is not None)
+    rewards = samples["reward"].drop_nulls()
+    return RolloutPart(
+        file=file,
+        size_bytes=size_bytes,
+        sha256=sha256,
+        digest=digest,
+        group_count=samples["problem_id"].n_unique(),
+        sample_count=samples.height,
+        failed_samples=dict(failures),
+        samples_by_identity=dict(samples_by_weights(samples)),
+        reward_count=len(rewards),
+        reward_sum=float(rewards.sum()),
+        completion_token_count=int(samples["completion_token_count"].sum()),
+    )

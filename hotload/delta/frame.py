@@ -1,0 +1,264 @@
+"""One zstd frame, written and read in pieces (wire-format §4).
+
+"One frame per tensor, content size in the header, nothing after it." What the reader gets comes
+from a store: the frame's structure is walked first, so that a second frame, trailing bytes, a cut
+or another size is refused before anything is decoded or allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from hotload.delta.byte_io import Bytes, Readable, read_bytes
+from hotload.delta.libzstd import (
+    BLOCK_BYTES,
+    PIECE_LIMIT_BYTES,
+    frame_head,
+    sequence_coder,
+    zero_blocks,
+)
+from hotload.errors import DeltaError
+
+PIECE_BYTES = PIECE_LIMIT_BYTES  # a piece, its base and what is made of them stay in the cache
+WINDOW_LIMIT_BYTES = 1 << 27  # the most a frame may make its decoder allocate
+
+_SMALL_BYTES = 1 << 12  # in a smaller frame, tables cost what sequences gain
+_EMPTY_FRAME = bytes.fromhex("28b52ffd2000010000")
+HEADER_LIMIT_BYTES = 18
+_BLOCK_HEADER_BYTES = 3
+_CHECKSUM_BYTES = 4
+_HEADS_BYTES = 4096  # blocks of a sparse tensor are short: several heads to a read
+_RLE, _COMPRESSED, _RESERVED = 1, 2, 3
+
+Array = npt.NDArray[np.uint8]
+
+
+class Writer(StrEnum):
+    """A way to make frames: the smaller and faster one, and the one that always works."""
+
+    SEQUENCES = "sequences"
+    LEVEL_ONE = "zstd level 1"
+
+
+def best_writer() -> Writer:
+    """Sequences where the system has a libzstd for them, else level 1."""
+    return Writer.SEQUENCES if sequence_coder() else Writer.LEVEL_ONE
+
+
+def describe(writer: Writer) -> str:
+    """The writer with the library behind it, for a report."""
+    coder = sequence_coder()
+    if writer is Writer.SEQUENCES and coder:
+        return f"{writer} (libzstd {coder.version})"
+    return f"{writer} (zstandard {zstandard.__version__})"
+
+
+def pack(difference: Array, *, writer: Writer, is_last: bool) -> bytes | None:
+    """A piece of at most `PIECE_BYTES` as `FrameWriter.add` takes it; None where it is all zeros.
+
+    Pieces may be packed in any thread and any order. With sequences that is the heavy part; level 1
+    compresses where they are added.
+
+    Raises:
+        OSError: sequences, and there is no libzstd for them, or it refuses.
+    """
+    if writer is Writer.LEVEL_ONE:
+        return difference.tobytes() if difference.any() else None
+    if (coder := sequence_coder()) is None:
+        raise OSError("no libzstd that writes sequences")
+    return coder.blocks(difference, is_last=is_last)
+
+
+def writer_for(size_bytes: int, writer: Writer) -> Writer:
+    """`writer`, or level 1 where the whole content is small."""
+    return writer if size_bytes > _SMALL_BYTES else Writer.LEVEL_ONE
+
+
+class FrameWriter:
+    """Puts packed pieces, in their order, into one frame over `size_bytes` of content.
+
+    Nothing is written until the first piece that is not all zeros; where none comes, `end` writes
+    the zero frame.
+    """
+
+    def __init__(
+        self, size_bytes: int, write: Callable[[Bytes], object], *, writer: Writer
+    ) -> None:
+        self.size_bytes = 0
+        self._content_bytes, self._reached = size_bytes, 0
+        self._write_to, self._writer = write, writer
+        self._stream: Any = None
+        self._is_begun = False
+
+    def add(self, packed: bytes | None, size_bytes: int) -> None:
+        """The next `size_bytes` of content."""
+        if packed is not None and not self._is_begun:
+            self._is_begun = True
+            self._begin()
+        self._reached += size_bytes
+        if self._is_begun:
+            self._put(packed, size_bytes)
+
+    def end(self, *, keep_zeros: bool = True) -> int:
+        """Close the frame, and tell its bytes; without `keep_zeros` a frame of zeros has none."""
+        if self._stream is not None:
+            self._write(self._stream.flush())
+        elif not self._is_begun and keep_zeros:
+            self._write(zero_frame(self._content_bytes))
+        return self.size_bytes
+
+    def _begin(self) -> None:
+        zeros = self._reached
+        if self._writer is Writer.SEQUENCES:
+            self._write(frame_head(self._content_bytes) + zero_blocks(zeros, is_last=False))
+            return
+        compressor = zstandard.ZstdCompressor(level=1)
+        self._stream = compressor.compressobj(size=self._content_bytes)  # stated in the header
+        for start in range(0, zeros, PIECE_BYTES):
+            self._write(self._stream.compress(bytes(min(PIECE_BYTES, zeros - start))))
+
+    def _put(self, packed: bytes | None, size_bytes: int) -> None:
+        if self._stream is not None:
+            self._write(self._stream.compress(packed or bytes(size_bytes)))
+        else:
+            is_last = self._reached == self._content_bytes
+            self._write(packed or zero_blocks(size_bytes, is_last=is_last))
+
+    def _write(self, data: bytes) -> None:
+        self._write_to(data)
+        self.size_bytes += len(data)
+
+
+def zero_frame(size_bytes: int) -> bytes:
+    """The frame of a tensor that did not change: 4 bytes for each 128 KiB.
+
+    Known by comparison, so that nothing has to be decoded to see that a tensor is unchanged.
+    """
+    if size_bytes == 0:
+        return _EMPTY_FRAME
+    return frame_head(size_bytes) + zero_blocks(size_bytes, is_last=True)
+
+
+def is_zero_frame(source: Readable, start: int, end: int, size_bytes: int) -> bool:
+    """Whether the payload is the zero frame of `size_bytes`, as written here."""
+    expected_bytes = zero_frame_bytes(size_bytes)
+    return end - start == expected_bytes and read_bytes(
+        source, start, expected_bytes
+    ) == zero_frame(size_bytes)
+
+
+def zero_frame_bytes(size_bytes: int) -> int:
+    """Length of `zero_frame(size_bytes)`, which a hostile size would make long."""
+    if size_bytes == 0:
+        return len(_EMPTY_FRAME)
+    return len(frame_head(size_bytes)) + 4 * -(-size_bytes // BLOCK_BYTES)
+
+
+def content_size(
+    source: Readable, start: int, end: int, subject: str, *, expected: int | None = None
+) -> int:
+    """The bytes that the one whole frame from `start` to `end` states; nothing is decoded.
+
+    Raises:
+        DeltaError: anything but one whole frame that states its content size, or another size than
+        `expected`.
+    """
+    frame, blocks_start = _read_head(source, start, end, subject)
+    if expected is not None and frame.content_size != expected:
+        found = f"frame states {frame.content_size} bytes"
+        raise DeltaError(subject, f"{found}, the tensor has {expected}")
+    if frame.window_size > WINDOW_LIMIT_BYTES:
+        limit = f"limit {WINDOW_LIMIT_BYTES}"
+        raise DeltaError(subject, f"frame needs a window of {frame.window_size} bytes, {limit}")
+    _walk_blocks(source, blocks_start, end, frame.has_checksum, subject)
+    return int(frame.content_size)
+
+
+def read_frame(
+    source: Readable, start: int, end: int, size_bytes: int, buffer: Array, subject: str
+) -> Iterator[Array]:
+    """The content of the frame that fills `start` to `end`, in pieces that fill `buffer` in turn.
+
+    Raises:
+        DeltaError: anything but one whole frame that states `size_bytes`; `subject` names it.
+    """
+    content_size(source, start, end, subject, expected=size_bytes)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT_BYTES)
+    span: Any = _Span(source, start, end)  # read() is all the reader asks of it
+    reader = decompressor.stream_reader(span, closefd=False)
+    try:
+        for at in range(0, size_bytes, len(buffer) or 1):
+            piece = buffer[: size_bytes - at]
+            filled = 0
+            while filled < len(piece):
+                count = reader.readinto(piece.data[filled:])
+                if not count:
+                    reached = f"frame ends after {at + filled} bytes"
+                    raise DeltaError(subject, f"{reached}, the tensor has {size_bytes}")
+                filled += count
+            yield piece
+        # The decoder sees the end of the frame, and a checksum in it, only when asked for more.
+        if reader.read(1):
+            raise DeltaError(subject, f"frame holds more than the {size_bytes} bytes it states")
+    except zstandard.ZstdError as error:
+        if "not enough memory" in str(error):
+            raise MemoryError(f"{subject}: no memory to decode its frame") from None
+        raise DeltaError(subject, f"frame does not decode: {error}") from None
+
+
+class _Span:
+    """The part of a `Readable` that holds a frame, as the file a zstd reader wants."""
+
+    def __init__(self, source: Readable, start: int, end: int) -> None:
+        self._source, self._at, self._end = source, start, end
+
+    def read(self, size: int) -> bytes:
+        data = read_bytes(self._source, self._at, min(size, self._end - self._at))
+        self._at += len(data)
+        return data
+
+
+def _read_head(source: Readable, start: int, end: int, subject: str) -> tuple[Any, int]:
+    """The frame's parameters and where its blocks begin."""
+    head = read_bytes(source, start, min(HEADER_LIMIT_BYTES, end - start))
+    if not head.startswith(zstandard.FRAME_HEADER):
+        raise DeltaError(subject, "payload does not begin with a zstd frame")
+    try:
+        frame = zstandard.get_frame_parameters(head)
+        blocks_start = start + zstandard.frame_header_size(head)
+    except zstandard.ZstdError as error:
+        raise DeltaError(subject, f"frame header does not parse: {error}") from None
+    if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN:
+        raise DeltaError(subject, "frame does not state its content size")
+    return frame, blocks_start
+
+
+def _walk_blocks(source: Readable, at: int, end: int, has_checksum: bool, subject: str) -> None:
+    heads, heads_start = b"", at
+    is_last = False
+    while not is_last:
+        if at + _BLOCK_HEADER_BYTES > end:
+            raise DeltaError(subject, "frame is cut off")
+        if at + _BLOCK_HEADER_BYTES > heads_start + len(heads):
+            heads, heads_start = read_bytes(source, at, min(_HEADS_BYTES, end - at)), at
+        place = at - heads_start
+        block = int.from_bytes(heads[place : place + _BLOCK_HEADER_BYTES], "little")
+        is_last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
+        if kind == _RESERVED:
+            raise DeltaError(subject, "frame has a block of a reserved type")
+        if not size and kind == _COMPRESSED:  # libzstd's stream reader skips it, its other refuses
+            raise DeltaError(subject, "frame has a compressed block of no bytes")
+        if not size and not is_last:  # nobody writes such, and millions fit into a small file
+            raise DeltaError(subject, "frame has an empty block before its last")
+        at += _BLOCK_HEADER_BYTES + (1 if kind == _RLE else size)
+    at += _CHECKSUM_BYTES if has_checksum else 0
+    if at > end:
+        raise DeltaError(subject, "frame is cut off")
+    if at < end:
+        raise DeltaError(subject, f"{end - at} bytes follow the frame")

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: the only rooms of the library that open files."""

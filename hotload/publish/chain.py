@@ -1,0 +1,253 @@
+"""The chain: where the publisher stands, and whether the next snapshot is full or a delta.
+
+Theory of operation (protocol §18). A chain is a full snapshot, its anchor, and the deltas after it.
+Nothing about it is remembered: `read_chain` makes it anew from what the replicas say and what the
+store's manifests record. `plan_next` decides what to publish; `may_signal` lets a signal pass only
+where TRANSITIONS has a step for it, so a delta cannot be signalled without a chain.
+`docs/chain.md` is drawn from the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from hotload.errors import (
+    ChainBrokenError,
+    IdentityConflictError,
+    InvalidIdentityError,
+    LoadFailedError,
+)
+from hotload.identity import SnapshotKind, snapshot_identity
+from hotload.publish.readiness import ServiceStatus
+from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
+from hotload.spec import CycleSpec
+
+
+class ChainState(StrEnum):
+    """Where the publisher stands towards one service."""
+
+    NEED_FULL = "need_full"
+    CHAINED = "chained"
+    LOADING = "loading"
+    UNCLEAR = "unclear"
+
+
+class ChainEvent(StrEnum):
+    """What can happen to a chain."""
+
+    SIGNAL_FULL = "signal_full"
+    SIGNAL_DELTA = "signal_delta"
+    CONFIRMED = "confirmed"
+    FAILED = "failed"
+    LOST = "lost"
+
+
+TRANSITIONS: Mapping[tuple[ChainState, ChainEvent], ChainState] = {
+    (ChainState.NEED_FULL, ChainEvent.SIGNAL_FULL): ChainState.LOADING,
+    (ChainState.CHAINED, ChainEvent.SIGNAL_FULL): ChainState.LOADING,
+    (ChainState.CHAINED, ChainEvent.SIGNAL_DELTA): ChainState.LOADING,
+    (ChainState.LOADING, ChainEvent.CONFIRMED): ChainState.CHAINED,
+    (ChainState.LOADING, ChainEvent.FAILED): ChainState.NEED_FULL,
+    (ChainState.LOADING, ChainEvent.LOST): ChainState.UNCLEAR,
+    (ChainState.UNCLEAR, ChainEvent.SIGNAL_FULL): ChainState.LOADING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The served chain. `head` is the manifest of what every replica serves, if it is ours."""
+
+    state: ChainState
+    head: SnapshotManifest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A snapshot this cycle has published before; `signalled` once a POST may have been sent."""
+
+    manifest: SnapshotManifest
+    signalled: bool
+
+
+def read_chain(
+    status: ServiceStatus, head: SnapshotManifest | None, attempts: Sequence[Attempt]
+) -> Chain:
+    """The chain as the replicas and the store tell it, nothing remembered.
+
+    Args:
+        head: manifest of what every replica serves, if all serve one snapshot of ours.
+        attempts: what this cycle has published so far, oldest first.
+    """
+    if attempts and attempts[-1].signalled:
+        last = attempts[-1].manifest
+        event = _what_became_of(last.identity, status)
+        state = TRANSITIONS[ChainState.LOADING, event] if event else ChainState.LOADING
+        return Chain(state, last if event is ChainEvent.CONFIRMED else head)
+    return Chain(ChainState.CHAINED if head else ChainState.NEED_FULL, head)
+
+
+def _what_became_of(identity: str, status: ServiceStatus) -> ChainEvent | None:
+    """What happened to a load that was begun; None while it goes on."""
+    if status.failed(identity):
+        return ChainEvent.FAILED
+    if status.is_served_everywhere(identity):
+        return ChainEvent.CONFIRMED
+    return None if status.mentions(identity) else ChainEvent.LOST
+
+
+def plan_next(
+    chain: Chain,
+    attempts: Sequence[Attempt],
+    spec: CycleSpec,
+    content: CheckpointContent,
+    *,
+    obstacle: str | None,
+) -> SnapshotPlan:
+    """What this cycle publishes next, full or delta, and why (protocol §18).
+
+    The same facts give the same plan, so a killed cycle resumes by planning again; after a failure
+    the attempt number, and with it the identity, is another. A cycle that is not due plans the
+    snapshot that is served, which publishing then leaves as it is.
+
+    Args:
+        attempts: what this cycle has published so far, oldest first.
+        obstacle: why a delta against the head cannot be encoded, if so.
+
+    Raises:
+        IdentityConflictError: this run and version was published with other content.
+        InvalidIdentityError: the service already serves a later version of this run.
+    """
+    head = chain.head
+    _refuse_conflict(head, attempts, spec, content)
+    if attempts:
+        last = attempts[-1]
+        doubt = _doubt_about(chain, last)
+        if doubt is None:
+            return resumed(last.manifest)
+        return plan_full(attempts, spec, content, doubt)
+    if head and not is_sync_due(spec):
+        reason = f"weight_sync_interval {spec.cadence.weight_sync_interval}: not due"
+        return replace(resumed(head), reason=reason)
+    if content.kind is SnapshotKind.LORA:
+        return plan_full(attempts, spec, content, "an adapter is always published whole")
+    if spec.cadence.force_full:
+        return plan_full(attempts, spec, content, "force_full is set")
+    if head is None:
+        return plan_full(attempts, spec, content, "not every replica serves one snapshot of ours")
+    if head.chain_length + 1 >= spec.cadence.full_every:
+        length = f"{head.chain_length} deltas since {head.anchor}"
+        reason = f"full_every {spec.cadence.full_every}: {length}"
+        return plan_full(attempts, spec, content, reason)
+    if obstacle:
+        return plan_full(attempts, spec, content, obstacle)
+    identity = snapshot_identity(
+        spec.run_id,
+        spec.policy_version,
+        content_sha256=content.sha256,
+        kind=SnapshotKind.DELTA,
+        previous=head.identity,
+        attempt=0,
+    )
+    return SnapshotPlan(
+        SnapshotKind.DELTA,
+        identity,
+        previous=head.identity,
+        anchor=head.anchor,
+        chain_length=head.chain_length + 1,
+        attempt=0,
+        reason=f"every replica serves {head.identity}",
+    )
+
+
+def plan_full(
+    attempts: Sequence[Attempt], spec: CycleSpec, content: CheckpointContent, reason: str
+) -> SnapshotPlan:
+    """A full snapshot, or an adapter, under an identity no earlier attempt has had."""
+    identity = snapshot_identity(
+        spec.run_id,
+        spec.policy_version,
+        content_sha256=content.sha256,
+        kind=content.kind,
+        previous=None,
+        attempt=len(attempts),
+    )
+    return SnapshotPlan(content.kind, identity, None, identity, 0, len(attempts), reason)
+
+
+def resumed(manifest: SnapshotManifest) -> SnapshotPlan:
+    """The plan that `manifest` was made by."""
+    fields = (field.name for field in dataclasses.fields(SnapshotPlan))
+    return SnapshotPlan(**{name: getattr(manifest, name) for name in fields})
+
+
+def is_sync_due(spec: CycleSpec) -> bool:
+    """Whether this policy version is to be published although another snapshot is served."""
+    interval = spec.cadence.weight_sync_interval
+    return spec.cadence.force_full or (interval > 0 and spec.policy_version % interval == 0)
+
+
+def may_be_delta(chain: Chain, attempts: Sequence[Attempt], spec: CycleSpec) -> bool:
+    """Whether `plan_next` would choose a delta if there is no obstacle; looking costs time."""
+    return (
+        chain.state is ChainState.CHAINED
+        and chain.head is not None
+        and chain.head.kind is not SnapshotKind.LORA
+        and not attempts
+        and is_sync_due(spec)
+        and not spec.cadence.force_full
+        and chain.head.chain_length + 1 < spec.cadence.full_every
+    )
+
+
+def may_signal(status: ServiceStatus, manifest: SnapshotManifest) -> bool:
+    """Whether to send the signal for `manifest` now; False where the service has it already.
+
+    Raises:
+        LoadFailedError: a replica reports an error for it; it is never signalled again.
+        ChainBrokenError: it is a delta, and not every replica serves its previous identity.
+    """
+    if status.failed(manifest.identity):
+        raise LoadFailedError(manifest.identity, "a replica reports an error for it")
+    if status.mentions(manifest.identity):
+        return False
+    on_previous = manifest.previous is not None and status.is_served_everywhere(manifest.previous)
+    state = ChainState.CHAINED if on_previous else ChainState.NEED_FULL
+    is_delta = manifest.kind is SnapshotKind.DELTA
+    event = ChainEvent.SIGNAL_DELTA if is_delta else ChainEvent.SIGNAL_FULL
+    if (state, event) not in TRANSITIONS:
+        raise ChainBrokenError(str(manifest.previous), status.describe())
+    return True
+
+
+def _refuse_conflict(
+    head: SnapshotManifest | None,
+    attempts: Sequence[Attempt],
+    spec: CycleSpec,
+    content: CheckpointContent,
+) -> None:
+    for manifest in (attempt.manifest for attempt in attempts):
+        if manifest.content_sha256 != content.sha256:
+            digests = f"{manifest.content_sha256[:12]}…, now {content.sha256[:12]}…"
+            reason = f"published as {manifest.identity} with other content (sha256 {digests})"
+            raise IdentityConflictError(spec.name, reason)
+    if head and head.run_id == spec.run_id and head.policy_version > spec.policy_version:
+        reason = f"the service already serves version {head.policy_version} of this run"
+        raise InvalidIdentityError(spec.name, reason)
+
+
+def _doubt_about(chain: Chain, last: Attempt) -> str | None:
+    """Why an earlier attempt of this cycle cannot be carried on with, if so."""
+    identity = last.manifest.identity
+    if chain.state is ChainState.NEED_FULL and last.signalled:
+        return f"a replica reported an error for {identity}"
+    if last.manifest.kind is not SnapshotKind.DELTA:
+        return None
+    if chain.state is ChainState.UNCLEAR:
+        # A delta is never sent twice (design, rule 4); a full may be.
+        return f"the signal for {identity} may have been sent, and no replica knows it"
+    if not last.signalled and (chain.head is None or chain.head.identity != last.manifest.previous):
+        return f"the replicas left {last.manifest.previous} before {identity} was signalled"
+    return None

@@ -1,0 +1,118 @@
+"""Answers to "does this connection work, and what is missing?", one line per question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hotload.publish.fireworks_api import HOSTED_BUCKET_TYPE
+from hotload.publish.readiness import ServiceDescription
+
+ENDING_STATES = ("DELETING", "DELETED", "FAILED")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckLine:
+    """One thing that was looked at.
+
+    `stops` says whether it must be put right before a cycle can run; otherwise a line that is not
+    `ok` warns.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+    stops: bool = True
+
+    def __str__(self) -> str:
+        mark = "ok" if self.ok else "MISSING" if self.stops else "warning"
+        advice = f" {self.advice}." if self.advice and not self.ok else ""
+        return f"{mark:8} {self.name}: {self.found}.{advice}"
+
+
+def service_lines(
+    description: ServiceDescription,
+    *,
+    bucket_url: str | None,
+    base_model: str | None,
+    transition_type: str | None,
+) -> list[CheckLine]:
+    """Every row of protocol §8 but the first, whether the service exists at all.
+
+    Args:
+        bucket_url: the store's url, without a trailing slash; None is not compared.
+        base_model: resource name of the model the caller expects; None takes any.
+        transition_type: ASYNC or SYNC as the caller expects it; None takes either.
+    """
+    enabled = description.hot_load_enabled
+    lines = [
+        CheckLine(
+            "hot load",
+            enabled,
+            "switched on" if enabled else "switched off",
+            "Have the vendor enable hot-loading from your own bucket; no call can",
+        )
+    ]
+    if bucket_url is not None:
+        theirs = description.bucket_url
+        lines.append(
+            CheckLine(
+                "bucket",
+                theirs is not None and _with_scheme(theirs) == _with_scheme(bucket_url),
+                f"the service reads {theirs or 'no bucket'}, the store writes {bucket_url}",
+                "Set the store's url to the service's hotLoadBucketUrl",
+            )
+        )
+    hosted = description.bucket_type == HOSTED_BUCKET_TYPE
+    lines.append(
+        CheckLine(
+            "bucket type",
+            not hosted,
+            description.bucket_type or "not said",
+            "A vendor-hosted bucket cannot be written from here; use a service with your own",
+        )
+    )
+    lines.append(
+        CheckLine(
+            "transition",
+            transition_type in (None, description.transition_type),
+            description.transition_type,
+            f"Expected {transition_type}; the service's own is used",
+            stops=False,
+        )
+    )
+    lines.append(
+        CheckLine(
+            "base model",
+            base_model in (None, description.base_model),
+            description.base_model or "not said",
+            f"Expected {base_model}",
+            stops=False,
+        )
+    )
+    minimum = description.min_replica_count
+    lines.append(
+        CheckLine(
+            "minimum replicas",
+            bool(minimum),
+            "not said, so none" if minimum is None else str(minimum),
+            "Set minReplicaCount above 0: at zero, requests fail and loaded snapshots are lost",
+            stops=False,
+        )
+    )
+    state = description.state or "not said"
+    creating = state == "CREATING"
+    lines.append(
+        CheckLine(
+            "state",
+            not creating and state not in ENDING_STATES,
+            state,
+            "It may answer already" if creating else "Choose a service that is up",
+            stops=not creating,
+        )
+    )
+    return lines
+
+
+def _with_scheme(url: str) -> str:
+    return url if "://" in url else f"file://{url}"

@@ -1,0 +1,1 @@
+"""Sampling decisions: trajectories, groups, the window, failures, and the inference wire format."""

@@ -1,0 +1,336 @@
+"""Inference on the wire: request bodies, server-sent events, answers (protocol §11, §12).
+
+The vendor's rules stand above the lines that obey them. JSON is decoded by the caller; this module
+reads values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from hotload.publish.fireworks_api import served_identity
+from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
+from hotload.rollout.routing import join_routing
+from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem
+from hotload.spec import Sampling
+
+DONE = b"[DONE]"
+HEARTBEAT_EVENTS = frozenset({"ping", "heartbeat", "keepalive"})
+FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
+WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
+LOGPROB_RANGE = (-1e9, 0.01)  # a sum in floating point may end a little above 0
+COUNT_LIMIT = 1 << 31
+IDENTITY_LIMIT = 64
+"""Distinct identities kept of one answer."""
+
+
+def sample_body(problem: Problem, sampling: Sampling, *, model: str, seed: int) -> dict[str, Any]:
+    """The body of one sample, a completion or a chat; every default is sent (protocol §11).
+
+    An omitted temperature, top_p or top_k would let the model's generation_config truncate the
+    policy.
+    """
+    body: dict[str, Any] = {"model": model}
+    if problem.messages is not None:
+        body["messages"] = list(problem.messages)
+    else:
+        body["prompt"] = (
+            problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt or ())
+        )
+    body |= {
+        "n": 1,
+        "max_tokens": sampling.max_completion_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "logprobs": True,
+        "stream": True,
+        "perf_metrics_in_response": True,
+        "raw_output": True,
+        "context_length_exceeded_behavior": "error",
+        "seed": seed,
+    }
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.include_routing_matrix:
+        body["include_routing_matrix"] = True
+    return body
+
+
+class EventStream:
+    """Server-sent events out of pieces cut anywhere: `data:` lines, comments, an optional event
+    name.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._data: list[bytes] = []
+        self._name = ""
+
+    def feed(self, piece: bytes) -> Iterator[tuple[str, bytes]]:
+        """The (event name, data) pairs that `piece` completes; the name is empty where none was
+        given.
+        """
+        if b"\n" not in piece:
+            self._pieces.append(piece)
+            return
+        if self._pieces:
+            piece = b"".join((*self._pieces, piece))
+        lines = piece.split(b"\n")
+        self._pieces = [lines.pop()]
+        for line in lines:
+            if line.endswith(b"\r"):
+                line = line[:-1]
+            if not line:
+                if self._data:
+                    yield self._name, b"\n".join(self._data)
+                    self._data = []
+                self._name = ""
+            elif line.startswith(b"data:"):
+                self._data.append(line[6:] if line.startswith(b"data: ") else line[5:])
+            elif line.startswith(b"event:"):
+                self._name = line[6:].strip().decode("utf-8", "replace")
+
+
+class Answer:
+    """One answer, put together from its chunks (or from the one body of a plain response).
+
+    Args:
+        sampling: what was asked for.
+        prompt: the token ids that were sent, where ids were sent.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: tuple[int, ...] | None) -> None:
+        self._max_tokens = sampling.max_completion_tokens
+        # protocol §12: `logprob` may stand in only where the whole, untempered policy was sampled.
+        self._is_plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1, 1, 0)
+        self._sent_prompt = prompt
+        self._wants_routing = sampling.include_routing_matrix
+        self._model: object = None
+        self._texts: list[str] = []
+        self._content_ids: list[Any] = []
+        self._raw_ids: list[Any] = []
+        self._last_raw_ids: list[Any] = []
+        self._routing: list[Any] = []
+        self._lacks_logprobs = False
+        self.is_done = False
+        """Whether the closing `[DONE]` was seen; a plain response is done by itself."""
+        self.observed: list[str] = []
+        self.last_identity: str | None = None
+        self.runs: list[tuple[int, str]] = []
+        """Which tokens each identity made: (number of the first token, identity); an empty identity
+        is one that was not told."""
+        self.finish_reason: Any = None
+        self.text = ""
+        self.token_ids: tuple[int, ...] = ()
+        self.sampling_logprobs: list[Any] = []
+        self.prompt_token_ids: tuple[int, ...] = prompt or ()
+        self.routing: bytes | None = None
+        """The routing matrices of all tokens, where they were asked for and every token has one."""
+        self.prompt_token_count = self.cached_prompt_token_count = 0
+        self.prefill_queue_seconds: float | None = None
+        self.replica: str | None = None
+        self.response_id: str | None = None
+
+    def add(self, *chunks: Any) -> Fault | None:
+        """Take decoded chunks in; the fault, if one of them is or carries an error."""
+        try:
+            for chunk in chunks:
+                if chunk.get("error"):
+                    return fault_in_stream(chunk)
+                model = chunk.get("model")
+                if model != self._model:
+                    self._model = model
+                    self._observe(model)
+                for choice in chunk.get("choices") or ():
+                    self._add(choice)
+                if usage := chunk.get("usage"):
+                    self._add_usage(usage)
+                if metrics := chunk.get("perf_metrics"):
+                    self.add_metrics(metrics)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return malformed("a chunk is not of the documented form")
+        return None
+
+    def _add(self, choice: Mapping[str, Any]) -> None:
+        if choice.get("index"):
+            raise ValueError("one answer was asked for")
+        text = choice.get("text")
+        if text is None:
+            text = (choice.get("delta") or choice.get("message") or {}).get("content")
+        if text:
+            self._texts.append(text)
+        logprobs = choice.get("logprobs")
+        if logprobs:
+            for entry in logprobs.get("content") or ():
+                self._content_ids.append(entry.get("token_id"))
+                value = entry.get("sampling_logprob")
+                if value is None:
+                    value = entry.get("logprob") if self._is_plain else None
+                    self._lacks_logprobs |= value is None
+                self.sampling_logprobs.append(value)
+                if self._wants_routing:
+                    self._routing.append(entry.get("routing_matrix"))
+        raw = choice.get("raw_output")
+        if raw or "token_ids" in choice:
+            self._add_raw(raw or {}, choice)
+        reason = choice.get("finish_reason")
+        if reason:
+            self.finish_reason = reason
+
+    def _add_usage(self, usage: Mapping[str, Any]) -> None:
+        self.prompt_token_count = int(_number(usage.get("prompt_tokens")) or 0)
+        details = usage.get("prompt_tokens_details") or {}
+        self.cached_prompt_token_count = int(_number(details.get("cached_tokens")) or 0)
+
+    def _observe(self, model: object) -> None:
+        identity = served_identity(model)
+        count = len(self.sampling_logprobs)
+        if self.runs and self.runs[-1][0] == count:
+            self.runs.pop()  # it made no token
+        told = "" if identity is None else identity[:256]
+        is_new = told != self.runs[-1][1] if self.runs else told != ""
+        if is_new and len(self.runs) < IDENTITY_LIMIT:
+            self.runs.append((count, told))
+        if identity is None:
+            return
+        self.last_identity = told
+        if told not in self.observed and len(self.observed) < IDENTITY_LIMIT:
+            self.observed.append(told)
+
+    def _add_raw(self, raw: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
+        ids = raw.get("completion_token_ids") or choice.get("token_ids")
+        if ids:
+            self._last_raw_ids = list(ids)
+            self._raw_ids += ids
+        prompt = raw.get("prompt_token_ids") or choice.get("prompt_token_ids")
+        if prompt:
+            self.prompt_token_ids = tuple(prompt)
+
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Take performance metrics in, from the last chunk or from headers, in either spelling
+        (protocol §12).
+        """
+
+        def find(name: str) -> Any:
+            for spelling in (name, f"fireworks-{name}"):
+                value = metrics.get(spelling)
+                if value is not None:
+                    return value
+            return None
+
+        self.prefill_queue_seconds = _number(find("prefill-queue-duration"))
+        if not self.cached_prompt_token_count:
+            self.cached_prompt_token_count = int(_number(find("cached-prompt-tokens")) or 0)
+        host = find("backend-host")
+        if host is not None:
+            self.replica = str(host)[:256]
+
+    def finish(self) -> Fault | None:
+        """Close the answer and settle its text and tokens; the fault, if it cannot be trained on.
+
+        An answer cut short before its `[DONE]` may be asked for again; one that was whole and lacks
+        something is a failed sample: ids are never made by tokenizing again (protocol §12).
+        """
+        try:
+            return self._settle()
+        except (TypeError, ValueError, OverflowError):
+            return malformed("a value is not of the documented type")
+
+    def _settle(self) -> Fault | None:
+        if self.finish_reason is None:
+            told = "the stream ended without a finish reason"
+            return Fault(Action.RETRY, Cause.TRUNCATED, 200, told)
+        if self.finish_reason not in FINISH_REASONS:
+            told = "the answer did not finish properly"
+            return Fault(Action.RETRY, Cause.SERVER_ERROR, 200, told)
+        lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
+        values = self.sampling_logprobs
+        count = len(values)
+        self.text = "".join(self._texts)
+        if self._lacks_logprobs or (count == 0 and (self._raw_ids or self.text)):
+            return Fault(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
+        if values and not LOGPROB_RANGE[0] <= min(values) <= max(values) <= LOGPROB_RANGE[1]:
+            return malformed("a log-probability out of range")
+        ids = self._ids(count)
+        if ids is None:
+            told = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
+            return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
+        self.token_ids = ids
+        while self.runs and self.runs[-1][0] >= count:
+            self.runs.pop()  # it made no token
+        if not _are_ids(self.prompt_token_ids):
+            return malformed("the prompt's token ids are not ids")
+        if count and not self.prompt_token_ids:
+            told = "the prompt's token ids are missing"
+            return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
+        if self._sent_prompt is not None and self.prompt_token_ids != self._sent_prompt:
+            return malformed("the prompt's token ids came back changed", Action.FAIL_SAMPLE)
+        if self._routing and None not in self._routing:
+            self.routing = join_routing(self._routing)
+        if count > self._max_tokens:
+            told = f"{count} tokens, {self._max_tokens} asked for"
+            return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, told)
+        return None
+
+    def _ids(self, count: int) -> tuple[int, ...] | None:
+        """The ids of `count` tokens: those beside the log-probabilities, or else the raw output's.
+
+        The raw output may come at once or in pieces, and may end with the stop token.
+        """
+        raws = [raw for raw in (self._last_raw_ids, self._raw_ids) if len(raw) >= count]
+        if None not in self._content_ids:
+            ids = self._content_ids
+            if self._raw_ids and all(raw[:count] != ids for raw in raws):
+                return None
+        elif raws and len(raws[0]) == count:
+            ids = raws[0]
+        elif len(self._raw_ids) == count:
+            ids = self._raw_ids
+        else:
+            return None
+        return tuple(ids) if _are_ids(ids) else None
+
+
+def _are_ids(tokens: Collection[Any]) -> bool:
+    if not tokens:
+        return True
+    return set(map(type, tokens)) == {int} and 0 <= min(tokens) <= max(tokens) < TOKEN_ID_LIMIT
+
+
+def _number(value: Any) -> float | None:
+    """A statistic as text or number; what cannot be one was not told."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 <= number < COUNT_LIMIT else None
+
+
+def malformed(detail: str, action: Action = Action.RETRY) -> Fault:
+    """The fault of an answer that is not of the documented form."""
+    return Fault(action, Cause.MALFORMED, 200, detail)
+
+
+def fault_in_stream(chunk: Mapping[str, Any]) -> Fault:
+    """The fault of an error inside a 200: its `status_code` or `status` counts; without one, 502
+    (protocol §12).
+    """
+    error = chunk.get("error")
+    places = (error, chunk) if isinstance(error, Mapping) else (chunk,)
+    codes = [place.get(name) for place in places for name in ("status_code", "status")]
+    code = next((code for code in codes if type(code) is int and 400 <= code <= 599), 502)
+    # Texts alone: what is nested may be nested too deep to be written out.
+    told = [value for place in places for value in place.values() if isinstance(value, str)]
+    names = error_names(chunk)
+    return fault_of_status(code, " ".join(told)[:2048], f"error inside the answer: {names}")
+
+
+def error_names(body: Any) -> str:
+    """`code type` of an error body (protocol §3): never its message, which may quote the prompt."""
+    error = body.get("error", body) if isinstance(body, Mapping) else None
+    if not isinstance(error, Mapping):
+        return "no documented error body"
+    names = [name for name in (error.get("code"), error.get("type")) if type(name) in (str, int)]
+    return " ".join(str(name)[:80] for name in names) or "no code"

@@ -1,0 +1,69 @@
+"""Samples by other weights than were expected: two versions of them, which the spec keeps, drops or
+masks from the change on, and weights that are none of this run's (protocol §12; design, rule 8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from hotload.identity import is_of_run, version_of
+from hotload.rollout.failures import Cause
+from hotload.rollout.trajectory import Trajectory, Weights
+
+OnStraddling = Literal["accept", "drop", "mask_from_change"]
+
+
+def settle_weights(trajectory: Trajectory, policy: OnStraddling) -> Trajectory:
+    """The trajectory as `policy` wants it; one of a single version, or one that failed, comes back
+    as it is.
+
+    A dropped one is marked as failed and keeps its tokens, and so is, whatever the policy, one by
+    weights that are no version of the run it was sent to. Masked tokens stay in their arrays with a
+    loss mask of False. Where nobody knows which tokens came after the change (a rollout function
+    made the segments itself), masking drops.
+    """
+    if trajectory.failure is not None:
+        return trajectory
+    sent_to = trajectory.provenance.identity
+    strange = [one for one in trajectory.provenance.observed if not is_of_run(sent_to, one)]
+    if strange and version_of(sent_to) is not None:
+        told = f"made by {strange[0]!r}, sent to {sent_to!r}"
+        return replace(trajectory, failure=Cause.OTHER_WEIGHTS.value, detail=told)
+    if trajectory.weights is not Weights.STRADDLING:
+        return trajectory
+    if policy == "drop" or (policy == "mask_from_change" and not trajectory.provenance.runs):
+        told = f"{len(trajectory.provenance.observed)} versions of the weights made it"
+        return replace(trajectory, failure=Cause.STRADDLING.value, detail=told)
+    if policy == "accept":
+        return trajectory
+    left = change_of(trajectory)
+    masks: list[tuple[bool, ...]] = []
+    for segment in trajectory.segments:
+        kept = segment.loss_mask_T[:left]
+        masks.append(kept + (False,) * (len(segment.loss_mask_T) - len(kept)))
+        left = max(0, left - len(segment.loss_mask_T))
+    further = zip(trajectory.further, masks[1:], strict=True)
+    return replace(
+        trajectory,
+        loss_mask_T=masks[0],
+        further=tuple(replace(segment, loss_mask_T=mask) for segment, mask in further),
+    )
+
+
+def masked_count(trajectory: Trajectory) -> int:
+    """Tokens that masking took out of the loss, with what was said in between: those from the
+    change on. None of a sample that had failed before, since its tokens are as they came.
+    """
+    mask = [kept for segment in trajectory.segments for kept in segment.loss_mask_T]
+    after = mask[change_of(trajectory) :]
+    return 0 if any(after) else len(after)
+
+
+def change_of(trajectory: Trajectory) -> int:
+    """The number, over the tokens of all segments, of the first token that other weights made than
+    the first ones; the count of all tokens where none was told.
+    """
+    runs = trajectory.provenance.runs
+    changed = (start for start, identity in runs if identity and identity != runs[0][1])
+    return next(changed, sum(len(segment.token_ids_T) for segment in trajectory.segments))

@@ -1,0 +1,1 @@
+"""The sampling engine: a running rollout, its draws and its groups."""

@@ -1,0 +1,1 @@
+"""Rewards at work: in processes of their own, or asked for over HTTP."""

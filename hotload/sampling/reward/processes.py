@@ -1,0 +1,283 @@
+"""A user's own reward, in processes that can be ended.
+
+A plain function has a process to itself while it is called; of an async one many calls are under
+way in one process. When a process dies, or hangs, with several calls in it, each of them is made
+again alone: so the one that brought it down is found, and costs no other sample its reward.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from hotload.clients.redaction import redact
+from hotload.errors import RewardError
+from hotload.publish import fireworks_api
+from hotload.reward.outcome import Outcome, Score, Unscored
+from hotload.rollout.failures import Cause
+from hotload.rollout.trajectory import Problem, Trajectory
+from hotload.sampling.reward.calls import judge_by_calls
+from hotload.sampling.reward.user_errors import secrets_of
+from hotload.sampling.reward.worker import LENGTH
+from hotload.spec import RewardSpec
+
+PROCESS_COUNT = min(8, max(2, os.cpu_count() or 2))
+CALLS_PER_ASYNC_PROCESS = 32
+START_TIMEOUT_SECONDS = 120.0
+ASYNC_GRACE_SECONDS = 1.0
+END_TIMEOUT_SECONDS = 5.0
+LAST_WORDS_SECONDS = 1.0
+REPLY_LIMIT_BYTES = 16 << 20
+# Keys to the weights, the store and the server; a judge's has another name, or is asked for.
+WITHHELD_PREFIXES = (
+    "AWS_",
+    "AZURE_",
+    "CLOUDSDK_",
+    "FIREWORKS_",
+    "FSSPEC_",
+    "GOOGLE_",
+    "PREFECT_API_",
+)
+
+
+def reward_environment(reward: RewardSpec, own: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a reward's process: all of ours but the service's and the cloud's
+    variables that the spec does not ask for.
+
+    Raises:
+        RewardError: one it asks for is not set, or is the service's key: what a reward says is
+            stored.
+    """
+    for name in reward.environment:
+        if name == fireworks_api.API_KEY_VARIABLE:
+            raise RewardError(reward.name, f"`environment`: {name} is never handed on")
+        if name not in own:
+            raise RewardError(reward.name, f"`environment`: {name} is not set here")
+    return {
+        name: value
+        for name, value in own.items()
+        if name in reward.environment or not name.startswith(WITHHELD_PREFIXES)
+    }
+
+
+class RewardProcesses:
+    """Judges by one declared reward that is imported in processes of its own."""
+
+    def __init__(self, reward: RewardSpec) -> None:
+        self._spec = reward
+        self._places = [_Place(reward) for _ in range(PROCESS_COUNT)]
+        # The last one given back is taken first, so that no more are started than are needed.
+        self._seats: asyncio.LifoQueue[_Place] = asyncio.LifoQueue()
+        self._apart = _Place(reward)
+        self._one_at_a_time = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Import the reward in a first process.
+
+        Raises:
+            RewardError: it cannot be used.
+        """
+        first = await self._places[0].process()
+        for place in reversed(self._places):
+            for _ in range(CALLS_PER_ASYNC_PROCESS if first.is_async else 1):
+                self._seats.put_nowait(place)
+
+    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        """An outcome for each sample: by one call, or by one call each."""
+        return await judge_by_calls(self._spec, self._call, problem, samples)
+
+    async def _call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        place = await self._seats.get()
+        try:
+            answer = await place.call(problem, samples)
+        finally:
+            self._seats.put_nowait(place)
+        if isinstance(answer, _Lost) and answer.was_shared:
+            async with self._one_at_a_time:
+                answer = await self._apart.call(problem, samples)
+        return [answer.unscored] * len(samples) if isinstance(answer, _Lost) else answer
+
+    async def stop(self) -> None:
+        """End the processes, whatever they do."""
+        for place in (*self._places, self._apart):
+            await place.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """A call was under way when its process ended, or was ended; shared with others or not."""
+
+    unscored: Unscored
+    was_shared: bool = False
+
+
+class _Place:
+    """Where one process runs, started when needed and again after it was lost."""
+
+    def __init__(self, reward: RewardSpec) -> None:
+        self._spec = reward
+        self._process: _Process | None = None
+        self._starting = asyncio.Lock()
+
+    async def process(self) -> "_Process":
+        """The process, with the reward imported; raises RewardError where it cannot be."""
+        async with self._starting:
+            if self._process is None or self._process.lost is not None:
+                await self.clear()
+                self._process = await _Process.start(self._spec)
+            return self._process
+
+    async def clear(self) -> None:
+        """End the process if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            await process.end()
+
+    async def call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome] | _Lost:
+        """What the reward says of each sample, within its time limit."""
+        limit = self._spec.timeout_seconds
+        try:
+            process = await self.process()
+        except RewardError as error:
+            return _Lost(Unscored(Cause.REWARD_CRASHED, error.reason))
+        # An async call keeps its own time, unless another holds up the process.
+        grace = ASYNC_GRACE_SECONDS if process.is_async else 0.0
+        late = Unscored(Cause.REWARD_TIMEOUT, f"no reward within {limit:g} s")
+        answer = await process.ask((problem, samples), limit + grace, late)
+        if isinstance(answer, _Lost):
+            return answer
+        return [_read(each, process.secrets) for each in answer["outcomes"]]
+
+
+def _read(outcome: dict[str, Any], secrets: Sequence[str]) -> Outcome:
+    if "reward" in outcome:
+        return Score(outcome["reward"], outcome["parts"])
+    return Unscored(Cause(outcome["cause"]), redact(outcome["detail"], secrets))
+
+
+class _Process:
+    """One process, from its start to its end. It answers calls in any order."""
+
+    def __init__(self, child: asyncio.subprocess.Process, secrets: Sequence[str]) -> None:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        self._child, self._stdin, self._stdout = child, child.stdin, child.stdout
+        self.secrets = secrets
+        self.is_async = False
+        self.lost: _Lost | None = None
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[dict[str, Any] | _Lost]] = {}
+        self._listening = asyncio.create_task(self._listen())
+
+    @classmethod
+    async def start(cls, reward: RewardSpec) -> Self:
+        """A process that has imported the reward.
+
+        Raises:
+            RewardError: it cannot, or not within 120 s.
+        """
+        environment = reward_environment(reward, os.environ)
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "hotload.sampling.reward.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={
+                **environment,
+                "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
+            },
+            start_new_session=True,
+        )
+        process = cls(child, secrets_of(environment))
+        setup = {
+            "name": reward.name,
+            "arguments": reward.arguments,
+            "per_group": reward.per_group,
+            "timeout_seconds": reward.timeout_seconds,
+        }
+        late = Unscored(Cause.REWARD_TIMEOUT, f"not imported within {START_TIMEOUT_SECONDS:g} s")
+        try:
+            answer = await process.ask(setup, START_TIMEOUT_SECONDS, late)
+        except BaseException:
+            await process.end()
+            raise
+        if isinstance(answer, _Lost):
+            answer = {"refused": answer.unscored.detail}
+        if "refused" in answer:
+            await process.end()
+            raise RewardError(reward.name, redact(answer["refused"], process.secrets))
+        process.is_async = answer["is_async"]
+        return process
+
+    async def ask(
+        self, call: object, limit_seconds: float, late: Unscored
+    ) -> dict[str, Any] | _Lost:
+        """The answer to one call; `_Lost` when the process ends first, or is ended because the call
+        is `late`.
+        """
+        if self.lost is not None:
+            return self.lost
+        number = next(self._numbers)
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        data = pickle.dumps((number, call))
+        try:
+            async with asyncio.timeout(limit_seconds):
+                self._stdin.write(LENGTH.pack(len(data)) + data)
+                with contextlib.suppress(ConnectionError):  # lost: the listener says so
+                    await self._stdin.drain()
+                return await answer
+        except TimeoutError:
+            return self.lose(late)
+        except BaseException:
+            if not self.is_async:  # what is under way can only be ended with the process
+                self.lose(late)
+            raise
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):
+            while True:
+                (size,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
+                if size > REPLY_LIMIT_BYTES:
+                    break
+                answer = json.loads(await self._stdout.readexactly(size))
+                waiting = self._waiting.pop(answer["call"], None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(answer)
+        how = ""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                code = await self._child.wait()
+                how = f" with signal {-code}" if code < 0 else f" with exit code {code}"
+        self.lose(Unscored(Cause.REWARD_CRASHED, f"its process ended{how}"))
+
+    def lose(self, reason: Unscored) -> _Lost:
+        """Kill the process with all it started, and tell the calls that wait for it."""
+        if self.lost is None:
+            self.lost = _Lost(reason, was_shared=len(self._waiting) > 1)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+            for waiting in self._waiting.values():
+                if not waiting.done():
+                    waiting.set_result(self.lost)
+        return self.lost
+
+    async def end(self) -> None:
+        """End the process, if it has not ended, and let go of its pipes."""
+        self.lose(Unscored(Cause.REWARD_CRASHED, "its process was ended"))
+        self._stdin.close()
+        self._listening.cancel()
+        await asyncio.wait([self._listening])
+        # A child that left the process group may hold the pipes open.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_TIMEOUT_SECONDS):
+                await self._child.wait()

@@ -1,0 +1,147 @@
+"""A reward that a service gives over HTTP. All attempts of one call share its time limit; this is
+the only place that repeats one.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import urlsplit
+
+import httpx
+from httpx_aiohttp import AiohttpTransport
+
+from hotload.clients.inference.transport import NO_ANSWER, Wire
+from hotload.errors import RewardError
+from hotload.reward.http_service import parse_rewards, read_service, request_body
+from hotload.reward.outcome import Outcome, Unscored
+from hotload.rollout.failures import Action, Cause, Fault, RetryBudget, fault_of_status
+from hotload.rollout.retry_after import retry_after_seconds
+from hotload.rollout.trajectory import Problem, Trajectory
+from hotload.sampling.reward.calls import judge_by_calls
+from hotload.spec import RewardSpec
+
+CALLS_AT_ONCE = 64
+CONNECT_TIMEOUT_SECONDS = 10.0
+ANSWER_LIMIT_BYTES = 1 << 20
+# No key, no money, no rights: no sample's fault, and nothing that passes by itself.
+NOT_FOR_US = frozenset({401, 402, 403})
+
+
+class RemoteReward:
+    """Judges by asking a service: once a group where the spec says so, else once a sample."""
+
+    def __init__(
+        self,
+        reward: RewardSpec,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        uniform: Callable[[], float] = random.random,
+    ) -> None:
+        self._spec = reward
+        self._sleep = sleep
+        self._uniform = uniform
+        self._slots = asyncio.Semaphore(CALLS_AT_ONCE)
+        self._transport: AiohttpTransport | None = None
+
+    async def start(self) -> None:
+        """Read what is declared and the key; the service itself is not asked.
+
+        Raises:
+            RewardError: an argument is wrong, or the key's variable holds none.
+        """
+        self._service = read_service(self._spec)
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        if name := self._service.key_variable:
+            key = os.environ.get(name, "").strip()
+            if not key or not key.isascii() or not key.isprintable():
+                raise RewardError(self._spec.name, f"`key_variable`: {name} holds no key")
+            headers["Authorization"] = f"Bearer {key}"
+        parts = urlsplit(self._service.url)
+        self._path = parts.path or "/"
+        limits = httpx.Limits(max_connections=CALLS_AT_ONCE)
+        self._transport = AiohttpTransport(limits=limits)
+        # The call's own limit is what ends a read.
+        timeout = httpx.Timeout(CONNECT_TIMEOUT_SECONDS, read=None)
+        origin = f"{parts.scheme}://{parts.netloc}"
+        try:
+            self._wire = Wire(self._transport, origin, headers, timeout)
+        except httpx.InvalidURL as error:
+            raise RewardError(self._spec.name, f"`url`: {error}") from None
+
+    async def stop(self) -> None:
+        """Close the connections."""
+        if self._transport is not None:
+            await self._transport.aclose()
+
+    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        """An outcome for each sample: by one call, or by one call each.
+
+        Raises:
+            RewardError: the service refuses the key: it would refuse every sample.
+        """
+        return await judge_by_calls(self._spec, self._call, problem, samples)
+
+    async def _call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        body = request_body(problem, samples, self._service.arguments)
+        budget = RetryBudget(0.0, self._uniform)
+        limit = self._spec.timeout_seconds
+        clock = asyncio.get_running_loop().time
+        last = ""
+        async with self._slots:
+            ends_at = clock() + limit
+            try:
+                async with asyncio.timeout_at(ends_at):
+                    while True:
+                        answer = await self._attempt(body)
+                        if isinstance(answer, bytes):
+                            return parse_rewards(answer, len(samples))
+                        last = answer.detail
+                        if answer.status_code in NOT_FOR_US:
+                            raise RewardError(self._spec.name, self._refused(last))
+                        wait = budget.wait_seconds(answer)
+                        if wait is None or clock() + wait >= ends_at:
+                            return [Unscored(_cause(answer), last)] * len(samples)
+                        await self._sleep(wait)
+            except TimeoutError:
+                late = f"no reward within {limit:g} s" + (f", after {last}" if last else "")
+                return [Unscored(Cause.REWARD_TIMEOUT, late)] * len(samples)
+
+    def _refused(self, told: str) -> str:
+        name = self._service.key_variable
+        what = f"the key in {name}, or its account" if name else "the service's `key_variable`"
+        return f"its service answered {told}: mend {what}, then run the cycle again"
+
+    async def _attempt(self, body: bytes) -> bytes | Fault:
+        """The body of a good answer. Of another nothing is told but its status: it may repeat the
+        key, or the answer it was asked about.
+        """
+        try:
+            response = await self._wire.post(self._path, body, [])
+            try:
+                if response.status_code != httpx.codes.OK:
+                    told = response.headers
+                    return fault_of_status(
+                        response.status_code,
+                        "",
+                        f"HTTP {response.status_code}",
+                        retry_after_seconds(told.get("retry-after"), told.get("date")),
+                    )
+                data = bytearray()
+                async for piece in response.aiter_raw():
+                    data += piece
+                    if len(data) > ANSWER_LIMIT_BYTES:
+                        reason = f"an answer of more than {ANSWER_LIMIT_BYTES} bytes"
+                        return Fault(Action.FAIL_SAMPLE, Cause.MALFORMED, 200, reason)
+                return bytes(data)
+            finally:
+                await response.aclose()
+        except NO_ANSWER as error:
+            # The transport calls a refused connection a time-out; its cause has the right name.
+            name = type(error.__cause__ or error).__name__
+            return Fault(Action.RETRY, Cause.CONNECTION, None, name)
+
+
+def _cause(fault: Fault) -> Cause:
+    if fault.action is Action.FAIL_SAMPLE:
+        return Cause.REWARD_REFUSED
+    return Cause.REWARD_UNAVAILABLE

@@ -1,0 +1,166 @@
+"""Score: a reward and an advantage for every sample that has an answer.
+
+Quick built-ins run here, remote services are asked from here; a user's own reward runs in processes
+of its own. Each under a time limit where it needs one, so that a reward that hangs, raises, dies or
+returns nonsense costs one sample, marked, and never a batch.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Protocol
+
+from hotload.errors import RewardError
+from hotload.reward.advantages import advantages
+from hotload.reward.built_ins import BUILT_INS, QUICK
+from hotload.reward.outcome import (
+    REMOTE,
+    WEIGHTED_SUM,
+    Outcome,
+    Score,
+    Unscored,
+    check_arguments,
+    load_reward,
+    read_outcome,
+)
+from hotload.reward.weighted_sum import add_up, weighted_parts
+from hotload.rollout.failures import Cause
+from hotload.rollout.trajectory import Problem, ScoredGroup, Trajectory, TrajectoryGroup
+from hotload.sampling.concurrently import overlap
+from hotload.sampling.reward.processes import RewardProcesses
+from hotload.sampling.reward.remote import RemoteReward
+from hotload.sampling.reward.user_errors import DETAIL_LIMIT_CHARACTERS, whole
+from hotload.spec import RewardSpec
+
+
+class Judge(Protocol):
+    """Whatever gives rewards."""
+
+    async def start(self) -> None:
+        """Look at the reward before anything is sampled; raises RewardError."""
+
+    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        """A reward, or why there is none, for each of a group's samples; raises RewardError where
+        no sample can have one."""
+
+    async def stop(self) -> None:
+        """End what `start` began."""
+
+
+class Scorer:
+    """Scores groups by one declared reward; made by `open_scorer`."""
+
+    def __init__(self, reward: RewardSpec, judge: Judge) -> None:
+        self._spec = reward
+        self._judge = judge
+
+    async def score_group(self, group: TrajectoryGroup) -> ScoredGroup:
+        """The group with rewards and advantages; what could not be scored is marked with its
+        cause. Samples that failed before are not scored, and a reward called per group does not
+        see them.
+
+        Raises:
+            RewardError: the reward's service refuses the key.
+        """
+        answered = [one for one in group.trajectories_G if one.failure is None]
+        judged = iter(await self._judge.judge(group.problem, answered) if answered else ())
+        outcomes_G = [
+            None if one.failure is not None else next(judged) for one in group.trajectories_G
+        ]
+        scores_G = [each if isinstance(each, Score) else None for each in outcomes_G]
+        rewards_G = tuple(None if each is None else each.reward for each in scores_G)
+        parts_G = tuple({} if each is None else each.parts for each in scores_G)
+        return ScoredGroup(
+            problem=group.problem,
+            trajectories_G=tuple(
+                _marked(one, outcome) if isinstance(outcome, Unscored) else one
+                for one, outcome in zip(group.trajectories_G, outcomes_G, strict=True)
+            ),
+            rewards_G=rewards_G,
+            advantages_G=advantages(rewards_G, self._spec.advantage),
+            reward_parts_G=parts_G if any(parts_G) else (),
+        )
+
+
+@asynccontextmanager
+async def open_scorer(reward: RewardSpec) -> AsyncIterator[Scorer]:
+    """A scorer, looked at before use; its processes and connections end with it.
+
+    Raises:
+        RewardError: the reward is unknown or not importable, it cannot take the declared arguments,
+            or it asks for a variable of the environment that is not set.
+    """
+    judge = _judge(reward)
+    try:
+        await judge.start()
+        yield Scorer(reward, judge)
+    finally:
+        await judge.stop()
+
+
+def _judge(reward: RewardSpec) -> Judge:
+    if reward.name == WEIGHTED_SUM:
+        return _WeightedSum(reward)
+    if reward.name == REMOTE:
+        return RemoteReward(reward)
+    if reward.name in BUILT_INS or ":" not in reward.name:
+        return _BuiltIn(reward)
+    return RewardProcesses(reward)
+
+
+def _marked(sample: Trajectory, outcome: Unscored) -> Trajectory:
+    detail = whole(outcome.detail[:DETAIL_LIMIT_CHARACTERS])
+    return replace(sample, failure=outcome.cause.value, detail=detail)
+
+
+class _BuiltIn:
+    """A built-in: in this process if it is quick, else in one that can be ended."""
+
+    def __init__(self, reward: RewardSpec) -> None:
+        self._spec = reward
+        self._elsewhere = None if reward.name in QUICK else RewardProcesses(reward)
+
+    async def start(self) -> None:
+        self._reward = load_reward(self._spec.name)
+        if self._spec.per_group:
+            raise RewardError(self._spec.name, "it looks at one sample: leave out `per_group`")
+        check_arguments(self._spec.name, self._reward, self._spec.arguments)
+        if self._elsewhere is not None:
+            await self._elsewhere.start()
+
+    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        if self._elsewhere is not None:
+            return await self._elsewhere.judge(problem, samples)
+        return [self._call(problem, sample) for sample in samples]
+
+    def _call(self, problem: Problem, sample: Trajectory) -> Outcome:
+        try:
+            return read_outcome(self._reward(problem, sample, **self._spec.arguments))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the sample is what failed
+            return Unscored(Cause.REWARD_RAISED, f"{type(error).__name__}: {error}")
+
+    async def stop(self) -> None:
+        if self._elsewhere is not None:
+            await self._elsewhere.stop()
+
+
+class _WeightedSum:
+    """Several rewards, each judged where it belongs, added up."""
+
+    def __init__(self, reward: RewardSpec) -> None:
+        self._spec = reward
+        self._opened = AsyncExitStack()
+
+    async def start(self) -> None:
+        self._parts = weighted_parts(self._spec)
+        self._judges = [_judge(part.reward) for part in self._parts]
+        for judge in self._judges:
+            self._opened.push_async_callback(judge.stop)
+            await judge.start()
+
+    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+        by_part = await overlap(judge.judge(problem, samples) for judge in self._judges)
+        return [add_up(self._parts, outcomes) for outcomes in zip(*by_part, strict=True)]
+
+    async def stop(self) -> None:
+        await self._opened.aclose()

@@ -1,0 +1,339 @@
+"""Roll out: sample a chunk of problems, score its groups, hand its part back as they finish. All
+chunks share one window, one gate and one breaker.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from time import monotonic
+
+from prefect import get_run_logger
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from blocks.rollout_client import RolloutClient
+from hotload.clients.inference.sampler import Sampler
+from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
+from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
+from hotload.rollout.admission import Admission
+from hotload.rollout.breaker import Breaker
+from hotload.rollout.counts import in_words
+from hotload.rollout.failures import Cause
+from hotload.rollout.group_rules import Tally, Verdict, is_outage, judge, stale_group
+from hotload.rollout.trajectory import Problem, TrajectoryGroup
+from hotload.sampling.draw import Drawing
+from hotload.sampling.part_files import named_files, sum_up
+from hotload.sampling.part_writer import PartWriter, Settled
+from hotload.sampling.reward.scorer import Scorer, open_scorer
+from hotload.sampling.row_gate import Gate
+from hotload.sampling.sample_group import GroupSampler
+from hotload.sampling.watch_versions import first_look, watch_versions
+from hotload.spec import CycleSpec
+
+SECONDS_BETWEEN_WRITES = 10.0
+
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Rollout:
+    """What the chunks of one rollout share: the sampler with its window, the scorer, the store.
+
+    Raises:
+        RolloutFunctionError: the spec names a rollout function that cannot be used.
+    """
+
+    def __init__(
+        self, plan: RolloutPlan, sampler: Sampler, scorer: Scorer, store: CheckpointStore
+    ) -> None:
+        self.plan = plan
+        self._sampler = sampler
+        self._scorer = scorer
+        self._store = store
+        self._rules = sampler.sampling.groups
+        self._started = monotonic()
+        admission = Admission(
+            group_size=plan.group_size,
+            batch_size=plan.problem_count * plan.group_size,
+            initial_version=plan.policy_version,
+            max_head_offpolicy_versions=sampler.sampling.max_head_offpolicy_versions,
+        )
+        # A window's worth waits behind the window, or a row where that is more, so that it never
+        # runs empty and little is held.
+        self.gate = Gate(admission, lambda: sampler.size + max(sampler.size, plan.group_size))
+        self._breaker = Breaker()
+        self._groups = GroupSampler(
+            Drawing(sampler),
+            self._rules,
+            plan.group_size,
+            self.gate,
+            lambda: not self._breaker.is_open,
+        )
+        self._writers = [PartWriter(store, plan, part) for part in plan.parts]
+        self._ended: set[int] = set()
+        self._told = 0
+        self._names: list[str] | None = None
+        self._named: Set[str] = frozenset()
+        self._looking = asyncio.Lock()
+        self._telling = asyncio.Lock()
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds since sampling could begin."""
+        return monotonic() - self._started
+
+    async def carry(self, number: int) -> tuple[RolloutPart, ...]:
+        """Sample, score and write what is missing of one part; all its files.
+
+        Once the store holds up what fills a file, no further row is begun, and those that were end
+        first. Called again after that, it writes what it has and samples nothing twice.
+        """
+        writer = self._writers[number]
+        await self._find(writer)
+        while to_do := writer.progress.to_do():
+            if writer.is_held_up:
+                await self._write(writer)
+            await self._carry_rows(writer, to_do)
+        await self._end(writer)
+        return tuple(writer.parts)
+
+    async def _carry_rows(self, writer: PartWriter, problems: Sequence[Problem]) -> None:
+        number = writer.part.number
+        try:
+            async with asyncio.TaskGroup() as rows:
+                with self.gate.beginning(number):
+                    for problem in problems:
+                        # Let in before its task is made: rows that wait cost nothing.
+                        await self.gate.enter(number)
+                        rows.create_task(self._carry_row(writer, problem))
+                        if writer.is_held_up:
+                            break
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _end(self, writer: PartWriter) -> None:
+        """Write the rest of a part, every problem of which is settled or left out.
+
+        Groups without any answer, or any reward as its service was away, are written when the last
+        part ends, and only if no service was failing row after row: recorded, they would count as
+        done for ever.
+        """
+        self._ended.add(writer.part.number)
+        is_last = len(self._ended) == len(self._writers)
+        ending = self._writers if is_last else [writer]
+        is_dead = is_last and not any(each.is_answered for each in self._writers)
+        is_outage_now = self._breaker.is_open or is_dead
+        if is_last and not is_outage_now:
+            for each in ending:
+                each.keep_unanswered()
+        for each in ending:
+            await each.write()
+        missing = sum((each.missing for each in ending), Counter[str]())
+        if is_outage_now and missing:
+            told = ", ".join(f"{cause} {count}" for cause, count in missing.items())
+            example = next((each.example for each in ending if each.example), "")
+            raise RolloutsFailedError(self.plan.identity, told, example)
+        await self._tell()
+
+    async def _find(self, writer: PartWriter) -> None:
+        async with self._looking:
+            if self._names is None:
+                self._names = await self._store.names(self.plan.directory)
+                self._named = await named_files(self._store, self.plan)
+            await writer.find(self._names, self._named)
+
+    async def _carry_row(self, writer: PartWriter, problem: Problem) -> None:
+        """A group, and the next in its place as long as the rules drop it."""
+        instead = await self._carry_group(writer, problem)
+        while instead is not None and not writer.is_held_up:
+            await self.gate.enter(writer.part.number)
+            instead = await self._carry_group(writer, instead)
+
+    async def _carry_group(self, writer: PartWriter, problem: Problem) -> Problem | None:
+        if self.gate.is_stale:
+            self.gate.turn_back(is_kept=True)
+            return writer.take(self._stale(problem))
+        if self._breaker.is_open:
+            self.gate.turn_back(is_kept=False)
+            writer.leave_out(problem, Counter({Cause.BREAKER_OPEN.value: self.plan.group_size}))
+            return None
+        is_kept = False
+        try:
+            group, tally = await self._groups.sample(problem)
+            settled = await self._settle(writer, group, tally)
+            self._breaker.note(is_failure=is_outage(settled.group.trajectories_G))
+            is_kept = not settled.is_dropped
+            instead = writer.take(settled)
+            # The row stays in until then, so that the store sets the pace.
+            if await writer.make_room():
+                await self._tell()
+        finally:
+            self.gate.leave(is_kept=is_kept)
+        return instead
+
+    async def _settle(self, writer: PartWriter, group: TrajectoryGroup, tally: Tally) -> Settled:
+        verdict = judge(await self._scorer.score_group(group), self._rules)
+        is_refill = writer.progress.is_refill(group.problem)
+        counts = tally.counts(verdict, self._rules, is_refill=is_refill)
+        return Settled(verdict.group, counts, verdict.is_dropped)
+
+    def _stale(self, problem: Problem) -> Settled:
+        group = stale_group(
+            problem,
+            self.plan.group_size,
+            identity=self.plan.identity,
+            policy_version=self.plan.policy_version,
+            run_seed=self._sampler.sampling.seed,
+        )
+        counts = Tally().counts(Verdict(group), self._rules, is_refill=False)
+        return Settled(group, counts, is_dropped=False)
+
+    async def tell_along(self) -> None:
+        """Log how far the rollout is; never ends."""
+        while True:
+            await asyncio.sleep(SECONDS_BETWEEN_LINES)
+            get_run_logger().info("%s", self.state())
+
+    def state(self) -> str:
+        """How far the rollout is, for a reader."""
+        ended = sum(writer.progress.settled_count for writer in self._writers)
+        met = in_words(dict(self._sampler.failed_attempts))
+        told = ", ".join(f"{count} × {name}" for name, count in met.items())
+        return (
+            f"{ended} groups ended, {self.plan.problem_count} planned; "
+            f"{self.gate.in_flight} samples under way, window {self._sampler.size}"
+            + (f"; requests without an answer: {told}" if told else "")
+        )
+
+    async def write_along(self) -> None:
+        """Write groups that have waited for their part to fill up; never ends."""
+        while True:
+            await asyncio.sleep(SECONDS_BETWEEN_WRITES)
+            for writer in self._writers:
+                if writer.waits_seconds < SECONDS_BETWEEN_WRITES:
+                    continue
+                try:
+                    await self._write(writer)
+                except StoreUnavailableError as error:
+                    get_run_logger().warning("groups are written later: %s", error)
+
+    async def save(self) -> None:
+        """Write whatever has ended, when sampling does before its end."""
+        for writer in self._writers:
+            with suppress(StoreError):  # what is lost is sampled again
+                await writer.write()
+        with suppress(StoreError):
+            await self._tell()
+
+    async def _write(self, writer: PartWriter) -> None:
+        """Write before the part has ended."""
+        if await writer.write():
+            await self._tell()
+
+    async def _tell(self) -> None:
+        """Name what is there in the manifest, so that it can be read while sampling goes on."""
+        if not all(writer.is_read for writer in self._writers):
+            return  # it would name less than an earlier run of this cycle did
+        async with self._telling:
+            manifest = self.manifest(is_complete=False)
+            if len(manifest.parts) == self._told:
+                return
+            try:
+                await self._store.put_bytes(manifest.render(), self.plan.path(MANIFEST_FILE))
+                self._told = len(manifest.parts)
+            except StoreUnavailableError as error:
+                get_run_logger().warning("the manifest is written later: %s", error)
+
+    def manifest(self, *, is_complete: bool) -> RolloutManifest:
+        """The manifest of what is in the store now."""
+        parts = [part for writer in self._writers for part in writer.parts]
+        trace = [
+            (point.seconds - self._started, point.size, point.in_flight)
+            for point in self._sampler.trace()
+        ]
+        return sum_up(
+            self._store,
+            self.plan,
+            parts,
+            self.seconds,
+            is_complete=is_complete,
+            found=[part for writer in self._writers for part in writer.found],
+            window_trace=trace if is_complete else (),
+        )
+
+    def log_window(self) -> None:
+        """Say what the window did, in the flow run's log."""
+        report = self._sampler.end_step()
+        queue = "not told" if report.avg_pq is None else f"{report.avg_pq:.3g} s"
+        get_run_logger().info(
+            "%d requests, window %d → %d, at most %d in flight, %d congested answers, "
+            "%d samples out of attempts, prefill queue on average %s",
+            report.requests,
+            report.window,
+            report.window_after,
+            report.max_in_flight,
+            report.congestion_responses,
+            report.retry_exhaustions,
+            queue,
+        )
+
+
+@asynccontextmanager
+async def open_rollout(
+    spec: CycleSpec,
+    plan: RolloutPlan,
+    client: RolloutClient,
+    store: CheckpointStore,
+    replica_count: int | None,
+    service: HotLoadService | None = None,
+) -> AsyncIterator[Rollout]:
+    """What the chunks of `plan` share, for as long as they run in this event loop.
+
+    Args:
+        replica_count: for the window's first size; `None` is not known.
+        service: watched for newer versions, where the spec allows the next cycle to publish while
+            this one samples.
+
+    Raises:
+        RewardError, RolloutFunctionError: the user's own code cannot be used; nothing was sampled.
+        ServiceRefusedError: there is no API key.
+        ReadinessTimeoutError: as `first_look`.
+    """
+    async with (
+        open_scorer(spec.reward) as scorer,
+        client.session(
+            spec.sampling,
+            identity=plan.identity,
+            policy_version=plan.policy_version,
+            replica_count=replica_count,
+            swap_timeout_seconds=spec.readiness.weight_sync_timeout,
+        ) as sampler,
+    ):
+        rollout = Rollout(plan, sampler, scorer, store)
+        if service is not None:
+            await first_look(service, spec.run_id, sampler, rollout.gate, spec.readiness)
+        beside = [
+            asyncio.create_task(_beside("writing along", rollout.write_along)),
+            asyncio.create_task(_beside("telling along", rollout.tell_along)),
+        ]
+        if service is not None:
+            seconds = spec.readiness.poll_interval_seconds
+            watching = partial(watch_versions, service, spec.run_id, sampler, rollout.gate, seconds)
+            beside.append(asyncio.create_task(_beside("watching for versions", watching)))
+        try:
+            yield rollout
+        finally:
+            for each in beside:
+                each.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            await rollout.save()
+
+
+async def _beside(name: str, endless: Callable[[], Awaitable[None]]) -> None:
+    """Run what serves the chunks; should it end, they go on without it, and the log says so."""
+    try:
+        await endless()
+    except Exception:  # noqa: BLE001 - nobody waits for it who could be told
+        get_run_logger().exception("%s came to an end", name)

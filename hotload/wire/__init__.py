@@ -1,1 +1,0 @@
-"""Wire dialects: paths, headers, bodies and misspellings of each receiver, kept in one place."""
