@@ -1,6 +1,6 @@
 """Rollouts: every problem of this policy version sampled, scored and handed back."""
 
-from prefect import flow
+from prefect import flow, get_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
@@ -48,7 +48,8 @@ async def roll_out_and_score(
     if done := await find_rollout(store, plan.directory, plan.digest):
         return done
     await warm_up(client, spec.readiness)
-    async with open_rollout(spec, plan, client, store, replica_count, service) as rollout:
+    logger = get_run_logger()
+    async with open_rollout(spec, plan, client, store, replica_count, service, logger) as rollout:
         progress = await Progress.start(f"rollouts {identity}", plan.problem_count)
         await overlap(_carry(rollout, number, progress) for number in range(len(plan.parts)))
         rollout.log_window()

@@ -10,11 +10,7 @@ from enum import StrEnum
 from hotload.errors import InvalidIdentityError
 
 IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-
-
 RESERVED = frozenset({"latest", "initial", "identities.json"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Annotated, Self
 
@@ -10,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hotload.errors import StoreError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
 FileName = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
+
+
+# A module's logger, or the one of an engine's run, whose lines a person reads there.
+RunLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 
 class Record(BaseModel):

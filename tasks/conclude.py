@@ -73,7 +73,7 @@ async def conclude_cycle(store: CheckpointStore, spec: CycleSpec, report: CycleR
     )
     page_path = f"{REPORTS}/{report.name}.html"
     await store.put_bytes(page.encode(), page_path)
-    await send_metrics(spec, report, metrics)
+    await send_metrics(spec, report, metrics, get_run_logger())
     await write_report(store, report)
     await _show(report, f"{store.url}/{page_path}")
 

@@ -7,7 +7,9 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from hotload.errors import Finding, HotLoadError
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hotload", "emulator", "blocks", "tasks", "flows")
 FOLDERS = (*PACKAGES, "tests", "examples", "benchmarks", "deployments", "docs")
-TOUCHES_FILES = {"local.py", "operands.py", "directories.py", "relayout.py", "__main__.py", "cli"}
+IMPURE = {"__main__.py", "cli", "clients", "directory", "sampling"}
+MODULES_IN_A_FOLDER = 16
+LONGEST_IMPORT_CHAIN = 9
 
 
 def modules(*packages: str) -> list[Path]:
@@ -97,8 +101,8 @@ def test_prefect_loads_the_same_flow_as_an_import() -> None:
 
 
 @pytest.mark.parametrize("path", modules("hotload"), ids=named)
-def test_the_library_opens_nothing_prints_nothing_and_asks_no_clock(path: Path) -> None:
-    if path.relative_to(ROOT / "hotload").parts[0] in TOUCHES_FILES:
+def test_the_pure_rooms_open_nothing_print_nothing_and_ask_no_clock(path: Path) -> None:
+    if path.relative_to(ROOT / "hotload").parts[0] in IMPURE:
         return
     forbidden = re.compile(
         r"(open|print|input|exec|eval)$"
@@ -133,6 +137,46 @@ def test_no_task_uses_another_task(path: Path) -> None:
             other = ROOT / f"{node.module}.py".replace(".", "/", str(node.module).count("."))
             taken = {one.name for one in ast.walk(tree(other)) if is_task(one)}  # type: ignore[attr-defined]
             assert not taken & {alias.name for alias in node.names}, f"line {node.lineno}"
+
+
+def imports_within(package: str) -> dict[str, set[str]]:
+    """Every module of a package, with those of it that it imports at any level of its code."""
+    names = {
+        ".".join(path.with_suffix("").relative_to(ROOT).parts): path for path in modules(package)
+    }
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found: set[str] = set()
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    found.add(inner if inner in names else str(node.module))
+        graph[name] = found & names.keys() - {name}
+    return graph
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_in_no_circle(package: str) -> None:
+    tuple(TopologicalSorter(imports_within(package)).static_order())
+
+
+def test_import_chains_inside_the_library_are_short() -> None:
+    graph = imports_within("hotload")
+    chains: dict[str, list[str]] = {}
+    for name in TopologicalSorter(graph).static_order():
+        below = max((chains[other] for other in graph[name]), key=len, default=[])
+        chains[name] = [name, *below]
+    longest = max(chains.values(), key=len)
+    assert len(longest) <= LONGEST_IMPORT_CHAIN, " -> ".join(longest)
+
+
+def test_no_folder_of_the_product_is_crowded() -> None:
+    folders = Counter(path.parent for path in modules(*PACKAGES))
+    assert max(folders.values()) <= MODULES_IN_A_FOLDER, folders.most_common(3)
 
 
 def test_the_floors_hold() -> None:

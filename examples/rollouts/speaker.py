@@ -31,8 +31,8 @@ class Speaker(TinyTrainer):
                 self.biases[token] = bias
 
     def learn(self, rows: pl.DataFrame) -> int:
-        """One step on the rows of a cycle, as `hotload.dataset.table.Rollouts` has them; how many tokens
-        took part.
+        """Take one step on the rows of a cycle (`hotload.dataset.table.Rollouts`); count the tokens
+        that took part.
         """
         gradient = np.zeros(VOCABULARY)
         seen = np.zeros(VOCABULARY)

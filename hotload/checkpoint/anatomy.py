@@ -6,21 +6,19 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hotload.checkpoint.safetensors import (
-    ShardHeader,
-)
+from hotload.checkpoint.safetensors import ShardHeader
 
+OTHER = "other"
+
+# Where a part stands among the files of a checkpoint; layers of a stack follow their numbers.
+Place = tuple[int, tuple[str | int, ...]]
+
+_ORDER = ("embeddings", "layer", "final norm", "head", OTHER)
 _LAYER = re.compile(r"(?:.*?\.)??(?:layers|blocks|block|h)\.\d+(?=\.|$)")
-
-
 _EMBEDDINGS = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|wpe|tok_embeddings|word_embeddings|embed_in)\."
 )
-
-
 _FINAL_NORM = re.compile(r"(?:^|\.)(?:norm|norm_f|ln_f|final_layernorm|final_layer_norm)\.[^.]+$")
-
-
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
 
 
@@ -36,16 +34,6 @@ def part_of(name: str) -> str | None:
     if _HEAD.search(name):
         return "head"
     return "final norm" if _FINAL_NORM.search(name) else None
-
-
-OTHER = "other"
-
-
-# Where a part stands among the files of a checkpoint; layers of a stack follow their numbers.
-Place = tuple[int, tuple[str | int, ...]]
-
-
-_ORDER = ("embeddings", "layer", "final norm", "head", OTHER)
 
 
 def is_delta(shards: Iterable[ShardHeader], index: Mapping[str, Any] | None) -> bool:

@@ -1,8 +1,8 @@
 """A plan that brings a checkpoint into the layout a service wants (wire-format §6).
 
-Names, headers and documents in, plan out; `hotload.directory.relayout` carries it out. One layer a file,
-embeddings, final norm and head each in a file of their own, every file below 5 GB, index and spec
-to match. Which tensor goes where depends on nothing but names, dtypes and shapes, so two
+Names, headers and documents in, plan out; `hotload.directory.relayout` carries it out. One layer a
+file, embeddings, final norm and head each in a file of their own, every file below 5 GB, index and
+spec to match. Which tensor goes where depends on nothing but names, dtypes and shapes, so two
 checkpoints of a run get the same layout, and a delta between them stays possible. No byte of a
 weight changes.
 """

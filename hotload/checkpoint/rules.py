@@ -28,11 +28,7 @@ from hotload.errors import Finding, InvalidCheckpointError, shorten
 from hotload.records import FileDigest
 
 _TENSOR_PARALLEL = re.compile(r"(?i)(?:^|[^a-z0-9])(?:mp_?rank|tp(?:_?rank)?)(?![a-z])")
-
-
 FOREIGN_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack")
-
-
 _ADAPTER_SHARD = re.compile(r"adapter_model(?:-.+)?\.(?:safetensors|bin)")
 
 

@@ -17,15 +17,11 @@ from hotload.checkpoint.names import ADAPTER_CONFIG_FILE
 from hotload.errors import Finding, InvalidCheckpointError, shorten
 from hotload.records import FileDigest
 
+SHARD_LIMIT_BYTES = 5_000_000_000  # documented "about 5 GB"; the unit is our decision
+SHARD_WARNING_BYTES = 4_500_000_000
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
-
-
 PREFIX_BYTES = 8
-
-
 SHARD_SUFFIX = ".safetensors"
-
-
 DEPTH_LIMIT = 64  # of JSON read here, so that nobody who walks it overflows the stack
 
 
@@ -236,6 +232,22 @@ def plain_name(name: object) -> str | None:
     return None if _is_utf8(name) and len(name.encode()) <= 255 else shorten(name)
 
 
+def check_size(file: str, size_bytes: int) -> Iterator[Finding]:
+    """Hold a stored file to the service's limit, "about 5 GB" (wire-format §6)."""
+    if size_bytes > SHARD_LIMIT_BYTES:
+        expected = f"at most {SHARD_LIMIT_BYTES} bytes"
+        yield Finding("shard_size", file, None, f"{size_bytes} bytes", expected)
+    elif size_bytes >= SHARD_WARNING_BYTES:
+        expected = f"well below {SHARD_LIMIT_BYTES} bytes: the documented limit is 'about 5 GB'"
+        yield Finding("shard_size", file, None, f"{size_bytes} bytes", expected, severity="warning")
+
+
+def first_names(names: Collection[str]) -> str:
+    """Name the first three, and count the others."""
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
 def _read_entry(name: str, entry: object, file: str) -> TensorInfo:
     if not _is_utf8(name):
         _refuse("tensor_name", file, name, shorten(name), "text that UTF-8 can hold")
@@ -306,23 +318,3 @@ def _is_utf8(text: str) -> bool:
 
 def _refuse(rule: str, file: str, tensor: str | None, found: str, expected: str) -> NoReturn:
     raise InvalidCheckpointError((Finding(rule, file, tensor, found, expected),))
-
-
-SHARD_LIMIT_BYTES = 5_000_000_000  # documented "about 5 GB"; the unit is our decision
-
-
-SHARD_WARNING_BYTES = 4_500_000_000
-
-
-def check_size(file: str, size_bytes: int) -> Iterator[Finding]:
-    if size_bytes > SHARD_LIMIT_BYTES:
-        expected = f"at most {SHARD_LIMIT_BYTES} bytes"
-        yield Finding("shard_size", file, None, f"{size_bytes} bytes", expected)
-    elif size_bytes >= SHARD_WARNING_BYTES:
-        expected = f"well below {SHARD_LIMIT_BYTES} bytes: the documented limit is 'about 5 GB'"
-        yield Finding("shard_size", file, None, f"{size_bytes} bytes", expected, severity="warning")
-
-
-def first_names(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

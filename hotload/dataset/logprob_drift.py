@@ -33,8 +33,6 @@ LOGPROB_LIMIT = 1e6
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

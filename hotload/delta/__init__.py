@@ -6,10 +6,10 @@ maps each tensor to the checksum of its target bytes, spelled as the envelope sa
 
 Nothing below opens a file: shards come in as `Readable`, outputs as `Writable`. Work goes in pieces
 of 2 MiB that stay in the cache, and memory grows with the threads, not with a tensor. An
-output is whole only once the function that writes it has returned; `hotload.directory.files` throws it away
-otherwise.
+output is complete only once the function that writes it has returned; `hotload.directory.files`
+throws it away otherwise.
 
-`hotload.delta.encode` makes deltas, `hotload.delta.apply` uses them; `hotload.delta.frame` is one payload.
+`encode` makes deltas, `apply` uses them, `frame` is one payload.
 """
 
 from hotload.delta.apply import Payload, apply_shard, decode_tensor, payloads, verify_shard

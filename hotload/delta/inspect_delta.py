@@ -20,8 +20,6 @@ from hotload.delta.frame import PIECE_BYTES, content_size, is_zero_frame, read_f
 
 # Safetensors dtype and shape.
 Form = tuple[str, tuple[int, ...]]
-
-
 _TAGS = {spelling: tag for tag, spelling in TORCH_DTYPES.items()} | {tag: tag for tag in DTYPE_BITS}
 
 

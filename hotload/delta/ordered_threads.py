@@ -122,8 +122,6 @@ class _Running:
 
 # Bytes done and bytes in all; called by one thread at a time, not always the same.
 Progress = Callable[[int, int], object]
-
-
 OnBytes = Callable[[int], object]
 
 

@@ -1,8 +1,8 @@
 """Whole directories: encode, apply, verify, redress, fold (wire-format §2, §3, §6, §9).
 
-`hotload.directory.files` shard by shard, on as many threads as are given. What is made appears in one step
-under its name, or not at all: it grows in a directory beside OUT whose name begins with a dot, and
-an error or an interrupt stops the threads and removes that.
+`hotload.directory.files` shard by shard, on as many threads as are given. What is made appears in
+one step under its name, or not at all: it grows in a directory beside OUT whose name begins with a
+dot, and an error or an interrupt stops the threads and removes that.
 
 A Fireworks delta carries every other file of its base, byte for byte. The others carry an index of
 their own and nothing else: what they are applied to keeps its config and tokenizer. Either way a

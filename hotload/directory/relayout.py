@@ -1,4 +1,6 @@
-"""A checkpoint directory written again in the layout a service wants: `hotload.checkpoint.relayout_plan` on files.
+"""A checkpoint directory written again in the layout a service wants.
+
+`hotload.checkpoint.relayout_plan` decides; this carries it out.
 
 The source is only read. Everything is written into a directory beside the destination, read back,
 compared with the source byte for byte, and only then given its name.

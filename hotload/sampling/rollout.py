@@ -3,13 +3,12 @@ chunks share one window, one gate and one breaker.
 """
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from time import monotonic
-
-from prefect import get_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
@@ -17,6 +16,7 @@ from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.sampler import Sampler
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
+from hotload.records import RunLogger
 from hotload.rollout.admission import Admission
 from hotload.rollout.breaker import Breaker
 from hotload.rollout.counts import in_words
@@ -33,9 +33,9 @@ from hotload.sampling.watch_versions import first_look, watch_versions
 from hotload.spec import CycleSpec
 
 SECONDS_BETWEEN_WRITES = 10.0
-
-
 SECONDS_BETWEEN_LINES = 30.0
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Rollout:
@@ -46,9 +46,15 @@ class Rollout:
     """
 
     def __init__(
-        self, plan: RolloutPlan, sampler: Sampler, scorer: Scorer, store: CheckpointStore
+        self,
+        plan: RolloutPlan,
+        sampler: Sampler,
+        scorer: Scorer,
+        store: CheckpointStore,
+        logger: RunLogger = LOGGER,
     ) -> None:
         self.plan = plan
+        self._logger = logger
         self._sampler = sampler
         self._scorer = scorer
         self._store = store
@@ -194,7 +200,7 @@ class Rollout:
         """Log how far the rollout is; never ends."""
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_LINES)
-            get_run_logger().info("%s", self.state())
+            self._logger.info("%s", self.state())
 
     def state(self) -> str:
         """How far the rollout is, for a reader."""
@@ -217,7 +223,7 @@ class Rollout:
                 try:
                     await self._write(writer)
                 except StoreUnavailableError as error:
-                    get_run_logger().warning("groups are written later: %s", error)
+                    self._logger.warning("groups are written later: %s", error)
 
     async def save(self) -> None:
         """Write whatever has ended, when sampling does before its end."""
@@ -244,7 +250,7 @@ class Rollout:
                 await self._store.put_bytes(manifest.render(), self.plan.path(MANIFEST_FILE))
                 self._told = len(manifest.parts)
             except StoreUnavailableError as error:
-                get_run_logger().warning("the manifest is written later: %s", error)
+                self._logger.warning("the manifest is written later: %s", error)
 
     def manifest(self, *, is_complete: bool) -> RolloutManifest:
         """The manifest of what is in the store now."""
@@ -267,7 +273,7 @@ class Rollout:
         """Say what the window did, in the flow run's log."""
         report = self._sampler.end_step()
         queue = "not told" if report.avg_pq is None else f"{report.avg_pq:.3g} s"
-        get_run_logger().info(
+        self._logger.info(
             "%d requests, window %d → %d, at most %d in flight, %d congested answers, "
             "%d samples out of attempts, prefill queue on average %s",
             report.requests,
@@ -288,6 +294,7 @@ async def open_rollout(
     store: CheckpointStore,
     replica_count: int | None,
     service: HotLoadService | None = None,
+    logger: RunLogger = LOGGER,
 ) -> AsyncIterator[Rollout]:
     """What the chunks of `plan` share, for as long as they run in this event loop.
 
@@ -311,17 +318,19 @@ async def open_rollout(
             swap_timeout_seconds=spec.readiness.weight_sync_timeout,
         ) as sampler,
     ):
-        rollout = Rollout(plan, sampler, scorer, store)
+        rollout = Rollout(plan, sampler, scorer, store, logger)
         if service is not None:
-            await first_look(service, spec.run_id, sampler, rollout.gate, spec.readiness)
+            await first_look(service, spec.run_id, sampler, rollout.gate, spec.readiness, logger)
         beside = [
-            asyncio.create_task(_beside("writing along", rollout.write_along)),
-            asyncio.create_task(_beside("telling along", rollout.tell_along)),
+            asyncio.create_task(_beside("writing along", rollout.write_along, logger)),
+            asyncio.create_task(_beside("telling along", rollout.tell_along, logger)),
         ]
         if service is not None:
             seconds = spec.readiness.poll_interval_seconds
-            watching = partial(watch_versions, service, spec.run_id, sampler, rollout.gate, seconds)
-            beside.append(asyncio.create_task(_beside("watching for versions", watching)))
+            watching = partial(
+                watch_versions, service, spec.run_id, sampler, rollout.gate, seconds, logger
+            )
+            beside.append(asyncio.create_task(_beside("watching for versions", watching, logger)))
         try:
             yield rollout
         finally:
@@ -331,9 +340,9 @@ async def open_rollout(
             await rollout.save()
 
 
-async def _beside(name: str, endless: Callable[[], Awaitable[None]]) -> None:
+async def _beside(name: str, endless: Callable[[], Awaitable[None]], logger: RunLogger) -> None:
     """Run what serves the chunks; should it end, they go on without it, and the log says so."""
     try:
         await endless()
-    except Exception:  # noqa: BLE001 - nobody waits for it who could be told
-        get_run_logger().exception("%s came to an end", name)
+    except Exception:  # no caller waits for it
+        logger.exception("%s came to an end", name)

@@ -1,4 +1,4 @@
-"""The gate: rows wait here until they may be begun (protocol §16; hotload/rollout/admission.py decides)."""
+"""The gate: rows wait here until they may be begun (protocol §16). `rollout.admission` decides."""
 
 import asyncio
 import heapq

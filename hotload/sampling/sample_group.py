@@ -1,4 +1,4 @@
-"""Sample a group: its G draws side by side, under its rules (hotload/rollout/group_rules.py decides)."""
+"""Sample a group: its G draws side by side, under its rules (`rollout.group_rules` decides)."""
 
 import asyncio
 from collections.abc import Callable, Mapping

@@ -3,19 +3,23 @@
 import asyncio
 from time import monotonic
 
-from prefect import get_run_logger
-
 from blocks.hot_load_service import HotLoadService
 from hotload.clients.inference.sampler import Sampler
 from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailableError
 from hotload.identity import version_of
 from hotload.publish.readiness import ServiceStatus
+from hotload.records import RunLogger
 from hotload.sampling.row_gate import Gate
 from hotload.spec import ReadinessPolicy
 
 
 async def first_look(
-    service: HotLoadService, run_id: str, sampler: Sampler, gate: Gate, readiness: ReadinessPolicy
+    service: HotLoadService,
+    run_id: str,
+    sampler: Sampler,
+    gate: Gate,
+    readiness: ReadinessPolicy,
+    logger: RunLogger,
 ) -> None:
     """Tell gate and sampler what is served before anything is sampled: a cycle that goes on after a
     while may find newer weights.
@@ -34,19 +38,24 @@ async def first_look(
         except ServiceUnavailableError as error:
             found = str(error)
         else:
-            _tell(status, run_id, sampler, gate)
+            _tell(status, run_id, sampler, gate, logger)
             alone = (ServiceStatus((replica,)) for replica in status.replicas)
             if any(one.is_served_everywhere(sampler.identity) for one in alone):
                 return
             found = status.describe()
         if monotonic() >= until:
             raise ReadinessTimeoutError(sampler.identity, found)
-        get_run_logger().warning("sampling waits for %s: %s", sampler.identity, found)
+        logger.warning("sampling waits for %s: %s", sampler.identity, found)
         await asyncio.sleep(readiness.poll_interval_seconds)
 
 
 async def watch_versions(
-    service: HotLoadService, run_id: str, sampler: Sampler, gate: Gate, poll_seconds: float
+    service: HotLoadService,
+    run_id: str,
+    sampler: Sampler,
+    gate: Gate,
+    poll_seconds: float,
+    logger: RunLogger,
 ) -> None:
     """Tell gate and sampler, after `first_look`, of every version that all replicas are seen to
     serve; never ends.
@@ -58,14 +67,16 @@ async def watch_versions(
         try:
             status = await service.observe()
         except ServiceError as error:
-            get_run_logger().warning("the served version could not be read: %s", error)
+            logger.warning("the served version could not be read: %s", error)
         else:
-            _tell(status, run_id, sampler, gate)
+            _tell(status, run_id, sampler, gate, logger)
 
 
-def _tell(status: ServiceStatus, run_id: str, sampler: Sampler, gate: Gate) -> None:
+def _tell(
+    status: ServiceStatus, run_id: str, sampler: Sampler, gate: Gate, logger: RunLogger
+) -> None:
     for identity in status.served_everywhere:
         version = version_of(identity, run_id)
         if version is not None and gate.publish(version):
             sampler.identity = identity
-            get_run_logger().info("every replica serves %s now", identity)
+            logger.info("every replica serves %s now", identity)

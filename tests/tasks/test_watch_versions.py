@@ -15,7 +15,7 @@ from blocks.hot_load_service import HotLoadService
 from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
 from hotload.rollout.admission import Admission
 from hotload.sampling.problems import plan_rollouts
-from hotload.sampling.rollout import Rollout, open_rollout
+from hotload.sampling.rollout import LOGGER, Rollout, open_rollout
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.watch_versions import first_look
 from hotload.spec import CycleSpec, ReadinessPolicy, Sampling
@@ -46,7 +46,7 @@ async def look(*answers: bytes) -> tuple[str, Gate, int]:
         ):
             server.answers += answers
             service = HotLoadService(base_url=server.address, api_key=KEY, **NAMES)
-            await first_look(service, "run", sampler, gate, IMPATIENT)
+            await first_look(service, "run", sampler, gate, IMPATIENT, LOGGER)
             return sampler.identity, gate, len(server.requests)
 
 

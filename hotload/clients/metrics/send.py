@@ -14,9 +14,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from prefect import get_run_logger
-
 from hotload.directory.files import write_atomic
+from hotload.records import RunLogger
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import prometheus_text
 from hotload.spec import CycleSpec
@@ -24,9 +23,10 @@ from hotload.spec import CycleSpec
 WANDB_SECONDS = 120.0
 
 
-async def send_metrics(spec: CycleSpec, report: CycleReport, metrics: Mapping[str, float]) -> None:
+async def send_metrics(
+    spec: CycleSpec, report: CycleReport, metrics: Mapping[str, float], logger: RunLogger
+) -> None:
     """Replace the Prometheus file and log one step at Weights & Biases, as far as declared."""
-    logger = get_run_logger()
     if spec.prometheus_file is not None:
         numbers = {**metrics, "policy_version": report.policy_version}
         text = prometheus_text(numbers, {"run": spec.run_id})

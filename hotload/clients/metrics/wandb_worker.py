@@ -1,5 +1,7 @@
-"""The process that logs one step at Weights & Biases: `python -m hotload.clients.metrics.wandb_worker`, told what by
-JSON on standard input. Its client may hang without end; a process can be ended.
+"""The process that logs one step at Weights & Biases, as JSON on its standard input says.
+
+`python -m hotload.clients.metrics.wandb_worker`. The client of Weights & Biases may hang without
+end; a process can be ended.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """A checkpoint store that is a directory on this machine or on a mounted file system.
 
 fsspec's local file system writes in place, so a reader could see half a file; here a file is
-written below `_hotload/partial`, synced, and renamed to where it belongs. `hotload.directory.files` writes
-beside the destination; here that name would be listed as an object.
+written below `_hotload/partial`, synced, and renamed to where it belongs.
+`hotload.directory.files` writes beside the destination; here that would be listed as an object.
 """
 
 from __future__ import annotations

@@ -18,14 +18,8 @@ from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest
 from hotload.report.cycle_report import CycleReport
 
 SNAPSHOTS = "_hotload/snapshots"
-
-
 SIGNALS = "_hotload/signals"
-
-
 REPORTS = "_hotload/reports"
-
-
 READ_CONCURRENCY = 16
 
 
