@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from hotload.clients.store.records import read_attempts, read_manifest
-from hotload.delta.rules import drift
+from hotload.delta.rules import delta_obstacle
 from hotload.directory.files import read_checkpoint
 from hotload.errors import BaselineLostError
 from hotload.identity import SnapshotKind, is_identity
@@ -84,4 +84,4 @@ async def _obstacle(
         return str(error)
     previous = await asyncio.to_thread(read_checkpoint, baseline)
     target = await asyncio.to_thread(read_checkpoint, Path(spec.checkpoint))
-    return drift(previous, target)
+    return delta_obstacle(previous, target)

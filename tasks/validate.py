@@ -8,9 +8,10 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.hot_load_service import HotLoadService
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.names import CONFIG_FILE
 from hotload.checkpoint.rules import check_full, check_lora, refuse_errors
-from hotload.checkpoint.safetensors import Checkpoint, read_json_object
+from hotload.checkpoint.safetensors import read_json_object
 from hotload.directory.files import read_checkpoint, sha256_file
 from hotload.errors import Finding, IdentityConflictError, InvalidCheckpointError
 from hotload.identity import SnapshotKind

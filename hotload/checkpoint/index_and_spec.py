@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.names import INDEX_FILE, SPEC_FILE
-from hotload.checkpoint.safetensors import SHARD_SUFFIX, Checkpoint, ShardHeader, plain_name
+from hotload.checkpoint.safetensors import SHARD_SUFFIX, ShardHeader, plain_name
 from hotload.errors import Finding, shorten
 
 SpecDtypeStyle = Literal["torch", "safetensors"]

@@ -10,8 +10,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
-from hotload.checkpoint.safetensors import Checkpoint, TensorInfo
+from hotload.checkpoint.safetensors import TensorInfo
 from hotload.errors import Finding, shorten
 
 QUANTIZATION = "quantization_config"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hotload.checkpoint.anatomy import Place, is_delta, natural, part_of, place
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.index_and_spec import build_index, build_spec, check_index
 from hotload.checkpoint.model_config import is_head, is_tied
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
@@ -22,7 +23,6 @@ from hotload.checkpoint.safetensors import (
     DTYPE_BITS,
     SHARD_SUFFIX,
     SHARD_WARNING_BYTES,
-    Checkpoint,
     ShardHeader,
     TensorInfo,
     read_json_object,

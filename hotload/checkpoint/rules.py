@@ -12,12 +12,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from hotload.checkpoint.anatomy import part_of
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.index_and_spec import SpecDtypeStyle, check_index, check_spec
 from hotload.checkpoint.model_config import check_base, check_config, check_quantization
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.safetensors import (
     SHARD_SUFFIX,
-    Checkpoint,
     ShardHeader,
     TensorInfo,
     check_size,

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
-from hotload.checkpoint.names import ADAPTER_CONFIG_FILE
 from hotload.errors import Finding, InvalidCheckpointError, shorten
-from hotload.records import FileDigest
 
 SHARD_LIMIT_BYTES = 5_000_000_000  # documented "about 5 GB"; the unit is our decision
 SHARD_WARNING_BYTES = 4_500_000_000
@@ -86,29 +84,6 @@ class ShardHeader:
     def by_name(self) -> Mapping[str, TensorInfo]:
         """The tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint directory as values, ordered by file name.
-
-    `documents` holds the bytes of config.json, index, spec and adapter_config.json as far as they
-    exist; `side_files` names every file that is no shard, the documents included.
-    """
-
-    shards: tuple[ShardHeader, ...]
-    documents: Mapping[str, bytes]
-    side_files: tuple[FileDigest, ...]
-
-    @property
-    def tensors(self) -> Iterator[tuple[str, TensorInfo]]:
-        """(shard file, tensor) for every tensor."""
-        return ((shard.file, tensor) for shard in self.shards for tensor in shard.tensors)
-
-    @property
-    def is_lora(self) -> bool:
-        """The presence of adapter_config.json alone selects LoRA (wire-format §6)."""
-        return ADAPTER_CONFIG_FILE in self.documents
 
 
 def header_size(prefix: bytes, *, file: str, size_bytes: int) -> int:

@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.index_and_spec import check_index
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.rules import check_full, check_lora
-from hotload.checkpoint.safetensors import Checkpoint, read_json_object, storage_bytes
+from hotload.checkpoint.safetensors import read_json_object, storage_bytes
 from hotload.cli.contents import kind_of
 from hotload.cli.outcome import FOUND, OK, Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.refusals import UsageError
 from hotload.cli.wording import count, size
 from hotload.delta.dialects import parse_index
+from hotload.delta.envelope import check_payload
 from hotload.delta.frame import content_size
 from hotload.delta.inspect_delta import Form, spec_forms
-from hotload.delta.rules import check_delta, check_payload, drift
+from hotload.delta.rules import check_delta, delta_obstacle
 from hotload.directory.files import read_checkpoint
 from hotload.directory.inputs import open_delta
 from hotload.directory.relayout import relayout_directory
@@ -96,7 +98,7 @@ def _findings(
 def _drift(previous: Checkpoint, checkpoint: Checkpoint) -> str | None:
     if kind_of(previous) is not SnapshotKind.FULL:
         raise UsageError("--previous is no full checkpoint; give the one its deltas restore")
-    return drift(previous, checkpoint)
+    return delta_obstacle(previous, checkpoint)
 
 
 def _check_delta(

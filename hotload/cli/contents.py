@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hotload.checkpoint.anatomy import is_delta
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.model_config import is_tied
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
-from hotload.checkpoint.safetensors import Checkpoint, read_json_object
+from hotload.checkpoint.safetensors import read_json_object
 from hotload.cli.outcome import Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.wording import count, percent, ratio, size, table

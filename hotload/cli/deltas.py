@@ -14,9 +14,9 @@ from hotload.cli.outcome import FOUND, Outcome
 from hotload.cli.progress import Bar
 from hotload.cli.refusals import UsageError, refusal
 from hotload.cli.wording import count, percent, ratio, size
-from hotload.delta import DeltaStats
 from hotload.delta.checksums import Checksum
 from hotload.delta.dialects import Dialect, Lineage
+from hotload.delta.encode import DeltaStats
 from hotload.delta.frame import best_writer, describe
 from hotload.delta.ordered_threads import Workers
 from hotload.directory import files as local

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import zstandard
 
 from hotload.checkpoint.safetensors import ShardHeader
-from hotload.delta import Payload
+from hotload.delta.apply import Payload
 from hotload.delta.byte_io import Bytes, InMemory, Readable, Writable, read_bytes
 from hotload.delta.checksums import start
 from hotload.delta.envelope import Envelope, delta_head

@@ -14,7 +14,7 @@ import numpy as np
 from hotload.checkpoint.safetensors import DTYPE_BITS, ShardHeader, TensorInfo
 from hotload.delta.byte_io import Bytes, Readable, Writable, read_bytes
 from hotload.delta.checksums import ADLER32_OF_NOTHING, Checksum, adler32, join_adler32, start
-from hotload.delta.envelope import ARC_V2, Envelope, delta_head
+from hotload.delta.envelope import ARC_V2, Envelope, delta_head, shard_obstacle
 from hotload.delta.frame import (
     PIECE_BYTES,
     Array,
@@ -25,7 +25,6 @@ from hotload.delta.frame import (
     writer_for,
 )
 from hotload.delta.ordered_threads import Turns, Workers, run_in_order
-from hotload.delta.rules import shard_drift
 from hotload.delta.shard_writer import DeltaFile
 from hotload.errors import LayoutMismatchError
 
@@ -132,7 +131,7 @@ def encode_shard(
     Raises:
         LayoutMismatchError: tensors, dtypes, shapes or their order differ.
     """
-    if reason := shard_drift(base_header, target_header):
+    if reason := shard_obstacle(base_header, target_header):
         raise LayoutMismatchError(reason)
     writer = writer or best_writer()
     reader = _Reader(base, base_header.data_start, target, target_header.data_start)

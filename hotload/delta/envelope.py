@@ -8,11 +8,12 @@ to hold the unchanged tensors, too (wire-format §3).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from hotload.checkpoint.safetensors import TensorInfo, render_header
+from hotload.checkpoint.safetensors import ShardHeader, TensorInfo, first_names, render_header
 from hotload.delta.checksums import Checksum
+from hotload.errors import Finding, shorten
 
 _ADLER32_LIMIT = 1 << 32
 
@@ -64,3 +65,53 @@ def delta_head(
         entries.append(TensorInfo(name, "U8", (size,), end, end + size))
         end += size
     return render_header(entries, {name: envelope.spell(checksums[name]) for name in frames})
+
+
+def check_delta_shard(delta: ShardHeader, base: ShardHeader) -> Iterator[Finding]:
+    """Broken rules of a delta shard's header on the shard it applies to (wire-format §1, §2)."""
+    for name in sorted(base.by_name.keys() - delta.by_name.keys()):
+        yield publisher_finding(
+            "missing_tensor", delta.file, name, "no payload", "every tensor of the base shard"
+        )
+    for name in sorted(delta.by_name.keys() - base.by_name.keys()):
+        yield publisher_finding(
+            "extra_tensor", delta.file, name, "a payload", "only tensors of the base shard"
+        )
+    for tensor in delta.tensors:
+        yield from check_payload(delta, tensor, ARC_V2)
+
+
+def check_payload(delta: ShardHeader, tensor: TensorInfo, envelope: Envelope) -> Iterator[Finding]:
+    """Broken rules of one tensor in a delta shard's header (wire-format §1, §3)."""
+    if tensor.dtype != "U8" or len(tensor.shape) != 1:
+        found = f"{tensor.dtype} {shorten(list(tensor.shape))}"
+        yield publisher_finding(
+            "payload", delta.file, tensor.name, found, "U8 [bytes of the frame]"
+        )
+    text = delta.metadata.get(tensor.name)
+    if envelope.parse(text) is None:
+        found = "no checksum" if text is None else shorten(text)
+        expected = f"{envelope.described} in __metadata__"
+        yield publisher_finding("checksum", delta.file, tensor.name, found, expected)
+
+
+def shard_obstacle(base: ShardHeader, target: ShardHeader) -> str | None:
+    """Why one shard cannot be a delta on another, or None when it can."""
+    if base.tensors == target.tensors:
+        return None
+    if base.by_name.keys() != target.by_name.keys():
+        changed = base.by_name.keys() ^ target.by_name.keys()
+        return f"tensors of {target.file} changed: {first_names(changed)}"
+    for name, old in base.by_name.items():
+        new = target.by_name[name]
+        if (old.dtype, old.shape) != (new.dtype, new.shape):
+            was, now = f"{old.dtype} {list(old.shape)}", f"{new.dtype} {list(new.shape)}"
+            return f"{name} in {target.file} changed from {was} to {now}"
+    return f"order of tensors in {target.file} changed"
+
+
+def publisher_finding(
+    rule: str, file: str, tensor: str | None, found: str, expected: str
+) -> Finding:
+    """A broken rule of a delta, which the publisher made and must make again."""
+    return Finding(rule, file, tensor, found, expected, who="publisher")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from hotload.delta import Payload
+from hotload.delta.apply import Payload
 from hotload.delta.byte_io import Writable
 from hotload.delta.convert import copy_frame, is_unchanged
 from hotload.delta.envelope import Envelope, delta_head

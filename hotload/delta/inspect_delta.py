@@ -15,7 +15,7 @@ import numpy as np
 from hotload.checkpoint.anatomy import OTHER, Place, part_of, place
 from hotload.checkpoint.index_and_spec import TORCH_DTYPES
 from hotload.checkpoint.safetensors import DTYPE_BITS, ShardHeader, storage_bytes
-from hotload.delta import Payload
+from hotload.delta.apply import Payload
 from hotload.delta.frame import PIECE_BYTES, content_size, is_zero_frame, read_frame
 
 # Safetensors dtype and shape.

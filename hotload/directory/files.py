@@ -23,21 +23,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.safetensors import (
     PREFIX_BYTES,
     SHARD_SUFFIX,
-    Checkpoint,
     ShardHeader,
     header_size,
     plain_name,
     read_header,
 )
-from hotload.delta import DeltaStats, Payload, apply_shard, encode_shard, payloads, verify_shard
+from hotload.delta.apply import Payload, apply_shard, payloads, verify_shard
 from hotload.delta.byte_io import Bytes
-from hotload.delta.envelope import ARC_V2, Envelope
+from hotload.delta.encode import DeltaStats, encode_shard
+from hotload.delta.envelope import ARC_V2, Envelope, check_delta_shard
 from hotload.delta.ordered_threads import Workers
-from hotload.delta.rules import check_delta_shard
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError
 from hotload.records import FileDigest
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotload.checkpoint.anatomy import is_delta
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.index_and_spec import check_index
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, INDEX_FILE
-from hotload.checkpoint.safetensors import SHARD_SUFFIX, Checkpoint, read_json_object
-from hotload.delta import Payload, payloads
+from hotload.checkpoint.safetensors import SHARD_SUFFIX, read_json_object
+from hotload.delta.apply import Payload, payloads
 from hotload.delta.dialects import DeltaIndex, Dialect, Lineage, parse_index
-from hotload.delta.envelope import ARC_V2, Envelope
-from hotload.delta.rules import check_payload
+from hotload.delta.envelope import ARC_V2, Envelope, check_payload
 from hotload.directory import files as local
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError, shorten
 

@@ -20,9 +20,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.names import INDEX_FILE
-from hotload.checkpoint.safetensors import Checkpoint, TensorInfo
-from hotload.delta import DeltaStats, Payload, TensorDelta, apply_shard, verify_shard
+from hotload.checkpoint.safetensors import TensorInfo
+from hotload.delta.apply import Payload, apply_shard, verify_shard
 from hotload.delta.checksums import Checksum
 from hotload.delta.convert import changed_only, complete, write_shard
 from hotload.delta.dialects import (
@@ -33,10 +34,11 @@ from hotload.delta.dialects import (
     join_lineages,
     render_index,
 )
+from hotload.delta.encode import DeltaStats, TensorDelta
 from hotload.delta.fold import fold_shard
 from hotload.delta.frame import zero_frame_bytes
 from hotload.delta.ordered_threads import OnBytes, Progress, Workers, for_each_shard
-from hotload.delta.rules import drift
+from hotload.delta.rules import delta_obstacle
 from hotload.directory import files as local
 from hotload.directory.inputs import read_delta, read_whole
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError, LayoutMismatchError
@@ -381,7 +383,7 @@ def _copy_side_files(directory: Path, checkpoint: Checkpoint, staged: Path) -> N
 
 
 def _refuse_drift(base: Checkpoint, target: Checkpoint) -> None:
-    if reason := drift(base, target):
+    if reason := delta_obstacle(base, target):
         raise LayoutMismatchError(reason)
 
 

@@ -171,14 +171,6 @@ def hint_body(template: object, values: Mapping[str, object]) -> object:
     return template
 
 
-def served_identity(model: object) -> str | None:
-    """The identity a response's `model` names: the text after its last `@` (protocol §12); None
-    without one."""
-    if not isinstance(model, str) or "@" not in model:
-        return None
-    return model.rpartition("@")[2] or None
-
-
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from hotload.publish.fireworks_api import served_identity
 from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
 from hotload.rollout.routing import join_routing
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem
@@ -56,6 +55,14 @@ def sample_body(problem: Problem, sampling: Sampling, *, model: str, seed: int) 
     if sampling.include_routing_matrix:
         body["include_routing_matrix"] = True
     return body
+
+
+def served_identity(model: object) -> str | None:
+    """The identity a response's `model` names: the text after its last `@` (protocol §12); None
+    without one."""
+    if not isinstance(model, str) or "@" not in model:
+        return None
+    return model.rpartition("@")[2] or None
 
 
 class EventStream:

@@ -32,10 +32,9 @@ from hotload.delta import (
 from hotload.delta.byte_io import InMemory, read_bytes
 from hotload.delta.checksums import Checksum
 from hotload.delta.encode import SPAN_BYTES
-from hotload.delta.envelope import ARC_V2, Envelope
+from hotload.delta.envelope import ARC_V2, Envelope, check_delta_shard
 from hotload.delta.frame import PIECE_BYTES, Writer, best_writer, zero_frame
 from hotload.delta.ordered_threads import Workers
-from hotload.delta.rules import check_delta_shard
 from hotload.errors import ChecksumMismatchError, DeltaError, LayoutMismatchError
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hotload.errors import ProtocolError
 from hotload.publish import fireworks_api
 from hotload.publish.snapshot import SnapshotManifest
+from hotload.rollout import completions_api
 
 DELTA = SnapshotManifest.model_validate(
     {
@@ -124,7 +125,7 @@ def test_no_replica_entry_is_more_than_it_says(entry: dict[str, Any]) -> None:
     ],
 )
 def test_the_policy_version_is_the_text_after_the_last_at(model: Any, identity: Any) -> None:
-    assert fireworks_api.served_identity(model) == identity
+    assert completions_api.served_identity(model) == identity
 
 
 def test_a_hint_fills_its_template_at_any_depth() -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import hotload
 from hotload.checkpoint.index_and_spec import build_index, build_spec
 from hotload.checkpoint.rules import check_full
-from hotload.delta.rules import check_delta, drift
+from hotload.delta.rules import check_delta, delta_obstacle
 from hotload.directory.files import (
     apply_file,
     copy_file,
@@ -197,7 +197,7 @@ def test_a_file_the_system_will_not_open_is_for_the_operator(tmp_path: Path) -> 
 def test_a_step_travels_as_a_delta(tmp_path: Path) -> None:
     base, target = write_checkpoint(tmp_path / "base"), write_checkpoint(tmp_path / "target", 0.5)
     before, after = read_checkpoint(base), read_checkpoint(target)
-    assert drift(before, after) is None
+    assert delta_obstacle(before, after) is None
     delta = tmp_path / "delta"
     delta.mkdir()
     restored = tmp_path / "restored"
