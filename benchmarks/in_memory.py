@@ -54,9 +54,9 @@ class Ours:
     def __init__(self, changes: Sequence[Change], writer: str) -> None:
         from hotload import delta
         from hotload.delta.envelope import ARC_V2
-        from hotload.delta.frame import Writer
+        from hotload.delta.frame import FrameMethod
 
-        self._codec, self._writer, self._envelope = delta, Writer(writer), ARC_V2
+        self._codec, self._writer, self._envelope = delta, FrameMethod(writer), ARC_V2
         self._pairs = [
             (one.name, one.old.reshape(-1).view(np.uint8), one.new.reshape(-1).view(np.uint8))
             for one in changes

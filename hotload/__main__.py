@@ -14,7 +14,7 @@ from hotload.cli.arguments import read_arguments
 from hotload.cli.checkpoints import check, doctor
 from hotload.cli.contents import inspect
 from hotload.cli.deltas import apply, encode, fold, redress, verify
-from hotload.cli.outcome import MACHINE, Outcome, tell
+from hotload.cli.outcome import MACHINE, CommandResult, tell
 from hotload.cli.progress import progress
 from hotload.cli.refusals import UsageError, refusal
 from hotload.errors import HotLoadError
@@ -71,7 +71,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except _Ended as ended:
         told = f"ended by {signal.Signals(ended.number).name}; nothing half-written is left"
         facts = {"error": {"class": "Interrupted", "who": "caller", "message": told}}
-        outcome = Outcome(facts, notes=(told,), exit_code=_SIGNALLED + ended.number)
+        outcome = CommandResult(facts, notes=(told,), exit_code=_SIGNALLED + ended.number)
     tell(options.command, outcome, is_json=options.json)
     return outcome.exit_code
 

@@ -45,7 +45,12 @@ def test_the_lock_pins_every_file_by_sha256() -> None:
 def test_the_lock_meets_what_the_project_asks_for() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     pins = locked()
-    for text in [*PROJECT["project"]["dependencies"], *extras["flows"], *extras["dev"]]:
+    for text in [
+        *PROJECT["project"]["dependencies"],
+        *extras["clients"],
+        *extras["pipeline"],
+        *extras["dev"],
+    ]:
         asked = Requirement(text)
         for pin, _ in pins[canonicalize_name(asked.name)]:
             (version,) = (one.version for one in pin.specifier)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from functools import wraps
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from emulator.api.gateway import CONTROL_LIMIT_BYTES, read_object, service_of
+from emulator.api.gateway import CONTROL_LIMIT_BYTES, Endpoint, read_object, service_of
 from emulator.control.faults import InvalidFaultError
 from emulator.failures import RefusedError, json_response
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def own(endpoint: Endpoint) -> Endpoint:
@@ -64,7 +61,7 @@ async def clear_faults(request: Request) -> Response:
 
 
 @own
-async def read_log(request: Request) -> Response:
+async def read_request_log(request: Request) -> Response:
     """GET /emulator/log: what was signalled, hinted, applied on each replica, and answered."""
     service = service_of(request)
     return json_response(

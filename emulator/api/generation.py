@@ -33,7 +33,7 @@ class Piece:
     prompt: list[int] | None = None
 
 
-class Answer:
+class GeneratedAnswer:
     """One choice under way: its text, its stops, its end."""
 
     def __init__(
@@ -129,13 +129,13 @@ class Generation:
 
     async def _run(self, session: str) -> AsyncIterator[Piece]:
         service, request = self._service, self._request
-        answers: list[Answer] = []
+        answers: list[GeneratedAnswer] = []
         for position, ids in enumerate(request.prompts):
             prompt = await self._prefill(ids, session)
             for turn in range(request.n):
                 index = position * request.n + turn
                 choice = prompt.begin(index, request.stop_ids)
-                answer = Answer(index, ids, choice, request, service.tokens)
+                answer = GeneratedAnswer(index, ids, choice, request, service.tokens)
                 answers.append(answer)
                 yield self._beginning(answer, prompt)
         waiting = answers if request.max_tokens else []
@@ -174,7 +174,7 @@ class Generation:
         self.prefill_seconds += time.perf_counter() - started_at
         return prompt
 
-    def _beginning(self, answer: Answer, prompt: Prompt) -> Piece:
+    def _beginning(self, answer: GeneratedAnswer, prompt: Prompt) -> Piece:
         """A piece without tokens of its own; with `echo` it carries the prompt's."""
         request = self._request
         piece = Piece(answer.index, [], "", [], self.replica.served, prompt=answer.prompt)
@@ -186,7 +186,7 @@ class Generation:
             piece.finish_reason = "length"
         return piece
 
-    def _remember(self, answers: list[Answer], session: str) -> None:
+    def _remember(self, answers: list[GeneratedAnswer], session: str) -> None:
         """Keep the first answer's keys and values for the session's next turn."""
         if not answers or self.replica.starts != self._life or len(self._request.prompts) > 1:
             return

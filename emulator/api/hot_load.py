@@ -49,7 +49,7 @@ async def hint(request: Request) -> Response:
 
 
 @operation("ledger")
-async def reset_ledger(request: Request) -> Response:
+async def delete_ledger(request: Request) -> Response:
     """D: forget every snapshot."""
     service = service_of(request)
     _check_deployment(service, request)

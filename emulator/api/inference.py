@@ -22,7 +22,7 @@ from emulator.api.gateway import (
 )
 from emulator.api.generation import Generation, Piece
 from emulator.api.inference_request import InferenceRequest
-from emulator.api.inference_response import Writer
+from emulator.api.inference_response import AnswerWriter
 from emulator.failures import RefusedError, json_response
 from emulator.replicas.replica import Replica
 from emulator.replicas.service import Service
@@ -89,7 +89,7 @@ async def _answer(
         return await _whole(generation, writer, record, drain_seconds)
 
     generation = Generation(service, replica, parsed, record["session"])
-    writer = Writer(service.config, service.tokens, parsed, generation, f"cmpl-{request_id}")
+    writer = AnswerWriter(service.config, service.tokens, parsed, generation, f"cmpl-{request_id}")
     if service.faults.take("drain_expiry", **where) is not None:
         raise RefusedError(425, "hot loading: drain timeout passed")
     faulty = await struck(service, request, "inference", carry_out, **where)
@@ -101,11 +101,11 @@ async def _answer(
     # The first piece comes before the status line: a swap can still answer 425.
     first = await anext(pieces)
     chunks = _broken(service, replica, _chunks(first, pieces, writer))
-    return EventStream(chunks, pieces, generation, record)
+    return EventResponse(chunks, pieces, generation, record)
 
 
 async def _whole(
-    generation: Generation, writer: Writer, record: dict[str, Any], drain_seconds: float
+    generation: Generation, writer: AnswerWriter, record: dict[str, Any], drain_seconds: float
 ) -> Response:
     async for piece in generation.pieces(
         drain_seconds=drain_seconds, request_id=record["request_id"]
@@ -118,7 +118,7 @@ async def _whole(
 
 
 async def _chunks(
-    first: Piece, rest: AsyncIterator[Piece], writer: Writer
+    first: Piece, rest: AsyncIterator[Piece], writer: AnswerWriter
 ) -> AsyncIterator[tuple[bytes, int]]:
     """Events with the number of tokens in them; what belongs together comes together."""
     head = _event(writer.chunk(first))
@@ -159,7 +159,7 @@ async def _broken(
         yield _error_event(status, told, as_event=bool(spoilt and spoilt["as_event"]))
 
 
-class EventStream(Response):
+class EventResponse(Response):
     """Sends server-sent events as they come, and stops computing when the client has gone."""
 
     def __init__(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from emulator.engine.engine import Sampling
+from emulator.engine.engine import SamplingParameters
 from emulator.engine.tokens import Tokens, UntokenizableError
 from emulator.failures import RefusedError
 from emulator.replicas.signals import refuse_extra
@@ -55,7 +55,7 @@ class InferenceRequest:
     prompt_texts: list[str]
     n: int
     max_tokens: int
-    sampling: Sampling
+    sampling: SamplingParameters
     logprobs: str | int | None
     is_stream: bool
     wants_metrics: bool
@@ -108,7 +108,7 @@ class InferenceRequest:
             max_tokens=_max_tokens(
                 body, prompts, context_length, may_be_zero=echo_count is not None
             ),
-            sampling=Sampling(
+            sampling=SamplingParameters(
                 temperature=_number(body, "temperature", 0.0, 2.0, tokens.defaults, 1.0),
                 top_p=_number(body, "top_p", 0.0, 1.0, tokens.defaults, 1.0),
                 top_k=int(_number(body, "top_k", 0, 100, tokens.defaults, 0, whole=True)),

@@ -27,7 +27,7 @@ class Written:
     finish_reason: str | None = None
 
 
-class Writer:
+class AnswerWriter:
     """Turns the pieces of one request into what goes over the wire."""
 
     def __init__(

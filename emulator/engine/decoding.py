@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from emulator.engine.engine import Sampling, Token, Weights
+from emulator.engine.engine import EngineWeights, SamplingParameters, Token
 
 Doubles = npt.NDArray[np.float64]
 
@@ -20,7 +20,7 @@ class DecodedPrompt:
     """A prompt in a cache, all but its last token, which the first `advance` feeds."""
 
     ids: Sequence[int]
-    sampling: Sampling
+    sampling: SamplingParameters
     cached_count: int
     cache: Any
     echoed: list[Token] = field(default_factory=list)
@@ -38,12 +38,12 @@ class DecodedChoice:
     """One answer under way. Its cache outlives a change of weights: no re-prefill (protocol §9)."""
 
     pending: int
-    sampling: Sampling
+    sampling: SamplingParameters
     cache: Any
     rng: np.random.Generator
     stop_ids: frozenset[int]
 
-    def advance(self, weights: Weights, count: int) -> list[Token]:
+    def advance(self, weights: EngineWeights, count: int) -> list[Token]:
         """At most `count` tokens from `weights`; ends early after a stop id, which is included."""
         tokens: list[Token] = []
         for _ in range(count):
@@ -56,7 +56,12 @@ class DecodedChoice:
 
 
 def prefill(
-    weights: Weights, ids: Sequence[int], sampling: Sampling, cache: Any, *, echo: bool
+    weights: EngineWeights,
+    ids: Sequence[int],
+    sampling: SamplingParameters,
+    cache: Any,
+    *,
+    echo: bool,
 ) -> DecodedPrompt:
     """The prompt `ids` computed but for its last token; with `echo` also its log-probabilities.
 
@@ -77,7 +82,9 @@ def prefill(
     return DecodedPrompt(ids, sampling, cached_count, held, echoed)
 
 
-def draw(logits: npt.NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> Token:
+def draw(
+    logits: npt.NDArray[np.float32], sampling: SamplingParameters, rng: np.random.Generator
+) -> Token:
     """One token drawn from `logits` (`[vocab]`).
 
     Raises:
@@ -96,7 +103,7 @@ def draw(logits: npt.NDArray[np.float32], sampling: Sampling, rng: np.random.Gen
     return Token(chosen, float(raw[chosen]), float(sampled[chosen]), top)
 
 
-def truncated(raw: Doubles, sampling: Sampling) -> Doubles:
+def truncated(raw: Doubles, sampling: SamplingParameters) -> Doubles:
     """Log-probabilities really sampled from: temperature, then top-k, then top-p, renormalised."""
     scaled = log_softmax(raw / sampling.temperature)
     keep = np.ones(len(scaled), dtype=bool)

@@ -1,6 +1,6 @@
 """What an engine is: it loads weights from a directory and continues token ids with them.
 
-Two kinds exist. Engines with logits (`numpy`, `transformers`) yield `Weights`, from which
+Two kinds exist. Engines with logits (`numpy`, `transformers`) yield `EngineWeights`, from which
 `decoding` samples. The stub answers canned tokens and never computes.
 """
 
@@ -32,7 +32,7 @@ class Cache(Protocol):
         """A copy of the first `length` positions, free to grow on its own."""
 
 
-class Weights(Protocol):
+class EngineWeights(Protocol):
     """Weights of one snapshot, ready to compute; safe to share between threads."""
 
     vocab_size: int
@@ -62,7 +62,7 @@ class Token(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParameters:
     """How a token is drawn; `top_k` 0 means all, `temperature` 0 the most likely one."""
 
     temperature: float = 1.0
@@ -104,6 +104,12 @@ class Engine(Protocol):
         """
 
     def prefill(
-        self, weights: Any, ids: Sequence[int], sampling: Sampling, cache: Any, *, echo: bool
+        self,
+        weights: Any,
+        ids: Sequence[int],
+        sampling: SamplingParameters,
+        cache: Any,
+        *,
+        echo: bool,
     ) -> Prompt:
         """The prompt computed, going on from `cache` (a prefix of it) if given."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emulator.engine.engine import Sampling, Token
+from emulator.engine.engine import SamplingParameters, Token
 from emulator.engine.llama import LlamaShape
 from emulator.engine.weights import read_json, read_tensors, shard_names
 from hotload.checkpoint.names import CONFIG_FILE
@@ -99,7 +99,7 @@ class StubEngine:
         self,
         weights: StubWeights,
         ids: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParameters,
         cache: Any,
         *,
         echo: bool,

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from emulator.engine.engine import UnsupportedModelError
-from emulator.engine.llama import LlamaWeights
+from emulator.engine.llama import Floats, LlamaWeights
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
 from hotload.directory.files import open_shard
 
-Floats = npt.NDArray[np.float32]
 JSON_LIMIT_BYTES = 64 << 20
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from emulator.control.faults import Faults
 from emulator.engine.weights import shard_names
-from emulator.replicas.bucket import Bucket, MissingObjectError
+from emulator.replicas.bucket import MissingObjectError, SnapshotBucket
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
 from hotload.directory.files import apply_file, copy_file, replace_directory
@@ -34,7 +34,7 @@ class Disk:
     """One replica's directory: what it holds, and a place for what arrives."""
 
     def __init__(
-        self, directory: Path, hinted: Path, bucket: Bucket, faults: Faults, name: str
+        self, directory: Path, hinted: Path, bucket: SnapshotBucket, faults: Faults, name: str
     ) -> None:
         self._directory, self._hinted = directory, hinted
         self._bucket, self._faults, self._name = bucket, faults, name

@@ -25,7 +25,7 @@ class BucketError(OSError):
     """The bucket cannot be read at all."""
 
 
-class Bucket:
+class SnapshotBucket:
     """Reads below `url`. All methods block and may be called from any thread."""
 
     def __init__(self, url: str, options: Mapping[str, Any], faults: Faults) -> None:

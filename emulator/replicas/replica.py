@@ -14,7 +14,7 @@ from emulator.control.faults import Faults
 from emulator.control.settings import EmulatorConfig
 from emulator.engine.engine import Engine
 from emulator.replicas.arrival import Disk, Load
-from emulator.replicas.bucket import Bucket, MissingObjectError
+from emulator.replicas.bucket import MissingObjectError, SnapshotBucket
 from emulator.replicas.prompt_cache import PromptCache
 from emulator.replicas.validation import BaseModel
 from hotload.errors import ChainBrokenError, DeltaError, InvalidCheckpointError
@@ -33,7 +33,7 @@ class Surroundings:
     config: EmulatorConfig
     clock: Clock
     faults: Faults
-    bucket: Bucket
+    bucket: SnapshotBucket
     engine: Engine
     base: BaseModel
     base_weights: Any

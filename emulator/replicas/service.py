@@ -19,11 +19,16 @@ from emulator.engine.stub import StubEngine
 from emulator.engine.tokens import Tokens
 from emulator.failures import RefusedError
 from emulator.replicas.arrival import Load
-from emulator.replicas.bucket import Bucket, BucketError, MissingObjectError
+from emulator.replicas.bucket import BucketError, MissingObjectError, SnapshotBucket
 from emulator.replicas.ledger import Ledger, LedgerEntry
 from emulator.replicas.replica import LOOKS, Replica, Surroundings
 from emulator.replicas.signals import Signal
-from emulator.replicas.validation import BaseModel, InvalidSnapshotError, check_full, check_lora
+from emulator.replicas.validation import (
+    BaseModel,
+    InvalidSnapshotError,
+    validate_full,
+    validate_lora,
+)
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE
 from hotload.checkpoint.safetensors import plain_name
 from hotload.identity import SnapshotKind, check_identity
@@ -72,7 +77,7 @@ class Service:
                 config=config,
                 clock=self.clock,
                 faults=self.faults,
-                bucket=Bucket(config.bucket, config.bucket_options, self.faults),
+                bucket=SnapshotBucket(config.bucket, config.bucket_options, self.faults),
                 engine=engine,
                 base=base,
                 base_weights=await asyncio.to_thread(engine.load, config.base_model),
@@ -329,11 +334,11 @@ def make_engine(config: EmulatorConfig) -> Engine:
     return NumpyEngine()
 
 
-def _inspect(bucket: Bucket, signal: Signal, base: BaseModel) -> bool:
+def _inspect(bucket: SnapshotBucket, signal: Signal, base: BaseModel) -> bool:
     files = bucket.files(signal.identity)
     is_lora = ADAPTER_CONFIG_FILE in files
     if is_lora and signal.previous is None:
-        check_lora(bucket, signal.identity, files, base)
+        validate_lora(bucket, signal.identity, files, base)
     elif signal.previous is None:
-        check_full(bucket, signal.identity, files, base, list(signal.extra_fields_ignore))
+        validate_full(bucket, signal.identity, files, base, list(signal.extra_fields_ignore))
     return is_lora

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emulator.engine.weights import read_json, shard_names
-from emulator.replicas.bucket import Bucket, MissingObjectError
+from emulator.replicas.bucket import MissingObjectError, SnapshotBucket
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.safetensors import (
     PREFIX_BYTES,
@@ -64,8 +64,12 @@ class BaseModel:
         return cls(name, directory, read_json(directory / CONFIG_FILE), shapes)
 
 
-def check_full(
-    bucket: Bucket, identity: str, files: Mapping[str, int], base: BaseModel, ignored: list[str]
+def validate_full(
+    bucket: SnapshotBucket,
+    identity: str,
+    files: Mapping[str, int],
+    base: BaseModel,
+    ignored: list[str],
 ) -> None:
     """Return if the full snapshot `identity` may be loaded over `base`.
 
@@ -74,7 +78,7 @@ def check_full(
         MissingObjectError: a file is not there (yet).
     """
     config = _document(bucket, identity, files, CONFIG_FILE)
-    check_config(config, base.config, ignored)
+    validate_config(config, base.config, ignored)
     weight_map = _document(bucket, identity, files, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidSnapshotError(f"{INDEX_FILE}: weight_map is not an object with tensors")
@@ -106,7 +110,7 @@ def check_full(
                 raise InvalidSnapshotError(f"{told} {list(expected)}")
 
 
-def check_config(config: Mapping[str, Any], base: Mapping[str, Any], ignored: list[str]) -> None:
+def validate_config(config: Mapping[str, Any], base: Mapping[str, Any], ignored: list[str]) -> None:
     """Return if `config` is the base model's, but for ignored keys and `quantization_config`."""
     ignoring = {*ignored, "quantization_config"}
     lacking = base.keys() - config.keys() - ignoring
@@ -123,7 +127,9 @@ def check_config(config: Mapping[str, Any], base: Mapping[str, Any], ignored: li
             raise InvalidSnapshotError(f"Config value mismatch for {key}")
 
 
-def check_lora(bucket: Bucket, identity: str, files: Mapping[str, int], base: BaseModel) -> None:
+def validate_lora(
+    bucket: SnapshotBucket, identity: str, files: Mapping[str, int], base: BaseModel
+) -> None:
     """Return if the adapter `identity` names `base` and holds readable weights.
 
     Raises:
@@ -168,7 +174,9 @@ def _check_spec(spec: Mapping[str, Any], headers: Mapping[str, ShardHeader]) -> 
             )
 
 
-def _document(bucket: Bucket, identity: str, files: Mapping[str, int], name: str) -> dict[str, Any]:
+def _document(
+    bucket: SnapshotBucket, identity: str, files: Mapping[str, int], name: str
+) -> dict[str, Any]:
     if name not in files:
         raise MissingObjectError(f"{name} is missing")
     try:
@@ -180,7 +188,9 @@ def _document(bucket: Bucket, identity: str, files: Mapping[str, int], name: str
     return value
 
 
-def _header(bucket: Bucket, identity: str, files: Mapping[str, int], name: str) -> ShardHeader:
+def _header(
+    bucket: SnapshotBucket, identity: str, files: Mapping[str, int], name: str
+) -> ShardHeader:
     size = files.get(name)
     if size is None:
         raise MissingObjectError(f"{name} is listed in {INDEX_FILE} and missing")

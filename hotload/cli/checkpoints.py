@@ -13,10 +13,9 @@ from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.rules import check_full, check_lora
 from hotload.checkpoint.safetensors import read_json_object, storage_bytes
 from hotload.cli.contents import kind_of
-from hotload.cli.outcome import FOUND, OK, Outcome
-from hotload.cli.progress import Bar
+from hotload.cli.outcome import FOUND, OK, CommandResult
+from hotload.cli.progress import ProgressBar
 from hotload.cli.refusals import UsageError
-from hotload.cli.wording import count, size
 from hotload.delta.dialects import parse_index
 from hotload.delta.envelope import check_payload
 from hotload.delta.frame import content_size
@@ -27,9 +26,10 @@ from hotload.directory.inputs import open_delta
 from hotload.directory.relayout import relayout_directory
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError
 from hotload.identity import SnapshotKind
+from hotload.quantities import plural, size
 
 
-def check(options: Namespace, _: Bar | None) -> Outcome:
+def check(options: Namespace, _: ProgressBar | None) -> CommandResult:
     """Every layout rule; one line per finding."""
     directory: Path = options.dir
     previous = None if options.previous is None else read_checkpoint(options.previous)
@@ -46,9 +46,9 @@ def check(options: Namespace, _: Bar | None) -> Outcome:
     warnings = len(findings) - errors
     noun = "directory" if kind is None else f"{kind.value} snapshot"
     told = (
-        f"{count(errors, 'error')}, {count(warnings, 'warning')}" if findings else "nothing found"
+        f"{plural(errors, 'error')}, {plural(warnings, 'warning')}" if findings else "nothing found"
     )
-    return Outcome(
+    return CommandResult(
         {
             "directory": str(directory),
             "kind": None if kind is None else kind.value,
@@ -62,10 +62,10 @@ def check(options: Namespace, _: Bar | None) -> Outcome:
     )
 
 
-def doctor(options: Namespace, bar: Bar | None) -> Outcome:
+def doctor(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """The checkpoint again, in the required layout."""
     done = relayout_directory(options.dir, options.out, progress=bar)
-    written = f"{count(done.tensor_count, 'tensor')} in {count(done.shard_count, 'shard')}"
+    written = f"{plural(done.tensor_count, 'tensor')} in {plural(done.shard_count, 'shard')}"
     lines = [
         f"{options.out}: {written}, {size(done.size_bytes)}; every byte compared with {options.dir}"
     ]
@@ -78,7 +78,7 @@ def doctor(options: Namespace, bar: Bar | None) -> Outcome:
     if done.side_files:
         lines.append(f"copied as they are: {', '.join(done.side_files)}")
     facts = asdict(done) | {"directory": str(options.out)}
-    return Outcome(facts, tuple(lines), notes=tuple(map(str, done.warnings)))
+    return CommandResult(facts, tuple(lines), notes=tuple(map(str, done.warnings)))
 
 
 def _findings(

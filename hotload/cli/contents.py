@@ -14,9 +14,9 @@ from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.model_config import is_tied
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.safetensors import read_json_object
-from hotload.cli.outcome import Outcome
-from hotload.cli.progress import Bar
-from hotload.cli.wording import count, percent, ratio, size, table
+from hotload.cli.outcome import CommandResult
+from hotload.cli.progress import ProgressBar
+from hotload.cli.wording import density_percent, ratio, text_table
 from hotload.delta.dialects import Dialect
 from hotload.delta.inspect_delta import (
     PartFacts,
@@ -32,6 +32,7 @@ from hotload.directory.inputs import open_delta
 from hotload.errors import Finding, InvalidCheckpointError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest
+from hotload.quantities import plural, size
 
 FIREWORKS = Dialect.FIREWORKS.value
 
@@ -47,7 +48,7 @@ def kind_of(checkpoint: Checkpoint) -> SnapshotKind:
     return SnapshotKind.DELTA if is_delta(checkpoint.shards, index) else SnapshotKind.FULL
 
 
-def inspect(options: Namespace, bar: Bar | None) -> Outcome:
+def inspect(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """Kind, lineage, tensors, bytes, and what changed per layer."""
     directory: Path = options.dir
     checkpoint = read_checkpoint(directory)
@@ -78,7 +79,7 @@ def inspect(options: Namespace, bar: Bar | None) -> Outcome:
         "parts": [{"part": one.part, **_part(one)} for one in parts(tensors)],
     }
     lines += _total_lines(facts, everything)
-    return Outcome(facts, (*lines, "", *_table(parts(tensors), everything)))
+    return CommandResult(facts, (*lines, "", *_table(parts(tensors), everything)))
 
 
 def _document(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
@@ -87,7 +88,7 @@ def _document(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
 
 
 def _delta(
-    directory: Path, checkpoint: Checkpoint, bar: Bar | None
+    directory: Path, checkpoint: Checkpoint, bar: ProgressBar | None
 ) -> tuple[dict[str, Any], tuple[TensorFacts, ...]]:
     forms = spec_forms(_document(checkpoint, SPEC_FILE) or {})
     tensors: list[TensorFacts] = []
@@ -167,16 +168,16 @@ def _plain_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _total_lines(facts: dict[str, Any], everything: PartFacts) -> list[str]:
-    tensors = count(everything.tensor_count, "tensor")
-    shards = count(facts["shard_count"], "shard")
+    tensors = plural(everything.tensor_count, "tensor")
+    shards = plural(facts["shard_count"], "shard")
     dtypes = ", ".join(f"{name} {size(amount)}" for name, amount in facts["dtypes"].items())
     lines = [f"{tensors} in {shards}: {dtypes or 'nothing'}"]
     if everything.changed_element_count is not None:
         stored, whole = everything.stored_size_bytes, everything.size_bytes
         told = f"{size(stored)} for {size(whole)}, 1 : {ratio(whole, stored)}"
-        changed = f"{percent(everything.density)} of the {facts['counted_in']} changed"
+        changed = f"{density_percent(everything.density)} of the {facts['counted_in']} changed"
         unchanged = facts["unchanged_tensor_count"]
-        more = "" if unchanged is None else f"; {count(unchanged, 'tensor')} unchanged"
+        more = "" if unchanged is None else f"; {plural(unchanged, 'tensor')} unchanged"
         lines.append(f"{told}; {changed}{more}")
     return lines
 
@@ -188,5 +189,5 @@ def _table(rows: Sequence[PartFacts], everything: PartFacts) -> list[str]:
         head += ["stored", "1 :", "changed"]
         for row, one in zip(cells, rows, strict=True):
             stored = one.stored_size_bytes
-            row += [size(stored), ratio(one.size_bytes, stored), percent(one.density)]
-    return table(head, cells)
+            row += [size(stored), ratio(one.size_bytes, stored), density_percent(one.density)]
+    return text_table(head, cells)

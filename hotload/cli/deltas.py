@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hotload.cli.outcome import FOUND, Outcome
-from hotload.cli.progress import Bar
+from hotload.cli.outcome import FOUND, CommandResult
+from hotload.cli.progress import ProgressBar
 from hotload.cli.refusals import UsageError, refusal
-from hotload.cli.wording import count, percent, ratio, size
+from hotload.cli.wording import density_percent, ratio
 from hotload.delta.checksums import Checksum
 from hotload.delta.dialects import Dialect, Lineage
 from hotload.delta.encode import DeltaStats
@@ -24,9 +24,10 @@ from hotload.directory import operations
 from hotload.errors import DeltaError
 from hotload.identity import check_identity
 from hotload.publish.fireworks_api import delta_metadata
+from hotload.quantities import plural, size
 
 
-def encode(options: Namespace, bar: Bar | None) -> Outcome:
+def encode(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """Write the delta from BASE to TARGET."""
     dialect, checksum = Dialect(options.dialect), Checksum(options.checksum)
     lineage = _lineage(options, dialect)
@@ -60,10 +61,10 @@ def encode(options: Namespace, bar: Bar | None) -> Outcome:
         **_counts(shards, size_bytes),
         **_signal(options, lineage),
     }
-    return Outcome(facts, tuple(_encode_lines(facts)))
+    return CommandResult(facts, tuple(_encode_lines(facts)))
 
 
-def apply(options: Namespace, bar: Bar | None) -> Outcome:
+def apply(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """Write what DELTA makes of BASE."""
     if _are_files(options.base, options.delta):
         _refuse_taken(options.out)
@@ -75,10 +76,10 @@ def apply(options: Namespace, bar: Bar | None) -> Outcome:
         )
     size_bytes = _size_bytes(options.out)
     told = f"{options.out}: {size(size_bytes)}, every tensor in the delta as its checksum says"
-    return Outcome({"out": str(options.out), "size_bytes": size_bytes}, (told,))
+    return CommandResult({"out": str(options.out), "size_bytes": size_bytes}, (told,))
 
 
-def verify(options: Namespace, bar: Bar | None) -> Outcome:
+def verify(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """Decode DELTA on BASE and compare with TARGET."""
     try:
         if _are_files(options.base, options.delta, options.target):
@@ -91,10 +92,10 @@ def verify(options: Namespace, bar: Bar | None) -> Outcome:
     except DeltaError as error:
         return replace(refusal(error), exit_code=FOUND)
     told = f"{options.delta} makes {options.target} of {options.base}, bit for bit"
-    return Outcome({"delta": str(options.delta), "target": str(options.target)}, (told,))
+    return CommandResult({"delta": str(options.delta), "target": str(options.target)}, (told,))
 
 
-def redress(options: Namespace, bar: Bar | None) -> Outcome:
+def redress(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """Write DELTA again for another family of receivers."""
     dialect = Dialect(options.dialect)
     lineage = _lineage(options, dialect)
@@ -115,10 +116,10 @@ def redress(options: Namespace, bar: Bar | None) -> Outcome:
         **_signal(options, lineage),
     }
     told = f"{options.out}: {size(_size_bytes(options.out))}"
-    return Outcome(facts, (told, *_signal_lines(facts)))
+    return CommandResult(facts, (told, *_signal_lines(facts)))
 
 
-def fold(options: Namespace, bar: Bar | None) -> Outcome:
+def fold(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """Make one delta out of consecutive ones."""
     operations.fold_directory(options.delta, options.out, workers=options.workers, progress=bar)
     stored = sum(map(_size_bytes, options.delta))
@@ -128,8 +129,8 @@ def fold(options: Namespace, bar: Bar | None) -> Outcome:
         "delta_size_bytes": stored,
         "size_bytes": _size_bytes(options.out),
     }
-    told = f"{count(len(options.delta), 'delta')} of {size(stored)}"
-    return Outcome(facts, (f"{options.out}: {size(facts['size_bytes'])}, from {told}",))
+    told = f"{plural(len(options.delta), 'delta')} of {size(stored)}"
+    return CommandResult(facts, (f"{options.out}: {size(facts['size_bytes'])}, from {told}",))
 
 
 def _lineage(options: Namespace, dialect: Dialect) -> Lineage | None:
@@ -155,7 +156,7 @@ def _signal(options: Namespace, lineage: Lineage | None) -> dict[str, Any]:
     return {"signal": {"identity": options.identity} | delta_metadata(options.previous)}
 
 
-def _encode_file(options: Namespace, bar: Bar | None) -> DeltaStats:
+def _encode_file(options: Namespace, bar: ProgressBar | None) -> DeltaStats:
     _refuse_taken(options.out)
     total, done = options.target.stat().st_size, 0
 
@@ -198,13 +199,13 @@ def _counts(shards: Iterable[DeltaStats], size_bytes: int) -> dict[str, Any]:
 def _encode_lines(facts: dict[str, Any]) -> list[str]:
     stored, content = facts["size_bytes"], facts["content_size_bytes"]
     seconds = facts["seconds"]
-    tensors = count(facts["tensor_count"], "tensor")
+    tensors = plural(facts["tensor_count"], "tensor")
     unchanged = f"{facts['unchanged_tensor_count']:,} of them unchanged"
     rate = f"{size(int(content / seconds))}/s" if seconds else "at once"
     advice = " (larger than the target: publish that in full)" if stored > content else ""
     return [
         f"{facts['out']}: {size(stored)} for {size(content)}, 1 : {ratio(content, stored)}{advice}",
-        f"{tensors}, {unchanged}; {percent(facts['density'])} of the elements changed",
+        f"{tensors}, {unchanged}; {density_percent(facts['density'])} of the elements changed",
         f"{seconds:.1f} s, {rate}; frames by {facts['frame_writer']}",
         *_signal_lines(facts),
     ]

@@ -17,7 +17,7 @@ MACHINE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CommandResult:
     """`lines` go to standard output, `notes` to standard error, or `facts` alone as JSON."""
 
     facts: dict[str, Any]
@@ -26,7 +26,7 @@ class Outcome:
     exit_code: int = OK
 
 
-def tell(command: str, outcome: Outcome, *, is_json: bool) -> None:
+def tell(command: str, outcome: CommandResult, *, is_json: bool) -> None:
     """Print the outcome."""
     if is_json:
         head = {

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from hotload.cli.wording import size
+from hotload.quantities import size
 
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 _ERASE = "\r\x1b[K"
 
 
-class Bar:
+class ProgressBar:
     """Draws a line over the last one. Any thread may call it."""
 
     def __init__(self, label: str, stream: TextIO) -> None:
@@ -44,12 +44,12 @@ class Bar:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Bar | None]:
+def progress(label: str) -> Iterator[ProgressBar | None]:
     """A bar on standard error until the block ends; None where that is no terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
-    bar = Bar(label, sys.stderr)
+    bar = ProgressBar(label, sys.stderr)
     try:
         yield bar
     finally:

@@ -6,7 +6,7 @@ import errno
 from dataclasses import asdict
 from typing import Any
 
-from hotload.cli.outcome import MACHINE, REFUSED, USAGE, Outcome
+from hotload.cli.outcome import MACHINE, REFUSED, USAGE, CommandResult
 from hotload.errors import (
     ChecksumMismatchError,
     DeltaError,
@@ -37,7 +37,7 @@ class UsageError(Exception):
     """The arguments do not go together."""
 
 
-def refusal(error: Exception) -> Outcome:
+def refusal(error: Exception) -> CommandResult:
     """What to say about an expected error."""
     if isinstance(error, InvalidCheckpointError):
         findings = error.findings
@@ -65,16 +65,16 @@ def refusal(error: Exception) -> Outcome:
     return _refused(error, REFUSED, "caller", str(error))
 
 
-def _refused(error: Exception, exit_code: int, who: str, line: str) -> Outcome:
+def _refused(error: Exception, exit_code: int, who: str, line: str) -> CommandResult:
     told = line if line.endswith("acts]") else f"{line} [{who} acts]"
     return _refusal(error, exit_code, who, (told,), {"message": line})
 
 
 def _refusal(
     error: Exception, exit_code: int, who: str, lines: tuple[str, ...], facts: dict[str, Any]
-) -> Outcome:
+) -> CommandResult:
     told = {"class": type(error).__name__, "who": who, "message": "; ".join(lines), **facts}
-    return Outcome({"error": told}, notes=lines, exit_code=exit_code)
+    return CommandResult({"error": told}, notes=lines, exit_code=exit_code)
 
 
 def _os_line(error: OSError) -> str:

@@ -5,30 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def size(size_bytes: int) -> str:
-    """Bytes in the largest decimal unit that leaves a number of at least 1."""
-    value = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
 def ratio(whole: int, part: int) -> str:
     """How many times smaller the part is."""
     times = whole / part if part else 1.0
     return f"{times:,.0f}" if times >= 1000 else f"{times:.1f}"
 
 
-def percent(density: float | None) -> str:
+def density_percent(density: float | None) -> str:
     """A share in per cent; a dash where it is unknown."""
     return "–" if density is None else f"{density:.2%}"
-
-
-def count(number: int, noun: str) -> str:
-    """The number and its noun, in the plural where it has to be."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def one_line(text: str) -> str:
@@ -36,7 +21,7 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of aligned columns: the first to the left, all others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]

@@ -12,11 +12,11 @@ from threading import Lock
 import numpy as np
 
 from hotload.checkpoint.safetensors import ShardHeader, TensorInfo
-from hotload.delta.byte_io import Bytes, InMemory, Readable, Writable, read_bytes
+from hotload.delta.byte_io import ByteArray, Bytes, InMemory, Readable, Writable, read_bytes
 from hotload.delta.checksums import start
 from hotload.delta.envelope import ARC_V2, Envelope, check_payload, shard_obstacle
-from hotload.delta.frame import PIECE_BYTES, Array, is_zero_frame, read_frame
-from hotload.delta.ordered_threads import Turns, Workers, run_in_order
+from hotload.delta.frame import PIECE_BYTES, is_zero_frame, read_frame
+from hotload.delta.ordered_threads import Turnstile, Workers, run_in_order
 from hotload.errors import ChecksumMismatchError, DeltaError, LayoutMismatchError
 
 
@@ -97,7 +97,7 @@ def apply_shard(
     head = read_bytes(base, 0, data_start)
     out.write_at(0, head)
     follower = _Follower(out, data_start, hashlib.sha256(head)) if with_sha256 else None
-    turns = Turns()
+    turns = Turnstile()
 
     def restore(tensor: TensorInfo) -> None:
         payload = payloads.get(tensor.name)
@@ -136,7 +136,7 @@ def verify_shard(
     """
     if reason := shard_obstacle(base_header, target_header):
         raise LayoutMismatchError(reason)
-    turns = Turns()
+    turns = Turnstile()
 
     def compare(tensor: TensorInfo) -> None:
         payload = payloads.get(tensor.name)
@@ -191,7 +191,7 @@ class _Follower:
 
 def _restored(
     base: Readable, data_start: int, tensor: TensorInfo, payload: Payload | None, subject: str
-) -> Iterator[tuple[int, Array]]:
+) -> Iterator[tuple[int, ByteArray]]:
     """(offset from the end of the header, target bytes) piece by piece; checked at the end.
 
     A piece is overwritten when the next is asked for.

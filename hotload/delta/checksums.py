@@ -14,12 +14,13 @@ from typing import Protocol
 import blake3
 import xxhash
 
+from hotload.delta.byte_io import Bytes
+
 try:
     from zlib_ng import zlib_ng as _zlib
 except ImportError:  # no wheel for this machine: slower, same value
     import zlib as _zlib  # type: ignore[no-redef]
 
-Bytes = bytes | bytearray | memoryview
 
 adler32: Callable[[Bytes, int], int] = _zlib.adler32
 ADLER32_SOURCE: str = _zlib.__name__.rpartition(".")[2]

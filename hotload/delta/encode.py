@@ -12,19 +12,11 @@ from threading import local
 import numpy as np
 
 from hotload.checkpoint.safetensors import DTYPE_BITS, ShardHeader, TensorInfo
-from hotload.delta.byte_io import Bytes, Readable, Writable, read_bytes
+from hotload.delta.byte_io import ByteArray, Bytes, Readable, Writable, read_bytes
 from hotload.delta.checksums import ADLER32_OF_NOTHING, Checksum, adler32, join_adler32, start
 from hotload.delta.envelope import ARC_V2, Envelope, delta_head, shard_obstacle
-from hotload.delta.frame import (
-    PIECE_BYTES,
-    Array,
-    FrameWriter,
-    Writer,
-    best_writer,
-    pack,
-    writer_for,
-)
-from hotload.delta.ordered_threads import Turns, Workers, run_in_order
+from hotload.delta.frame import PIECE_BYTES, FrameMethod, FrameWriter, best_writer, pack, writer_for
+from hotload.delta.ordered_threads import Turnstile, Workers, run_in_order
 from hotload.delta.shard_writer import DeltaFile
 from hotload.errors import LayoutMismatchError
 
@@ -83,7 +75,9 @@ class DeltaStats:
         return sum(tensor.changed_element_count for tensor in self.tensors)
 
 
-def encode_tensor(base: Bytes, target: Bytes, *, writer: Writer | None = None) -> tuple[bytes, int]:
+def encode_tensor(
+    base: Bytes, target: Bytes, *, writer: FrameMethod | None = None
+) -> tuple[bytes, int]:
     """The frame that turns `base` into `target`, and the Adler-32 of `target` (wire-format §1).
 
     Raises:
@@ -119,7 +113,7 @@ def encode_shard(
     pool: Workers | None = None,
     with_sha256: bool = True,
     on_bytes: Callable[[int], object] | None = None,
-    writer: Writer | None = None,
+    writer: FrameMethod | None = None,
 ) -> DeltaStats:
     """Write the delta shard that turns `base` into `target`, and tell its sizes and digests.
 
@@ -189,7 +183,7 @@ class _Reader:
         self._base, self._base_start = base, base_start
         self._target, self._target_start = target, target_start
 
-    def encode(self, tensor: TensorInfo, span: range, sums: _Sums, writer: Writer) -> _Span:
+    def encode(self, tensor: TensorInfo, span: range, sums: _Sums, writer: FrameMethod) -> _Span:
         """Read, pack and sum a span of a tensor, counted from the end of the header."""
         old, new = self._buffers()
         is_end = span.stop == tensor.end
@@ -198,8 +192,8 @@ class _Reader:
         return replace(packed, checksum=sums.add(tensor, span, new[: len(span)].data))
 
     def _pieces(
-        self, span: range, old: Array, new: Array, *, keep: bool
-    ) -> Iterator[tuple[Array, Array, Array]]:
+        self, span: range, old: ByteArray, new: ByteArray, *, keep: bool
+    ) -> Iterator[tuple[ByteArray, ByteArray, ByteArray]]:
         """Base, target and room for their difference, which may be the base's; `keep` leaves the
         target's pieces in `new` one after the other.
         """
@@ -211,7 +205,7 @@ class _Reader:
             self._target.read_into(self._target_start + at, target.data)
             yield base, target, base
 
-    def _buffers(self) -> tuple[Array, Array]:
+    def _buffers(self) -> tuple[ByteArray, ByteArray]:
         """A piece of the base and a span of the target: this thread's, so that no span pays for
         fresh memory.
         """
@@ -229,7 +223,7 @@ class _Sums:
     """
 
     def __init__(self, algorithm: Checksum, heads: Iterable[bytes]) -> None:
-        self.turns = Turns()
+        self.turns = Turnstile()
         self._files = {head: hashlib.sha256(head) for head in heads}
         self._algorithm = algorithm
         self._tensor = start(algorithm)
@@ -262,7 +256,7 @@ class _OpenTensor:
         tensor: TensorInfo,
         write: Callable[[Bytes], object],
         envelope: Envelope,
-        writer: Writer,
+        writer: FrameMethod,
     ) -> None:
         self._tensor, self._envelope = tensor, envelope
         frame_writer = writer_for(tensor.size_bytes, writer)
@@ -293,9 +287,9 @@ class _OpenTensor:
 
 
 def _pack(
-    pieces: Iterable[tuple[Array, Array, Array]],
+    pieces: Iterable[tuple[ByteArray, ByteArray, ByteArray]],
     size_bytes: int,
-    writer: Writer,
+    writer: FrameMethod,
     *,
     is_end: bool,
     element: np.dtype[np.unsignedinteger] | None = None,

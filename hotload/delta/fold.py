@@ -8,17 +8,16 @@ of them only is copied as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from hotload.delta.apply import Payload
-from hotload.delta.byte_io import Writable
+from hotload.delta.byte_io import ByteArray, Writable
 from hotload.delta.convert import copy_frame, is_unchanged
 from hotload.delta.envelope import Envelope, delta_head
 from hotload.delta.frame import (
     PIECE_BYTES,
-    Array,
     FrameWriter,
     best_writer,
     content_size,
@@ -26,10 +25,9 @@ from hotload.delta.frame import (
     read_frame,
     writer_for,
 )
+from hotload.delta.ordered_threads import OnBytes
 from hotload.delta.shard_writer import DeltaFile
 from hotload.errors import DeltaError
-
-OnBytes = Callable[[int], object]
 
 
 def fold_shard(
@@ -144,7 +142,7 @@ def _append_xor(
     return frame.end(keep_zeros=keep_zeros)
 
 
-def _folded(name: str, changes: Sequence[Payload], size_bytes: int) -> Iterator[Array]:
+def _folded(name: str, changes: Sequence[Payload], size_bytes: int) -> Iterator[ByteArray]:
     """The XOR of all that the frames hold, in pieces; each is overwritten by the next."""
     total = np.empty(min(PIECE_BYTES, size_bytes), np.uint8)
     streams = [

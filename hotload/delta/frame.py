@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import zstandard
 
-from hotload.delta.byte_io import Bytes, Readable, read_bytes
+from hotload.delta.byte_io import ByteArray, Bytes, Readable, read_bytes
 from hotload.delta.libzstd import (
     BLOCK_BYTES,
     PIECE_LIMIT_BYTES,
@@ -36,30 +34,28 @@ _CHECKSUM_BYTES = 4
 _HEADS_BYTES = 4096  # blocks of a sparse tensor are short: several heads to a read
 _RLE, _COMPRESSED, _RESERVED = 1, 2, 3
 
-Array = npt.NDArray[np.uint8]
 
-
-class Writer(StrEnum):
+class FrameMethod(StrEnum):
     """A way to make frames: the smaller and faster one, and the one that always works."""
 
     SEQUENCES = "sequences"
     LEVEL_ONE = "zstd level 1"
 
 
-def best_writer() -> Writer:
+def best_writer() -> FrameMethod:
     """Sequences where the system has a libzstd for them, else level 1."""
-    return Writer.SEQUENCES if sequence_coder() else Writer.LEVEL_ONE
+    return FrameMethod.SEQUENCES if sequence_coder() else FrameMethod.LEVEL_ONE
 
 
-def describe(writer: Writer) -> str:
+def describe(writer: FrameMethod) -> str:
     """The writer with the library behind it, for a report."""
     coder = sequence_coder()
-    if writer is Writer.SEQUENCES and coder:
+    if writer is FrameMethod.SEQUENCES and coder:
         return f"{writer} (libzstd {coder.version})"
     return f"{writer} (zstandard {zstandard.__version__})"
 
 
-def pack(difference: Array, *, writer: Writer, is_last: bool) -> bytes | None:
+def pack(difference: ByteArray, *, writer: FrameMethod, is_last: bool) -> bytes | None:
     """A piece of at most `PIECE_BYTES` as `FrameWriter.add` takes it; None where it is all zeros.
 
     Pieces may be packed in any thread and any order. With sequences that is the heavy part; level 1
@@ -68,16 +64,16 @@ def pack(difference: Array, *, writer: Writer, is_last: bool) -> bytes | None:
     Raises:
         OSError: sequences, and there is no libzstd for them, or it refuses.
     """
-    if writer is Writer.LEVEL_ONE:
+    if writer is FrameMethod.LEVEL_ONE:
         return difference.tobytes() if difference.any() else None
     if (coder := sequence_coder()) is None:
         raise OSError("no libzstd that writes sequences")
     return coder.blocks(difference, is_last=is_last)
 
 
-def writer_for(size_bytes: int, writer: Writer) -> Writer:
+def writer_for(size_bytes: int, writer: FrameMethod) -> FrameMethod:
     """`writer`, or level 1 where the whole content is small."""
-    return writer if size_bytes > _SMALL_BYTES else Writer.LEVEL_ONE
+    return writer if size_bytes > _SMALL_BYTES else FrameMethod.LEVEL_ONE
 
 
 class FrameWriter:
@@ -88,7 +84,7 @@ class FrameWriter:
     """
 
     def __init__(
-        self, size_bytes: int, write: Callable[[Bytes], object], *, writer: Writer
+        self, size_bytes: int, write: Callable[[Bytes], object], *, writer: FrameMethod
     ) -> None:
         self.size_bytes = 0
         self._content_bytes, self._reached = size_bytes, 0
@@ -115,7 +111,7 @@ class FrameWriter:
 
     def _begin(self) -> None:
         zeros = self._reached
-        if self._writer is Writer.SEQUENCES:
+        if self._writer is FrameMethod.SEQUENCES:
             self._write(frame_head(self._content_bytes) + zero_blocks(zeros, is_last=False))
             return
         compressor = zstandard.ZstdCompressor(level=1)
@@ -181,8 +177,8 @@ def content_size(
 
 
 def read_frame(
-    source: Readable, start: int, end: int, size_bytes: int, buffer: Array, subject: str
-) -> Iterator[Array]:
+    source: Readable, start: int, end: int, size_bytes: int, buffer: ByteArray, subject: str
+) -> Iterator[ByteArray]:
     """The content of the frame that fills `start` to `end`, in pieces that fill `buffer` in turn.
 
     Raises:

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-Array = npt.NDArray[np.uint8]
+from hotload.delta.byte_io import ByteArray
+
 Positions = npt.NDArray[np.signedinteger]
 Rows = npt.NDArray[np.uint32]
 
@@ -56,7 +57,7 @@ class SequenceCoder:
         number = library.ZSTD_versionNumber()
         self.version = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
-    def blocks(self, difference: Array, *, is_last: bool) -> bytes | None:
+    def blocks(self, difference: ByteArray, *, is_last: bool) -> bytes | None:
         """zstd blocks that decode to `difference`; None where it is all zeros.
 
         `difference` has at most `PIECE_LIMIT_BYTES`. Its blocks may follow those of another piece;
@@ -73,7 +74,7 @@ class SequenceCoder:
         sequences = _sequences(padded.view(np.uint64), size)
         return None if sequences is None else self._compress(difference, sequences, is_last)
 
-    def _compress(self, difference: Array, sequences: Rows, is_last: bool) -> bytes:
+    def _compress(self, difference: ByteArray, sequences: Rows, is_last: bool) -> bytes:
         context = self._context()
         out = context.out
         size = self._library.ZSTD_compressSequences(

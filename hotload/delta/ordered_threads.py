@@ -25,7 +25,7 @@ class Workers(ThreadPoolExecutor):
         self.count, self.share_count = count, share_count
 
 
-class Turns:
+class Turnstile:
     """Lets one thread at a time pass, in the order of positions that follow one another.
 
     For sums over a file that several threads read. A thread whose turn cannot come any more, since
@@ -65,7 +65,7 @@ class Turns:
 
 
 def run_in_order(
-    jobs: Iterable[Callable[[], T]], pool: Workers | None, turns: Turns
+    jobs: Iterable[Callable[[], T]], pool: Workers | None, turns: Turnstile
 ) -> Generator[T, None, None]:
     """The results of the jobs in their order; a few jobs are under way at a time.
 
@@ -121,7 +121,7 @@ class _Running:
 
 
 # Bytes done and bytes in all; called by one thread at a time, not always the same.
-Progress = Callable[[int, int], object]
+ByteProgress = Callable[[int, int], object]
 OnBytes = Callable[[int], object]
 
 
@@ -131,7 +131,7 @@ def for_each_shard(
     *,
     workers: int,
     total_bytes: int,
-    progress: Progress | None,
+    progress: ByteProgress | None,
 ) -> dict[str, T]:
     """What `work` made of each file, by file in the order given.
 
@@ -161,7 +161,7 @@ def for_each_shard(
 class _Meter:
     """Adds up what all threads have done, and stops them."""
 
-    def __init__(self, total_bytes: int, progress: Progress | None) -> None:
+    def __init__(self, total_bytes: int, progress: ByteProgress | None) -> None:
         self._total_bytes, self._progress = total_bytes, progress
         self._done_bytes, self._is_stopped = 0, False
         self._lock = Lock()

@@ -224,7 +224,7 @@ def apply_file(base: Path, delta: Path, out: Path, *, pool: Workers | None = Non
         InvalidCheckpointError: the base cannot be read.
         DeltaError: the delta cannot be read or applied; also ChecksumMismatchError.
     """
-    with open_shard(base) as old, open_delta(delta) as change, writing(out) as file:
+    with open_shard(base) as old, open_delta_shard(delta) as change, writing(out) as file:
         return apply_shard(old, old.header, payloads_on(old, change), file, pool=pool)
 
 
@@ -236,7 +236,7 @@ def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None =
         LayoutMismatchError: they differ in more than values.
         DeltaError: the delta cannot be read or applied, or restores other bytes.
     """
-    with open_shard(base) as old, open_delta(delta) as change, open_shard(target) as new:
+    with open_shard(base) as old, open_delta_shard(delta) as change, open_shard(target) as new:
         found = payloads_on(old, change)
         verify_shard(old, old.header, found, new, new.header, pool=pool)
 
@@ -349,7 +349,7 @@ def _open_regular(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def open_delta(path: Path) -> Iterator[OpenShard]:
+def open_delta_shard(path: Path) -> Iterator[OpenShard]:
     """The delta shard at `path`, open until the block ends.
 
     Raises:

@@ -46,7 +46,7 @@ class DeltaDirectory:
         found: dict[str, Payload] = {}
         with ExitStack() as stack:
             for file in {self.files[name]: None for name in wanted}:
-                shard = stack.enter_context(local.open_delta(self.path / file))
+                shard = stack.enter_context(local.open_delta_shard(self.path / file))
                 found |= payloads(shard, shard.header, self.envelope)
             for name in wanted:
                 if name not in found:

@@ -37,7 +37,7 @@ from hotload.delta.dialects import (
 from hotload.delta.encode import DeltaStats, TensorDelta
 from hotload.delta.fold import fold_shard
 from hotload.delta.frame import zero_frame_bytes
-from hotload.delta.ordered_threads import OnBytes, Progress, Workers, for_each_shard
+from hotload.delta.ordered_threads import ByteProgress, OnBytes, Workers, for_each_shard
 from hotload.delta.rules import delta_obstacle
 from hotload.directory import files as local
 from hotload.directory.inputs import read_delta, read_whole
@@ -74,7 +74,7 @@ def encode_directory(
     checksum: Checksum = Checksum.ADLER32,
     lineage: Lineage | None = None,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> DirectoryStats:
     """Make OUT the delta from checkpoint `base` to checkpoint `target`.
 
@@ -129,7 +129,7 @@ def apply_directory(
     out: Path,
     *,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Make OUT the checkpoint that `delta` makes of `base`, with all other files of `base`.
 
@@ -177,7 +177,7 @@ def verify_directory(
     target: Path,
     *,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Return if `delta` makes of `base` every tensor of `target`, bit for bit (wire-format §6).
 
@@ -223,7 +223,7 @@ def redress_directory(
     lineage: Lineage | None = None,
     base: Path | None = None,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Make OUT the same delta for another dialect: headers and index anew, payloads copied.
 
@@ -281,7 +281,7 @@ def redress_directory(
 
 
 def fold_directory(
-    deltas: Sequence[Path], out: Path, *, workers: int = 1, progress: Progress | None = None
+    deltas: Sequence[Path], out: Path, *, workers: int = 1, progress: ByteProgress | None = None
 ) -> None:
     """Make OUT the delta that does what these consecutive ones, the earliest first, do together.
 

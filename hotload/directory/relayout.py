@@ -21,8 +21,9 @@ from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.relayout_plan import LeftOut, Plan, PlannedShard, Selection
 from hotload.checkpoint.rules import check_full, refuse_errors
 from hotload.checkpoint.safetensors import TensorInfo, plain_name
-from hotload.delta.frame import PIECE_BYTES, Array
-from hotload.delta.ordered_threads import Progress
+from hotload.delta.byte_io import ByteArray
+from hotload.delta.frame import PIECE_BYTES
+from hotload.delta.ordered_threads import ByteProgress
 from hotload.directory.files import (
     DOCUMENT_LIMIT_BYTES,
     TRAINER_FILE,
@@ -53,7 +54,9 @@ class Relayout:
     warnings: tuple[Finding, ...]
 
 
-def relayout_directory(source: Path, out: Path, *, progress: Progress | None = None) -> Relayout:
+def relayout_directory(
+    source: Path, out: Path, *, progress: ByteProgress | None = None
+) -> Relayout:
     """Write the checkpoint in `source` again at `out`, one layer a file, with index and spec.
 
     Links to files are followed, so a model in a download cache will do. Sub-directories, the
@@ -141,7 +144,7 @@ def _write(
     plan: Plan,
     shards: Mapping[str, OpenShard],
     out: Path,
-    progress: Progress | None,
+    progress: ByteProgress | None,
 ) -> tuple[Finding, ...]:
     """Write the plan, check what was written, give it its name; the warnings of the check."""
     done, total = (
@@ -200,7 +203,7 @@ def _is_equal(one: OpenShard, tensor: TensorInfo, other: OpenShard, twin: Tensor
     return all(np.array_equal(first, second) for first, second in pairs)
 
 
-def _pieces(shard: OpenShard, tensor: TensorInfo) -> Iterator[Array]:
+def _pieces(shard: OpenShard, tensor: TensorInfo) -> Iterator[ByteArray]:
     """The bytes of a tensor; each piece is overwritten when the next is asked for."""
     buffer = np.empty(min(PIECE_BYTES, tensor.size_bytes), np.uint8)
     start, end = shard.header.data_start + tensor.start, shard.header.data_start + tensor.end

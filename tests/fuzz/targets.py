@@ -26,7 +26,7 @@ from hotload.delta.checksums import Checksum
 from hotload.delta.dialects import Dialect, envelope_of, parse_index
 from hotload.delta.envelope import ARC_V2
 from hotload.delta.fold import fold_shard
-from hotload.delta.frame import Writer, content_size, is_zero_frame, read_frame
+from hotload.delta.frame import FrameMethod, content_size, is_zero_frame, read_frame
 from hotload.errors import DeltaError, InvalidCheckpointError
 
 FILE = "x.safetensors"
@@ -181,7 +181,7 @@ def written(data: bytes) -> None:
         part[:: kind >> 4 or len(part) or 1] = value
         parts.append(part)
     difference = np.concatenate(parts)
-    for writer in Writer:
+    for writer in FrameMethod:
         frame, adler32 = encode_tensor(bytes(len(difference)), difference.tobytes(), writer=writer)
         assert unzip(frame) == difference.tobytes()
         content = decode_tensor(bytes(len(difference)), frame, adler32=adler32, subject="w")

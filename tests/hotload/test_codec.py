@@ -33,7 +33,7 @@ from hotload.delta.byte_io import InMemory, read_bytes
 from hotload.delta.checksums import Checksum
 from hotload.delta.encode import SPAN_BYTES
 from hotload.delta.envelope import ARC_V2, Envelope, check_delta_shard
-from hotload.delta.frame import PIECE_BYTES, Writer, best_writer, zero_frame
+from hotload.delta.frame import PIECE_BYTES, FrameMethod, best_writer, zero_frame
 from hotload.delta.ordered_threads import Workers
 from hotload.errors import ChecksumMismatchError, DeltaError, LayoutMismatchError
 
@@ -150,9 +150,9 @@ def test_the_delta_turns_the_v0_file_into_the_v1_file() -> None:
 
 
 @pytest.mark.parametrize(("pair", "frame"), FRAMES.items(), ids=FRAMES.values())
-@pytest.mark.parametrize("writer", Writer)
+@pytest.mark.parametrize("writer", FrameMethod)
 def test_the_frames_are_those_of_the_contract(
-    pair: tuple[bytes, bytes], frame: str, writer: Writer
+    pair: tuple[bytes, bytes], frame: str, writer: FrameMethod
 ) -> None:
     base, target = pair
     assert encode_tensor(base, target, writer=writer) == (
@@ -274,16 +274,16 @@ def edited(size: int, share: float, seed: int = 3) -> tuple[bytes, bytes]:
 
 def test_this_machine_has_the_better_writer() -> None:
     # Without a libzstd the tests of it would pass unseen; then mend the machine, not the test.
-    assert best_writer() is Writer.SEQUENCES
+    assert best_writer() is FrameMethod.SEQUENCES
 
 
 @pytest.mark.parametrize("share", [0, 1e-6, 0.01, 0.05, 0.2, 0.4, 1])
 @pytest.mark.parametrize(
     "size", [1, 4097, 131_071, 131_072, 131_073, PIECE_BYTES - 1, PIECE_BYTES + 1, SPAN_BYTES + 5]
 )
-@pytest.mark.parametrize("writer", Writer)
+@pytest.mark.parametrize("writer", FrameMethod)
 def test_frames_of_both_writers_are_read_by_any_decoder(
-    size: int, share: float, writer: Writer
+    size: int, share: float, writer: FrameMethod
 ) -> None:
     old, new = edited(size, share)
     frame, adler32 = encode_tensor(old, new, writer=writer)
@@ -299,16 +299,16 @@ def test_sequences_are_half_as_small_again_as_level_1() -> None:
     new = old ^ (generator.random(4 << 20) < 0.01).astype(np.uint16)
     sizes = {
         writer: len(encode_tensor(old.tobytes(), new.tobytes(), writer=writer)[0])
-        for writer in Writer
+        for writer in FrameMethod
     }
-    assert sizes[Writer.LEVEL_ONE] > 1.4 * sizes[Writer.SEQUENCES]
+    assert sizes[FrameMethod.LEVEL_ONE] > 1.4 * sizes[FrameMethod.SEQUENCES]
 
 
-@pytest.mark.parametrize("writer", Writer)
+@pytest.mark.parametrize("writer", FrameMethod)
 @pytest.mark.parametrize(
     "size", [0, 1, 100_000, 131_072, PIECE_BYTES + 2, 2 * PIECE_BYTES, SPAN_BYTES + 131_073]
 )
-def test_an_unchanged_tensor_is_the_zero_frame(size: int, writer: Writer) -> None:
+def test_an_unchanged_tensor_is_the_zero_frame(size: int, writer: FrameMethod) -> None:
     frame, _ = encode_tensor(bytes(size), bytes(size), writer=writer)
     assert frame == zero_frame(size)
     assert zstandard.ZstdDecompressor().decompress(frame) == bytes(size)

@@ -23,7 +23,7 @@ from hotload.delta.rules import check_delta
 from hotload.directory.files import open_shard, read_checkpoint
 from hotload.directory.inputs import open_delta
 from hotload.directory.operations import (
-    Progress,
+    ByteProgress,
     apply_directory,
     encode_directory,
     fold_directory,
@@ -277,7 +277,7 @@ def test_progress_grows_to_all_there_is(pair: tuple[Path, Path], tmp_path: Path)
     slime, arc, back, delta = (tmp_path / name for name in ("slime", "arc", "back", "delta"))
     lineage = lineage_of(Dialect.SLIME)
 
-    def runs() -> list[Callable[[Progress], object]]:
+    def runs() -> list[Callable[[ByteProgress], object]]:
         return [
             lambda tell: encode_directory(base, target, delta, workers=3, progress=tell),
             lambda tell: apply_directory(base, delta, tmp_path / "o", workers=3, progress=tell),

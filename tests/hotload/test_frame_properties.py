@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hotload.delta import decode_tensor, encode_tensor
-from hotload.delta.frame import PIECE_BYTES, Writer
+from hotload.delta.frame import PIECE_BYTES, FrameMethod
 
 BLOCK_BYTES = 1 << 17
 # Around zstd's blocks, the codec's pieces, and where a frame is too small for sequences.
@@ -53,11 +53,11 @@ def changes(draw: st.DrawFn) -> np.ndarray:
     return difference
 
 
-@given(changes(), st.sampled_from(Writer))
-@example(np.zeros(BLOCK_BYTES, np.uint8), Writer.SEQUENCES)
-@example(np.ones(PIECE_BYTES, np.uint8), Writer.SEQUENCES)
+@given(changes(), st.sampled_from(FrameMethod))
+@example(np.zeros(BLOCK_BYTES, np.uint8), FrameMethod.SEQUENCES)
+@example(np.ones(PIECE_BYTES, np.uint8), FrameMethod.SEQUENCES)
 @settings(max_examples=250)
-def test_every_reader_sees_the_xor(difference: np.ndarray, writer: Writer) -> None:
+def test_every_reader_sees_the_xor(difference: np.ndarray, writer: FrameMethod) -> None:
     size = len(difference)
     base = np.resize(SPECIAL.view(np.uint8), size)
     target = base ^ difference
@@ -77,10 +77,10 @@ def test_every_reader_sees_the_xor(difference: np.ndarray, writer: Writer) -> No
     assert decode_tensor(base.tobytes(), frame, adler32=adler32, subject="w") == target.tobytes()
 
 
-@pytest.mark.parametrize("writer", Writer)
+@pytest.mark.parametrize("writer", FrameMethod)
 @given(st.integers(1, 1 << 17), st.integers(1, 1 << 17), st.integers(0, 255))
 @settings(max_examples=60)
-def test_one_island_anywhere(writer: Writer, start: int, length: int, value: int) -> None:
+def test_one_island_anywhere(writer: FrameMethod, start: int, length: int, value: int) -> None:
     """Literals and matches of every length, from one byte to a whole block."""
     difference = np.zeros(2 * BLOCK_BYTES + 77, np.uint8)
     difference[start : start + length] = value

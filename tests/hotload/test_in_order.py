@@ -7,7 +7,7 @@ from threading import Barrier, Event, main_thread
 
 import pytest
 
-from hotload.delta.ordered_threads import Turns, Workers, run_in_order
+from hotload.delta.ordered_threads import Turnstile, Workers, run_in_order
 
 
 def test_results_keep_the_order_of_the_jobs_not_of_their_ends() -> None:
@@ -22,15 +22,15 @@ def test_results_keep_the_order_of_the_jobs_not_of_their_ends() -> None:
         return 2
 
     with Workers(2) as pool:
-        assert list(run_in_order([first, second], pool, Turns())) == [1, 2]
+        assert list(run_in_order([first, second], pool, Turnstile())) == [1, 2]
 
 
 def test_without_threads_the_caller_works() -> None:
-    assert list(run_in_order([lambda: 1, lambda: 2], None, Turns())) == [1, 2]
+    assert list(run_in_order([lambda: 1, lambda: 2], None, Turnstile())) == [1, 2]
 
 
 def test_turns_pass_in_the_order_of_positions() -> None:
-    turns, both, passed = Turns(), Barrier(2, timeout=10), []
+    turns, both, passed = Turnstile(), Barrier(2, timeout=10), []
 
     def job(position: int) -> Callable[[], None]:
         def run() -> None:
@@ -46,7 +46,7 @@ def test_turns_pass_in_the_order_of_positions() -> None:
 
 
 def test_a_failure_frees_those_who_wait_for_their_turn() -> None:
-    turns = Turns()
+    turns = Turnstile()
 
     def fails() -> None:
         raise OSError("disk")
@@ -62,7 +62,7 @@ def test_a_failure_frees_those_who_wait_for_their_turn() -> None:
 
 
 def test_a_caller_that_leaves_stops_the_work() -> None:
-    turns, started = Turns(), []
+    turns, started = Turnstile(), []
 
     def jobs() -> Iterator[Callable[[], int]]:
         for number in range(1000):
@@ -84,7 +84,7 @@ def test_an_interrupt_leaves_no_job_running() -> None:
         assert go_on.wait(10)
         ended.set()
 
-    class Interrupted(Turns):
+    class Interrupted(Turnstile):
         def give_up(self) -> None:
             super().give_up()
             go_on.set()
@@ -105,6 +105,6 @@ def test_shards_that_share_threads_share_the_room_for_results() -> None:
                 started.append(number)
                 yield lambda: 0
 
-        next(results := run_in_order(jobs(), pool, Turns()))
+        next(results := run_in_order(jobs(), pool, Turnstile()))
         assert len(started) <= 3
         results.close()

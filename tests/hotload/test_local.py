@@ -22,7 +22,7 @@ from hotload.directory.files import (
     apply_file,
     copy_file,
     encode_file,
-    open_delta,
+    open_delta_shard,
     open_shard,
     read_checkpoint,
     remove_tree,
@@ -249,7 +249,7 @@ def test_a_delta_that_cannot_be_opened_is_our_fault_too(tmp_path: Path, name: st
 def test_a_delta_that_shrinks_while_it_is_read_is_our_fault_too(tmp_path: Path) -> None:
     path = tmp_path / "d.safetensors"
     copy_file(DELTA, path)
-    with open_delta(path) as delta:
+    with open_delta_shard(path) as delta:
         os.truncate(path, 16)
         with pytest.raises(DeltaError, match="truncated"):
             delta.read_into(8, memoryview(bytearray(16)))

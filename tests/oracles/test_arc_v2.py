@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from hotload.delta import decode_tensor, encode_shard, encode_tensor
-from hotload.delta.frame import Writer
+from hotload.delta.frame import FrameMethod
 from hotload.directory.files import (
     apply_file,
     encode_file,
@@ -71,9 +71,9 @@ def test_the_pairs_hold_what_they_should(pair: tuple[Path, Path, Path]) -> None:
     assert target["model.embed_tokens.weight"].isnan().any()
 
 
-@pytest.mark.parametrize("writer", Writer)
+@pytest.mark.parametrize("writer", FrameMethod)
 def test_the_vendor_restores_what_ours_encoded(
-    pair: tuple[Path, Path, Path], writer: Writer
+    pair: tuple[Path, Path, Path], writer: FrameMethod
 ) -> None:
     base, target, delta = pair
     with open_shard(base) as old, open_shard(target) as new, writing(delta) as out:
