@@ -180,7 +180,7 @@ def directories(bench: Bench) -> dict[str, list[dict[str, Any]]]:
         run("apply, 1 worker", "apply", "directory-1", base, delta, out)
         run("apply, 2 workers", "apply", "directory-2", base, delta, out)
         run("verify, 2 workers", "verify", "directory-2", base, delta, target)
-        run("redress for slime", "redress", "directory-1", delta, out)
+        run("convert for slime", "convert", "directory-1", delta, out)
         run("encode, nothing changed", "encode", "directory-2", base, base, out)
         run("apply, nothing changed", "apply", "directory-2", base, still, out)
     told["calls of a zstd decoder"] = [

@@ -4,7 +4,7 @@
 
 encode WAY BASE TARGET DELTA · apply WAY BASE DELTA OUT · verify WAY BASE DELTA TARGET, where the
 paths are files for a shard's ways and directories for `directory-1` and `directory-2` (workers);
-redress directory-1 DELTA OUT. Prints JSON: wall and CPU seconds, and the peak of memory, VmHWM at
+convert directory-1 DELTA OUT. Prints JSON: wall and CPU seconds, and the peak of memory, VmHWM at
 the end minus VmRSS before the first file is opened (Linux). count directory-1 BASE DELTA OUT
 applies too, and tells how often a zstd decoder was called.
 """
@@ -144,13 +144,13 @@ def directory_jobs(workers: int) -> dict[str, Job]:
     def verify(base: Path, delta: Path, target: Path) -> None:
         operations.verify_directory(base, delta, target, workers=workers)
 
-    def redress(delta: Path, out: Path) -> None:
+    def convert(delta: Path, out: Path) -> None:
         lineage = Lineage("000002", "000001")
-        operations.redress_directory(
+        operations.convert_directory(
             delta, out, dialect=Dialect.SLIME, lineage=lineage, workers=workers
         )
 
-    return {"encode": encode, "apply": apply, "verify": verify, "redress": redress}
+    return {"encode": encode, "apply": apply, "verify": verify, "convert": convert}
 
 
 WAYS: dict[str, Callable[[], dict[str, Job]]] = {

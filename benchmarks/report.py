@@ -124,7 +124,7 @@ def bars(results: Results) -> list[Bar]:
 
     two = ratio(taken["encode, 1 worker"], taken["encode, 2 workers"])
     cat = ratio(taken["encode, 2 workers"], taken["cat of both to one file"])
-    redress = ratio(taken["encode, 2 workers"], taken["redress for slime"])
+    convert = ratio(taken["encode, 2 workers"], taken["convert for slime"])
     large = results.large
     peak = max(map(peak_of, (large.encode, large.apply, large.verify))) / MIB
     (checkpoint,) = taken["checkpoint"]
@@ -147,7 +147,7 @@ def bars(results: Results) -> list[Bar]:
             unchanged == 0,
             f"{changed} to apply a change",
         ),
-        Bar("re-dressing against encoding", "≥ 20 ×", redress, "×", redress >= 20, "two workers"),
+        Bar("converting against encoding", "≥ 20 ×", convert, "×", convert >= 20, "two workers"),
     ]
 
 

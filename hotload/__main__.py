@@ -13,14 +13,14 @@ from types import FrameType
 from hotload.cli.arguments import read_arguments
 from hotload.cli.checkpoints import check, doctor
 from hotload.cli.contents import inspect
-from hotload.cli.deltas import apply, encode, fold, redress, verify
+from hotload.cli.deltas import apply, convert, encode, fold, verify
 from hotload.cli.outcome import MACHINE, CommandResult, tell
 from hotload.cli.progress import progress
 from hotload.cli.refusals import UsageError, refusal
 from hotload.errors import HotLoadError
 
 COMMANDS = {
-    one.__name__: one for one in (encode, apply, verify, redress, fold, inspect, check, doctor)
+    one.__name__: one for one in (encode, apply, verify, convert, fold, inspect, check, doctor)
 }
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -65,11 +65,11 @@ _VERIFY = """
 Decode DELTA on BASE and compare with TARGET bit for bit. Nothing is written. Exit code 1 if a
 tensor differs, or the delta cannot be applied to BASE.
 """
-_REDRESS = """
+_CONVERT = """
 Write a finished delta again for another family of receivers: new headers and index around the same
 payloads, which are copied, not decoded.
 """
-_REDRESS_BASE = """
+_CONVERT_BASE = """
 --base DIR, the checkpoint the delta applies to, is needed for Fireworks where DELTA holds only the
 tensors that changed. Checksums stay as they are.
 """
@@ -187,20 +187,20 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         "base delta target && echo good",
     )
     workers(verify)
-    redress = command(
-        "redress",
+    convert = command(
+        "convert",
         "write a delta again for another family of receivers",
-        _REDRESS,
+        _CONVERT,
         ("DELTA", "OUT"),
         "delta cw --dialect coreweave \\\n      --identity run-2 --previous run-1",
         "cw again --dialect fireworks --base base",
-        more=_filled(_REDRESS_BASE) + "\n" + _DIALECTS,
+        more=_filled(_CONVERT_BASE) + "\n" + _DIALECTS,
     )
     told = "family of receivers"
-    redress.add_argument("--dialect", choices=dialects, required=True, help=told)
-    lineage(redress)
-    redress.add_argument("--base", type=_existing, metavar="DIR", help="what the delta applies to")
-    workers(redress)
+    convert.add_argument("--dialect", choices=dialects, required=True, help=told)
+    lineage(convert)
+    convert.add_argument("--base", type=_existing, metavar="DIR", help="what the delta applies to")
+    workers(convert)
     fold = command(
         "fold",
         "make one delta out of consecutive ones",

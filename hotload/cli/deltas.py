@@ -1,4 +1,4 @@
-"""Commands that make and use deltas: encode, apply, verify, redress, fold."""
+"""Commands that make and use deltas: encode, apply, verify, convert, fold."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ def verify(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     return CommandResult({"delta": str(options.delta), "target": str(options.target)}, (told,))
 
 
-def redress(options: Namespace, bar: ProgressBar | None) -> CommandResult:
+def convert(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """Write DELTA again for another family of receivers."""
     dialect = Dialect(options.dialect)
     lineage = _lineage(options, dialect)
-    operations.redress_directory(
+    operations.convert_directory(
         options.delta,
         options.out,
         dialect=dialect,

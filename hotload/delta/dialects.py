@@ -109,7 +109,7 @@ def join_lineages(lineages: list[Lineage | None]) -> Lineage | None:
     """The lineage of consecutive deltas folded into one: the first's base, the last's version.
 
     None where the dialect tells none. A slime receiver counts by one: it takes a folded delta only
-    after `redress` gave it the number it waits for.
+    after `convert` gave it the number it waits for.
 
     Raises:
         DeltaError: one does not follow the one before it.

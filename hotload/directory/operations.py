@@ -1,4 +1,4 @@
-"""Whole directories: encode, apply, verify, redress, fold (wire-format §2, §3, §6, §9).
+"""Whole directories: encode, apply, verify, convert, fold (wire-format §2, §3, §6, §9).
 
 `hotload.directory.files` shard by shard, on as many threads as are given. What is made appears in
 one step under its name, or not at all: it grows in a directory beside OUT whose name begins with a
@@ -215,7 +215,7 @@ def verify_directory(
     )
 
 
-def redress_directory(
+def convert_directory(
     delta: Path,
     out: Path,
     *,
@@ -255,7 +255,7 @@ def redress_directory(
         missing = {one.name: one for _, one in layout.tensors if one.name not in source.files}
     headers = {shard.file: shard for shard in layout.shards}
 
-    def redress(file: str, _: Workers | None, on_bytes: OnBytes) -> list[str]:
+    def convert(file: str, _: Workers | None, on_bytes: OnBytes) -> list[str]:
         with source.opened(headers[file].by_name) as payloads:
             if not envelope.has_every_tensor:
                 payloads, all_of_them = changed_only(payloads), payloads
@@ -271,7 +271,7 @@ def redress_directory(
     with new_directory(out, delta, *([base] if base else [])) as staged:
         names = for_each_shard(
             headers,
-            redress,
+            convert,
             workers=workers,
             total_bytes=_tensor_bytes(source.checkpoint)
             + sum(one.size_bytes + zero_frame_bytes(one.size_bytes) for one in missing.values()),
@@ -286,7 +286,7 @@ def fold_directory(
     """Make OUT the delta that does what these consecutive ones, the earliest first, do together.
 
     It follows what the first follows and makes what the last makes. slime's receivers count by one,
-    so there it has to be redressed to the number they wait for.
+    so there it has to be converted to the number they wait for.
 
     Raises:
         DeltaError: one cannot be read; they differ in dialect, checksum, tensors or other files; or

@@ -24,7 +24,7 @@ from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest
 
 ROOT = Path(hotload.__file__).parents[1]
-COMMANDS = ("encode", "apply", "verify", "redress", "fold", "inspect", "check", "doctor")
+COMMANDS = ("encode", "apply", "verify", "convert", "fold", "inspect", "check", "doctor")
 
 
 def save(directory: Path, step: int, *, files: int) -> Path:
@@ -147,13 +147,13 @@ def test_every_dialect_restores_and_goes_back(here: Path, told: Told) -> None:
     versions = {"slime": ("000002", "000001"), "coreweave": ("run-2", "run-1")}
     for dialect, (identity, previous) in versions.items():
         names = ("--dialect", dialect, "--identity", identity, "--previous", previous)
-        assert told("redress", "delta", f"{dialect}-dressed", *names)[0] == 0
+        assert told("convert", "delta", f"{dialect}-dressed", *names)[0] == 0
         assert told("encode", "base", "target", dialect, *names)[0] == 0
         for path in (here / dialect).iterdir():
             assert path.read_bytes() == (here / f"{dialect}-dressed" / path.name).read_bytes()
         assert told("verify", "base", dialect, "target")[0] == 0
         assert told("check", dialect, "--previous", "base")[:2] == (0, [])
-        back = ("redress", dialect, f"{dialect}-back", "--dialect", "fireworks", "--base", "base")
+        back = ("convert", dialect, f"{dialect}-back", "--dialect", "fireworks", "--base", "base")
         assert told(*back)[0] == 0
         for path in (here / "delta").iterdir():
             assert path.read_bytes() == (here / f"{dialect}-back" / path.name).read_bytes()
@@ -376,7 +376,7 @@ def test_names_from_files_cannot_move_the_cursor(here: Path, told: Told) -> None
         ("apply base delta new", 0, {"out", "size_bytes"}),
         ("verify base delta target", 0, {"delta"}),
         ("verify target delta target", 1, {"error"}),
-        ("redress delta new --dialect coreweave --identity b --previous a", 0, {"lineage"}),
+        ("convert delta new --dialect coreweave --identity b --previous a", 0, {"lineage"}),
         ("fold delta new", 0, {"delta_count"}),
         ("inspect delta", 0, {"kind", "parts"}),
         ("check delta", 0, {"findings"}),
@@ -432,7 +432,7 @@ def test_json_is_one_object_also_for_errors(
         ("encode base target new --workers 0", 2, "expected a number from 1 to 9999.*caller acts"),
         ("encode base target new --workers two", 2, "caller acts"),
         (
-            "redress delta new --dialect slime --identity 2 --previous 1",
+            "convert delta new --dialect slime --identity 2 --previous 1",
             2,
             "six digits.*caller acts",
         ),

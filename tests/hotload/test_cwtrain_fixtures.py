@@ -17,8 +17,8 @@ from hotload.directory.files import open_shard
 from hotload.directory.inputs import open_delta
 from hotload.directory.operations import (
     apply_directory,
+    convert_directory,
     encode_directory,
-    redress_directory,
     verify_directory,
 )
 from hotload.errors import ChecksumMismatchError
@@ -76,10 +76,10 @@ def test_our_delta_says_what_theirs_says(tmp_path: Path) -> None:
 
 
 def test_their_delta_in_another_dress_restores_the_same(tmp_path: Path) -> None:
-    redress_directory(DELTA, tmp_path / "fireworks", dialect=Dialect.FIREWORKS, base=BASE)
+    convert_directory(DELTA, tmp_path / "fireworks", dialect=Dialect.FIREWORKS, base=BASE)
     verify_directory(BASE, tmp_path / "fireworks", TARGET)
     lineage = Lineage("000001", "000000")
-    redress_directory(DELTA, tmp_path / "slime", dialect=Dialect.SLIME, lineage=lineage)
+    convert_directory(DELTA, tmp_path / "slime", dialect=Dialect.SLIME, lineage=lineage)
     verify_directory(BASE, tmp_path / "slime", TARGET)
 
 

@@ -1,4 +1,4 @@
-"""Whole directories in every dialect: there and back, refused, redressed, folded, broken off."""
+"""Whole directories in every dialect: there and back, refused, converted, folded, broken off."""
 
 import json
 import shutil
@@ -25,10 +25,10 @@ from hotload.directory.inputs import open_delta
 from hotload.directory.operations import (
     ByteProgress,
     apply_directory,
+    convert_directory,
     encode_directory,
     fold_directory,
     new_directory,
-    redress_directory,
     verify_directory,
 )
 from hotload.errors import (
@@ -267,7 +267,7 @@ def test_shards_of_others_may_be_cut_otherwise(pair: tuple[Path, Path], tmp_path
     (theirs / INDEX_FILE).write_text(json.dumps(index | {"weight_map": weight_map}))
     apply_directory(base, theirs, tmp_path / "restored", workers=2)
     assert contents(tmp_path / "restored") == contents(target)
-    redress_directory(theirs, tmp_path / "arc", dialect=Dialect.FIREWORKS, base=base)
+    convert_directory(theirs, tmp_path / "arc", dialect=Dialect.FIREWORKS, base=base)
     encode_directory(base, target, tmp_path / "direct")
     assert contents(tmp_path / "arc") == contents(tmp_path / "direct")
 
@@ -282,10 +282,10 @@ def test_progress_grows_to_all_there_is(pair: tuple[Path, Path], tmp_path: Path)
             lambda tell: encode_directory(base, target, delta, workers=3, progress=tell),
             lambda tell: apply_directory(base, delta, tmp_path / "o", workers=3, progress=tell),
             lambda tell: verify_directory(base, delta, target, workers=3, progress=tell),
-            lambda tell: redress_directory(
+            lambda tell: convert_directory(
                 delta, slime, dialect=Dialect.SLIME, lineage=lineage, workers=3, progress=tell
             ),
-            lambda tell: redress_directory(
+            lambda tell: convert_directory(
                 slime, back, dialect=Dialect.FIREWORKS, base=base, workers=3, progress=tell
             ),
             lambda tell: fold_directory([delta, delta], arc, workers=3, progress=tell),
@@ -345,7 +345,7 @@ def test_a_slime_receiver_counts_on_past_six_digits(
     assert (local / EMBED).read_bytes() == (target / EMBED).read_bytes()
 
 
-def test_a_slime_receiver_takes_a_fireworks_delta_that_was_redressed(
+def test_a_slime_receiver_takes_a_fireworks_delta_that_was_converted(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     local, source = tmp_path / "local", tmp_path / "source"
@@ -354,7 +354,7 @@ def test_a_slime_receiver_takes_a_fireworks_delta_that_was_redressed(
     slime_receiver.seed(local, base)
     encode_directory(base, target, tmp_path / "arc")
     delta = source / "weight_v000001"
-    redress_directory(
+    convert_directory(
         tmp_path / "arc", delta, dialect=Dialect.SLIME, lineage=lineage_of(Dialect.SLIME)
     )
     slime_receiver.pull(local, source, 1)
@@ -440,7 +440,7 @@ def test_a_fold_tells_from_where_to_where(
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_fold_for_slime_is_redressed_to_the_number_it_waits_for(
+def test_a_fold_for_slime_is_converted_to_the_number_it_waits_for(
     trainer: Trainer, tmp_path: Path
 ) -> None:
     local, source = tmp_path / "local", tmp_path / "source"
@@ -456,7 +456,7 @@ def test_a_fold_for_slime_is_redressed_to_the_number_it_waits_for(
     fold_directory(deltas, tmp_path / "fold")
     lineage = lineage_of(Dialect.SLIME)
     renumbered = source / "weight_v000001"
-    redress_directory(tmp_path / "fold", renumbered, dialect=Dialect.SLIME, lineage=lineage)
+    convert_directory(tmp_path / "fold", renumbered, dialect=Dialect.SLIME, lineage=lineage)
     slime_receiver.pull(local, source, 1)
     assert (local / LAYER).read_bytes() == (paths[-1] / LAYER).read_bytes()
 
@@ -492,7 +492,7 @@ def test_deltas_of_other_kinds_do_not_fold(pair: tuple[Path, Path], tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-# Redressing
+# Converting
 
 
 def test_the_contracts_file_changes_its_dress_byte_for_byte(tmp_path: Path) -> None:
@@ -503,41 +503,43 @@ def test_the_contracts_file_changes_its_dress_byte_for_byte(tmp_path: Path) -> N
     hexed = (GOLDEN / "delta-hex.safetensors").read_bytes()
     for dialect in (Dialect.SLIME, Dialect.COREWEAVE):
         out, back = tmp_path / dialect, tmp_path / f"back-{dialect}"
-        redress_directory(tmp_path / "arc", out, dialect=dialect, lineage=lineage_of(dialect))
+        convert_directory(tmp_path / "arc", out, dialect=dialect, lineage=lineage_of(dialect))
         assert (out / "w.safetensors").read_bytes() == hexed
-        redress_directory(out, back, dialect=Dialect.FIREWORKS, base=tmp_path / "base")
+        convert_directory(out, back, dialect=Dialect.FIREWORKS, base=tmp_path / "base")
         assert contents(back) == contents(tmp_path / "arc")
 
 
 @pytest.mark.parametrize("start", [Dialect.FIREWORKS, Dialect.SLIME, Dialect.COREWEAVE])
 @pytest.mark.parametrize("end", [Dialect.FIREWORKS, Dialect.SLIME, Dialect.COREWEAVE])
-def test_a_redressed_delta_is_the_one_that_would_have_been_encoded(
+def test_a_converted_delta_is_the_one_that_would_have_been_encoded(
     pair: tuple[Path, Path], tmp_path: Path, start: Dialect, end: Dialect
 ) -> None:
     base, target = pair
     lineages = lineage_of(start), lineage_of(end)
     encode_directory(base, target, tmp_path / "one", dialect=start, lineage=lineages[0])
     encode_directory(base, target, tmp_path / "direct", dialect=end, lineage=lineages[1])
-    redress_directory(
+    convert_directory(
         tmp_path / "one", tmp_path / "other", dialect=end, lineage=lineages[1], base=base, workers=2
     )
     assert contents(tmp_path / "other") == contents(tmp_path / "direct")
 
 
-def test_a_redress_reads_no_base_it_does_not_need(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_conversion_reads_no_base_it_does_not_need(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     encode_directory(*pair, tmp_path / "arc")
     nowhere = tmp_path / "nowhere"
     lineage = lineage_of(Dialect.SLIME)
-    redress_directory(
+    convert_directory(
         tmp_path / "arc", tmp_path / "slime", dialect=Dialect.SLIME, lineage=lineage, base=nowhere
     )
     with pytest.raises(InvalidCheckpointError, match="nowhere"):
-        redress_directory(
+        convert_directory(
             tmp_path / "slime", tmp_path / "back", dialect=Dialect.FIREWORKS, base=nowhere
         )
 
 
-def test_what_a_redress_cannot_do(
+def test_what_a_conversion_cannot_do(
     trainer: Trainer, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base, target = pair
@@ -549,17 +551,17 @@ def test_what_a_redress_cannot_do(
     )
     for dialect in (Dialect.FIREWORKS, Dialect.COREWEAVE):
         with pytest.raises(DeltaError, match=r"adler32, not blake3.*encode again"):
-            redress_directory(blake, out, dialect=dialect, lineage=lineage_of(dialect), base=base)
+            convert_directory(blake, out, dialect=dialect, lineage=lineage_of(dialect), base=base)
     with pytest.raises(DeltaError, match="a base is needed"):
-        redress_directory(slime, out, dialect=Dialect.FIREWORKS)
+        convert_directory(slime, out, dialect=Dialect.FIREWORKS)
     with pytest.raises(InvalidIdentityError, match="state a version"):
-        redress_directory(slime, out, dialect=Dialect.COREWEAVE)
+        convert_directory(slime, out, dialect=Dialect.COREWEAVE)
     with pytest.raises(InvalidIdentityError, match="in the signal"):
-        redress_directory(slime, out, dialect=Dialect.FIREWORKS, lineage=lineage, base=base)
+        convert_directory(slime, out, dialect=Dialect.FIREWORKS, lineage=lineage, base=base)
     del trainer.shards[LAYER]
     smaller = trainer.save()
     with pytest.raises(DeltaError, match="not a tensor of the base"):
-        redress_directory(slime, out, dialect=Dialect.FIREWORKS, base=smaller)
+        convert_directory(slime, out, dialect=Dialect.FIREWORKS, base=smaller)
     assert not out.exists()
 
 
@@ -843,7 +845,7 @@ def test_whatever_breaks_it_off_leaves_nothing(
         lambda: encode_directory(base, target, out, **told),
         lambda: apply_directory(base, delta, out, **told),
         lambda: verify_directory(base, delta, target, **told),
-        lambda: redress_directory(delta, out, **dress, **told),
+        lambda: convert_directory(delta, out, **dress, **told),
         lambda: fold_directory([delta, delta], out, **told),
     ]
     for run in runs:

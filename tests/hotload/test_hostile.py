@@ -20,8 +20,8 @@ from hotload.directory.files import apply_file, open_shard
 from hotload.directory.inputs import open_delta
 from hotload.directory.operations import (
     apply_directory,
+    convert_directory,
     fold_directory,
-    redress_directory,
     verify_directory,
 )
 from hotload.errors import DeltaError, HotLoadError, InvalidCheckpointError
@@ -152,7 +152,7 @@ def test_a_hostile_index_is_refused(tmp_path: Path, name: str) -> None:
         lambda: open_delta(delta).__enter__(),
         lambda: apply_directory(base, delta, out),
         lambda: verify_directory(base, delta, base),
-        lambda: redress_directory(delta, out, dialect=Dialect.SLIME, lineage=lineage, base=base),
+        lambda: convert_directory(delta, out, dialect=Dialect.SLIME, lineage=lineage, base=base),
         lambda: fold_directory([delta, delta], out),
     ):
         with pytest.raises(DeltaError):
