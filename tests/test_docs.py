@@ -1,10 +1,27 @@
 """Documents that must not drift from the code."""
 
+import ast
+import importlib
+import re
 from pathlib import Path
+
+import pytest
 
 from hotload.publish.chain import TRANSITIONS
 
 ROOT = Path(__file__).resolve().parents[1]
+README_WORDS = 900
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "deployments" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+PACKAGES = ("hotload", "emulator", "blocks", "tasks", "flows", "examples")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def test_the_picture_of_the_chain_is_drawn_from_the_table() -> None:
@@ -14,3 +31,41 @@ def test_the_picture_of_the_chain_is_drawn_from_the_table() -> None:
     )
     page = (ROOT / "docs" / "chain.md").read_text()
     assert f"stateDiagram-v2\n{drawn}\n" in page, f"docs/chain.md should show:\n{drawn}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= README_WORDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_import_that_is_shown_works(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"(?ms)^```python\n(.*?)^```", text):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "decisions" not in page.parts], ids=named
+)
+def test_every_module_that_is_named_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    packages = "|".join(PACKAGES)
+    for name in re.findall(rf"`((?:{packages})(?:/\w+)+\.py)", text):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(rf"`((?:{packages})(?:\.\w+)+)[:`(]", text):
+        module, _, attribute = name.rpartition(".")
+        path = ROOT / name.replace(".", "/")
+        if path.with_suffix(".py").is_file() or path.is_dir():
+            continue
+        assert hasattr(importlib.import_module(module), attribute), name
