@@ -163,6 +163,8 @@ def _sequences(words: npt.NDArray[np.uint64], size: int) -> Rows | None:
     has no match: what remains of its literals, mostly none.
     """
     starts = np.arange(0, size, BLOCK_BYTES)
+    # Two passes: words of eight bytes first, for nearly all of them are zero, then single bytes of
+    # the few that are not.
     is_hot = words != 0
     is_hot[starts >> 3] = True
     hot = np.flatnonzero(is_hot)
@@ -175,7 +177,9 @@ def _sequences(words: npt.NDArray[np.uint64], size: int) -> Rows | None:
     is_nonzero = words[hot].view(np.uint8) != 0
     is_nonzero[np.searchsorted(hot, starts >> 3) << 3] = True
     inner = np.flatnonzero(is_nonzero).astype(np.int32)
+    # `inner` counts bytes among the hot words alone; `places` are their positions in the piece.
     places = (hot.astype(np.int32)[inner >> 3] << 3) + (inner & 7)
+    # An island goes on over short gaps: a match costs more than the few zeros it would spare.
     is_break = places[1:] - places[:-1] > _GAP_BYTES
     is_break[np.searchsorted(places, starts[1:]) - 1] = True
     return _rows(places, np.flatnonzero(is_break), starts, size)
@@ -183,6 +187,8 @@ def _sequences(words: npt.NDArray[np.uint64], size: int) -> Rows | None:
 
 def _rows(places: Positions, breaks: Positions, block_starts: Positions, size: int) -> Rows:
     """The rows of the islands that `breaks`, indices of their last bytes, make of `places`."""
+    # A row says: `literals` bytes as they are (the island), then `match` bytes copied from `offset`
+    # back. Offset 1 repeats the byte before, which is why each island keeps one zero at its end.
     count = len(breaks) + 1
     starts = np.empty(count + 1, places.dtype)  # and where the piece ends
     starts[0], starts[1:-1], starts[-1] = places[0], places[breaks + 1], size
@@ -221,6 +227,7 @@ def _declare(library: ctypes.CDLL) -> None:
     for name, result, arguments in (
         ("ZSTD_versionNumber", ctypes.c_uint, []),
         ("ZSTD_isError", ctypes.c_uint, [size]),
+        ("ZSTD_getErrorName", ctypes.c_char_p, [size]),
         ("ZSTD_compressBound", size, [size]),
         ("ZSTD_createCCtx", pointer, []),
         ("ZSTD_freeCCtx", size, [pointer]),
@@ -233,7 +240,8 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _check(library: ctypes.CDLL, result: int) -> None:
     if library.ZSTD_isError(result):
-        raise OSError(f"libzstd refuses: code {(1 << 64) - result}")
+        name = library.ZSTD_getErrorName(result).decode("ascii", "replace")
+        raise OSError(f"libzstd refuses: {name}")
 
 
 def _proves(coder: SequenceCoder) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hotload.delta import decode_tensor, encode_tensor
 from hotload.delta.frame import PIECE_BYTES, FrameMethod
+from hotload.delta.libzstd import PIECE_LIMIT_BYTES, sequence_coder
 
 BLOCK_BYTES = 1 << 17
 # Around zstd's blocks, the codec's pieces, and where a frame is too small for sequences.
@@ -87,3 +88,11 @@ def test_one_island_anywhere(writer: FrameMethod, start: int, length: int, value
     frame, adler32 = encode_tensor(bytes(len(difference)), difference.tobytes(), writer=writer)
     assert zstandard.ZstdDecompressor().decompress(frame) == difference.tobytes()
     assert adler32 == zlib.adler32(difference)
+
+
+def test_what_libzstd_refuses_is_named() -> None:
+    coder = sequence_coder()
+    assert coder is not None
+    too_much = np.random.default_rng(0).integers(1, 256, 2 * PIECE_LIMIT_BYTES, np.uint8)
+    with pytest.raises(OSError, match=r"libzstd refuses: [A-Z][a-z]+"):
+        coder.blocks(too_much, is_last=True)
