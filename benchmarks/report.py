@@ -255,7 +255,7 @@ def middle(taken: Taken, of: str) -> float:
 def conditions(*, repetitions: int, seed: int, load: float, seconds: float) -> list[str]:
     """Machine, versions and settings, a line each."""
     from hotload.delta.checksums import ADLER32_SOURCE
-    from hotload.delta.frame import FrameMethod, best_writer, describe
+    from hotload.delta.frame import FrameMethod, best_method, describe_method
 
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = [f"Python {platform.python_version()}"]
@@ -265,8 +265,8 @@ def conditions(*, repetitions: int, seed: int, load: float, seconds: float) -> l
         f"{today}, {processor()}, {os.cpu_count()} cores, {memory_bytes / 2**30:.0f} GiB, "
         f"{platform.system()} {platform.release()}",
         f"{', '.join(versions)}; Adler-32 from {ADLER32_SOURCE}",
-        f"frames: {describe(best_writer())}, "
-        f"and {describe(FrameMethod.LEVEL_ONE)} where it is absent",
+        f"frames: {describe_method(best_method())}, "
+        f"and {describe_method(FrameMethod.LEVEL_ONE)} where it is absent",
         f"seed {seed}, median of {repetitions} repetitions in turn after one that warms up; "
         f"load average {load:.1f} at the start; {seconds / 60:.0f} minutes",
     ]

@@ -15,7 +15,7 @@ from hotload.cli.checkpoints import check, doctor
 from hotload.cli.contents import inspect
 from hotload.cli.deltas import apply, convert, encode, fold, verify
 from hotload.cli.outcome import MACHINE, CommandResult, tell
-from hotload.cli.progress import progress
+from hotload.cli.progress import progress_bar
 from hotload.cli.refusals import UsageError, refusal
 from hotload.errors import HotLoadError
 
@@ -64,7 +64,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         sys.stdout.flush()  # the help page; a broken pipe shows here
         raise
     try:
-        with progress(options.command) as bar:
+        with progress_bar(options.command) as bar:
             outcome = COMMANDS[options.command](options, bar)
     except (HotLoadError, UsageError, OSError, MemoryError) as error:
         outcome = refusal(error)

@@ -66,7 +66,7 @@ class Finding:
 
 
 def shorten(value: object) -> str:
-    """The value as a person may see it: its repr, at most 160 characters."""
+    """Show a value to a person: its repr, at most 160 characters."""
     text = ascii(value[:200] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= 160 else f"{text[:157]}…"
 

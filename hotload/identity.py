@@ -23,7 +23,7 @@ class SnapshotKind(StrEnum):
 
 
 def check_identity(identity: str) -> str:
-    """The identity itself, if it is one path segment every receiver accepts (wire-format §8).
+    """Return the identity, if it is one path segment every receiver accepts (wire-format §8).
 
     Raises:
         InvalidIdentityError: it has a slash, `@`, a reserved name, or is too long.
@@ -37,12 +37,13 @@ def check_identity(identity: str) -> str:
 
 
 def is_identity(text: str) -> bool:
-    """Whether `check_identity` would let `text` pass."""
+    """Tell whether `check_identity` would let `text` pass."""
     return bool(IDENTITY.fullmatch(text)) and text not in RESERVED and not text.endswith(".tmp")
 
 
 def cycle_name(run_id: str, policy_version: int) -> str:
-    """`<run>-<version:06d>`: the name a trainer knows a checkpoint by, and the key of its cycle.
+    """Make `<run>-<version:06d>`: the name a trainer knows a checkpoint by, and the key of its
+    cycle.
 
     Raises:
         InvalidIdentityError: the run id could not begin an identity.
@@ -62,8 +63,8 @@ def snapshot_identity(
     previous: str | None,
     attempt: int,
 ) -> str:
-    """`<run>-<version:06d>-<8 hex>`, the hex from content, kind, previous and attempt (wire-format
-    §8).
+    """Make `<run>-<version:06d>-<8 hex>`, the hex from content, kind, previous and attempt
+    (wire-format §8).
 
     The same for a resumed upload, another after any failure (`attempt` counts from 0).
 
@@ -76,16 +77,14 @@ def snapshot_identity(
 
 
 def version_of(identity: str, run_id: str | None = None) -> int | None:
-    """The policy version that an identity names, of this run or of any; `None` for what is no such
-    identity.
-    """
+    """Read the policy version out of an identity of this run, or of any; None for others."""
     run = ".+" if run_id is None else re.escape(run_id)
     found = re.fullmatch(rf"{run}-(\d{{6,9}})-[0-9a-f]{{8}}", identity)
     return int(found[1]) if found else None
 
 
 def is_of_run(identity: str, other: str) -> bool:
-    """Whether both identities name versions of one run."""
+    """Tell whether both identities name versions of one run."""
     parts = [each.rsplit("-", 2) for each in (identity, other)]
     is_named = version_of(identity) is not None and version_of(other) is not None
     return is_named and parts[0][0] == parts[1][0]

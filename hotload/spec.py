@@ -312,7 +312,7 @@ class Wandb(Declared):
 
 
 def local_path(uri: str) -> PurePosixPath:
-    """The absolute path named by a path or file:// URI.
+    """Return the absolute path named by a path or file:// URI.
 
     A worker's working directory is a temporary clone, so relative paths are refused.
 

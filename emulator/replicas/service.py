@@ -30,7 +30,7 @@ from emulator.replicas.validation import (
     validate_lora,
 )
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE
-from hotload.checkpoint.safetensors import plain_name
+from hotload.checkpoint.safetensors import name_obstacle
 from hotload.identity import SnapshotKind, check_identity
 
 # Small matrix products hold the interpreter: two threads answered a fifth slower than one. Large
@@ -225,7 +225,7 @@ class Service:
         self.hints.append(note)
         del self.hints[:-RECORD_LIMIT]
         identity, file = body.get("identity"), body.get("file")
-        if not isinstance(identity, str) or not isinstance(file, str) or plain_name(file):
+        if not isinstance(identity, str) or not isinstance(file, str) or name_obstacle(file):
             return
         try:
             directory = self._work_dir / "hinted" / check_identity(identity)

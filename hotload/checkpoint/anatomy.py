@@ -23,7 +23,8 @@ _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
 
 
 def part_of(name: str) -> str | None:
-    """What a file may hold one of: a layer by its prefix, "embeddings", "final norm" or "head".
+    """Name what a file may hold one of: a layer by its prefix, "embeddings", "final norm" or
+    "head".
 
     None for a tensor that belongs to no such part (wire-format §6).
     """
@@ -37,7 +38,7 @@ def part_of(name: str) -> str | None:
 
 
 def is_delta(shards: Iterable[ShardHeader], index: Mapping[str, Any] | None) -> bool:
-    """Whether these are the shards of a delta in any dialect (wire-format §2, §5).
+    """Tell whether these are the shards of a delta in any dialect (wire-format §2, §5).
 
     The index tells, or else the payloads do: no model is made of vectors of U8 alone.
     """
@@ -48,16 +49,16 @@ def is_delta(shards: Iterable[ShardHeader], index: Mapping[str, Any] | None) -> 
     return bool(tensors) and all(one.dtype == "U8" and len(one.shape) == 1 for one in tensors)
 
 
-def place(name: str) -> Place:
-    """A key that orders tensors: embeddings, layers by number, final norm, head, all else."""
+def place_key(name: str) -> Place:
+    """Make a key that orders tensors: embeddings, layers by number, final norm, head, all else."""
     part = part_of(name) or OTHER
     if part in _ORDER:
         return _ORDER.index(part), ()
-    return _ORDER.index("layer"), natural(part)
+    return _ORDER.index("layer"), natural_key(part)
 
 
-def natural(name: str) -> tuple[str | int, ...]:
-    """A key that puts layer 2 before layer 10; no two names have the same."""
+def natural_key(name: str) -> tuple[str | int, ...]:
+    """Make a key that puts layer 2 before layer 10; no two names have the same."""
     texts = re.split(r"([0-9]+)", name)  # every second one is a number
     key: list[str | int] = []
     for text, digits in zip(texts[::2], [*texts[1::2], ""], strict=True):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.names import INDEX_FILE, SPEC_FILE
-from hotload.checkpoint.safetensors import SHARD_SUFFIX, ShardHeader, plain_name
+from hotload.checkpoint.safetensors import SHARD_SUFFIX, ShardHeader, name_obstacle
 from hotload.errors import Finding, shorten
 
 SpecDtypeStyle = Literal["torch", "safetensors"]
@@ -43,7 +43,9 @@ TORCH_DTYPES: Mapping[str, str] = {
 
 
 def build_index(shards: Iterable[ShardHeader]) -> bytes:
-    """`model.safetensors.index.json` of these shards: total size in bytes, file by tensor name."""
+    """Build the `model.safetensors.index.json` of these shards: total size in bytes, file by tensor
+    name.
+    """
     weight_map: dict[str, str] = {}
     total = 0
     for shard in shards:
@@ -54,7 +56,9 @@ def build_index(shards: Iterable[ShardHeader]) -> bytes:
 
 
 def build_spec(shards: Iterable[ShardHeader], style: SpecDtypeStyle = "torch") -> bytes:
-    """`model.weight.spec.json` of these shards: shape and dtype by tensor name; a scalar is []."""
+    """Build the `model.weight.spec.json` of these shards: shape and dtype by tensor name; a scalar
+    is [].
+    """
     tensor_map = {
         tensor.name: {"shape": list(tensor.shape), "dtype": spell_dtype(tensor.dtype, style)}
         for shard in shards
@@ -64,18 +68,18 @@ def build_spec(shards: Iterable[ShardHeader], style: SpecDtypeStyle = "torch") -
 
 
 def spell_dtype(tag: str, style: SpecDtypeStyle) -> str:
-    """The spec's spelling of a safetensors dtype; a dtype torch does not know keeps its tag."""
+    """Spell a safetensors dtype as the spec does; a dtype torch does not know keeps its tag."""
     return TORCH_DTYPES.get(tag, tag) if style == "torch" else tag
 
 
 def check_index(checkpoint: Checkpoint, weight_map: Mapping[str, Any]) -> Iterator[Finding]:
-    """Index and shards name each other: no file missing or stray, every key set equal."""
+    """Check that index and shards name each other: no file missing or stray, all key sets equal."""
     files = {shard.file: shard for shard in checkpoint.shards}
     mapped: dict[str, set[str]] = {}
     if not weight_map:
         yield Finding("empty_index", INDEX_FILE, None, "no tensor", "every tensor in weight_map")
     for name, file in weight_map.items():
-        if reason := plain_name(file):
+        if reason := name_obstacle(file):
             expected = "a plain file name"
             yield Finding("file_name", INDEX_FILE, name, reason, expected)
         elif not file.endswith(SHARD_SUFFIX):
@@ -112,7 +116,8 @@ def check_spec(
     tensor_map: Mapping[str, Any],
     style: SpecDtypeStyle,
 ) -> Iterator[Finding]:
-    """The spec covers exactly the names of the index, with the shapes and dtypes of the headers.
+    """Check that the spec covers exactly the names of the index, with the headers' shapes and
+    dtypes.
 
     Torch names, with or without `torch.`, and safetensors tags all count as equal; a spelling other
     than `style` is a warning, since no public source says which one the service reads.

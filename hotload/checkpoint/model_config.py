@@ -29,7 +29,8 @@ _COMPANION_SUFFIXES = ("_scale_inv", "_scale", "_scales")
 def check_config(
     config: Mapping[str, Any], base_config: Mapping[str, Any], ignored: Collection[str]
 ) -> Iterator[Finding]:
-    """Differences from the base model's config.json that the service refuses (protocol §10).
+    """Find the differences from the base model's config.json that the service refuses (protocol
+    §10).
 
     `ignored` are the top-level keys of `validation.extra_fields_ignore`. Only `quantization_config`
     may be extra.
@@ -58,7 +59,8 @@ def check_config(
 
 
 def check_quantization(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Quantized tensors need `quantization_config` and scales in the spec (wire-format §6).
+    """Check that quantized tensors have `quantization_config` and scales in the spec (wire-format
+    §6).
 
     The spec names exactly the tensors of the shards (another check), so a scale in a shard is a
     scale in the spec.
@@ -91,7 +93,8 @@ def check_base(
     config: Mapping[str, Any],
     base_shapes: Mapping[str, tuple[int, ...] | None],
 ) -> Iterator[Finding]:
-    """The tensor set is the base model's, scales aside; shapes equal where neither side is packed.
+    """Check that the tensor set is the base model's, scales aside, and shapes where neither is
+    packed.
 
     With `tie_word_embeddings` the head may be missing, and a copy of it is a warning.
     """
@@ -120,7 +123,7 @@ def check_base(
 
 
 def is_tied(config: Mapping[str, Any]) -> bool | None:
-    """Whether the model's head shares the bytes of its embeddings; None where nothing tells."""
+    """Tell whether the model's head shares the bytes of its embeddings; None where unknown."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     told = config.get("tie_word_embeddings", inner)
@@ -128,7 +131,7 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
 
 
 def is_head(name: str) -> bool:
-    """Whether this is the tensor that a tied head duplicates."""
+    """Tell whether this is the tensor that a tied head duplicates."""
     return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 

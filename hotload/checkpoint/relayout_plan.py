@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from hotload.checkpoint.anatomy import Place, is_delta, natural, part_of, place
+from hotload.checkpoint.anatomy import Place, is_delta, natural_key, part_of, place_key
 from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.index_and_spec import build_index, build_spec, check_index
 from hotload.checkpoint.model_config import is_head, is_tied
@@ -85,8 +85,8 @@ class Plan:
     dropped_metadata: tuple[str, ...]
 
 
-def select(files: Iterable[str], index: bytes | None) -> Selection:
-    """Which files hold the weights, which travel along, and which stay behind.
+def select_files(files: Iterable[str], index: bytes | None) -> Selection:
+    """Sort the files into those that hold the weights, travel along, or stay behind.
 
     With an index the shards are those it lists, as for a loader; without one `model.safetensors`,
     or else every shard.
@@ -127,14 +127,14 @@ def select(files: Iterable[str], index: bytes | None) -> Selection:
     return Selection(tuple(taken), tuple(side_files), tuple(left_out))
 
 
-def plan(
+def plan_relayout(
     shards: Sequence[ShardHeader],
     config: bytes | None,
     index: bytes | None,
     *,
     limit_bytes: int = SHARD_WARNING_BYTES,
 ) -> Plan:
-    """What to write for these shards; no file of more than one tensor reaches `limit_bytes`.
+    """Plan the shards to write; no file of more than one tensor reaches `limit_bytes`.
 
     A layer above it is spread over several files. With `tie_word_embeddings` a head is left out;
     its bytes are compared before that is done.
@@ -158,7 +158,7 @@ def plan(
     groups: dict[Place, list[tuple[str, TensorInfo]]] = {}
     for file, tensor in tensors:
         if tensor.name not in heads:
-            groups.setdefault(place(tensor.name), []).append((file, tensor))
+            groups.setdefault(place_key(tensor.name), []).append((file, tensor))
     contents = [one for key in sorted(groups) for one in _split(groups[key], limit_bytes)]
     shared, own, dropped_metadata = _metadata(shards)
     planned = []
@@ -178,8 +178,9 @@ def plan(
     )
 
 
-def compared(tied: TiedHead, *, is_copy: bool, is_told: bool) -> Finding | None:
-    """What to say of a head whose bytes were compared with the embeddings; None where all is well.
+def head_warning(tied: TiedHead, *, is_copy: bool, is_told: bool) -> Finding | None:
+    """Say what is wrong with a head whose bytes were compared with the embeddings; None if nothing
+    is.
 
     `is_told` says that config.json ties it.
     """
@@ -241,7 +242,7 @@ def _split(
 ) -> Iterator[list[tuple[str, TensorInfo]]]:
     piece: list[tuple[str, TensorInfo]] = []
     size = 0
-    for source, tensor in sorted(content, key=lambda one: natural(one[1].name)):
+    for source, tensor in sorted(content, key=lambda one: natural_key(one[1].name)):
         more = tensor.size_bytes + 6 * len(tensor.name) + _ENTRY_BYTES  # JSON escapes take 6
         if piece and size + more >= limit_bytes:
             yield piece

@@ -40,7 +40,7 @@ def check_full(
     extra_fields_ignore: Collection[str] = (),
     spec_dtype_style: SpecDtypeStyle = "torch",
 ) -> tuple[Finding, ...]:
-    """Every broken rule of a full snapshot (wire-format §6, protocol §10).
+    """Collect every broken rule of a full snapshot (wire-format §6, protocol §10).
 
     `base_config` is the served base model's config.json and `base_shapes` its tensors by name, a
     shape being None where only an index is known; what is not given is not compared. A spec that
@@ -76,7 +76,7 @@ def check_full(
 
 
 def check_lora(checkpoint: Checkpoint, *, base_model: str | None = None) -> tuple[Finding, ...]:
-    """Every broken rule of a LoRA snapshot in PEFT format (wire-format §6, protocol §10).
+    """Collect every broken rule of a LoRA snapshot in PEFT format (wire-format §6, protocol §10).
 
     `base_model` is the name the service serves the base under; without it any name passes. Adapters
     in `.bin` are pickles, which nothing here opens: a warning says that they went unchecked.
@@ -107,7 +107,7 @@ def check_lora(checkpoint: Checkpoint, *, base_model: str | None = None) -> tupl
 
 
 def refuse_errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The warnings among the findings.
+    """Raise the findings that are errors; return those that are warnings.
 
     Raises:
         InvalidCheckpointError: with the findings that are errors, if there are any.

@@ -87,7 +87,7 @@ class ShardHeader:
 
 
 def header_size(prefix: bytes, *, file: str, size_bytes: int) -> int:
-    """How many leading bytes of the file `read_header` needs, the 8-byte prefix included.
+    """Compute how many leading bytes of the file `read_header` needs, the 8-byte prefix included.
 
     `prefix` is the first 8 bytes, `size_bytes` the size of the file. The answer is never more than
     the file and never more than 100 MB, so a caller may allocate it.
@@ -108,7 +108,7 @@ def header_size(prefix: bytes, *, file: str, size_bytes: int) -> int:
 
 
 def read_header(head: bytes, *, file: str, size_bytes: int) -> ShardHeader:
-    """The checked header of a shard (wire-format §1, §6).
+    """Read and check the header of a shard (wire-format §1, §6).
 
     `head` is the beginning of the file, at least `header_size` bytes; `size_bytes` the size of the
     file. Refused: duplicate keys, non-string metadata, unknown dtypes, a size other than dtype ×
@@ -145,7 +145,8 @@ def read_header(head: bytes, *, file: str, size_bytes: int) -> ShardHeader:
 
 
 def render_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file: length, compact JSON in the order given (wire-format §1).
+    """Write the head of a safetensors file: length, compact JSON in the order given (wire-format
+    §1).
 
     Padded with spaces to a multiple of 8.
     """
@@ -162,8 +163,8 @@ def render_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) ->
 
 
 def storage_bytes(dtype: str, shape: Iterable[int]) -> int | None:
-    """Bytes a tensor occupies; None where dtype × shape is no whole number of bytes, or 2^63
-    elements and more.
+    """Compute the bytes a tensor occupies; None where dtype × shape is no whole number of bytes, or
+    2^63 elements and more.
 
     Raises:
         KeyError: no such dtype.
@@ -175,7 +176,7 @@ def storage_bytes(dtype: str, shape: Iterable[int]) -> int | None:
 
 
 def read_json_object(data: bytes, *, file: str) -> dict[str, Any]:
-    """The JSON object in `data`; duplicate keys, at any depth, are refused.
+    """Parse the JSON object in `data`; duplicate keys, at any depth, are refused.
 
     Raises:
         InvalidCheckpointError: not UTF-8, not JSON, nested too deeply, or not an object.
@@ -195,8 +196,8 @@ def read_json_object(data: bytes, *, file: str) -> dict[str, Any]:
     return value
 
 
-def plain_name(name: object) -> str | None:
-    """Why `name` is not a plain file name; None if it is.
+def name_obstacle(name: object) -> str | None:
+    """Say why `name` is not a plain file name; None if it is.
 
     No separators, nothing unprintable, and no `?` or `#`, which object stores take for their own.
     """

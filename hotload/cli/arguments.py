@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argparse.Namespace:
-    """The command line as values; `worker_count` is the default of --workers.
+    """Parse the command line; `worker_count` is the default of --workers.
 
     Ends the process after --help and on a wrong command line.
     """

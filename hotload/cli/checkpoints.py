@@ -30,7 +30,7 @@ from hotload.quantities import plural, size
 
 
 def check(options: Namespace, _: ProgressBar | None) -> CommandResult:
-    """Every layout rule; one line per finding."""
+    """Check every layout rule; one line per finding."""
     directory: Path = options.dir
     previous = None if options.previous is None else read_checkpoint(options.previous)
     kind: SnapshotKind | None = None
@@ -63,7 +63,7 @@ def check(options: Namespace, _: ProgressBar | None) -> CommandResult:
 
 
 def doctor(options: Namespace, bar: ProgressBar | None) -> CommandResult:
-    """The checkpoint again, in the required layout."""
+    """Write the checkpoint again, in the required layout."""
     done = relayout_directory(options.dir, options.out, progress=bar)
     written = f"{plural(done.tensor_count, 'tensor')} in {plural(done.shard_count, 'shard')}"
     lines = [

@@ -22,10 +22,10 @@ from hotload.delta.inspect_delta import (
     PartFacts,
     TensorFacts,
     delta_facts,
-    parts,
+    facts_by_part,
     plain_facts,
     spec_forms,
-    total,
+    total_facts,
 )
 from hotload.directory.files import read_checkpoint
 from hotload.directory.inputs import open_delta
@@ -41,7 +41,7 @@ _RECORDS = Path("..", "_hotload", "snapshots")
 
 
 def kind_of(checkpoint: Checkpoint) -> SnapshotKind:
-    """Whether the files are a full checkpoint, a delta or a LoRA."""
+    """Tell whether the files are a full checkpoint, a delta or a LoRA."""
     if checkpoint.is_lora:
         return SnapshotKind.LORA
     index = _document(checkpoint, INDEX_FILE)
@@ -49,7 +49,7 @@ def kind_of(checkpoint: Checkpoint) -> SnapshotKind:
 
 
 def inspect(options: Namespace, bar: ProgressBar | None) -> CommandResult:
-    """Kind, lineage, tensors, bytes, and what changed per layer."""
+    """Show kind, lineage, tensors, bytes, and what changed per layer."""
     directory: Path = options.dir
     checkpoint = read_checkpoint(directory)
     kind = kind_of(checkpoint)
@@ -68,7 +68,7 @@ def inspect(options: Namespace, bar: ProgressBar | None) -> CommandResult:
         tensors = tuple(plain_facts(checkpoint.shards))
         facts |= _model(checkpoint)
         lines = _plain_lines(facts)
-    everything = total("all", tensors)
+    everything = total_facts("all", tensors)
     unchanged = sum(one.changed_element_count == 0 for one in tensors)
     facts |= {
         "shard_count": len(checkpoint.shards),
@@ -76,10 +76,10 @@ def inspect(options: Namespace, bar: ProgressBar | None) -> CommandResult:
         # In the dialects of changed tensors only, the others are not there to be counted.
         "unchanged_tensor_count": unchanged if facts.get("dialect") == FIREWORKS else None,
         "dtypes": _dtypes(tensors),
-        "parts": [{"part": one.part, **_part(one)} for one in parts(tensors)],
+        "parts": [{"part": one.part, **_part(one)} for one in facts_by_part(tensors)],
     }
     lines += _total_lines(facts, everything)
-    return CommandResult(facts, (*lines, "", *_table(parts(tensors), everything)))
+    return CommandResult(facts, (*lines, "", *_table(facts_by_part(tensors), everything)))
 
 
 def _document(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:

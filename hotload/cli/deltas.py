@@ -17,7 +17,7 @@ from hotload.cli.wording import density_percent, ratio
 from hotload.delta.checksums import Checksum
 from hotload.delta.dialects import Dialect, Lineage
 from hotload.delta.encode import DeltaStats
-from hotload.delta.frame import best_writer, describe
+from hotload.delta.frame import best_method, describe_method
 from hotload.delta.ordered_threads import Workers
 from hotload.directory import files as local
 from hotload.directory import operations
@@ -56,7 +56,7 @@ def encode(options: Namespace, bar: ProgressBar | None) -> CommandResult:
         "dialect": dialect.value,
         "checksum": checksum.value,
         "lineage": None if lineage is None else asdict(lineage),
-        "frame_writer": describe(best_writer()),
+        "frame_writer": describe_method(best_method()),
         "seconds": round(time.monotonic() - started, 3),
         **_counts(shards, size_bytes),
         **_signal(options, lineage),

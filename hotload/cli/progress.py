@@ -44,8 +44,8 @@ class ProgressBar:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[ProgressBar | None]:
-    """A bar on standard error until the block ends; None where that is no terminal."""
+def progress_bar(label: str) -> Iterator[ProgressBar | None]:
+    """Show a bar on standard error until the block ends; None where that is no terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return

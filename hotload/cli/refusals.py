@@ -38,7 +38,7 @@ class UsageError(Exception):
 
 
 def refusal(error: Exception) -> CommandResult:
-    """What to say about an expected error."""
+    """Word an expected error, with its exit code."""
     if isinstance(error, InvalidCheckpointError):
         findings = error.findings
         facts = {"findings": [asdict(finding) for finding in findings]}

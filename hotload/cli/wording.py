@@ -6,23 +6,23 @@ from collections.abc import Sequence
 
 
 def ratio(whole: int, part: int) -> str:
-    """How many times smaller the part is."""
+    """Say how many times smaller the part is."""
     times = whole / part if part else 1.0
     return f"{times:,.0f}" if times >= 1000 else f"{times:.1f}"
 
 
 def density_percent(density: float | None) -> str:
-    """A share in per cent; a dash where it is unknown."""
+    """Show a share in per cent; a dash where it is unknown."""
     return "–" if density is None else f"{density:.2%}"
 
 
 def one_line(text: str) -> str:
-    """The text without anything that would move a terminal's cursor: names come from files."""
+    """Escape whatever would move a terminal's cursor: names come from files."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned columns: the first to the left, all others to the right."""
+    """Align columns: the first to the left, all others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return [

@@ -13,7 +13,7 @@ import numpy as np
 
 from hotload.checkpoint.safetensors import ShardHeader, TensorInfo
 from hotload.delta.byte_io import ByteArray, Bytes, InMemory, Readable, Writable, read_bytes
-from hotload.delta.checksums import start
+from hotload.delta.checksums import start_checksum
 from hotload.delta.envelope import ARC_V2, Envelope, check_payload, shard_obstacle
 from hotload.delta.frame import PIECE_BYTES, is_zero_frame, read_frame
 from hotload.delta.ordered_threads import Turnstile, Workers, run_in_order
@@ -35,7 +35,7 @@ class Payload:
 def payloads(
     delta: Readable, header: ShardHeader, envelope: Envelope = ARC_V2
 ) -> dict[str, Payload]:
-    """The payloads of a delta shard by tensor name.
+    """Find the payloads of a delta shard, by tensor name.
 
     Raises:
         DeltaError: the header is not one of a delta in this envelope.
@@ -53,7 +53,7 @@ def payloads(
 
 
 def decode_tensor(base: Bytes, frame: Bytes, *, adler32: int, subject: str) -> bytearray:
-    """The bytes `frame` makes of `base`; `subject` names the tensor in errors.
+    """Decode `frame` on `base`; `subject` names the tensor in errors.
 
     Raises:
         DeltaError: not exactly one frame of the size of `base`.
@@ -205,7 +205,7 @@ def _restored(
             payload.source, payload.start, payload.end, size, np.empty(room, np.uint8), subject
         )
     )
-    running = start(payload.envelope.checksum) if payload else None
+    running = start_checksum(payload.envelope.checksum) if payload else None
     restored = np.empty(room, np.uint8)
     for offset in range(tensor.start, tensor.end, PIECE_BYTES):
         piece = restored[: tensor.end - offset]

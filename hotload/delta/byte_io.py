@@ -52,7 +52,7 @@ class InMemory:
 
 
 def read_bytes(source: Readable, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset` on."""
+    """Read `size` bytes from `offset` on."""
     data = bytearray(size)
     source.read_into(offset, memoryview(data))
     return bytes(data)

@@ -70,8 +70,8 @@ class Adler32:
         return f"{self.value:08x}"
 
 
-def start(checksum: Checksum) -> Running:
-    """A checksum over no bytes yet."""
+def start_checksum(checksum: Checksum) -> Running:
+    """Begin a checksum, over no bytes yet."""
     starts: dict[Checksum, Callable[[], Running]] = {
         Checksum.ADLER32: Adler32,
         Checksum.XXH3_128: xxhash.xxh3_128,
@@ -81,7 +81,7 @@ def start(checksum: Checksum) -> Running:
 
 
 def join_adler32(first: int, second: int, second_size_bytes: int) -> int:
-    """The Adler-32 of two runs of bytes, one after the other, from the Adler-32 of each."""
+    """Join the Adler-32 of two runs of bytes that follow one another."""
     low = (first & 0xFFFF) + (second & 0xFFFF) - 1
     high = (first >> 16) + (second >> 16) + second_size_bytes * ((first & 0xFFFF) - 1)
     return high % _MODULUS << 16 | low % _MODULUS

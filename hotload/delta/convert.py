@@ -12,7 +12,7 @@ import zstandard
 from hotload.checkpoint.safetensors import ShardHeader
 from hotload.delta.apply import Payload
 from hotload.delta.byte_io import Bytes, InMemory, Readable, Writable, read_bytes
-from hotload.delta.checksums import start
+from hotload.delta.checksums import start_checksum
 from hotload.delta.envelope import Envelope, delta_head
 from hotload.delta.frame import (
     HEADER_LIMIT_BYTES,
@@ -25,7 +25,7 @@ from hotload.delta.shard_writer import DeltaFile
 
 
 def is_unchanged(payload: Payload) -> bool:
-    """Whether this is the frame we write for a tensor that did not change, told by its bytes.
+    """Tell by its bytes whether this is the frame that we write for an unchanged tensor.
 
     Zeros in the frame of another encoder count as a change. That costs the frame's bytes and no
     more: receivers that want changed tensors only take others, too (wire-format §3).
@@ -38,12 +38,12 @@ def is_unchanged(payload: Payload) -> bool:
     return is_zero_frame(payload.source, payload.start, payload.end, head.content_size)
 
 
-def changed_only(payloads: Mapping[str, Payload]) -> dict[str, Payload]:
-    """The payloads without those that are unchanged."""
+def changed_payloads(payloads: Mapping[str, Payload]) -> dict[str, Payload]:
+    """Leave out the payloads that are unchanged."""
     return {name: payload for name, payload in payloads.items() if not is_unchanged(payload)}
 
 
-def complete(
+def complete_payloads(
     payloads: Mapping[str, Payload],
     base: Readable,
     base_header: ShardHeader,
@@ -51,7 +51,7 @@ def complete(
     *,
     on_bytes: Callable[[int], object],
 ) -> dict[str, Payload]:
-    """A payload for every tensor of a base shard, in its order.
+    """Give every tensor of a base shard a payload, in its order.
 
     Where there is none the tensor did not change: the frame is one of zeros, the checksum that of
     the base's bytes. `on_bytes` hears of the bytes read for that.
@@ -67,7 +67,7 @@ def complete(
             content_size(payload.source, payload.start, payload.end, subject, expected=size)
             found[tensor.name] = payload
             continue
-        checksum = start(envelope.checksum)
+        checksum = start_checksum(envelope.checksum)
         for at in range(0, size, PIECE_BYTES):
             offset = base_header.data_start + tensor.start + at
             checksum.update(read_bytes(base, offset, min(PIECE_BYTES, size - at)))

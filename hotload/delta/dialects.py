@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import NoReturn
 
 from hotload.checkpoint.names import INDEX_FILE
-from hotload.checkpoint.safetensors import SHARD_SUFFIX, plain_name, read_json_object
+from hotload.checkpoint.safetensors import SHARD_SUFFIX, name_obstacle, read_json_object
 from hotload.delta.checksums import Checksum
 from hotload.delta.envelope import ARC_V2, Envelope
 from hotload.errors import DeltaError, InvalidCheckpointError, InvalidIdentityError, shorten
@@ -72,7 +72,7 @@ class DeltaIndex:
 
 
 def envelope_of(dialect: Dialect, checksum: Checksum = Checksum.ADLER32) -> Envelope:
-    """What stands around the payloads in this dialect.
+    """Return what stands around the payloads in this dialect.
 
     Raises:
         DeltaError: its receivers do not compare this checksum.
@@ -106,7 +106,8 @@ def check_lineage(dialect: Dialect, lineage: Lineage | None) -> None:
 
 
 def join_lineages(lineages: list[Lineage | None]) -> Lineage | None:
-    """The lineage of consecutive deltas folded into one: the first's base, the last's version.
+    """Join the lineages of consecutive deltas folded into one: the first's base, the last's
+    version.
 
     None where the dialect tells none. A slime receiver counts by one: it takes a folded delta only
     after `convert` gave it the number it waits for.
@@ -123,8 +124,8 @@ def join_lineages(lineages: list[Lineage | None]) -> Lineage | None:
 
 
 def render_index(lineage: Lineage, checksum: Checksum, weight_map: Mapping[str, str]) -> bytes:
-    """`model.safetensors.index.json` of a delta that tells its lineage: the shard file of every
-    tensor that changed (wire-format §5). For no change the map is empty.
+    """Write the `model.safetensors.index.json` of a delta that states its lineage: the shard file
+    of every tensor that changed (wire-format §5). For no change the map is empty.
     """
     metadata = {
         "version": lineage.version,
@@ -138,7 +139,7 @@ def render_index(lineage: Lineage, checksum: Checksum, weight_map: Mapping[str, 
 
 
 def parse_index(data: bytes) -> DeltaIndex:
-    """What the index of a delta directory says; it may come from anybody.
+    """Parse the index of a delta directory, which may come from anybody.
 
     An index without `delta_encoding` is that of a full checkpoint, which Fireworks deltas carry.
 
@@ -203,7 +204,7 @@ def _weight_map(value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         _refuse("weight_map", value, "an object")
     for name, file in value.items():
-        if plain_name(file) or not file.endswith(SHARD_SUFFIX):
+        if name_obstacle(file) or not file.endswith(SHARD_SUFFIX):
             _refuse(f"weight_map of {shorten(name)}", file, f"a plain name ending {SHARD_SUFFIX}")
     return value
 

@@ -13,9 +13,22 @@ import numpy as np
 
 from hotload.checkpoint.safetensors import DTYPE_BITS, ShardHeader, TensorInfo
 from hotload.delta.byte_io import ByteArray, Bytes, Readable, Writable, read_bytes
-from hotload.delta.checksums import ADLER32_OF_NOTHING, Checksum, adler32, join_adler32, start
+from hotload.delta.checksums import (
+    ADLER32_OF_NOTHING,
+    Checksum,
+    adler32,
+    join_adler32,
+    start_checksum,
+)
 from hotload.delta.envelope import ARC_V2, Envelope, delta_head, shard_obstacle
-from hotload.delta.frame import PIECE_BYTES, FrameMethod, FrameWriter, best_writer, pack, writer_for
+from hotload.delta.frame import (
+    PIECE_BYTES,
+    FrameMethod,
+    FrameWriter,
+    best_method,
+    method_for,
+    pack_piece,
+)
 from hotload.delta.ordered_threads import Turnstile, Workers, run_in_order
 from hotload.delta.shard_writer import DeltaFile
 from hotload.errors import LayoutMismatchError
@@ -78,7 +91,8 @@ class DeltaStats:
 def encode_tensor(
     base: Bytes, target: Bytes, *, writer: FrameMethod | None = None
 ) -> tuple[bytes, int]:
-    """The frame that turns `base` into `target`, and the Adler-32 of `target` (wire-format §1).
+    """Encode the frame that turns `base` into `target`, and sum the Adler-32 of `target`
+    (wire-format §1).
 
     Raises:
         LayoutMismatchError: the two differ in size.
@@ -93,7 +107,7 @@ def encode_tensor(
         for at in range(0, size, PIECE_BYTES)
     )
     chunks: list[Bytes] = []
-    writer = writer_for(size, writer or best_writer())
+    writer = method_for(size, writer or best_method())
     frame = FrameWriter(size, chunks.append, writer=writer)
     span = _pack(pieces, size, writer, is_end=True)
     for packed, piece_bytes in span.pieces:
@@ -127,7 +141,7 @@ def encode_shard(
     """
     if reason := shard_obstacle(base_header, target_header):
         raise LayoutMismatchError(reason)
-    writer = writer or best_writer()
+    writer = writer or best_method()
     reader = _Reader(base, base_header.data_start, target, target_header.data_start)
     base_head = read_bytes(base, 0, base_header.data_start)
     target_head = read_bytes(target, 0, target_header.data_start)
@@ -136,7 +150,7 @@ def encode_shard(
     file = DeltaFile(out, room)
     tensors: list[TensorDelta] = []
     jobs = (
-        partial(reader.encode, tensor, span, sums, writer_for(tensor.size_bytes, writer))
+        partial(reader.encode, tensor, span, sums, method_for(tensor.size_bytes, writer))
         for tensor in base_header.tensors
         for span in _spans(tensor)
     )
@@ -226,7 +240,7 @@ class _Sums:
         self.turns = Turnstile()
         self._files = {head: hashlib.sha256(head) for head in heads}
         self._algorithm = algorithm
-        self._tensor = start(algorithm)
+        self._tensor = start_checksum(algorithm)
         self.are_needed = bool(self._files) or algorithm is not Checksum.ADLER32
 
     def add(self, tensor: TensorInfo, span: range, data: memoryview) -> str:
@@ -239,7 +253,7 @@ class _Sums:
             if self._algorithm is Checksum.ADLER32:
                 return ""
             if span.start == tensor.start:
-                self._tensor = start(self._algorithm)
+                self._tensor = start_checksum(self._algorithm)
             self._tensor.update(data)
             return self._tensor.hexdigest() if span.stop == tensor.end else ""
 
@@ -259,9 +273,9 @@ class _OpenTensor:
         writer: FrameMethod,
     ) -> None:
         self._tensor, self._envelope = tensor, envelope
-        frame_writer = writer_for(tensor.size_bytes, writer)
+        frame_writer = method_for(tensor.size_bytes, writer)
         self._frame = FrameWriter(tensor.size_bytes, write, writer=frame_writer)
-        self._checksum = start(envelope.checksum).hexdigest()
+        self._checksum = start_checksum(envelope.checksum).hexdigest()
         self._adler32, self._changed_element_count = ADLER32_OF_NOTHING, 0
 
     def add(self, span: _Span) -> None:
@@ -305,7 +319,7 @@ def _pack(
         reached += len(target)
         difference = np.bitwise_xor(base, target, out=room)
         checksum = adler32(target.data, checksum)
-        blocks = pack(difference, writer=writer, is_last=is_end and reached == size_bytes)
+        blocks = pack_piece(difference, writer=writer, is_last=is_end and reached == size_bytes)
         if blocks is not None and element is not None:
             changed += int(np.count_nonzero(difference.view(element)))
         packed.append((blocks, len(target)))

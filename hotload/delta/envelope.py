@@ -34,11 +34,11 @@ class Envelope:
         return f"{spelling} {name.get(self.checksum, 'BLAKE3')}"
 
     def spell(self, value: str) -> str:
-        """The text for `__metadata__` of a checksum given in hex of full width."""
+        """Spell a checksum, given in hex of full width, for `__metadata__`."""
         return str(int(value, 16)) if self.is_decimal else value
 
     def parse(self, text: str | None) -> str | None:
-        """The checksum in hex of full width; None unless the text is written exactly so.
+        """Read a checksum into hex of full width; None unless it is written exactly so.
 
         Receivers compare text, so a leading zero, a sign or an upper-case digit is another value.
         """
@@ -58,7 +58,7 @@ ARC_V2 = Envelope(Checksum.ADLER32, is_decimal=True, has_every_tensor=True)
 def delta_head(
     frames: Mapping[str, int], checksums: Mapping[str, str], envelope: Envelope
 ) -> bytes:
-    """The head of a delta shard by frame size in bytes and checksum in hex of each tensor."""
+    """Write the head of a delta shard from frame size in bytes and checksum in hex of each tensor."""
     end = 0
     entries = []
     for name, size in frames.items():
@@ -68,7 +68,9 @@ def delta_head(
 
 
 def check_delta_shard(delta: ShardHeader, base: ShardHeader) -> Iterator[Finding]:
-    """Broken rules of a delta shard's header on the shard it applies to (wire-format §1, §2)."""
+    """Yield the broken rules of a delta shard's header on the shard it applies to (wire-format §1,
+    §2).
+    """
     for name in sorted(base.by_name.keys() - delta.by_name.keys()):
         yield publisher_finding(
             "missing_tensor", delta.file, name, "no payload", "every tensor of the base shard"
@@ -82,7 +84,7 @@ def check_delta_shard(delta: ShardHeader, base: ShardHeader) -> Iterator[Finding
 
 
 def check_payload(delta: ShardHeader, tensor: TensorInfo, envelope: Envelope) -> Iterator[Finding]:
-    """Broken rules of one tensor in a delta shard's header (wire-format §1, §3)."""
+    """Yield the broken rules of one tensor in a delta shard's header (wire-format §1, §3)."""
     if tensor.dtype != "U8" or len(tensor.shape) != 1:
         found = f"{tensor.dtype} {shorten(list(tensor.shape))}"
         yield publisher_finding(
@@ -96,7 +98,7 @@ def check_payload(delta: ShardHeader, tensor: TensorInfo, envelope: Envelope) ->
 
 
 def shard_obstacle(base: ShardHeader, target: ShardHeader) -> str | None:
-    """Why one shard cannot be a delta on another, or None when it can."""
+    """Say why one shard cannot be a delta on another; None when it can."""
     if base.tensors == target.tensors:
         return None
     if base.by_name.keys() != target.by_name.keys():
@@ -113,5 +115,5 @@ def shard_obstacle(base: ShardHeader, target: ShardHeader) -> str | None:
 def publisher_finding(
     rule: str, file: str, tensor: str | None, found: str, expected: str
 ) -> Finding:
-    """A broken rule of a delta, which the publisher made and must make again."""
+    """Report a broken rule of a delta, which the publisher made and must make again."""
     return Finding(rule, file, tensor, found, expected, who="publisher")

@@ -19,11 +19,11 @@ from hotload.delta.envelope import Envelope, delta_head
 from hotload.delta.frame import (
     PIECE_BYTES,
     FrameWriter,
-    best_writer,
+    best_method,
     content_size,
-    pack,
+    method_for,
+    pack_piece,
     read_frame,
-    writer_for,
 )
 from hotload.delta.ordered_threads import OnBytes
 from hotload.delta.shard_writer import DeltaFile
@@ -129,13 +129,13 @@ def _append_xor(
     keep_zeros: bool,
     on_bytes: OnBytes,
 ) -> int:
-    writer = writer_for(size_bytes, best_writer())
+    writer = method_for(size_bytes, best_method())
     frame = FrameWriter(size_bytes, file.append, writer=writer)
     payload_bytes = _total(changes)
     reached, told = 0, 0
     for piece in _folded(name, changes, size_bytes):
         reached += len(piece)
-        frame.add(pack(piece, writer=writer, is_last=reached == size_bytes), len(piece))
+        frame.add(pack_piece(piece, writer=writer, is_last=reached == size_bytes), len(piece))
         done = payload_bytes * reached // size_bytes
         on_bytes(done - told)
         told = done

@@ -42,21 +42,21 @@ class FrameMethod(StrEnum):
     LEVEL_ONE = "zstd level 1"
 
 
-def best_writer() -> FrameMethod:
-    """Sequences where the system has a libzstd for them, else level 1."""
+def best_method() -> FrameMethod:
+    """Choose sequences where the system has a libzstd for them, else level 1."""
     return FrameMethod.SEQUENCES if sequence_coder() else FrameMethod.LEVEL_ONE
 
 
-def describe(writer: FrameMethod) -> str:
-    """The writer with the library behind it, for a report."""
+def describe_method(writer: FrameMethod) -> str:
+    """Name the method with the library behind it, for a report."""
     coder = sequence_coder()
     if writer is FrameMethod.SEQUENCES and coder:
         return f"{writer} (libzstd {coder.version})"
     return f"{writer} (zstandard {zstandard.__version__})"
 
 
-def pack(difference: ByteArray, *, writer: FrameMethod, is_last: bool) -> bytes | None:
-    """A piece of at most `PIECE_BYTES` as `FrameWriter.add` takes it; None where it is all zeros.
+def pack_piece(difference: ByteArray, *, writer: FrameMethod, is_last: bool) -> bytes | None:
+    """Compress a piece of at most `PIECE_BYTES` for `FrameWriter.add`; None where it is all zeros.
 
     Pieces may be packed in any thread and any order. With sequences that is the heavy part; level 1
     compresses where they are added.
@@ -71,8 +71,8 @@ def pack(difference: ByteArray, *, writer: FrameMethod, is_last: bool) -> bytes 
     return coder.blocks(difference, is_last=is_last)
 
 
-def writer_for(size_bytes: int, writer: FrameMethod) -> FrameMethod:
-    """`writer`, or level 1 where the whole content is small."""
+def method_for(size_bytes: int, writer: FrameMethod) -> FrameMethod:
+    """Choose `writer`, or level 1 where the whole content is small."""
     return writer if size_bytes > _SMALL_BYTES else FrameMethod.LEVEL_ONE
 
 
@@ -93,7 +93,7 @@ class FrameWriter:
         self._is_begun = False
 
     def add(self, packed: bytes | None, size_bytes: int) -> None:
-        """The next `size_bytes` of content."""
+        """Add the next `size_bytes` of content."""
         if packed is not None and not self._is_begun:
             self._is_begun = True
             self._begin()
@@ -132,7 +132,7 @@ class FrameWriter:
 
 
 def zero_frame(size_bytes: int) -> bytes:
-    """The frame of a tensor that did not change: 4 bytes for each 128 KiB.
+    """Write the frame of a tensor that did not change: 4 bytes for each 128 KiB.
 
     Known by comparison, so that nothing has to be decoded to see that a tensor is unchanged.
     """
@@ -142,7 +142,7 @@ def zero_frame(size_bytes: int) -> bytes:
 
 
 def is_zero_frame(source: Readable, start: int, end: int, size_bytes: int) -> bool:
-    """Whether the payload is the zero frame of `size_bytes`, as written here."""
+    """Tell whether the payload is the zero frame of `size_bytes`, as written here."""
     expected_bytes = zero_frame_bytes(size_bytes)
     return end - start == expected_bytes and read_bytes(
         source, start, expected_bytes
@@ -150,7 +150,7 @@ def is_zero_frame(source: Readable, start: int, end: int, size_bytes: int) -> bo
 
 
 def zero_frame_bytes(size_bytes: int) -> int:
-    """Length of `zero_frame(size_bytes)`, which a hostile size would make long."""
+    """Return the length of `zero_frame(size_bytes)`, which a hostile size would make long."""
     if size_bytes == 0:
         return len(_EMPTY_FRAME)
     return len(frame_head(size_bytes)) + 4 * -(-size_bytes // BLOCK_BYTES)
@@ -159,7 +159,7 @@ def zero_frame_bytes(size_bytes: int) -> int:
 def content_size(
     source: Readable, start: int, end: int, subject: str, *, expected: int | None = None
 ) -> int:
-    """The bytes that the one whole frame from `start` to `end` states; nothing is decoded.
+    """Read the size that the one frame from `start` to `end` states; nothing is decoded.
 
     Raises:
         DeltaError: anything but one whole frame that states its content size, or another size than
@@ -179,7 +179,7 @@ def content_size(
 def read_frame(
     source: Readable, start: int, end: int, size_bytes: int, buffer: ByteArray, subject: str
 ) -> Iterator[ByteArray]:
-    """The content of the frame that fills `start` to `end`, in pieces that fill `buffer` in turn.
+    """Decode the frame that fills `start` to `end`, in pieces that fill `buffer` in turn.
 
     Raises:
         DeltaError: anything but one whole frame that states `size_bytes`; `subject` names it.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hotload.checkpoint.anatomy import OTHER, Place, part_of, place
+from hotload.checkpoint.anatomy import OTHER, Place, part_of, place_key
 from hotload.checkpoint.index_and_spec import TORCH_DTYPES
 from hotload.checkpoint.safetensors import DTYPE_BITS, ShardHeader, storage_bytes
 from hotload.delta.apply import Payload
@@ -61,7 +61,7 @@ class PartFacts:
 
 
 def spec_forms(spec: Mapping[str, Any]) -> dict[str, Form]:
-    """Safetensors dtype and shape by tensor name, of every entry of a spec that tells them."""
+    """Read dtype and shape by tensor name from every entry of a spec that states them."""
     tensor_map = spec.get("tensor_map")
     forms: dict[str, Form] = {}
     for name, entry in tensor_map.items() if isinstance(tensor_map, dict) else ():
@@ -75,7 +75,7 @@ def spec_forms(spec: Mapping[str, Any]) -> dict[str, Form]:
 
 
 def plain_facts(shards: Iterable[ShardHeader]) -> Iterator[TensorFacts]:
-    """The tensors of a checkpoint that is no delta."""
+    """List the tensors of a full checkpoint."""
     for shard in shards:
         for tensor in shard.tensors:
             yield TensorFacts(
@@ -90,7 +90,7 @@ def plain_facts(shards: Iterable[ShardHeader]) -> Iterator[TensorFacts]:
 
 
 def delta_facts(name: str, payload: Payload, form: Form | None) -> TensorFacts:
-    """A tensor of a delta, counted: its frame is decoded, unless it says that nothing changed.
+    """Count what changed in a tensor: its frame is decoded, unless it says that nothing did.
 
     `form` is the tensor's dtype and shape as far as they are known.
 
@@ -120,18 +120,18 @@ def delta_facts(name: str, payload: Payload, form: Form | None) -> TensorFacts:
     )
 
 
-def parts(tensors: Iterable[TensorFacts]) -> tuple[PartFacts, ...]:
-    """The tensors taken together by part, in the order of a model."""
+def facts_by_part(tensors: Iterable[TensorFacts]) -> tuple[PartFacts, ...]:
+    """Add the tensors up by part, in the order of a model."""
     groups: dict[Place, list[TensorFacts]] = {}
     for tensor in tensors:
-        groups.setdefault(place(tensor.name), []).append(tensor)
+        groups.setdefault(place_key(tensor.name), []).append(tensor)
     return tuple(
-        total(part_of(groups[key][0].name) or OTHER, groups[key]) for key in sorted(groups)
+        total_facts(part_of(groups[key][0].name) or OTHER, groups[key]) for key in sorted(groups)
     )
 
 
-def total(part: str, tensors: Iterable[TensorFacts]) -> PartFacts:
-    """The tensors taken together."""
+def total_facts(part: str, tensors: Iterable[TensorFacts]) -> PartFacts:
+    """Add the tensors up."""
     tensors = tuple(tensors)
     changes = [tensor.changed_element_count for tensor in tensors]
     known = [change for change in changes if change is not None]

@@ -58,7 +58,7 @@ class SequenceCoder:
         self.version = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
     def blocks(self, difference: ByteArray, *, is_last: bool) -> bytes | None:
-        """zstd blocks that decode to `difference`; None where it is all zeros.
+        """Compress `difference` into zstd blocks; None where it is all zeros.
 
         `difference` has at most `PIECE_LIMIT_BYTES`. Its blocks may follow those of another piece;
         `is_last` marks the last of them as the last of its frame.
@@ -121,7 +121,7 @@ class _Context:
 
 @cache
 def sequence_coder() -> SequenceCoder | None:
-    """The coder of this process; None where no libzstd makes frames that decode again."""
+    """Find the coder of this process; None where no libzstd makes frames that decode again."""
     for name in _NAMES:
         try:
             library = ctypes.CDLL(name)
@@ -134,7 +134,7 @@ def sequence_coder() -> SequenceCoder | None:
 
 
 def frame_head(size_bytes: int) -> bytes:
-    """What stands before the blocks: magic, content size, a window of one block."""
+    """Write what stands before the blocks: magic, content size, a window of one block."""
     is_long = size_bytes >= 1 << 32
     descriptor, width = (0xC0, 8) if is_long else (0x80, 4)
     window = bytes([descriptor, 7 << 3])  # 2 ** (10 + 7) bytes
@@ -142,7 +142,7 @@ def frame_head(size_bytes: int) -> bytes:
 
 
 def zero_blocks(size_bytes: int, *, is_last: bool) -> bytes:
-    """Blocks that decode to zeros: four bytes for each 128 KiB."""
+    """Write blocks that decode to zeros: four bytes for each 128 KiB."""
     whole, rest = divmod(size_bytes, BLOCK_BYTES)
     if is_last and not rest and whole:
         whole, rest = whole - 1, BLOCK_BYTES

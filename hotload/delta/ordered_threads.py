@@ -67,7 +67,7 @@ class Turnstile:
 def run_in_order(
     jobs: Iterable[Callable[[], T]], pool: Workers | None, turns: Turnstile
 ) -> Generator[T, None, None]:
-    """The results of the jobs in their order; a few jobs are under way at a time.
+    """Run the jobs, a few at a time, and yield their results in order.
 
     Without a pool the caller does the work. When a job or the caller fails, the others are told by
     their turns, and none is running once this ends.
@@ -133,7 +133,7 @@ def for_each_shard(
     total_bytes: int,
     progress: ByteProgress | None,
 ) -> dict[str, T]:
-    """What `work` made of each file, by file in the order given.
+    """Run `work` on each file in parallel; return its results by file, in the order given.
 
     It is handed `workers` threads for the pieces of a shard, none where that is one, and is to tell
     the bytes it has done as it goes: that is also where it is stopped, by a CancelledError, once

@@ -10,7 +10,7 @@ from hotload.errors import Finding
 
 
 def check_delta(delta: Checkpoint, previous: Checkpoint) -> tuple[Finding, ...]:
-    """Every broken rule of a delta snapshot on the layout it follows (wire-format §2, §6).
+    """Collect every broken rule of a delta snapshot on the layout it follows (wire-format §2, §6).
 
     The shards of `previous` and no other, the same tensors in each, payloads as vectors of U8, one
     decimal Adler-32 per tensor, every other file byte-equal. Whether the frames decode is for
@@ -45,7 +45,7 @@ def check_delta(delta: Checkpoint, previous: Checkpoint) -> tuple[Finding, ...]:
 
 
 def delta_obstacle(previous: Checkpoint, target: Checkpoint) -> str | None:
-    """Why `target` cannot be a delta on `previous`; None when it can (wire-format §6, protocol
+    """Say why `target` cannot be a delta on `previous`; None when it can (wire-format §6, protocol
     §18).
 
     A delta needs the same shards holding the same tensors in the same order, and every other file

@@ -30,7 +30,7 @@ from hotload.checkpoint.safetensors import (
     SHARD_SUFFIX,
     ShardHeader,
     header_size,
-    plain_name,
+    name_obstacle,
     read_header,
 )
 from hotload.delta.apply import Payload, apply_shard, payloads, verify_shard
@@ -136,7 +136,7 @@ class _OpenDelta(OpenShard):
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[OpenShard]:
-    """The shard at `path`, open until the block ends.
+    """Open the shard at `path` until the block ends.
 
     Raises:
         InvalidCheckpointError: no such file, not readable, or its header breaks a rule.
@@ -146,7 +146,8 @@ def open_shard(path: Path) -> Iterator[OpenShard]:
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """The headers, documents and side files of a checkpoint directory; side files are digested.
+    """Read the headers, documents and side files of a checkpoint directory; side files are
+    digested.
 
     Which files there have to be is for `hotload.checkpoint.rules` to say.
 
@@ -178,7 +179,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file in hex.
+    """Digest a file: SHA-256 in hex.
 
     Raises:
         InvalidCheckpointError: no such file, or not readable.
@@ -202,7 +203,7 @@ def encode_file(
         InvalidCheckpointError: one of the two cannot be read.
         LayoutMismatchError: they differ in more than values.
     """
-    with open_shard(base) as old, open_shard(target) as new, writing(out) as file:
+    with open_shard(base) as old, open_shard(target) as new, replacing_file(out) as file:
         return encode_shard(
             old,
             old.header,
@@ -224,7 +225,7 @@ def apply_file(base: Path, delta: Path, out: Path, *, pool: Workers | None = Non
         InvalidCheckpointError: the base cannot be read.
         DeltaError: the delta cannot be read or applied; also ChecksumMismatchError.
     """
-    with open_shard(base) as old, open_delta_shard(delta) as change, writing(out) as file:
+    with open_shard(base) as old, open_delta_shard(delta) as change, replacing_file(out) as file:
         return apply_shard(old, old.header, payloads_on(old, change), file, pool=pool)
 
 
@@ -242,7 +243,7 @@ def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None =
 
 
 def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
-    """The payloads of an `arc_v2` delta shard: one for each tensor of its base, and no other.
+    """Find the payloads of an `arc_v2` delta shard: one for each tensor of its base, and no other.
 
     Raises:
         DeltaError: keys or payloads are not those of a delta on this base.
@@ -253,8 +254,8 @@ def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[OutFile]:
-    """A file that takes the place of `path` when the block ends, and vanishes when it raises."""
+def replacing_file(path: Path) -> Iterator[OutFile]:
+    """Write a file that takes the place of `path` when the block ends; on an error, none."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
@@ -273,7 +274,7 @@ def writing(path: Path) -> Iterator[OutFile]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Make `path` hold exactly `data`, durably; a reader never sees a part."""
-    with writing(path) as file:
+    with replacing_file(path) as file:
         file.write_at(0, data)
 
 
@@ -284,7 +285,7 @@ def copy_file(source: Path, destination: Path) -> str:
         InvalidCheckpointError: the source cannot be read.
     """
     digest, end = hashlib.sha256(), 0
-    with writing(destination) as file:
+    with replacing_file(destination) as file:
         for piece in _pieces(source):
             digest.update(piece)
             file.write_at(end, piece)
@@ -350,7 +351,7 @@ def _open_regular(path: Path) -> Iterator[int]:
 
 @contextmanager
 def open_delta_shard(path: Path) -> Iterator[OpenShard]:
-    """The delta shard at `path`, open until the block ends.
+    """Open the delta shard at `path` until the block ends.
 
     Raises:
         DeltaError: no such file, not readable, or its header breaks a rule.
@@ -379,7 +380,7 @@ def _files(directory: Path, findings: list[Finding]) -> list[Path]:
     for entry in entries:
         if entry.name.startswith(".") or TRAINER_FILE.fullmatch(entry.name):
             continue
-        if reason := plain_name(entry.name):
+        if reason := name_obstacle(entry.name):
             findings.append(Finding("file_name", reason, None, "the name", "a plain file name"))
         elif not entry.is_file(follow_symlinks=False):
             # Receivers do not walk sub-directories, and a link may lead out of the checkpoint.

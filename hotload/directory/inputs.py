@@ -36,8 +36,8 @@ class DeltaDirectory:
 
     @contextmanager
     def opened(self, names: Iterable[str]) -> Iterator[dict[str, Payload]]:
-        """The payloads of those of the names that are here, in their order; readable until the
-        block ends.
+        """Open the payloads of those of the names that are here, in their order, until the block
+        ends.
 
         Raises:
             DeltaError: a file changed since, or cannot be read any more.
@@ -103,8 +103,8 @@ class OpenDelta:
     payloads: Mapping[str, Payload]
 
 
-def read_whole(directory: Path) -> Checkpoint:
-    """The checkpoint a delta leads from or to: every tensor is there, in one place.
+def read_full(directory: Path) -> Checkpoint:
+    """Read the checkpoint a delta leads from or to: every tensor is there, in one place.
 
     Raises:
         InvalidCheckpointError: it cannot be read, has no shards, is an adapter, or its index and
@@ -117,7 +117,7 @@ def read_whole(directory: Path) -> Checkpoint:
 
 
 def read_delta(directory: Path) -> DeltaDirectory:
-    """What the delta directory says, without a frame being looked at.
+    """Read what the delta directory says, without looking at a frame.
 
     Raises:
         DeltaError: no such directory; index or headers are not those of a delta that is read here,
@@ -147,7 +147,7 @@ def read_delta(directory: Path) -> DeltaDirectory:
 
 @contextmanager
 def open_delta(directory: Path) -> Iterator[OpenDelta]:
-    """The delta directory with every payload readable until the block ends.
+    """Open the delta directory with every payload readable until the block ends.
 
     Raises:
         DeltaError: as `read_delta`.

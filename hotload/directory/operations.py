@@ -25,7 +25,7 @@ from hotload.checkpoint.names import INDEX_FILE
 from hotload.checkpoint.safetensors import TensorInfo
 from hotload.delta.apply import Payload, apply_shard, verify_shard
 from hotload.delta.checksums import Checksum
-from hotload.delta.convert import changed_only, complete, write_shard
+from hotload.delta.convert import changed_payloads, complete_payloads, write_shard
 from hotload.delta.dialects import (
     Dialect,
     Lineage,
@@ -40,7 +40,7 @@ from hotload.delta.frame import zero_frame_bytes
 from hotload.delta.ordered_threads import ByteProgress, OnBytes, Workers, for_each_shard
 from hotload.delta.rules import delta_obstacle
 from hotload.directory import files as local
-from hotload.directory.inputs import read_delta, read_whole
+from hotload.directory.inputs import read_delta, read_full
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError, LayoutMismatchError
 
 
@@ -89,7 +89,7 @@ def encode_directory(
     """
     envelope = envelope_of(dialect, checksum)
     check_lineage(dialect, lineage)
-    old, new = read_whole(base), read_whole(target)
+    old, new = read_full(base), read_full(target)
     _refuse_drift(old, new)
 
     def encode(file: str, pool: Workers | None, on_bytes: OnBytes) -> DeltaStats:
@@ -141,14 +141,14 @@ def apply_directory(
         ChecksumMismatchError: a tensor comes out otherwise than it was encoded, as on a wrong base
         or where the delta was applied before.
     """
-    old, change = read_whole(base), read_delta(delta)
+    old, change = read_full(base), read_delta(delta)
     change.check_base(old)
 
     def apply(file: str, pool: Workers | None, on_bytes: OnBytes) -> None:
         with (
             local.open_shard(base / file) as shard,
             change.opened(shard.header.by_name) as payloads,
-            local.writing(staged / file) as restored,
+            local.replacing_file(staged / file) as restored,
         ):
             apply_shard(
                 shard,
@@ -186,7 +186,7 @@ def verify_directory(
         LayoutMismatchError: the two differ in more than tensor values.
         DeltaError: the delta cannot be applied to the base, or restores other bytes.
     """
-    old, new, change = read_whole(base), read_whole(target), read_delta(delta)
+    old, new, change = read_full(base), read_full(target), read_delta(delta)
     _refuse_drift(old, new)
     change.check_base(old)
 
@@ -250,7 +250,7 @@ def convert_directory(
         if base is None:
             reason = f"{dialect} wants unchanged tensors, too: a base is needed to take them from"
             raise DeltaError(delta.name, reason)
-        owner, layout = base, read_whole(base)
+        owner, layout = base, read_full(base)
         source.check_base(layout)
         missing = {one.name: one for _, one in layout.tensors if one.name not in source.files}
     headers = {shard.file: shard for shard in layout.shards}
@@ -258,13 +258,15 @@ def convert_directory(
     def convert(file: str, _: Workers | None, on_bytes: OnBytes) -> list[str]:
         with source.opened(headers[file].by_name) as payloads:
             if not envelope.has_every_tensor:
-                payloads, all_of_them = changed_only(payloads), payloads
+                payloads, all_of_them = changed_payloads(payloads), payloads
                 on_bytes(_payload_bytes(all_of_them) - _payload_bytes(payloads))
             if owner is not delta:
                 with local.open_shard(owner / file) as shard:
-                    payloads = complete(payloads, shard, shard.header, envelope, on_bytes=on_bytes)
+                    payloads = complete_payloads(
+                        payloads, shard, shard.header, envelope, on_bytes=on_bytes
+                    )
             if payloads or envelope.has_every_tensor:
-                with local.writing(staged / file) as dressed:
+                with local.replacing_file(staged / file) as dressed:
                     write_shard(payloads, dressed, envelope, on_bytes=on_bytes)
         return list(payloads)
 
@@ -307,7 +309,7 @@ def fold_directory(
     def fold(file: str, _: Workers | None, on_bytes: OnBytes) -> tuple[str, ...]:
         with ExitStack() as stack:
             parts = [stack.enter_context(link.opened(groups[file])) for link in links]
-            folded = stack.enter_context(local.writing(staged / file))
+            folded = stack.enter_context(local.replacing_file(staged / file))
             names = fold_shard(parts, folded, first.envelope, on_bytes=on_bytes)
         if not names:
             local.remove_tree(staged / file)
@@ -327,7 +329,7 @@ def fold_directory(
 
 @contextmanager
 def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
-    """A directory that becomes `out` when the block ends, and vanishes when it raises."""
+    """Make a directory that becomes `out` when the block ends, and vanishes when it raises."""
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise _taken(out)

@@ -20,7 +20,7 @@ from hotload.checkpoint import relayout_plan
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.relayout_plan import LeftOut, Plan, PlannedShard, Selection
 from hotload.checkpoint.rules import check_full, refuse_errors
-from hotload.checkpoint.safetensors import TensorInfo, plain_name
+from hotload.checkpoint.safetensors import TensorInfo, name_obstacle
 from hotload.delta.byte_io import ByteArray
 from hotload.delta.frame import PIECE_BYTES
 from hotload.delta.ordered_threads import ByteProgress
@@ -31,8 +31,8 @@ from hotload.directory.files import (
     copy_file,
     open_shard,
     read_checkpoint,
+    replacing_file,
     write_atomic,
-    writing,
 )
 from hotload.directory.operations import new_directory
 from hotload.errors import Finding, InvalidCheckpointError
@@ -65,14 +65,14 @@ def relayout_directory(
 
     Raises:
         InvalidCheckpointError: the source is no full checkpoint, or breaks a rule that moving
-        tensors cannot mend; see `relayout_plan.plan`.
+        tensors cannot mend; see `relayout_plan.plan_relayout`.
         OSError: `out` is there and not empty, or lies in the source.
     """
     files, hidden = _files(source)
-    selection = relayout_plan.select(files, _document(source, INDEX_FILE, files))
+    selection = relayout_plan.select_files(files, _document(source, INDEX_FILE, files))
     with ExitStack() as stack:
         shards = {file: stack.enter_context(open_shard(source / file)) for file in selection.shards}
-        plan = relayout_plan.plan(
+        plan = relayout_plan.plan_relayout(
             [shard.header for shard in shards.values()],
             _document(source, CONFIG_FILE, files),
             _document(source, INDEX_FILE, files),
@@ -104,7 +104,7 @@ def _files(source: Path) -> tuple[list[str], list[LeftOut]]:
             left_out.append(LeftOut(path.name, "the trainer's own"))
         elif path.is_dir():
             left_out.append(LeftOut(path.name, "a directory"))
-        elif reason := plain_name(path.name):
+        elif reason := name_obstacle(path.name):
             _refuse("file_name", reason, "the name", "a plain file name")
         elif not path.is_file():
             _refuse("not_a_file", path.name, "a device, or a link to nothing", "files only")
@@ -133,7 +133,7 @@ def _compare_heads(plan: Plan, shards: Mapping[str, OpenShard]) -> tuple[Finding
             for other, embeddings in tied.embeddings
         )
         findings.append(
-            relayout_plan.compared(tied, is_copy=is_copy, is_told=tied in plan.tied_heads)
+            relayout_plan.head_warning(tied, is_copy=is_copy, is_told=tied in plan.tied_heads)
         )
     return refuse_errors(finding for finding in findings if finding)
 
@@ -174,7 +174,7 @@ def _write(
 def _write_shard(
     planned: PlannedShard, shards: Mapping[str, OpenShard], directory: Path, step: Step
 ) -> None:
-    with writing(directory / planned.header.file) as out:
+    with replacing_file(directory / planned.header.file) as out:
         out.write_at(0, planned.head)
         for name, tensor in zip(planned.sources, planned.header.tensors, strict=True):
             shard = shards[name]

@@ -33,7 +33,7 @@ from hotload.delta.byte_io import InMemory, read_bytes
 from hotload.delta.checksums import Checksum
 from hotload.delta.encode import SPAN_BYTES
 from hotload.delta.envelope import ARC_V2, Envelope, check_delta_shard
-from hotload.delta.frame import PIECE_BYTES, FrameMethod, best_writer, zero_frame
+from hotload.delta.frame import PIECE_BYTES, FrameMethod, best_method, zero_frame
 from hotload.delta.ordered_threads import Workers
 from hotload.errors import ChecksumMismatchError, DeltaError, LayoutMismatchError
 
@@ -274,7 +274,7 @@ def edited(size: int, share: float, seed: int = 3) -> tuple[bytes, bytes]:
 
 def test_this_machine_has_the_better_writer() -> None:
     # Without a libzstd the tests of it would pass unseen; then mend the machine, not the test.
-    assert best_writer() is FrameMethod.SEQUENCES
+    assert best_method() is FrameMethod.SEQUENCES
 
 
 @pytest.mark.parametrize("share", [0, 1e-6, 0.01, 0.05, 0.2, 0.4, 1])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import TensorSpec, deserialize, safe_open, serialize_file
 from safetensors.numpy import load_file, save_file
 
-from hotload.checkpoint.relayout_plan import plan, select
+from hotload.checkpoint.relayout_plan import plan_relayout, select_files
 from hotload.checkpoint.rules import check_full
 from hotload.checkpoint.safetensors import DTYPE_BITS, SHARD_WARNING_BYTES, ShardHeader, TensorInfo
 from hotload.delta.rules import delta_obstacle
@@ -64,7 +64,7 @@ def test_every_part_gets_a_file_of_its_own_in_the_order_of_the_model() -> None:
         "model.embed_tokens.weight",
     ]
     shards = [header(dict.fromkeys(names, ("BF16", (4, 4))))]
-    planned = plan(shards, config(), None).shards
+    planned = plan_relayout(shards, config(), None).shards
     assert [(one.header.file, [t.name for t in one.header.tensors]) for one in planned] == [
         ("model-00001-of-00006.safetensors", ["model.embed_tokens.weight"]),
         ("model-00002-of-00006.safetensors", ["model.layers.2.mlp.up_proj.weight"]),
@@ -84,7 +84,7 @@ def test_every_part_gets_a_file_of_its_own_in_the_order_of_the_model() -> None:
 def test_a_layer_of_a_mixture_of_experts_too_large_for_a_file_gets_several() -> None:
     experts = {f"model.layers.0.mlp.experts.{i}.w": ("BF16", (GiB // 2,)) for i in range(12)}
     layout = {"model.embed_tokens.weight": ("BF16", (4,)), **experts}
-    planned = plan([header(layout)], config(), None).shards
+    planned = plan_relayout([header(layout)], config(), None).shards
     assert [len(one.header.tensors) for one in planned] == [1, 4, 4, 4]
     assert all(one.header.size_bytes < SHARD_WARNING_BYTES for one in planned)
     assert [tensor.name[-3:] for tensor in planned[2].header.tensors] == [
@@ -98,7 +98,7 @@ def test_a_layer_of_a_mixture_of_experts_too_large_for_a_file_gets_several() -> 
 def test_a_tensor_above_the_limit_is_refused_since_no_file_can_hold_it() -> None:
     layout = {"model.embed_tokens.weight": ("BF16", (5 * GiB // 2,))}
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan([header(layout)], config(), None)
+        plan_relayout([header(layout)], config(), None)
     assert rules(caught) == ["shard_size"]
 
 
@@ -109,7 +109,7 @@ def test_wide_elements_come_first_so_that_every_tensor_is_aligned() -> None:
         "model.layers.0.b": ("BF16", (3,)),
     }
     quantized = config(quantization_config={"quant_method": "fp8"})
-    (planned,) = plan([header(layout)], quantized, None).shards
+    (planned,) = plan_relayout([header(layout)], quantized, None).shards
     assert [(one.dtype, one.start) for one in planned.header.tensors] == [
         ("F32", 0),
         ("BF16", 4),
@@ -128,7 +128,7 @@ def test_metadata_goes_along_where_it_stays_true() -> None:
         512,
         516,
     )
-    planned = plan([a, b], config(), None)
+    planned = plan_relayout([a, b], config(), None)
     assert [dict(one.header.metadata) for one in planned.shards] == [
         {"format": "pt"},
         {"format": "pt", "lm_head.weight": "0000abcd"},
@@ -154,7 +154,7 @@ def test_a_head_is_left_out_only_where_the_config_ties_it(
         "lm_head.weight": ("BF16", (8, 2)),
         "model.embed_tokens.weight": ("BF16", (8, 2)),
     }
-    planned = plan([header(layout)], config(**tied), None)
+    planned = plan_relayout([header(layout)], config(**tied), None)
     assert [t.name for one in planned.shards for t in one.header.tensors] == expected
     assert [one.head[1].name for one in planned.tied_heads] == (
         ["lm_head.weight"] if len(expected) == 1 else []
@@ -167,7 +167,7 @@ def test_a_tied_head_of_another_form_is_refused() -> None:
         "model.embed_tokens.weight": ("BF16", (8, 2)),
     }
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan([header(layout)], config(tie_word_embeddings=True), None)
+        plan_relayout([header(layout)], config(tie_word_embeddings=True), None)
     assert rules(caught) == ["tied_head"]
     assert "F32" in str(caught.value)
 
@@ -175,7 +175,7 @@ def test_a_tied_head_of_another_form_is_refused() -> None:
 def test_what_moving_tensors_cannot_mend_is_refused_before_anything_is_written() -> None:
     """fp8 weights need scales and a quantization_config."""
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan([header({"model.layers.0.a": ("F8_E4M3", (4,))})], config(), None)
+        plan_relayout([header({"model.layers.0.a": ("F8_E4M3", (4,))})], config(), None)
     assert rules(caught) == ["quantization_config", "missing_scale"]
 
 
@@ -183,22 +183,22 @@ def test_a_tensor_in_two_shards_is_refused_with_and_without_an_index() -> None:
     one = header({"lm_head.weight": ("F32", (1,))}, "a.safetensors")
     two = header({"lm_head.weight": ("F32", (1,))}, "b.safetensors")
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan([one, two], config(), None)
+        plan_relayout([one, two], config(), None)
     assert rules(caught) == ["duplicate_tensor"]
     two = header({"lm_head.weight": ("F32", (1,)), "b": ("F32", (1,))}, "b.safetensors")
     listed = index({"lm_head.weight": "a.safetensors", "b": "b.safetensors"})
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan([one, two], config(), listed)
+        plan_relayout([one, two], config(), listed)
     assert rules(caught) == ["duplicate_tensor"]
 
 
 def test_a_delta_is_refused() -> None:
     payloads = header({"lm_head.weight": ("U8", (30,))})
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan([payloads], config(), None)
+        plan_relayout([payloads], config(), None)
     assert rules(caught) == ["delta"]
     with pytest.raises(InvalidCheckpointError) as caught:
-        select(["model.safetensors"], index({}, delta_encoding="xor"))
+        select_files(["model.safetensors"], index({}, delta_encoding="xor"))
     assert rules(caught) == ["delta"]
 
 
@@ -223,12 +223,12 @@ forms = st.tuples(
 def test_every_plan_is_a_legal_layout_and_depends_on_names_alone(
     layout: dict[str, tuple[str, tuple[int, ...]]], limit: int, random: object
 ) -> None:
-    first = plan([header(layout)], config(), None, limit_bytes=limit)
+    first = plan_relayout([header(layout)], config(), None, limit_bytes=limit)
     shuffled = list(layout.items())
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     half = len(shuffled) // 2
     others = [header(dict(shuffled[:half]), "a"), header(dict(shuffled[half:]), "b")]
-    again = plan(others, config(), None, limit_bytes=limit)
+    again = plan_relayout(others, config(), None, limit_bytes=limit)
     assert [one.header for one in again.shards] == [one.header for one in first.shards]
     placed = [(t.name, (t.dtype, t.shape)) for one in first.shards for t in one.header.tensors]
     assert sorted(placed) == sorted(layout.items())
@@ -250,7 +250,7 @@ def test_the_index_decides_which_shards_are_the_model() -> None:
         "pytorch_model.bin.index.json",
         "tokenizer.json",
     ]
-    chosen = select(files, index({"a": "model-00001-of-00001.safetensors"}))
+    chosen = select_files(files, index({"a": "model-00001-of-00001.safetensors"}))
     assert chosen.shards == ("model-00001-of-00001.safetensors",)
     assert chosen.side_files == ("config.json", "tokenizer.json")
     assert [one.file for one in chosen.left_out] == [
@@ -262,8 +262,10 @@ def test_the_index_decides_which_shards_are_the_model() -> None:
 
 
 def test_without_an_index_the_single_file_is_the_model_or_else_every_shard() -> None:
-    assert select(["a.safetensors", "model.safetensors"], None).shards == ("model.safetensors",)
-    assert select(["b.safetensors", "a.safetensors"], None).shards == (
+    assert select_files(["a.safetensors", "model.safetensors"], None).shards == (
+        "model.safetensors",
+    )
+    assert select_files(["b.safetensors", "a.safetensors"], None).shards == (
         "a.safetensors",
         "b.safetensors",
     )
@@ -284,7 +286,7 @@ def test_what_is_no_single_model_is_refused(
     files: list[str], listed: bytes | None, rule: str
 ) -> None:
     with pytest.raises(InvalidCheckpointError) as caught:
-        select(files, listed)
+        select_files(files, listed)
     assert rules(caught) == [rule]
 
 

@@ -22,7 +22,7 @@ from hotload.checkpoint.safetensors import (
 )
 from hotload.delta import Payload, apply_shard, encode_shard, payloads
 from hotload.delta.byte_io import Bytes, InMemory, read_bytes
-from hotload.delta.checksums import Checksum, start
+from hotload.delta.checksums import Checksum, start_checksum
 from hotload.delta.convert import is_unchanged
 from hotload.delta.envelope import ARC_V2, Envelope
 from hotload.delta.fold import fold_shard
@@ -357,6 +357,6 @@ def test_checksums_of_the_last_delta_stay() -> None:
     shards = history([5000], 3, seed=9)
     links = [encode(old, new, CHANGED_ONLY) for old, new in pairwise(shards)]
     source, header = opened(shards[-1])
-    running = start(Checksum.XXH3_128)
+    running = start_checksum(Checksum.XXH3_128)
     running.update(read_bytes(source, header.data_start, 5000))
     assert fold(links, CHANGED_ONLY)["t0"].checksum == running.hexdigest()

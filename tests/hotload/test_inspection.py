@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from hotload.checkpoint.anatomy import is_delta, natural, place
+from hotload.checkpoint.anatomy import is_delta, natural_key, place_key
 from hotload.checkpoint.safetensors import ShardHeader, TensorInfo
 from hotload.delta import Payload, encode_tensor
 from hotload.delta.byte_io import InMemory
@@ -18,10 +18,10 @@ from hotload.delta.checksums import Checksum
 from hotload.delta.inspect_delta import (
     TensorFacts,
     delta_facts,
-    parts,
+    facts_by_part,
     plain_facts,
     spec_forms,
-    total,
+    total_facts,
 )
 from hotload.directory.files import open_shard
 from hotload.errors import DeltaError
@@ -73,7 +73,7 @@ def test_parts_come_in_the_order_of_the_model() -> None:
         "model.embed_tokens.weight",
         "model.layers.10.attn.w",
     ]
-    assert [(one.part, one.tensor_count) for one in parts(map(facts, names))] == [
+    assert [(one.part, one.tensor_count) for one in facts_by_part(map(facts, names))] == [
         ("embeddings", 1),
         ("model.layers.9", 1),
         ("model.layers.10", 2),
@@ -85,13 +85,13 @@ def test_parts_come_in_the_order_of_the_model() -> None:
 
 @given(st.lists(st.from_regex(r"(layers\.)?[0-9]{0,30}[a-z]?", fullmatch=True), unique=True))
 def test_no_two_names_share_a_key_and_numbers_sort_as_numbers(names: list[str]) -> None:
-    assert len({natural(name) for name in names}) == len(names)
+    assert len({natural_key(name) for name in names}) == len(names)
     numbers = sorted({int(name) for name in names if name.isdigit()})
-    assert sorted(map(str, numbers), key=natural) == [str(number) for number in numbers]
+    assert sorted(map(str, numbers), key=natural_key) == [str(number) for number in numbers]
 
 
 def test_a_number_of_thousands_of_digits_is_no_problem() -> None:
-    assert place("model.layers." + "9" * 10_000) > place("model.layers.10")
+    assert place_key("model.layers." + "9" * 10_000) > place_key("model.layers.10")
 
 
 @given(
@@ -127,7 +127,7 @@ def test_a_scalar_and_an_empty_tensor_have_facts_too() -> None:
     empty, _ = encode_tensor(b"", b"")
     found = delta_facts("w", payload(empty), ("F32", (0, 4)))
     assert (found.element_count, found.changed_element_count) == (0, 0)
-    assert total("all", [found]).density == 0
+    assert total_facts("all", [found]).density == 0
 
 
 @pytest.mark.parametrize(
@@ -171,11 +171,11 @@ def test_a_plain_checkpoint_tells_bytes_and_nothing_of_changes(tmp_path: Path) -
     with open_shard(tmp_path / "model.safetensors") as shard:
         found = {one.name: one for one in plain_facts([shard.header])}
     assert (found["b"].dtype, found["b"].size_bytes, found["b"].element_count) == ("I64", 48, 6)
-    everything = total("all", found.values())
+    everything = total_facts("all", found.values())
     assert (everything.size_bytes, everything.density) == (56, None)
 
 
 def test_density_is_that_of_all_elements_together() -> None:
-    both = total("all", [facts("a", 1, 8), facts("b", 0, 24)])
+    both = total_facts("all", [facts("a", 1, 8), facts("b", 0, 24)])
     assert both.density == 1 / 16
-    assert total("all", [facts("a", 1), facts("b", None)]).density is None
+    assert total_facts("all", [facts("a", 1), facts("b", None)]).density is None

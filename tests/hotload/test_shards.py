@@ -19,7 +19,7 @@ from hotload.checkpoint.safetensors import (
     DTYPE_BITS,
     TensorInfo,
     header_size,
-    plain_name,
+    name_obstacle,
     read_header,
     read_json_object,
     render_header,
@@ -229,7 +229,7 @@ def test_a_head_shorter_than_its_header_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "ä.safetensors", "a b"])
 def test_plain_names_pass(name: str) -> None:
-    assert plain_name(name) is None
+    assert name_obstacle(name) is None
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_plain_names_pass(name: str) -> None:
     ids=ascii,
 )
 def test_names_that_could_leave_the_directory_are_refused(name: object) -> None:
-    assert plain_name(name)
+    assert name_obstacle(name)
 
 
 def test_json_documents_are_held_to_the_same_rules() -> None:

@@ -24,9 +24,9 @@ from hotload.directory.files import (
     apply_file,
     encode_file,
     open_shard,
+    replacing_file,
     sha256_file,
     verify_file,
-    writing,
 )
 from hotload.errors import ChecksumMismatchError, DeltaError
 from tests.oracles.seeded import LARGE, SMALL, write_pair
@@ -76,7 +76,7 @@ def test_the_vendor_restores_what_ours_encoded(
     pair: tuple[Path, Path, Path], writer: FrameMethod
 ) -> None:
     base, target, delta = pair
-    with open_shard(base) as old, open_shard(target) as new, writing(delta) as out:
+    with open_shard(base) as old, open_shard(target) as new, replacing_file(delta) as out:
         encode_shard(old, old.header, new, new.header, out, writer=writer)
     restored = copy(base)
     vendor_applies(restored, delta)
