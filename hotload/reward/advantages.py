@@ -9,11 +9,11 @@ import numpy as np
 
 EPSILON = 1e-8
 
-Method = Literal["grpo", "leave_one_out", "mean_only"]
+AdvantageMethod = Literal["grpo", "leave_one_out", "mean_only"]
 
 
 def advantages(
-    rewards_G: Sequence[float | None], method: Method = "grpo"
+    rewards_G: Sequence[float | None], method: AdvantageMethod = "grpo"
 ) -> tuple[float | None, ...]:
     """An advantage per sample, over the samples that have a reward.
 

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from hotload.reward.final_number import DASHES, final_number, one_number
+from hotload.reward.math_answer import is_same_answer
 from hotload.rollout.trajectory import Problem, Provenance, Trajectory
 
 ANSWER_GROUP = "answer"
@@ -71,6 +72,16 @@ def numeric_answer(problem: Problem, trajectory: Trajectory, tolerance: float = 
         return 0.0
     share = Fraction(Decimal(str(tolerance)))
     return float(abs(found - wanted) <= share * max(abs(found), abs(wanted)))
+
+
+def math_verify(problem: Problem, trajectory: Trajectory) -> float:
+    """1 if the text's last `\\boxed{}` holds the answer or what is mathematically equal, else 0
+    (`hotload.reward.math_answer`).
+
+    Raises:
+        ValueError: the package is missing, or it cannot read the answer.
+    """
+    return float(is_same_answer(_wanted(problem)[-1], trajectory.text))
 
 
 def regex(problem: Problem, trajectory: Trajectory, pattern: str) -> float:
@@ -133,6 +144,7 @@ BUILT_INS: Mapping[str, Callable[..., float]] = MappingProxyType(
             normalised_match,
             contains,
             numeric_answer,
+            math_verify,
             regex,
             json_schema,
             length,
@@ -140,7 +152,7 @@ BUILT_INS: Mapping[str, Callable[..., float]] = MappingProxyType(
         )
     }
 )
-QUICK = frozenset(BUILT_INS) - {"regex", "json_schema"}
+QUICK_BUILT_INS = frozenset(BUILT_INS) - {"math_verify", "regex", "json_schema"}
 """Those that take time in proportion to the text, whatever it says: they need no time limit."""
 
 

@@ -1,8 +1,9 @@
-"""The number that ends a text: GSM8K's `#### 72`, MATH's `\\boxed{\\frac{1}{2}}`, or the last one.
+"""Read the number that ends a text: `#### 72`, a plain number in `\\boxed{}`, or the last one.
 
-Numbers are exact. `%`, units and currency are not looked at: `50%` is 50. What is no number by
-itself (`2\\pi`, `10^2`, `5 million`) is not read as one. Every pattern takes time in proportion to
-the text, whatever it says.
+A plain number is digits with a sign, a decimal point, commas between groups of three, an exponent
+or a denominator, with currency before it and `%` behind it, which change nothing. Mathematics is
+not read here but by `hotload.reward.math_answer`: whatever stands beside a number and may make another
+one of it leaves the text without a number. Every step takes time in proportion to the text.
 """
 
 from __future__ import annotations
@@ -12,144 +13,120 @@ from fractions import Fraction
 
 DIGITS_LIMIT = 400
 EXPONENT_LIMIT = 400
-ONE_NUMBER_LIMIT_CHARACTERS = 1000
+NUMBER_LIMIT_CHARACTERS = 1000
 DASHES = str.maketrans("\u2212\u2013\uff0d", "---")
 """The minus sign, and what is written for it."""
 
-# Groups of three by commas, or by the spaces that no line breaks at; never by others.
-# Only single characters are taken for good by `++`: for groups Python below 3.11.5 has it wrong.
-_DIGITS = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3}(?!\d))+|\d++)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d++)?|\.\d++)"
-_MAGNITUDE = rf"""
-    (?>
-        (?:[$€£¥]\ ?)?
-        (?:(?P<whole>\d++)\ {{1,3}}(?=\d++\ ?/\ ?\d))?
-        (?P<over>{_DECIMAL})
-        (?:(?:[eE]|\ ?(?:\\times|\\cdot|×)\ ?10\ ?\^\ ?\{{?)(?P<exponent>[-+]?\d++)\}}?)?
-        (?:\ ?/\ ?(?P<under>{_DECIMAL}))?
-    )
-"""
-# What makes another number of the one before it, with its own digits; they are none to be read.
-_FACTOR = r"""
-    \ ?(?:[_^]\ ?\{?[-+]?\d++ | [⁰¹²³⁴-⁹⁻]++ | (?:\\sqrt|√)\ ?\{?\d*+ | \\pi | π
-       | (?i:hundred|thousand|million|billion|trillion|dozen)\b)
-"""
-# A small letter alone is a variable, but for those that are mostly units.
-_UNIT = r"""
-    (?:% | ° | \^\ ?\{?\\circ\}?
-    | (?:[^\W\d_]{2,}+ | (?![a-zα-ω])[^\W\d_] | [ghlms])(?![^\W\d_])(?:\ ?\^\ ?\{?-?\d\}? | [²³])?)
-"""
-# In running text a minus behind a digit, a letter or a bracket subtracts, or joins.
-_IN_TEXT = re.compile(
-    rf"""
-    (?:[A-Za-z]_?\{{? | \^\ ?\{{?[-+]?) \d[\d.,]*+        # x1, a_{{2}}, \sqrt{{3}}, m^2: no numbers
-    | (?P<number>(?:(?<![\dA-Za-z)\]}}])(?P<sign>[-+]))? {_MAGNITUDE}) (?P<factor>{_FACTOR})?
+_PLAIN = re.compile(
+    r"""
+    [\s*$]* (?:[A-Za-z]\s*=)? [\s*$€£¥]* (?P<sign>[-+])? [$€£¥]?
+    (?P<over>\d{1,3}(?:,\d{3})+(?:\.\d+)? | \d+(?:\.\d+)? | \.\d+)
+    (?:[eE](?P<exponent>[-+]?\d{1,6}))? (?:/(?P<under>\d+))?
+    \s?%?[\s*$.]*
     """,
     re.VERBOSE,
 )
-_ALONE = re.compile(
-    rf"""
-    (?:[^\d=:,;<>!]*+[=:])? [\s$*]*+ (?P<sign>[-+])?\s* {_MAGNITUDE} (?!{_FACTOR})
-    [\s$€£¥*.]*+ (?:{_UNIT}[\s$*./·-]*+)*
-    """,
-    re.VERBOSE,
-)
-# `#### 2. Add them` is a heading, as is `#### Step 2`.
-_MARKER = re.compile(
-    rf"""
-    (?:(?<!\#)\#{{4}}(?!\#) | \\(?:boxed|fbox)\b) [\s*]{{0,9}}+
-    (?P<line>(?:[-+]\s?)?{_MAGNITUDE}(?>(?:{_FACTOR})?))(?![.):][\ \t]*+\w)
-    | \\(?:boxed|fbox)\s{{0,9}}(?P<brace>\{{)
-    """,
-    re.VERBOSE,
-)
-_WRAPPED = re.compile(r"\\(?:text[a-z]{0,6}|math[a-z]{0,6}|mbox|underline)\s?\{([^{}]*)\}")
-_FRACTION = re.compile(
-    r"\\[cdt]?frac\s?(?:\{\s?(-?[\d.,]++)\s?\}|(\d))\s?(?:\{\s?([\d.,]++)\s?\}|(\d))"
-)
-_SEPARATOR = re.compile(r"[^\d.]")
+_SEPARATOR = re.compile(r"(?<=\d)(?:\\,|\{,\}|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_DELIMITERS = re.compile(r"\\[()\[\]]|</?[A-Za-z]\w*>|`")  # around a formula, a tag, code
+_MARKER = re.compile(r"(?<!\#)\#{4}(?!\#)|\\(?:boxed|fbox)(?![A-Za-z])\s{0,9}\{?")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+# `#### 2. Add them` is a heading, as is `#### Step 2`.
+_HEADING = re.compile(r"[\s*]*(?:[-+$€£¥]*\d+[.):][\ \t]+\w|[^-+$€£¥.\d\s*]|$)")
+_NAME = re.compile(r"[A-Za-z/]{1,4}[_^]?\{?-?\d[A-Za-z\d]*\}?")  # CO2, x_1, m^2: no numbers
+# Words that make another number of the one beside them.
+_BEFORE = re.compile(r"(?:[-+*/^×÷·√<>≤≥≠≈_\\,]|[<>!]=|\d,?|\\[A-Za-z]+|(?i:minus|negative|sqrt))$")
+_AFTER = re.compile(r"[-+*/^×÷·√π=<>≤≥≠\\\d_]|(?i:hundred|thousand|million|billion|trillion|dozen)")
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number behind the last `####` or in the last `\\boxed{}`, else the last of the text.
+    """Read the number behind the last `####` or in the last `\\boxed{}`, else the last of the text.
 
-    `None` where there is none, where the last box does not hold exactly one, or where it has more
-    than 400 digits or an exponent beyond ±400. A `####` without a number right behind it is a
-    heading.
+    `None` where there is none, where it is not a plain number, or where it has more than 400 digits
+    or an exponent beyond ±400. A `####` that begins a heading is no marker.
     """
-    plain = _plain(text)
-    marked = _marked(plain)
-    if marked is not None:
-        return _alone(marked)
-    last = None
-    for each in _IN_TEXT.finditer(plain):
-        last = each if each["number"] else last
-    return None if last is None or last["factor"] else _value(last)
+    text = _simplified(text)
+    is_marked, marked = _last_marked(text)
+    return marked if is_marked else _last_in(text)
 
 
 def one_number(text: str) -> Fraction:
-    """The number behind the last marker, else the one that is the whole text but for a unit, a
-    currency and `x =` before it.
+    """Read an answer: the number behind the last marker, else the plain number it is.
 
     Raises:
-        ValueError: it is not exactly one number.
+        ValueError: it is not exactly one plain number.
     """
-    plain = _plain(text)
-    marked = _marked(plain)
-    found = _alone(plain if marked is None else marked)
-    if found is None:
+    simplified = _simplified(text)
+    is_marked, number = _last_marked(simplified)
+    if not is_marked:
+        number = plain_number(simplified)
+    if number is None:
         raise ValueError(f"expected an answer that is one number, found {text[-80:]!r}")
-    return found
+    return number
 
 
-def _plain(text: str) -> str:
-    """Without what LaTeX and typography write around a number."""
-    text = text.translate(DASHES).replace("\\!", "").replace("{,}", ",").replace("\\,", "\u202f")
-    text = re.sub(r"\\([$%])", r"\1", text)
-    text = re.sub(r"\\[ ;:]|~", " ", text)
-    text = _WRAPPED.sub(r"\1", text)
-    return _FRACTION.sub(_fraction, text)
-
-
-def _fraction(found: re.Match[str]) -> str:
-    over, under = found[1] or found[2], found[3] or found[4]
-    is_signed = found.string[max(found.start() - 1, 0) : found.start()] in ("-", "+")
-    return f"{'' if is_signed else ' '}{over}/{under} "
-
-
-def _marked(text: str) -> str | None:
-    """What the last marker marks: empty for a box that is not closed; `None` without a marker."""
-    last = None
-    for last in _MARKER.finditer(text):  # noqa: B007 - the last one is what is wanted
-        pass
-    if last is None:
+def plain_number(text: str) -> Fraction | None:
+    """Read a text that is nothing but one plain number, or `x =` and one; `None` for any other."""
+    if len(text) > NUMBER_LIMIT_CHARACTERS:
         return None
-    if last["line"]:
-        return last["line"]
-    depth = 0
-    for brace in _BRACE.finditer(text, last.start("brace")):
+    found = _PLAIN.fullmatch(_simplified(text))
+    if found is None:
+        return None
+    digits, exponent = found["over"].replace(",", ""), int(found["exponent"] or "0")
+    denominator = int(found["under"] or "1") if len(found["under"] or "") <= DIGITS_LIMIT else 0
+    if len(digits) > DIGITS_LIMIT or abs(exponent) > EXPONENT_LIMIT or not denominator:
+        return None
+    value = Fraction(digits) * Fraction(10) ** exponent / denominator
+    return -value if found["sign"] == "-" else value
+
+
+def last_box(text: str) -> str | None:
+    """Return what the last `\\boxed{}` holds: empty where it is not closed, `None` without one."""
+    boxes = [marker for marker in _MARKER.finditer(text) if marker[0].startswith("\\")]
+    return _held(text, boxes[-1]) if boxes else None
+
+
+def _simplified(text: str) -> str:
+    """Write signs, separators, currency and `%` in one way."""
+    text = _SEPARATOR.sub(",", text.translate(DASHES).replace("\\!", ""))
+    return text.replace("\\$", "$").replace("\\%", "%")
+
+
+def _last_marked(text: str) -> tuple[bool, Fraction | None]:
+    """Return whether the text has a marker, and the number at the last."""
+    for marker in reversed(list(_MARKER.finditer(text))):
+        if marker[0].startswith("\\"):
+            return True, plain_number(_held(text, marker))
+        line = text[marker.end() : marker.end() + NUMBER_LIMIT_CHARACTERS].partition("\n")[0]
+        if not _HEADING.match(line):
+            return True, _number_at(line.split(), 0)
+    return False, None
+
+
+def _held(text: str, box: re.Match[str]) -> str:
+    """Return the content of a box up to the brace that closes it."""
+    depth = 1
+    for brace in _BRACE.finditer(text, box.end() if box[0].endswith("{") else len(text)):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[last.end() : brace.start()]
+            return text[box.end() : brace.start()]
     return ""
 
 
-def _alone(text: str) -> Fraction | None:
-    whole = _ALONE.fullmatch(text) if len(text) <= ONE_NUMBER_LIMIT_CHARACTERS else None
-    return _value(whole) if whole else None
+def _last_in(text: str) -> Fraction | None:
+    """Read the last word that has a digit and is no name; it must be a number by itself."""
+    for line in reversed(_DELIMITERS.sub(" ", text).splitlines()):
+        words = line.split()
+        for index in range(len(words) - 1, -1, -1):
+            word = words[index].strip("*$\"'():;,!?.")
+            if re.search(r"\d", word) and not _NAME.fullmatch(word):
+                return _number_at(words, index)
+    return None
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
-    over = _decimal(found["over"], found["exponent"] or "0")
-    under = _decimal(found["under"] or "1", "0")
-    whole = _decimal(found["whole"] or "0", "0")
-    if over is None or whole is None or not under:
+def _number_at(words: list[str], index: int) -> Fraction | None:
+    """Read the number that a word is, unless a word beside it makes another number of it."""
+    before, after = "".join(words[index - 1 : index]), "".join(words[index + 1 : index + 2])
+    head, _, word = words[index].strip("*\"':;,!?").rstrip(".").rpartition("=")
+    if _BEFORE.search(before) or head.endswith(("<", ">", "!")) or _AFTER.match(after):
         return None
-    return (whole + over / under) * (-1 if found["sign"] == "-" else 1)
-
-
-def _decimal(digits: str, exponent: str) -> Fraction | None:
-    if len(digits) > DIGITS_LIMIT or len(exponent) > 6 or abs(int(exponent)) > EXPONENT_LIMIT:
-        return None
-    return Fraction(_SEPARATOR.sub("", digits)) * Fraction(10) ** int(exponent)
+    return plain_number(word)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from hotload.errors import RewardError
-from hotload.reward.outcome import Outcome, Unscored, read_outcomes
+from hotload.reward.outcome import RewardOutcome, Unscored, read_outcomes
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.spec import Declared, RewardSpec
@@ -49,7 +49,7 @@ class RewardService(Declared):
         return url
 
 
-def read_service(reward: RewardSpec) -> RewardService:
+def read_reward_service(reward: RewardSpec) -> RewardService:
     """The service a declared reward names.
 
     Raises:
@@ -91,7 +91,7 @@ def request_body(
     return json.dumps(body).encode()
 
 
-def parse_rewards(data: bytes, count: int) -> list[Outcome]:
+def parse_rewards(data: bytes, count: int) -> list[RewardOutcome]:
     """The outcomes in a good answer, one for each of `count` trajectories."""
     try:
         answer = json.loads(data)

@@ -12,7 +12,7 @@ from hotload.errors import RewardError
 from hotload.reward.outcome import (
     PART_COUNT_LIMIT,
     WEIGHTED_SUM,
-    Outcome,
+    RewardOutcome,
     Score,
     Unscored,
     as_number,
@@ -33,10 +33,10 @@ class WeightedPart(Declared):
     per_group: bool = False
     """Call it once a group."""
     label: str | None = Field(None, pattern=r"^\w{1,32}$")
-    """What its reward is told as, where two parts have one name; else the name's last word."""
+    """Its name in the data, where two parts have one name; else the last word of `name`."""
 
 
-class WeightedParts(Declared):
+class WeightedSumArguments(Declared):
     """The `arguments` of a weighted sum."""
 
     parts: tuple[WeightedPart, ...] = Field(min_length=1, max_length=PART_COUNT_LIMIT)
@@ -44,7 +44,7 @@ class WeightedParts(Declared):
 
 
 @dataclass(frozen=True, slots=True)
-class Weighted:
+class WeightedReward:
     """One part as it is scored: under which label, how it counts, and what it is."""
 
     label: str
@@ -52,8 +52,8 @@ class Weighted:
     reward: RewardSpec
 
 
-def weighted_parts(reward: RewardSpec) -> tuple[Weighted, ...]:
-    """The parts of a declared weighted sum; time limit and environment are the sum's.
+def weighted_parts(reward: RewardSpec) -> tuple[WeightedReward, ...]:
+    """Return the parts of a declared weighted sum; time limit and environment are the sum's.
 
     Raises:
         RewardError: naming what does not fit.
@@ -61,9 +61,9 @@ def weighted_parts(reward: RewardSpec) -> tuple[Weighted, ...]:
     if reward.per_group:
         raise RewardError(reward.name, "say `per_group` of its parts")
     try:
-        parts = WeightedParts.model_validate(reward.arguments).parts
+        parts = WeightedSumArguments.model_validate(reward.arguments).parts
         found = tuple(
-            Weighted(
+            WeightedReward(
                 each.label or each.name.rpartition(":")[2][:32],
                 each.weight,
                 reward.model_copy(update=_checked(each)),
@@ -87,19 +87,21 @@ def _checked(part: WeightedPart) -> dict[str, object]:
     return RewardSpec.model_validate(changes).model_dump(include=set(changes))
 
 
-def add_up(parts: Sequence[Weighted], outcomes: Sequence[Outcome]) -> Outcome:
-    """The weighted sum for one trajectory, with each part's own reward before its weight; the
+def sum_weighted(
+    parts: Sequence[WeightedReward], outcomes: Sequence[RewardOutcome]
+) -> RewardOutcome:
+    """Add up the outcomes of one trajectory, with each part's own reward before its weight; the
     parts of a part are `label/name`.
 
     A part without a reward leaves the sample without one: half a sum is another reward.
     """
-    told: dict[str, float] = {}
+    values: dict[str, float] = {}
     for part, outcome in zip(parts, outcomes, strict=True):
         if isinstance(outcome, Unscored):
             return Unscored(outcome.cause, f"{part.label}: {outcome.detail}")
-        told[part.label] = outcome.reward
-        told.update({f"{part.label}/{name}": each for name, each in outcome.parts.items()})
-    total = math.fsum(part.weight * told[part.label] for part in parts)
+        values[part.label] = outcome.reward
+        values.update({f"{part.label}/{name}": value for name, value in outcome.parts.items()})
+    total = math.fsum(part.weight * values[part.label] for part in parts)
     if as_number(total) is None:
         return Unscored(Cause.REWARD_NOT_A_NUMBER, "the weighted sum is too large")
-    return Score(total, told)
+    return Score(total, values)

@@ -23,7 +23,12 @@ from hotload.errors import RolloutFunctionError
 from hotload.rollout.completions_api import LOGPROB_RANGE
 from hotload.rollout.failures import Action, Cause, Fault
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Segment, Trajectory
-from hotload.sampling.reward.user_errors import DETAIL_LIMIT_CHARACTERS, secrets_of, told, whole
+from hotload.sampling.reward.user_errors import (
+    DETAIL_LIMIT_CHARACTERS,
+    describe_exception,
+    replace_surrogates,
+    secret_values,
+)
 from hotload.spec import RolloutFunction
 
 Rollout = Callable[..., Awaitable[Any]]
@@ -96,7 +101,7 @@ def load_rollout(declared: RolloutFunction) -> Rollout:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a module of theirs may raise anything
-        why = f"cannot be imported: {told(error, secrets_of(os.environ))}"
+        why = f"cannot be imported: {describe_exception(error, secret_values(os.environ))}"
         raise RolloutFunctionError(declared.name, why) from error
     if not inspect.iscoroutinefunction(found):
         raise RolloutFunctionError(declared.name, "expected `async def rollout(problem, sampler)`")
@@ -134,7 +139,7 @@ async def _play(
     except BaseException as error:  # noqa: BLE001
         if isinstance(error, TurnFailedError) and isinstance(error.fault, Fault):
             return _failed(conversation, error.fault)
-        why = told(error, secrets_of(os.environ))
+        why = describe_exception(error, secret_values(os.environ))
         return _failed(conversation, _fault(Cause.ROLLOUT_RAISED, why))
 
 
@@ -164,7 +169,7 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
         return conversation.trajectory(_fault(Cause.ROLLOUT_SKIPPED, "it returned None"))
     if isinstance(made, Trajectory):
         own = conversation.trajectory(segments=_checked(made.segments))
-        detail = redact(str(made.detail), secrets_of(os.environ))[:DETAIL_LIMIT_CHARACTERS]
+        detail = redact(str(made.detail), secret_values(os.environ))[:DETAIL_LIMIT_CHARACTERS]
         return replace(
             own,
             text=str(made.text),
@@ -182,7 +187,7 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
 
 
 def _text(value: object) -> str | None:
-    return None if value is None else whole(str(value))
+    return None if value is None else replace_surrogates(str(value))
 
 
 def _cause(failure: object) -> str | None:
@@ -236,12 +241,12 @@ def _readable(sample: Trajectory) -> Trajectory:
     Raises:
         TypeError, ValueError, RecursionError: the transcript is not JSON.
     """
-    transcript = json.loads(whole(json.dumps(sample.transcript, ensure_ascii=False)))
+    transcript = json.loads(replace_surrogates(json.dumps(sample.transcript, ensure_ascii=False)))
     return replace(
         sample,
-        text=whole(sample.text),
+        text=replace_surrogates(sample.text),
         finish_reason=_text(sample.finish_reason),
-        detail=whole(sample.detail),
+        detail=replace_surrogates(sample.detail),
         routing_matrix=_text(sample.routing_matrix),
         transcript=tuple(transcript),
     )

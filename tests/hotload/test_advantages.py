@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.reward.advantages import Method, advantages
+from hotload.reward.advantages import AdvantageMethod, advantages
 
 REWARDS = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=16)
-METHODS = st.sampled_from(get_args(Method))
+METHODS = st.sampled_from(get_args(AdvantageMethod))
 
 
 def grpo(rewards: list[float]) -> list[float]:
@@ -32,7 +32,7 @@ FORMULAS = {"grpo": grpo, "mean_only": mean_only, "leave_one_out": leave_one_out
 
 
 @given(REWARDS, METHODS)
-def test_the_formulas(rewards: list[float], method: Method) -> None:
+def test_the_formulas(rewards: list[float], method: AdvantageMethod) -> None:
     expected = FORMULAS[method](rewards)
     assert advantages(rewards, method) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
@@ -51,7 +51,7 @@ def test_the_formulas(rewards: list[float], method: Method) -> None:
     ],
 )
 def test_small_groups(
-    method: Method, rewards: list[float | None], expected: list[float | None]
+    method: AdvantageMethod, rewards: list[float | None], expected: list[float | None]
 ) -> None:
     found = advantages(rewards, method)
     assert [each is None for each in found] == [each is None for each in expected]
@@ -60,15 +60,17 @@ def test_small_groups(
 
 
 @given(REWARDS, st.integers(0, 16), METHODS)
-def test_a_missing_reward_does_not_count(rewards: list[float], place: int, method: Method) -> None:
+def test_a_missing_reward_does_not_count(
+    rewards: list[float], place: int, method: AdvantageMethod
+) -> None:
     place = min(place, len(rewards))
     with_gap = advantages([*rewards[:place], None, *rewards[place:]], method)
     assert with_gap[place] is None
     assert [*with_gap[:place], *with_gap[place + 1 :]] == list(advantages(rewards, method))
 
 
-@pytest.mark.parametrize("method", get_args(Method))
-def test_empty_and_uniform_groups(method: Method) -> None:
+@pytest.mark.parametrize("method", get_args(AdvantageMethod))
+def test_empty_and_uniform_groups(method: AdvantageMethod) -> None:
     assert advantages([], method) == ()
     assert advantages([None], method) == (None,)
     assert advantages([5.0], method) == (0.0,)
@@ -78,7 +80,7 @@ def test_empty_and_uniform_groups(method: Method) -> None:
     assert tiny == pytest.approx((-5e-10, 5e-10))  # std counts as 1
 
 
-@pytest.mark.parametrize("method", get_args(Method))
-def test_large_rewards_stay_finite(method: Method) -> None:
+@pytest.mark.parametrize("method", get_args(AdvantageMethod))
+def test_large_rewards_stay_finite(method: AdvantageMethod) -> None:
     centred = advantages([1e300, -1e300, 1e307], method)
     assert all(value is not None and math.isfinite(value) for value in centred)

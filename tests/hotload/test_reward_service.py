@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from hotload.errors import RewardError
-from hotload.reward.http_service import parse_rewards, read_service, request_body
-from hotload.reward.outcome import Outcome, Score
+from hotload.reward.http_service import parse_rewards, read_reward_service, request_body
+from hotload.reward.outcome import RewardOutcome, Score
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Provenance, Trajectory
 from hotload.spec import RewardSpec
@@ -82,7 +82,7 @@ def test_an_answer(answer: bytes, rewards: list[float | None]) -> None:
     assert [_reward(each) for each in outcomes] == rewards
 
 
-def _reward(outcome: Outcome) -> float | None:
+def _reward(outcome: RewardOutcome) -> float | None:
     if isinstance(outcome, Score):
         return outcome.reward
     assert outcome.cause is Cause.REWARD_NOT_A_NUMBER
@@ -106,5 +106,5 @@ def _reward(outcome: Outcome) -> float | None:
 )
 def test_what_is_declared_wrongly(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(RewardError, match=reason) as refused:
-        read_service(RewardSpec(name="remote", arguments=arguments))
+        read_reward_service(RewardSpec(name="remote", arguments=arguments))
     assert "secret" not in str(refused.value)

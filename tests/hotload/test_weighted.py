@@ -6,7 +6,7 @@ import pytest
 
 from hotload.errors import RewardError
 from hotload.reward.outcome import Score, Unscored
-from hotload.reward.weighted_sum import add_up, weighted_parts
+from hotload.reward.weighted_sum import sum_weighted, weighted_parts
 from hotload.rollout.failures import Cause
 from hotload.spec import RewardSpec
 
@@ -37,21 +37,21 @@ def test_parts_inherit_what_the_sum_says() -> None:
 
 
 def test_it_adds_up_and_tells_each_part_before_its_weight() -> None:
-    outcome = add_up(weighted_parts(TWO), [Score(1.0), Score(0.5, {"warm": 0.25})])
+    outcome = sum_weighted(weighted_parts(TWO), [Score(1.0), Score(0.5, {"warm": 0.25})])
     told = {"numeric_answer": 1.0, "tone_v2": 0.5, "tone_v2/warm": 0.25}
     assert outcome == Score(1.75, told)
 
 
 def test_a_part_without_a_reward_leaves_none() -> None:
     late = Unscored(Cause.REWARD_TIMEOUT, "no reward within 3 s")
-    assert add_up(weighted_parts(TWO), [Score(1.0), late]) == Unscored(
+    assert sum_weighted(weighted_parts(TWO), [Score(1.0), late]) == Unscored(
         Cause.REWARD_TIMEOUT, "tone_v2: no reward within 3 s"
     )
 
 
 def test_a_sum_may_be_too_large() -> None:
     parts = weighted_parts(declared({"name": "length", "weight": 1e6}))
-    assert isinstance(add_up(parts, [Score(1e29)]), Unscored)
+    assert isinstance(sum_weighted(parts, [Score(1e29)]), Unscored)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hotload.errors import RewardError
-from hotload.reward.outcome import Outcome, Score, Unscored
+from hotload.reward.outcome import RewardOutcome, Score, Unscored
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Provenance, Trajectory, TrajectoryGroup
 from hotload.sampling.reward.remote import RemoteReward
@@ -52,7 +52,7 @@ async def asking(
 async def test_one_request_for_each_sample() -> None:
     arguments = {"arguments": {"rubric": "tone"}}
     async with asking(answer(0.5), arguments=arguments) as (reward, script, _):
-        assert await reward.judge(PROBLEM, samples(3)) == [Score(0.5)] * 3
+        assert await reward.score_samples(PROBLEM, samples(3)) == [Score(0.5)] * 3
     assert script.paths == ["/v1/score"] * 3
     bodies = [body for _, body in script.requests]
     assert sorted(body["trajectories"][0]["text"] for body in bodies) == [
@@ -67,7 +67,7 @@ async def test_one_request_for_each_sample() -> None:
 async def test_one_request_for_a_group() -> None:
     replies = answer(1, {"tone": 0.25, "facts": 0.5}, None)
     async with asking(replies, per_group=True) as (reward, script, _):
-        first, second, third = await reward.judge(PROBLEM, samples(3))
+        first, second, third = await reward.score_samples(PROBLEM, samples(3))
     assert (first, second) == (Score(1), Score(0.75, {"tone": 0.25, "facts": 0.5}))
     assert isinstance(third, Unscored)
     assert len(script.requests) == 1
@@ -78,12 +78,12 @@ async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     arguments = {"key_variable": "REWARD_JUDGE_KEY"}
     refused = http(f"no such key: {KEY}".encode(), status=401)
     async with asking(answer(1), refused, arguments=arguments) as (reward, script, _):
-        assert await reward.judge(PROBLEM, samples()) == [Score(1)]
+        assert await reward.score_samples(PROBLEM, samples()) == [Score(1)]
         assert script.requests[0][0]["authorization"] == f"bearer {KEY}"  # the script lowers it
         with pytest.raises(
             RewardError, match="HTTP 401: mend the key in REWARD_JUDGE_KEY"
         ) as caught:
-            await reward.judge(PROBLEM, samples(2))
+            await reward.score_samples(PROBLEM, samples(2))
     assert KEY not in str(caught.value)
 
 
@@ -134,8 +134,8 @@ async def test_one_layer_of_attempts(
     replies: list[bytes], requests: int, waits: list[float], outcome: Score | str
 ) -> None:
     async with asking(*replies, timeout_seconds=600) as (reward, script, naps):
-        (found,) = await reward.judge(PROBLEM, samples())
-    expected: Outcome = (
+        (found,) = await reward.score_samples(PROBLEM, samples())
+    expected: RewardOutcome = (
         Unscored(Cause.REWARD_UNAVAILABLE, outcome) if isinstance(outcome, str) else outcome
     )
     assert found == expected
@@ -153,14 +153,14 @@ async def test_one_layer_of_attempts(
 )
 async def test_what_a_service_will_not_score_is_no_outage(reply: bytes, detail: str) -> None:
     async with asking(reply) as (reward, script, naps):
-        (found,) = await reward.judge(PROBLEM, samples())
+        (found,) = await reward.score_samples(PROBLEM, samples())
     assert found == Unscored(Cause.REWARD_REFUSED, detail)
     assert (len(script.requests), naps.seconds) == (1, [])
 
 
 async def test_nothing_is_waited_for_that_would_come_too_late() -> None:
     async with asking(http(b"", 503), timeout_seconds=5) as (reward, script, naps):
-        (found,) = await reward.judge(PROBLEM, samples())
+        (found,) = await reward.score_samples(PROBLEM, samples())
         assert found == Unscored(Cause.REWARD_UNAVAILABLE, "HTTP 503")
         # The naps take no time here: 2 s and 4 s are within the limit, 8 s are not.
         assert (len(script.requests), naps.seconds) == (3, [2, 4])

@@ -4,7 +4,6 @@ import asyncio
 import fcntl
 import os
 import pickle
-import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ from hotload.sampling.reward.scorer import open_scorer
 from hotload.spec import RewardSpec
 
 REWARDS = """
-import asyncio, fcntl, os, sys, time
+import asyncio, fcntl, os, signal, sys, time
 
 def misbehave(problem, sample, scale=1):
     print("to standard output, which is not the reply channel")
@@ -29,10 +28,13 @@ def misbehave(problem, sample, scale=1):
     if kind == "hang":
         time.sleep(600)
     if kind == "hang deaf":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
         while True:
             pass
     if kind == "die":
         os._exit(3)
+    if kind == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if kind == "exit":
         sys.exit(3)
     if kind == "nan":
@@ -166,6 +168,7 @@ async def test_whatever_a_reward_does_costs_one_sample(module: str) -> None:
         "raise": "reward_raised",
         "exit": "reward_raised",
         "die": "reward_crashed",
+        "segfault": "reward_crashed",
         "hang": "reward_timeout",
         "hang deaf": "reward_timeout",
         "nan": "reward_not_a_number",
@@ -232,13 +235,10 @@ def test_a_worker_ends_with_its_parent(module: str) -> None:
             "per_group": False,
             "timeout_seconds": 600,
         }
-        calls = [(0, setup), (1, (hanging.problem, hanging.trajectories_G))]
-        for call in calls:
-            data = pickle.dumps(call)
-            worker.stdin.write(struct.pack(">I", len(data)) + data)
+        for call in [(0, setup), (1, (hanging.problem, hanging.trajectories_G))]:
+            worker.stdin.write(pickle.dumps(call))
         worker.stdin.flush()
-        (size,) = struct.unpack(">I", worker.stdout.read(4))
-        assert worker.stdout.read(size) == b'{"call": 0, "is_async": false}'
+        assert worker.stdout.readline() == b'{"call": 0, "is_async": false}\n'
         worker.stdin.close()
         assert worker.stdout.read() == b""
         assert worker.wait() == 0
@@ -254,7 +254,7 @@ def test_a_worker_that_reads_nonsense_ends() -> None:
     with worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        worker.stdin.write(struct.pack(">I", 4) + b"none")
+        worker.stdin.write(b"none")
         worker.stdin.flush()
         assert worker.stdout.read() == b""
 
@@ -361,6 +361,16 @@ async def test_a_pattern_without_end_costs_one_sample() -> None:
     spec = RewardSpec(name="regex", arguments={"pattern": "^(a+)+$"}, timeout_seconds=0.5)
     async with open_scorer(spec) as scorer:
         scored = await scorer.score_group(group("aaa", "a" * 100 + "b", "b"))
+    assert scored.rewards_G == (1, None, 0)
+    assert scored.trajectories_G[1].failure == "reward_timeout"
+
+
+async def test_mathematics_without_end_costs_one_sample() -> None:
+    pytest.importorskip("math_verify")  # the extra `math`
+    spec = RewardSpec(name="math_verify", timeout_seconds=5)
+    texts = [r"\boxed{\frac24}", r"\boxed{9^{9^{9^9}}}", r"\boxed{\frac32}"]
+    async with open_scorer(spec) as scorer:
+        scored = await scorer.score_group(group(*texts, answer="1/2"))
     assert scored.rewards_G == (1, None, 0)
     assert scored.trajectories_G[1].failure == "reward_timeout"
 

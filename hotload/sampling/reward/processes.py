@@ -1,8 +1,9 @@
-"""A user's own reward, in processes that can be ended.
+"""Run a user's own reward in processes that can be ended.
 
 A plain function has a process to itself while it is called; of an async one many calls are under
 way in one process. When a process dies, or hangs, with several calls in it, each of them is made
 again alone: so the one that brought it down is found, and costs no other sample its reward.
+docs/decisions/0014-reward-processes.md says why no library's pool does this.
 """
 
 import asyncio
@@ -20,12 +21,11 @@ from typing import Any, Self
 from hotload.clients.redaction import redact
 from hotload.errors import RewardError
 from hotload.publish import fireworks_api
-from hotload.reward.outcome import Outcome, Score, Unscored
+from hotload.reward.outcome import RewardOutcome, Score, Unscored
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Trajectory
-from hotload.sampling.reward.calls import judge_by_calls
-from hotload.sampling.reward.user_errors import secrets_of
-from hotload.sampling.reward.worker import LENGTH
+from hotload.sampling.reward.calls import score_by_calls
+from hotload.sampling.reward.user_errors import secret_values
 from hotload.spec import RewardSpec
 
 PROCESS_COUNT = min(8, max(2, os.cpu_count() or 2))
@@ -48,7 +48,7 @@ WITHHELD_PREFIXES = (
 
 
 def reward_environment(reward: RewardSpec, own: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a reward's process: all of ours but the service's and the cloud's
+    """Return the environment of a reward's process: all of ours but the service's and the cloud's
     variables that the spec does not ask for.
 
     Raises:
@@ -68,14 +68,14 @@ def reward_environment(reward: RewardSpec, own: Mapping[str, str]) -> dict[str, 
 
 
 class RewardProcesses:
-    """Judges by one declared reward that is imported in processes of its own."""
+    """Scores by one declared reward that is imported in processes of its own."""
 
     def __init__(self, reward: RewardSpec) -> None:
         self._spec = reward
-        self._places = [_Place(reward) for _ in range(PROCESS_COUNT)]
+        self._slots = [_Slot(reward) for _ in range(PROCESS_COUNT)]
         # The last one given back is taken first, so that no more are started than are needed.
-        self._seats: asyncio.LifoQueue[_Place] = asyncio.LifoQueue()
-        self._apart = _Place(reward)
+        self._free: asyncio.LifoQueue[_Slot] = asyncio.LifoQueue()
+        self._apart = _Slot(reward)
         self._one_at_a_time = asyncio.Lock()
 
     async def start(self) -> None:
@@ -84,21 +84,23 @@ class RewardProcesses:
         Raises:
             RewardError: it cannot be used.
         """
-        first = await self._places[0].process()
-        for place in reversed(self._places):
+        first = await self._slots[0].process()
+        for slot in reversed(self._slots):
             for _ in range(CALLS_PER_ASYNC_PROCESS if first.is_async else 1):
-                self._seats.put_nowait(place)
+                self._free.put_nowait(slot)
 
-    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
-        """An outcome for each sample: by one call, or by one call each."""
-        return await judge_by_calls(self._spec, self._call, problem, samples)
+    async def score_samples(
+        self, problem: Problem, samples: Sequence[Trajectory]
+    ) -> list[RewardOutcome]:
+        """Return an outcome for each sample: by one call, or by one call each."""
+        return await score_by_calls(self._spec, self._call, problem, samples)
 
-    async def _call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
-        place = await self._seats.get()
+    async def _call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[RewardOutcome]:
+        slot = await self._free.get()
         try:
-            answer = await place.call(problem, samples)
+            answer = await slot.call(problem, samples)
         finally:
-            self._seats.put_nowait(place)
+            self._free.put_nowait(slot)
         if isinstance(answer, _Lost) and answer.was_shared:
             async with self._one_at_a_time:
                 answer = await self._apart.call(problem, samples)
@@ -106,8 +108,8 @@ class RewardProcesses:
 
     async def stop(self) -> None:
         """End the processes, whatever they do."""
-        for place in (*self._places, self._apart):
-            await place.clear()
+        for slot in (*self._slots, self._apart):
+            await slot.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,8 @@ class _Lost:
     was_shared: bool = False
 
 
-class _Place:
-    """Where one process runs, started when needed and again after it was lost."""
+class _Slot:
+    """A place for one process, which is started when needed and again after it was lost."""
 
     def __init__(self, reward: RewardSpec) -> None:
         self._spec = reward
@@ -127,7 +129,7 @@ class _Place:
         self._starting = asyncio.Lock()
 
     async def process(self) -> "_Process":
-        """The process, with the reward imported; raises RewardError where it cannot be."""
+        """Return the process with the reward imported; raises RewardError where it cannot be."""
         async with self._starting:
             if self._process is None or self._process.lost is not None:
                 await self.clear()
@@ -140,23 +142,25 @@ class _Place:
         if process is not None:
             await process.end()
 
-    async def call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome] | _Lost:
-        """What the reward says of each sample, within its time limit."""
-        limit = self._spec.timeout_seconds
+    async def call(
+        self, problem: Problem, samples: Sequence[Trajectory]
+    ) -> list[RewardOutcome] | _Lost:
+        """Return what the reward says of the samples within its time limit."""
         try:
             process = await self.process()
         except RewardError as error:
             return _Lost(Unscored(Cause.REWARD_CRASHED, error.reason))
+        limit = self._spec.timeout_seconds
+        late = Unscored(Cause.REWARD_TIMEOUT, f"no reward within {limit:g} s")
         # An async call keeps its own time, unless another holds up the process.
         grace = ASYNC_GRACE_SECONDS if process.is_async else 0.0
-        late = Unscored(Cause.REWARD_TIMEOUT, f"no reward within {limit:g} s")
         answer = await process.ask((problem, samples), limit + grace, late)
         if isinstance(answer, _Lost):
             return answer
-        return [_read(each, process.secrets) for each in answer["outcomes"]]
+        return [_read_outcome(outcome, process.secrets) for outcome in answer["outcomes"]]
 
 
-def _read(outcome: dict[str, Any], secrets: Sequence[str]) -> Outcome:
+def _read_outcome(outcome: dict[str, Any], secrets: Sequence[str]) -> RewardOutcome:
     if "reward" in outcome:
         return Score(outcome["reward"], outcome["parts"])
     return Unscored(Cause(outcome["cause"]), redact(outcome["detail"], secrets))
@@ -178,7 +182,7 @@ class _Process:
 
     @classmethod
     async def start(cls, reward: RewardSpec) -> Self:
-        """A process that has imported the reward.
+        """Start a process that has imported the reward.
 
         Raises:
             RewardError: it cannot, or not within 120 s.
@@ -190,13 +194,14 @@ class _Process:
             "hotload.sampling.reward.worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            limit=REPLY_LIMIT_BYTES,
             env={
                 **environment,
                 "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
             },
             start_new_session=True,
         )
-        process = cls(child, secrets_of(environment))
+        process = cls(child, secret_values(environment))
         setup = {
             "name": reward.name,
             "arguments": reward.arguments,
@@ -220,17 +225,16 @@ class _Process:
     async def ask(
         self, call: object, limit_seconds: float, late: Unscored
     ) -> dict[str, Any] | _Lost:
-        """The answer to one call; `_Lost` when the process ends first, or is ended because the call
-        is `late`.
+        """Return the answer to one call; `_Lost` when the process ends first, or is ended because
+        the call is `late`.
         """
         if self.lost is not None:
             return self.lost
         number = next(self._numbers)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
-        data = pickle.dumps((number, call))
         try:
             async with asyncio.timeout(limit_seconds):
-                self._stdin.write(LENGTH.pack(len(data)) + data)
+                self._stdin.write(pickle.dumps((number, call)))
                 with contextlib.suppress(ConnectionError):  # lost: the listener says so
                     await self._stdin.drain()
                 return await answer
@@ -244,12 +248,10 @@ class _Process:
             self._waiting.pop(number, None)
 
     async def _listen(self) -> None:
-        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):
-            while True:
-                (size,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
-                if size > REPLY_LIMIT_BYTES:
-                    break
-                answer = json.loads(await self._stdout.readexactly(size))
+        # ValueError: a line that is no JSON, or longer than the limit.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            while line := await self._stdout.readline():
+                answer = json.loads(line)
                 waiting = self._waiting.pop(answer["call"], None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)

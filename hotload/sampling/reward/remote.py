@@ -13,12 +13,12 @@ from httpx_aiohttp import AiohttpTransport
 
 from hotload.clients.inference.transport import NO_ANSWER, Wire
 from hotload.errors import RewardError
-from hotload.reward.http_service import parse_rewards, read_service, request_body
-from hotload.reward.outcome import Outcome, Unscored
+from hotload.reward.http_service import parse_rewards, read_reward_service, request_body
+from hotload.reward.outcome import RewardOutcome, Unscored
 from hotload.rollout.failures import Action, Cause, Fault, RetryBudget, fault_of_status
 from hotload.rollout.retry_after import retry_after_seconds
 from hotload.rollout.trajectory import Problem, Trajectory
-from hotload.sampling.reward.calls import judge_by_calls
+from hotload.sampling.reward.calls import score_by_calls
 from hotload.spec import RewardSpec
 
 CALLS_AT_ONCE = 64
@@ -49,7 +49,7 @@ class RemoteReward:
         Raises:
             RewardError: an argument is wrong, or the key's variable holds none.
         """
-        self._service = read_service(self._spec)
+        self._service = read_reward_service(self._spec)
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         if name := self._service.key_variable:
             key = os.environ.get(name, "").strip()
@@ -73,15 +73,17 @@ class RemoteReward:
         if self._transport is not None:
             await self._transport.aclose()
 
-    async def judge(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
-        """An outcome for each sample: by one call, or by one call each.
+    async def score_samples(
+        self, problem: Problem, samples: Sequence[Trajectory]
+    ) -> list[RewardOutcome]:
+        """Return an outcome for each sample: by one call, or by one call each.
 
         Raises:
             RewardError: the service refuses the key: it would refuse every sample.
         """
-        return await judge_by_calls(self._spec, self._call, problem, samples)
+        return await score_by_calls(self._spec, self._call, problem, samples)
 
-    async def _call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[Outcome]:
+    async def _call(self, problem: Problem, samples: Sequence[Trajectory]) -> list[RewardOutcome]:
         body = request_body(problem, samples, self._service.arguments)
         budget = RetryBudget(0.0, self._uniform)
         limit = self._spec.timeout_seconds
@@ -106,25 +108,25 @@ class RemoteReward:
                 late = f"no reward within {limit:g} s" + (f", after {last}" if last else "")
                 return [Unscored(Cause.REWARD_TIMEOUT, late)] * len(samples)
 
-    def _refused(self, told: str) -> str:
+    def _refused(self, status: str) -> str:
         name = self._service.key_variable
         what = f"the key in {name}, or its account" if name else "the service's `key_variable`"
-        return f"its service answered {told}: mend {what}, then run the cycle again"
+        return f"its service answered {status}: mend {what}, then run the cycle again"
 
     async def _attempt(self, body: bytes) -> bytes | Fault:
-        """The body of a good answer. Of another nothing is told but its status: it may repeat the
+        """Return the body of a good answer. Of another only the status is kept: it may repeat the
         key, or the answer it was asked about.
         """
         try:
             response = await self._wire.post(self._path, body, [])
             try:
                 if response.status_code != httpx.codes.OK:
-                    told = response.headers
+                    headers = response.headers
                     return fault_of_status(
                         response.status_code,
                         "",
                         f"HTTP {response.status_code}",
-                        retry_after_seconds(told.get("retry-after"), told.get("date")),
+                        retry_after_seconds(headers.get("retry-after"), headers.get("date")),
                     )
                 data = bytearray()
                 async for piece in response.aiter_raw():

@@ -1,4 +1,4 @@
-"""Details: what a user's own code said, as it may be stored and shown."""
+"""Make what a user's own code says fit to be stored and shown: short, and without secrets."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 SECRET_CHARACTERS = 8
 
 
-def secrets_of(environment: Mapping[str, str]) -> list[str]:
-    """What errors of a user's code are not to repeat."""
+def secret_values(environment: Mapping[str, str]) -> list[str]:
+    """Return the values of variables named like a key, which no error may repeat."""
     return [
         value
         for name, value in environment.items()
@@ -19,8 +19,8 @@ def secrets_of(environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def told(error: BaseException, secrets: Sequence[str]) -> str:
-    """What an exception of a user's code says, in at most 200 characters, without `secrets`."""
+def describe_exception(error: BaseException, secrets: Sequence[str]) -> str:
+    """Describe an exception of a user's code in at most 200 characters, without `secrets`."""
     try:
         text = f"{type(error).__name__}: {error}"
     except BaseException:  # noqa: BLE001 - its text is a user's code, too
@@ -28,6 +28,6 @@ def told(error: BaseException, secrets: Sequence[str]) -> str:
     return redact(text, secrets)[:DETAIL_LIMIT_CHARACTERS]  # cut before, part of one would be left
 
 
-def whole(text: str) -> str:
-    """The text as a file can hold it: a user's own may have half a surrogate pair."""
+def replace_surrogates(text: str) -> str:
+    """Make a text that a file can hold: a user's own may have half a surrogate pair."""
     return text.encode("utf-8", "replace").decode()

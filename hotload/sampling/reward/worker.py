@@ -1,8 +1,8 @@
 """The child process in which a user's reward runs: `python -m hotload.sampling.reward.worker`.
 
-It speaks frames over its first pipes: four bytes of length, then a pickle of (number, call) from us
-or JSON from it. The reward's own prints go to standard error. It ends when its parent does, also in
-the middle of a reward that hangs.
+Its standard input brings pickles of (number, call); a line of JSON answers each on its standard
+output. The reward's own prints go to standard error. It ends when its parent does, also in the
+middle of a reward that hangs.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import signal
-import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,8 +18,8 @@ from typing import Any, BinaryIO
 
 from hotload.errors import RewardError
 from hotload.reward.outcome import (
-    Outcome,
-    Reward,
+    RewardFunction,
+    RewardOutcome,
     Unscored,
     check_arguments,
     is_async,
@@ -30,82 +29,81 @@ from hotload.reward.outcome import (
 )
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Trajectory
-from hotload.sampling.reward.user_errors import secrets_of, told
+from hotload.sampling.reward.user_errors import describe_exception, secret_values
 
-LENGTH = struct.Struct(">I")
 OVERTIME_SECONDS = 5.0
 
 Calls = SimpleQueue[tuple[int, Any]]
 
 
-def _read_frames(source: BinaryIO, calls: Calls) -> None:
+def _read_calls(source: BinaryIO, calls: Calls) -> None:
     try:
-        while head := source.read(LENGTH.size):
-            calls.put(pickle.loads(source.read(*LENGTH.unpack(head))))
+        while True:
+            calls.put(pickle.load(source))
     finally:  # the parent is gone, or not understood; a reward that hangs must not outlive it
         os._exit(0)
 
 
 def _reply(sink: BinaryIO, number: int, **answer: Any) -> None:
-    data = json.dumps({"call": number, **answer}).encode()
-    sink.write(LENGTH.pack(len(data)) + data)
+    sink.write(json.dumps({"call": number, **answer}).encode() + b"\n")
     sink.flush()
 
 
 @dataclass(frozen=True, slots=True)
-class _Judge:
-    """The reward with what the spec says about calling it."""
+class _RewardCaller:
+    """Calls the reward as the spec says."""
 
-    reward: Reward
+    reward: RewardFunction
     arguments: dict[str, Any]
     per_group: bool
     timeout_seconds: float
     secrets: Sequence[str] = field(repr=False)
 
     def call(self, problem: Problem, samples: Sequence[Trajectory]) -> object:
-        """What the function returns, to be awaited where it is async."""
+        """Return what the function returns, to be awaited where it is async."""
         return self.reward(problem, samples if self.per_group else samples[0], **self.arguments)
 
-    def read(self, value: object, samples: Sequence[Trajectory]) -> list[Outcome]:
-        """An outcome for each sample."""
+    def read(self, value: object, samples: Sequence[Trajectory]) -> list[RewardOutcome]:
+        """Read an outcome for each sample."""
         return read_outcomes(value, len(samples)) if self.per_group else [read_outcome(value)]
 
-    def raised(self, error: BaseException, samples: Sequence[Trajectory]) -> list[Outcome]:
-        """The outcomes of a call that raised."""
-        return [Unscored(Cause.REWARD_RAISED, told(error, self.secrets))] * len(samples)
+    def raised(self, error: BaseException, samples: Sequence[Trajectory]) -> list[RewardOutcome]:
+        """Return the outcomes of a call that raised."""
+        detail = describe_exception(error, self.secrets)
+        return [Unscored(Cause.REWARD_RAISED, detail)] * len(samples)
 
 
-def _answer_each(judge: _Judge, calls: Calls, sink: BinaryIO) -> None:
-    """One call after the other."""
+def _answer_each(caller: _RewardCaller, calls: Calls, sink: BinaryIO) -> None:
+    """Answer one call after the other."""
     while True:
         number, (problem, samples) = calls.get()
         # Should the parent be gone while compiled code lets no other thread run, this ends us.
-        signal.setitimer(signal.ITIMER_REAL, judge.timeout_seconds + OVERTIME_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, caller.timeout_seconds + OVERTIME_SECONDS)
         try:
-            outcomes = judge.read(judge.call(problem, samples), samples)
+            outcomes = caller.read(caller.call(problem, samples), samples)
         except BaseException as error:  # noqa: BLE001 - also a reward that calls sys.exit
-            outcomes = judge.raised(error, samples)
+            outcomes = caller.raised(error, samples)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _reply(sink, number, outcomes=[asdict(outcome) for outcome in outcomes])
 
 
-async def _answer_all(judge: _Judge, calls: Calls, sink: BinaryIO) -> None:
-    """Every call as it comes."""
+async def _answer_all(caller: _RewardCaller, calls: Calls, sink: BinaryIO) -> None:
+    """Answer all calls as they come, many at once."""
     loop = asyncio.get_running_loop()
     under_way: set[asyncio.Task[None]] = set()
 
     async def answer(number: int, problem: Problem, samples: Sequence[Trajectory]) -> None:
-        limit = asyncio.timeout(judge.timeout_seconds)
+        limit = asyncio.timeout(caller.timeout_seconds)
         try:
             async with limit:
-                value = judge.call(problem, samples)
+                value = caller.call(problem, samples)
                 if hasattr(value, "__await__"):
                     value = await value
-                outcomes = judge.read(value, samples)
+                outcomes = caller.read(value, samples)
         except BaseException as error:  # noqa: BLE001 - as above
-            outcomes = judge.raised(error, samples)
+            outcomes = caller.raised(error, samples)
             if limit.expired():
-                late = f"no reward within {judge.timeout_seconds:g} s"
+                late = f"no reward within {caller.timeout_seconds:g} s"
                 outcomes = [Unscored(Cause.REWARD_TIMEOUT, late)] * len(samples)
         _reply(sink, number, outcomes=[asdict(outcome) for outcome in outcomes])
 
@@ -129,8 +127,8 @@ def main() -> None:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     calls: Calls = SimpleQueue()
-    threading.Thread(target=_read_frames, args=(source, calls), daemon=True).start()
-    secrets = secrets_of(os.environ)
+    threading.Thread(target=_read_calls, args=(source, calls), daemon=True).start()
+    secrets = secret_values(os.environ)
     number, setup = calls.get()
     try:
         reward = load_reward(setup["name"])
@@ -138,14 +136,14 @@ def main() -> None:
     except RewardError as error:
         _reply(sink, number, refused=error.reason)
         return
-    judge = _Judge(
+    caller = _RewardCaller(
         reward, setup["arguments"], setup["per_group"], setup["timeout_seconds"], secrets
     )
     _reply(sink, number, is_async=is_async(reward))
     if is_async(reward):
-        asyncio.run(_answer_all(judge, calls, sink))
+        asyncio.run(_answer_all(caller, calls, sink))
     else:
-        _answer_each(judge, calls, sink)
+        _answer_each(caller, calls, sink)
 
 
 if __name__ == "__main__":
