@@ -36,17 +36,17 @@ class RefusedError(Exception):
         return self.message
 
     def body(self) -> dict[str, Any]:
-        """The gateway's error body, also a chunk inside a stream."""
+        """Make the gateway's error body, also a chunk inside a stream."""
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         return {"error": {"message": self.message, "code": self.code, "type": kind}}
 
     def control_body(self) -> dict[str, Any]:
-        """The control plane's error body."""
+        """Make the control plane's error body."""
         code = CONTROL_CODES.get(self.status_code, 2)
         return {"code": code, "message": self.message, "details": []}
 
     def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
-        """The answer at `path`: control-plane shape below /v1, the gateway's elsewhere."""
+        """Answer at `path`: control-plane shape below /v1, the gateway's elsewhere."""
         body = self.control_body() if path.startswith("/v1/") else self.body()
         return json_response(body, self.status_code, headers)
 
@@ -54,7 +54,7 @@ class RefusedError(Exception):
 def json_response(
     body: object, status_code: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """`body` as JSON."""
+    """Answer with `body` as JSON."""
     return Response(
         orjson.dumps(body), status_code, dict(headers or {}), media_type="application/json"
     )

@@ -133,7 +133,7 @@ class RunningEmulator:
 
 
 def serve(config: EmulatorConfig) -> RunningEmulator:
-    """An emulator in a thread of this process, answering when this returns.
+    """Serve an emulator in a thread of this process, answering when this returns.
 
     Raises:
         RuntimeError: the base model cannot be loaded; the cause is attached.

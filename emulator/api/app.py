@@ -29,7 +29,7 @@ DEPLOYMENT = f"{DEPLOYMENTS}/{{deployment}}"
 
 
 def create_app(config: EmulatorConfig) -> Starlette:
-    """The application for one service; its lifespan loads the base model and cleans up."""
+    """Create the application for one service; its lifespan loads the base model and cleans up."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

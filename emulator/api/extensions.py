@@ -27,7 +27,7 @@ def own(endpoint: Endpoint) -> Endpoint:
 
 @own
 async def add_faults(request: Request) -> Response:
-    """POST /emulator/faults: a fault, or `{"faults": [...]}`; answers `{"numbers": [...]}`."""
+    """Answer POST /emulator/faults: a fault, or `{"faults": [...]}`, with `{"numbers": [...]}`."""
     service = service_of(request)
     body = await read_object(request, limit_bytes=CONTROL_LIMIT_BYTES)
     orders = body.get("faults", [body])
@@ -46,13 +46,13 @@ async def add_faults(request: Request) -> Response:
 
 @own
 async def list_faults(request: Request) -> Response:
-    """GET /emulator/faults."""
+    """Answer GET /emulator/faults."""
     return json_response({"faults": service_of(request).faults.render()})
 
 
 @own
 async def clear_faults(request: Request) -> Response:
-    """DELETE /emulator/faults, all or `?number=`; answers `{"cleared": count}`."""
+    """Answer DELETE /emulator/faults, all or `?number=`, with `{"cleared": count}`."""
     number = request.query_params.get("number")
     if number is not None and not number.isdigit():
         raise RefusedError(400, "number: Input should be a number")
@@ -62,7 +62,7 @@ async def clear_faults(request: Request) -> Response:
 
 @own
 async def read_request_log(request: Request) -> Response:
-    """GET /emulator/log: what was signalled, hinted, applied on each replica, and answered."""
+    """Answer GET /emulator/log: what was signalled, hinted, applied on each replica, and answered."""
     service = service_of(request)
     return json_response(
         {
@@ -77,7 +77,7 @@ async def read_request_log(request: Request) -> Response:
 
 @own
 async def clear_log(request: Request) -> Response:
-    """DELETE /emulator/log: forget answered requests and hints."""
+    """Answer DELETE /emulator/log: forget answered requests and hints."""
     service = service_of(request)
     service.requests.clear()
     service.hints.clear()
@@ -86,7 +86,7 @@ async def clear_log(request: Request) -> Response:
 
 @own
 async def change_replicas(request: Request) -> Response:
-    """POST /emulator/replicas: `{"action": "add"}`, or "remove" or "restart" with `replica`.
+    """Answer POST /emulator/replicas: `{"action": "add"}`, or "remove" or "restart" with `replica`.
 
     A restart takes `on_base: true`; without it the replica replays the chain.
     """
@@ -109,7 +109,7 @@ async def change_replicas(request: Request) -> Response:
 
 @own
 async def tick(request: Request) -> Response:
-    """POST /emulator/tick: let `seconds` pass (0: only wait until nothing is left to do)."""
+    """Answer POST /emulator/tick: let `seconds` pass (0: wait until nothing is left to do)."""
     service = service_of(request)
     body = await read_object(request, limit_bytes=CONTROL_LIMIT_BYTES)
     seconds = body.get("seconds", 0)

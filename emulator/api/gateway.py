@@ -35,7 +35,7 @@ class BrokenResponse(Response):
 
 
 def service_of(request: Request) -> Service:
-    """The service behind the application."""
+    """Return the service behind the application."""
     service: Service = request.app.state.service
     return service
 
@@ -68,7 +68,7 @@ async def struck(
     carry_out: Callable[[], Awaitable[Response]],
     **where: str | None,
 ) -> Response | None:
-    """The answer a fault gives instead of the endpoint's; None where none strikes."""
+    """Return the answer a fault gives instead of the endpoint's; None where none strikes."""
     faults = service.faults
     hang = faults.take("hang", operation=name, **where)
     if hang is not None:
@@ -126,7 +126,7 @@ def check_names(service: Service, request: Request) -> None:
 
 
 async def read_object(request: Request, *, limit_bytes: int) -> dict[str, Any]:
-    """The JSON object in a request's body.
+    """Read the JSON object in a request's body.
 
     Raises:
         RefusedError: 413 above the limit, 400 for anything but a JSON object.

@@ -52,7 +52,7 @@ class GeneratedAnswer:
         self._length = 0
 
     def take(self, tokens: list[Token], served: str | None) -> Piece:
-        """The next piece, cut at the first stop id, stop text, or the last token allowed."""
+        """Take the next piece, cut at the first stop id, stop text, or the last token allowed."""
         piece = Piece(self.index, [], "", [], served)
         for token in tokens:
             piece.tokens.append(token)

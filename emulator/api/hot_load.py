@@ -20,7 +20,7 @@ from emulator.replicas.service import Service
 
 @operation("signal")
 async def signal(request: Request) -> Response:
-    """A: announce a snapshot."""
+    """Answer A: announce a snapshot."""
     service = service_of(request)
     check_names(service, request)
     body = await read_object(request, limit_bytes=CONTROL_LIMIT_BYTES)
@@ -75,7 +75,7 @@ async def get_deployment(request: Request) -> Response:
 
 @operation("deployment")
 async def create_deployment(request: Request) -> Response:
-    """G: the one deployment is there already; a caller adopts it."""
+    """Answer G: the one deployment is there already; a caller adopts it."""
     service = service_of(request)
     _check_account(service, request)
     await read_object(request, limit_bytes=CONTROL_LIMIT_BYTES)
@@ -89,7 +89,7 @@ async def create_deployment(request: Request) -> Response:
 
 @operation("deployment")
 async def change_deployment(request: Request) -> Response:
-    """G: PATCH and DELETE are not part of the pipeline and refused (protocol §2)."""
+    """Refuse G: PATCH and DELETE are not part of the pipeline (protocol §2)."""
     _check_deployment(service_of(request), request)
     raise RefusedError(400, "the emulator's deployment is set by its command line")
 

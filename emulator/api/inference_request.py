@@ -76,7 +76,7 @@ class InferenceRequest:
         vocab_size: int,
         context_length: int,
     ) -> Self:
-        """The request in `body`, its prompt as token ids.
+        """Parse the request in `body`, its prompt as token ids.
 
         Raises:
             RefusedError: 400, naming the field.

@@ -66,7 +66,7 @@ class AnswerWriter:
         return written
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """A chunk of a stream; the last one carries usage and metrics."""
+        """Write a chunk of a stream; the last one carries usage and metrics."""
         written, request = self.take(piece), self._request
         choice: dict[str, Any] = {"index": piece.index}
         if request.is_chat:
@@ -91,7 +91,7 @@ class AnswerWriter:
         return body
 
     def whole(self) -> dict[str, Any]:
-        """The body of an answer that is not streamed; all pieces were taken before."""
+        """Write the body of an answer that is not streamed; all pieces were taken before."""
         request = self._request
         choices = []
         for index, written in sorted(self.choices.items()):

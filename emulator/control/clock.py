@@ -30,13 +30,13 @@ class Clock:
         self._quiet.set()
 
     def now(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         passed = time.monotonic() - self._started_at if self._is_real else 0.0
         return passed + self._skipped
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """The caller works: a tick does not return before it waits or ends."""
+        """Count the caller as at work: a tick does not return before it waits or ends."""
         self._change(1)
         try:
             yield
@@ -45,7 +45,7 @@ class Clock:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """The caller, busy, waits for an event that no work of its own will bring."""
+        """Let the caller, busy, wait for an event that no work of its own will bring."""
         self._change(-1)
         try:
             yield
@@ -59,7 +59,7 @@ class Clock:
         await self._sleep_until(self.now() + seconds)
 
     async def wait(self, event: asyncio.Event, seconds: float) -> bool:
-        """Whether `event` was set within `seconds`; only from a busy caller."""
+        """Wait until `event` is set or `seconds` are over, and tell which; only from a busy caller."""
         if event.is_set():
             return True
         deadline = self._sleeper(self.now() + seconds)

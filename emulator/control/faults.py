@@ -96,7 +96,7 @@ class Fault:
     struck: int = 0
 
     def render(self) -> dict[str, Any]:
-        """As `GET /emulator/faults` shows it."""
+        """Show the fault as `GET /emulator/faults` does."""
         return {
             "number": self.number,
             "left": self.left,
@@ -176,12 +176,12 @@ class Faults:
         return len(gone)
 
     def render(self) -> list[dict[str, Any]]:
-        """All ordered faults, spent ones included."""
+        """Show all ordered faults, spent ones included."""
         with self._lock:
             return [fault.render() for fault in self._faults]
 
     def take(self, name: str, **where: str | None) -> Mapping[str, Any] | None:
-        """The parameters of the first fault that strikes here, which is counted; else None.
+        """Take the parameters of the first fault that strikes here, which is counted; else None.
 
         `where` is `replica`, `identity`, `operation`, `file`; a fault strikes where it asks for
         nothing else.
@@ -202,7 +202,7 @@ class Faults:
         return None
 
     def peek(self, name: str, **where: str | None) -> Mapping[str, Any] | None:
-        """As `take`, with nothing counted."""
+        """Look as `take` does, with nothing counted."""
         with self._lock:
             for fault in self._faults:
                 if fault.left != 0 and not fault.after and _matches(fault, name, where):
@@ -210,13 +210,13 @@ class Faults:
         return None
 
     def holds(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether the fault that `take` gave has not been taken back."""
+        """Tell whether the fault that `take` gave has not been taken back."""
         with self._lock:
             return any(fault.parameters is parameters for fault in self._faults)
 
 
 def read_plan(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """The faults of a YAML plan: a list of fault objects, alone or under `faults`.
+    """Read the faults of a YAML plan: a list of fault objects, alone or under `faults`.
 
     Raises:
         InvalidFaultError: not YAML, or not of this form.

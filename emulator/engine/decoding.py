@@ -26,7 +26,7 @@ class DecodedPrompt:
     echoed: list[Token] = field(default_factory=list)
 
     def begin(self, index: int, stop_ids: frozenset[int]) -> DecodedChoice:
-        """Choice number `index`; the same seed, index and weights give the same tokens."""
+        """Begin choice number `index`; the same seed, index and weights give the same tokens."""
         seed = self.sampling.seed
         rng = np.random.default_rng(None if seed is None else [seed, index])
         cache = self.cache.prefix(self.cache.length)
@@ -44,7 +44,9 @@ class DecodedChoice:
     stop_ids: frozenset[int]
 
     def advance(self, weights: EngineWeights, count: int) -> list[Token]:
-        """At most `count` tokens from `weights`; ends early after a stop id, which is included."""
+        """Sample at most `count` tokens from `weights`; ends early after a stop id, which is
+        included.
+        """
         tokens: list[Token] = []
         for _ in range(count):
             logits = weights.forward([self.pending], self.cache)[-1]
@@ -63,7 +65,7 @@ def prefill(
     *,
     echo: bool,
 ) -> DecodedPrompt:
-    """The prompt `ids` computed but for its last token; with `echo` also its log-probabilities.
+    """Compute the prompt `ids` but for its last token; with `echo` also its log-probabilities.
 
     A prompt to be echoed is computed from its first token, whatever `cache` holds.
     """
@@ -85,7 +87,7 @@ def prefill(
 def draw(
     logits: npt.NDArray[np.float32], sampling: SamplingParameters, rng: np.random.Generator
 ) -> Token:
-    """One token drawn from `logits` (`[vocab]`).
+    """Draw one token from `logits` (`[vocab]`).
 
     Raises:
         FloatingPointError: the logits are not numbers, as with weights that are not.
@@ -104,7 +106,9 @@ def draw(
 
 
 def truncated(raw: Doubles, sampling: SamplingParameters) -> Doubles:
-    """Log-probabilities really sampled from: temperature, then top-k, then top-p, renormalised."""
+    """Compute the log-probabilities really sampled from: temperature, then top-k, then top-p,
+    renormalised.
+    """
     scaled = log_softmax(raw / sampling.temperature)
     keep = np.ones(len(scaled), dtype=bool)
     order = np.argsort(-scaled, kind="stable")
@@ -120,7 +124,7 @@ def truncated(raw: Doubles, sampling: SamplingParameters) -> Doubles:
 
 
 def log_softmax(values: Doubles) -> Doubles:
-    """Log-probabilities of `values` (`[vocab]`), -inf where a value is."""
+    """Compute the log-probabilities of `values` (`[vocab]`), -inf where a value is."""
     with np.errstate(invalid="ignore"):
         shifted = values - values.max()
         return shifted - np.log(np.exp(shifted).sum())

@@ -29,7 +29,7 @@ class Cache(Protocol):
         """Bytes held."""
 
     def prefix(self, length: int) -> Self:
-        """A copy of the first `length` positions, free to grow on its own."""
+        """Copy the first `length` positions, free to grow on their own."""
 
 
 class EngineWeights(Protocol):
@@ -39,12 +39,12 @@ class EngineWeights(Protocol):
     context_length: int
 
     def empty_cache(self) -> Any:
-        """A cache without positions."""
+        """Make a cache without positions."""
 
     def forward(
         self, ids: Sequence[int], cache: Any, *, all_positions: bool = False
     ) -> npt.NDArray[np.float32]:
-        """Logits after `ids`: `[T, vocab]` with `all_positions`, else `[1, vocab]`."""
+        """Compute the logits after `ids`: `[T, vocab]` with `all_positions`, else `[1, vocab]`."""
 
 
 class Token(NamedTuple):
@@ -76,7 +76,7 @@ class Choice(Protocol):
     """One answer under way; `advance` is called by one thread at a time."""
 
     def advance(self, weights: Any, count: int) -> list[Token]:
-        """At most `count` more tokens, sampled from `weights`; stops after a stop id."""
+        """Sample at most `count` more tokens from `weights`; stops after a stop id."""
 
 
 class Prompt(Protocol):
@@ -87,7 +87,7 @@ class Prompt(Protocol):
     echoed: list[Token]
 
     def begin(self, index: int, stop_ids: frozenset[int]) -> Choice:
-        """Choice number `index`, with its own cache and random numbers."""
+        """Begin choice number `index`, with its own cache and random numbers."""
 
 
 class Engine(Protocol):
@@ -112,4 +112,4 @@ class Engine(Protocol):
         *,
         echo: bool,
     ) -> Prompt:
-        """The prompt computed, going on from `cache` (a prefix of it) if given."""
+        """Compute the prompt, going on from `cache` (a prefix of it) if given."""

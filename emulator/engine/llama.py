@@ -38,7 +38,7 @@ class LlamaShape:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Self:
-        """The shape a `config.json` declares.
+        """Read the shape a `config.json` declares.
 
         Raises:
             UnsupportedModelError: another architecture, or an option this forward does not compute.
@@ -91,7 +91,7 @@ class KeyValueCache:
         return self.store.nbytes
 
     def prefix(self, length: int) -> KeyValueCache:
-        """A copy of the first `length` positions, free to grow on its own."""
+        """Copy the first `length` positions, free to grow on their own."""
         copy = object.__new__(KeyValueCache)
         copy._layout, copy.length = self._layout, length
         copy.store = copy._allocate(length + 32)
@@ -161,13 +161,13 @@ class LlamaWeights:
         self._frequencies = (1.0 / np.float32(shape.rope_theta) ** half).astype(np.float32)
 
     def empty_cache(self) -> KeyValueCache:
-        """A cache without positions."""
+        """Make a cache without positions."""
         return KeyValueCache(self.shape)
 
     def forward(
         self, ids: Sequence[int], cache: KeyValueCache, *, all_positions: bool = False
     ) -> Floats:
-        """Logits after `ids`, which follow what `cache` holds; the cache grows by them.
+        """Compute the logits after `ids`, which follow what `cache` holds; the cache grows by them.
 
         Returns:
             `[T, vocab]` with `all_positions`, else `[1, vocab]` of the last position.

@@ -16,7 +16,7 @@ class NumpyEngine:
     prefill = staticmethod(decoding.prefill)
 
     def load(self, directory: Path, adapter: Path | None = None) -> LlamaWeights:
-        """The weights in `directory`, an adapter added to them if given.
+        """Load the weights in `directory`, an adapter added to them if given.
 
         Raises:
             UnsupportedModelError: not a model of this engine.

@@ -27,7 +27,7 @@ class StubCache:
     size_bytes: int = 0
 
     def prefix(self, length: int) -> StubCache:
-        """A cache of `length` positions."""
+        """Make a cache of `length` positions."""
         return StubCache(length)
 
 
@@ -39,7 +39,7 @@ class StubWeights:
     context_length: int
 
     def empty_cache(self) -> StubCache:
-        """A cache without positions."""
+        """Make a cache without positions."""
         return StubCache()
 
 
@@ -53,7 +53,7 @@ class StubChoice:
     position: int = 0
 
     def advance(self, weights: Any, count: int) -> list[Token]:
-        """The next `count` canned tokens; never a stop id."""
+        """Give the next `count` canned tokens; never a stop id."""
         start, self.position = self.position, self.position + count
         self.cache.length += count
         return [
@@ -79,7 +79,7 @@ class StubPrompt:
     echoed: list[Token] = field(default_factory=list)
 
     def begin(self, index: int, stop_ids: frozenset[int]) -> StubChoice:
-        """A choice; all are alike."""
+        """Begin a choice; all are alike."""
         return StubChoice(self.vocab_size, self.top_logprobs, StubCache(self.cache.length))
 
 
@@ -104,7 +104,7 @@ class StubEngine:
         *,
         echo: bool,
     ) -> StubPrompt:
-        """The prompt counted."""
+        """Count the prompt."""
         cached_count = 0 if cache is None or echo else cache.length
         echoed = [Token(ids[0], None, None)] if echo else []
         echoed += [Token(token, LOGPROB, None) for token in ids[1:]] if echo else []

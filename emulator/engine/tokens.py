@@ -72,7 +72,7 @@ class Tokens:
         )
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids of `text`.
+        """Turn `text` into token ids.
 
         Raises:
             UntokenizableError: there is no tokenizer.
@@ -84,7 +84,7 @@ class Tokens:
         return ids
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant speaks next.
+        """Turn a conversation into token ids, up to where the assistant speaks next.
 
         Raises:
             UntokenizableError: there is no tokenizer, or the template refuses the messages.
@@ -97,14 +97,14 @@ class Tokens:
         return self.encode(text, add_special=False)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`; empty without a tokenizer."""
+        """Turn `ids` into text; empty without a tokenizer."""
         if self.tokenizer is None:
             return ""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def name(self, token: int) -> tuple[str, list[int]]:
-        """One token as text and as bytes, for log-probability lists."""
+        """Give one token as text and as bytes, for log-probability lists."""
         return self._name(token)
 
     @lru_cache(maxsize=65536)  # noqa: B019 - lives as long as the emulator
@@ -116,7 +116,7 @@ class Tokens:
 
     @lru_cache(maxsize=65536)  # noqa: B019 - lives as long as the emulator
     def short(self, *ids: int) -> str:
-        """Text of a few tokens, remembered."""
+        """Turn a few tokens into text, and remember it."""
         return self.decode(ids)
 
 
@@ -130,7 +130,7 @@ class TextStream:
         self._told = ""
 
     def add(self, token: int) -> str:
-        """The text that `token` completes."""
+        """Return the text that `token` completes."""
         if self._tokens.tokenizer is None:
             return ""
         self._ids.append(token)
@@ -143,7 +143,7 @@ class TextStream:
         return new
 
     def rest(self) -> str:
-        """What is left at the end, cut characters included."""
+        """Return what is left at the end, cut characters included."""
         return self._tokens.short(*self._ids)[len(self._told) :]
 
 

@@ -33,7 +33,7 @@ class TorchCache:
         return sum(part.nbytes for pair in layers for part in pair)
 
     def prefix(self, length: int) -> TorchCache:
-        """A copy of the first `length` positions."""
+        """Copy the first `length` positions."""
         store = copy.deepcopy(self.store)
         if length < self.length:
             store.crop(length - self.length)
@@ -49,7 +49,7 @@ class TorchWeights:
         self.context_length = context_length
 
     def empty_cache(self) -> TorchCache:
-        """A cache without positions."""
+        """Make a cache without positions."""
         from transformers import DynamicCache
 
         return TorchCache(DynamicCache())
@@ -57,7 +57,7 @@ class TorchWeights:
     def forward(
         self, ids: Sequence[int], cache: TorchCache, *, all_positions: bool = False
     ) -> npt.NDArray[np.float32]:
-        """Logits after `ids`: `[T, vocab]` with `all_positions`, else `[1, vocab]`."""
+        """Compute the logits after `ids`: `[T, vocab]` with `all_positions`, else `[1, vocab]`."""
         import torch
 
         if cache.length == 0 and len(cache.store.layers):
@@ -81,7 +81,7 @@ class TorchEngine:
     prefill = staticmethod(decoding.prefill)
 
     def load(self, directory: Path, adapter: Path | None = None) -> TorchWeights:
-        """The model in `directory`, an adapter added to its weights.
+        """Load the model in `directory`, an adapter added to its weights.
 
         Raises:
             UnsupportedModelError: transformers does not know it, or its tensors do not fit.

@@ -20,7 +20,8 @@ JSON_LIMIT_BYTES = 64 << 20
 
 
 def load_llama(directory: Path, adapter: Path | None = None) -> LlamaWeights:
-    """The numpy engine's weights from `directory`, with `adapter` (a PEFT directory) added to them.
+    """Load the numpy engine's weights from `directory`, with `adapter` (a PEFT directory) added to
+    them.
 
     Raises:
         UnsupportedModelError: not a model of this engine.
@@ -34,7 +35,7 @@ def load_llama(directory: Path, adapter: Path | None = None) -> LlamaWeights:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in `path`.
 
     Raises:
         UnsupportedModelError: not a JSON object.
@@ -63,7 +64,7 @@ def shard_names(directory: Path) -> list[str]:
 
 
 def read_tensors(directory: Path) -> dict[str, Floats]:
-    """Every tensor of the checkpoint by name, widened to float32."""
+    """Read every tensor of the checkpoint by name, widened to float32."""
     tensors: dict[str, Floats] = {}
     for name in shard_names(directory):
         with open_shard(directory / name) as shard:
@@ -93,7 +94,7 @@ def add_adapter(tensors: dict[str, Floats], adapter: Path) -> None:
 
 
 def adapter_scale(config: Mapping[str, Any]) -> float:
-    """`lora_alpha / r`, or `/ sqrt(r)` for rsLoRA."""
+    """Compute `lora_alpha / r`, or `/ sqrt(r)` for rsLoRA."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise UnsupportedModelError(f"{ADAPTER_CONFIG_FILE}: r and lora_alpha are not numbers")
@@ -101,7 +102,7 @@ def adapter_scale(config: Mapping[str, Any]) -> float:
 
 
 def adapter_pairs(tensors: Mapping[str, Floats]) -> dict[str, tuple[Floats, Floats]]:
-    """The (A, B) matrices of an adapter by the name of the weight they change."""
+    """Pair the (A, B) matrices of an adapter by the name of the weight they change."""
     pairs: dict[str, dict[str, Floats]] = {}
     for name, tensor in tensors.items():
         stem = name.removeprefix("base_model.model.")

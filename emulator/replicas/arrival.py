@@ -41,7 +41,7 @@ class Disk:
         directory.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, load: Load) -> Path:
-        """The directory with every file of the snapshot, downloaded or taken from a hint's copy.
+        """Download every file of the snapshot into a directory, or take it from a hint's copy.
 
         Files already there are kept, so a second look fetches only what was missing.
 
@@ -70,7 +70,7 @@ class Disk:
         return staged
 
     def merge(self, load: Load, arrived: Path, held: Path) -> Path:
-        """The full checkpoint that the delta in `arrived` makes of the one in `held`.
+        """Merge the delta in `arrived` into a full checkpoint, on the one in `held`.
 
         Raises:
             DeltaError: the delta does not fit the base, or a checksum is wrong.

@@ -37,7 +37,7 @@ class SnapshotBucket:
         self._fs, self._root = url_to_fs(self.url, **{**shared, **options})
 
     def files(self, identity: str, *, replica: str | None = None) -> dict[str, int]:
-        """Files of a snapshot by name, with their sizes in bytes.
+        """List the files of a snapshot by name, with their sizes in bytes.
 
         Raises:
             MissingObjectError: no such snapshot.
@@ -63,7 +63,7 @@ class SnapshotBucket:
         return found
 
     def read(self, identity: str, file: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to `end` (exclusive; None: all) of one file, at most 128 MiB.
+        """Read bytes `start` to `end` (exclusive; None: all) of one file, at most 128 MiB.
 
         Raises:
             MissingObjectError: no such file.

@@ -21,7 +21,7 @@ class LedgerEntry:
     errors: dict[str, str] = field(default_factory=dict)
 
     def render(self) -> dict[str, Any]:
-        """As `GET …/ledger` shows it."""
+        """Show the entry as `GET …/ledger` does."""
         replicas = sorted({*self.ready_at, *self.errors})
         return {
             "identity": self.load.identity,
@@ -50,7 +50,7 @@ class Ledger:
         self._entries[entry.load.identity] = entry
 
     def get(self, identity: str) -> LedgerEntry | None:
-        """The entry of an identity."""
+        """Find the entry of an identity."""
         return self._entries.get(identity)
 
     def reset(self) -> None:
@@ -58,11 +58,12 @@ class Ledger:
         self._entries.clear()
 
     def render(self) -> list[dict[str, Any]]:
-        """Newest first."""
+        """Show all entries, newest first."""
         return [entry.render() for entry in reversed(self._entries.values())]
 
     def chain(self) -> list[Load]:
-        """What a late joiner replays: the last full, the deltas after it, the last adapter on top.
+        """List what a late joiner replays: the last full, the deltas after it, the last adapter on
+        top.
 
         A snapshot that failed wherever it was tried is left out.
         """

@@ -52,7 +52,8 @@ class PromptCache:
             self._closed += 1
 
     def find(self, prompt: Sequence[int], session: str | None) -> tuple[Any, int]:
-        """A cache and how many leading tokens of `prompt` it serves; (None, 0) if there is none.
+        """Find a cache and how many leading tokens of `prompt` it serves; (None, 0) if there is
+        none.
 
         The last token of a prompt is always computed.
         """

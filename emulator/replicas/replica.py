@@ -117,13 +117,13 @@ class Replica:
             self._task.cancel()
 
     def leave(self) -> None:
-        """A request ended here."""
+        """Count a request as ended here."""
         self.in_flight -= 1
         if not self.in_flight:
             self._drained.set()
 
     def render(self) -> dict[str, Any]:
-        """As an entry of `replicas` (protocol §5)."""
+        """Show the replica as an entry of `replicas` (protocol §5)."""
         state: dict[str, Any] = {"stage": self.stage}
         if self.target:
             state["target_snapshot_identity"] = self.target

@@ -110,7 +110,7 @@ class Service:
             self._in_background(self._appear())
 
     def status(self) -> dict[str, Any]:
-        """The body of operation B, as the ordered faults let it be seen."""
+        """Make the body of operation B, as the ordered faults let it be seen."""
         if not self.is_up or self.faults.take("empty_replicas"):
             return {"replicas": []}
         shown = []
@@ -127,7 +127,7 @@ class Service:
         return {"replicas": shown}
 
     async def signal(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Operation A: check, record, tell every replica.
+        """Carry out operation A: check, record, signal every replica.
 
         Raises:
             RefusedError: the documented refusals.
@@ -214,13 +214,15 @@ class Service:
         raise AssertionError("unreachable")
 
     def reset(self) -> None:
-        """Operation D: forget every snapshot and serve base weights."""
+        """Carry out operation D: forget every snapshot and serve base weights."""
         self.ledger.reset()
         for replica in self.replicas:
             replica.reset()
 
     async def hint(self, body: Mapping[str, Any]) -> None:
-        """Operation C: record it, and pre-stage the file it names if it is there (protocol §6)."""
+        """Carry out operation C: record it, and pre-stage the file it names if it is there
+        (protocol §6).
+        """
         note = {"body": body, "prestaged": False}
         self.hints.append(note)
         del self.hints[:-RECORD_LIMIT]
@@ -238,7 +240,7 @@ class Service:
         note["prestaged"] = True
 
     def pick(self, session: str | None) -> Replica:
-        """The replica that answers: the session's own, else the one with the fewest requests.
+        """Pick the replica that answers: the session's own, else the one with the fewest requests.
 
         Raises:
             RefusedError: 503 without replicas, 404 while all restart.
@@ -265,7 +267,7 @@ class Service:
         return replica
 
     def add_replica(self) -> Replica:
-        """A late joiner: replays the chain from the bucket, unready meanwhile."""
+        """Add a late joiner: it replays the chain from the bucket, unready meanwhile."""
         replica = self._add()
         self.restart(replica)
         return replica
@@ -282,7 +284,7 @@ class Service:
         replica.restart(self.ledger.chain(), on_base=on_base)
 
     def replica(self, name: object) -> Replica | None:
-        """The replica of a name, or of a number."""
+        """Find the replica of a name, or of a number."""
         wanted = f"replica-{name}" if isinstance(name, int) else name
         return next((replica for replica in self.replicas if replica.name == wanted), None)
 
@@ -322,7 +324,7 @@ class Service:
 
 
 def make_engine(config: EmulatorConfig) -> Engine:
-    """The engine a configuration names; torch is imported only for its own."""
+    """Make the engine a configuration names; torch is imported only for its own."""
     if config.engine == "stub":
         return StubEngine()
     if config.engine == "transformers":

@@ -27,7 +27,7 @@ class Signal:
 
     @classmethod
     def parse(cls, body: Mapping[str, Any], *, knows_prompt_cache: bool) -> Self:
-        """The signal in `body`.
+        """Parse the signal in `body`.
 
         Raises:
             RefusedError: 400, naming the field.

@@ -56,7 +56,7 @@ class BaseModel:
 
     @classmethod
     def read(cls, name: str, directory: Path) -> BaseModel:
-        """The base model in `directory`."""
+        """Read the base model in `directory`."""
         shapes: dict[str, tuple[int, ...]] = {}
         for file in shard_names(directory):
             with open_shard(directory / file) as shard:

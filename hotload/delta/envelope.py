@@ -58,7 +58,7 @@ ARC_V2 = Envelope(Checksum.ADLER32, is_decimal=True, has_every_tensor=True)
 def delta_head(
     frames: Mapping[str, int], checksums: Mapping[str, str], envelope: Envelope
 ) -> bytes:
-    """Write the head of a delta shard from frame size in bytes and checksum in hex of each tensor."""
+    """Write the head of a delta shard: each tensor's frame size in bytes and checksum in hex."""
     end = 0
     entries = []
     for name, size in frames.items():

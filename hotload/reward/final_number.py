@@ -2,8 +2,8 @@
 
 A plain number is digits with a sign, a decimal point, commas between groups of three, an exponent
 or a denominator, with currency before it and `%` behind it, which change nothing. Mathematics is
-not read here but by `hotload.reward.math_answer`: whatever stands beside a number and may make another
-one of it leaves the text without a number. Every step takes time in proportion to the text.
+not read here but by `hotload.reward.math_answer`: whatever stands beside a number and may make
+another one of it leaves the text without a number. Every step takes time in proportion to the text.
 """
 
 from __future__ import annotations
