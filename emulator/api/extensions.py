@@ -62,7 +62,7 @@ async def clear_faults(request: Request) -> Response:
 
 @own
 async def read_request_log(request: Request) -> Response:
-    """Answer GET /emulator/log: what was signalled, hinted, applied on each replica, and answered."""
+    """Answer GET /emulator/log: what was signalled, hinted, applied per replica, and answered."""
     service = service_of(request)
     return json_response(
         {
@@ -86,7 +86,7 @@ async def clear_log(request: Request) -> Response:
 
 @own
 async def change_replicas(request: Request) -> Response:
-    """Answer POST /emulator/replicas: `{"action": "add"}`, or "remove" or "restart" with `replica`.
+    """Answer POST /emulator/replicas: `{"action": "add"}`; "remove" or "restart" with `replica`.
 
     A restart takes `on_base: true`; without it the replica replays the chain.
     """

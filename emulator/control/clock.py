@@ -59,7 +59,7 @@ class Clock:
         await self._sleep_until(self.now() + seconds)
 
     async def wait(self, event: asyncio.Event, seconds: float) -> bool:
-        """Wait until `event` is set or `seconds` are over, and tell which; only from a busy caller."""
+        """Wait until `event` is set or `seconds` are over; tell which. Only from a busy caller."""
         if event.is_set():
             return True
         deadline = self._sleeper(self.now() + seconds)
