@@ -18,7 +18,8 @@ from hotload.errors import Finding, HotLoadError
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hotload", "emulator", "blocks", "tasks", "flows")
 FOLDERS = (*PACKAGES, "tests", "examples", "benchmarks", "deployments", "docs")
-TOUCHES_FILES = {"local.py", "operands.py", "directories.py", "relayout.py", "__main__.py", "cli"}
+TOUCHES_FILES = {"local.py", "operands.py", "directories.py", "relayout.py", "__main__.py"}
+TOUCHES_FILES |= {"cli", "clients"}
 
 
 def modules(*packages: str) -> list[Path]:
@@ -149,6 +150,16 @@ def test_a_codec_user_pays_for_no_data_frame_and_no_engine() -> None:
     script = (
         "import sys, hotload, hotload.delta\n"
         "heavy = {'polars', 'pandera', 'prefect', 'fsspec', 'httpx'} & set(sys.modules)\n"
+        "sys.exit(' '.join(sorted(heavy)) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_trainer_pays_for_no_engine_and_before_it_reads_for_no_data_frame() -> None:
+    script = (
+        "import sys, hotload.clients.handoff\n"
+        "heavy = {'polars', 'pandera', 'prefect', 'httpx', 's3fs', 'gcsfs'} & set(sys.modules)\n"
         "sys.exit(' '.join(sorted(heavy)) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

@@ -11,10 +11,10 @@ from time import monotonic
 
 from prefect import get_run_logger
 
-from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.sampler import Sampler
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
 from hotload.rollout.admission import Admission
@@ -45,9 +45,7 @@ class Rollout:
         RolloutFunctionError: the spec names a rollout function that cannot be used.
     """
 
-    def __init__(
-        self, plan: RolloutPlan, sampler: Sampler, scorer: Scorer, store: CheckpointStore
-    ) -> None:
+    def __init__(self, plan: RolloutPlan, sampler: Sampler, scorer: Scorer, store: Store) -> None:
         self.plan = plan
         self._sampler = sampler
         self._scorer = scorer
@@ -285,9 +283,9 @@ async def open_rollout(
     spec: CycleSpec,
     plan: RolloutPlan,
     client: RolloutClient,
-    store: CheckpointStore,
+    store: Store,
     replica_count: int | None,
-    service: HotLoadService | None = None,
+    service: HotLoadClient | None = None,
 ) -> AsyncIterator[Rollout]:
     """What the chunks of `plan` share, for as long as they run in this event loop.
 

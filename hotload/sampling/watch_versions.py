@@ -5,8 +5,8 @@ from time import monotonic
 
 from prefect import get_run_logger
 
-from blocks.hot_load_service import HotLoadService
 from hotload.clients.inference.sampler import Sampler
+from hotload.clients.service import HotLoadClient
 from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailableError
 from hotload.identity import version_of
 from hotload.publish.readiness import ServiceStatus
@@ -15,7 +15,7 @@ from hotload.spec import ReadinessPolicy
 
 
 async def first_look(
-    service: HotLoadService, run_id: str, sampler: Sampler, gate: Gate, readiness: ReadinessPolicy
+    service: HotLoadClient, run_id: str, sampler: Sampler, gate: Gate, readiness: ReadinessPolicy
 ) -> None:
     """Tell gate and sampler what is served before anything is sampled: a cycle that goes on after a
     while may find newer weights.
@@ -25,7 +25,7 @@ async def first_look(
     Raises:
         ReadinessTimeoutError: the replicas serve something else, or nothing was learnt from the
             service, for `weight_sync_timeout` seconds.
-        ServiceRefusedError, ProtocolError: as `HotLoadService.observe`.
+        ServiceRefusedError, ProtocolError: as `HotLoadClient.observe`.
     """
     until = monotonic() + readiness.weight_sync_timeout
     while True:
@@ -46,7 +46,7 @@ async def first_look(
 
 
 async def watch_versions(
-    service: HotLoadService, run_id: str, sampler: Sampler, gate: Gate, poll_seconds: float
+    service: HotLoadClient, run_id: str, sampler: Sampler, gate: Gate, poll_seconds: float
 ) -> None:
     """Tell gate and sampler, after `first_look`, of every version that all replicas are seen to
     serve; never ends.
