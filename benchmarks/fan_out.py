@@ -89,8 +89,8 @@ async def without_prefect(spec: Any, url: str, root: Path) -> Any:
     """What the flow does, called as plain functions; the summary."""
     from prefect.logging import disable_run_logger
 
-    from blocks.checkpoint_store import CheckpointStore
     from blocks.rollout_client import RolloutClient
+    from hotload.clients.store import Store
     from hotload.dataset.rollout_plan import MANIFEST_FILE
     from hotload.sampling.concurrently import overlap
     from hotload.sampling.problems import plan_rollouts
@@ -98,7 +98,7 @@ async def without_prefect(spec: Any, url: str, root: Path) -> Any:
     from tasks.hand_back import hand_back
 
     client = RolloutClient(base_url=url, api_key="bench", **NAMES)
-    store = CheckpointStore(url=(root / "bucket").as_uri())
+    store = Store(url=(root / "bucket").as_uri())
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
         async with open_rollout(spec, plan, client, store, None) as rollout:

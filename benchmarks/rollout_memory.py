@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from blocks.checkpoint_store import CheckpointStore
 from hotload.clients.inference.conversation import Conversation, Outcome
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import plan_rollout
 from hotload.rollout.completions_api import Answer
 from hotload.rollout.trajectory import Problem
@@ -114,7 +114,7 @@ async def roll_out(root: Path, problems: int, samples: int, tokens: int) -> int:
         }
     )
     plan = plan_rollout(spec, IDENTITY, [Problem(str(n), "x") for n in range(problems)])
-    store = CheckpointStore(url=(root / "bucket").as_uri())
+    store = Store(url=(root / "bucket").as_uri())
     sampler: Any = CannedSampler(spec, tokens)
     async with open_scorer(spec.reward) as scorer:
         rollout = Rollout(plan, sampler, scorer, store)

@@ -36,12 +36,12 @@ async def check_block(kind: str, name: str, store_name: str | None) -> list[Chec
         ValueError: the server knows no such block.
     """
     if kind == "store":
-        return await (await CheckpointStore.load(name)).check()
+        return await (await CheckpointStore.load(name)).open().check()
     if kind == "rollouts":
         return await (await RolloutClient.load(name)).check()
     service = await HotLoadService.load(name)
     store = await CheckpointStore.load(store_name) if store_name else None
-    return await service.check(store.url if store else None)
+    return await service.open().check(store.url if store else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

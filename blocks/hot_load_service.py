@@ -1,47 +1,14 @@
-"""The hot-load service: where snapshots are announced and their loading watched (protocol
-§2-§8)."""
+"""The document of a hot-load service: names, address and key, and what opens the client."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
 from typing import Literal
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, Field, JsonValue, PrivateAttr, SecretStr, field_validator
+from pydantic import ConfigDict, Field, JsonValue, SecretStr, field_validator
 
-from hotload.clients.redaction import redact
-from hotload.clients.service.calls import (
-    RESOURCE_ID,
-    advice_for,
-    ask,
-    check_origin,
-    key_of,
-    origin_of,
-    parse_json,
-    raise_for,
-)
-from hotload.errors import (
-    ProtocolError,
-    ServiceError,
-    ServiceRefusedError,
-    ServiceUnavailableError,
-    SnapshotRejectedError,
-)
-from hotload.identity import SnapshotKind
+from hotload.clients.service import RESOURCE_ID, HotLoadClient, check_origin
 from hotload.publish import fireworks_api
-from hotload.publish.preflight import CheckLine, service_lines
-from hotload.publish.readiness import ServiceDescription, ServiceStatus
-from hotload.publish.snapshot import SnapshotManifest
-from hotload.rollout import completions_api
-
-POST_TIMEOUT_SECONDS = 60.0
-GET_TIMEOUT_SECONDS = 30.0
-HINT_TIMEOUT_SECONDS = 10.0
-PROBE_TIMEOUT_SECONDS = 10.0
-DESCRIPTION_LIMIT_BYTES = 1 << 20
-
-logger = logging.getLogger(__name__)
 
 
 class HotLoadService(Block):
@@ -75,220 +42,22 @@ class HotLoadService(Block):
     hint_body_template: dict[str, JsonValue] | None = None
     """Posted per file, {identity} {file} {uri} {size} {kind} {previous} filled in; empty: none."""
 
-    _knows_prompt_cache: bool = PrivateAttr(default=True)
-    _takes_hints: bool = PrivateAttr(default=True)
-
     @field_validator("base_url")
     @classmethod
     def _origin(cls, url: str | None) -> str | None:
         return None if url is None else check_origin(url)
 
-    async def observe(self) -> ServiceStatus:
-        """What every replica serves and does now; empty while the service scales up (protocol §5).
-
-        Raises:
-            ServiceUnavailableError: no answer, or none that is JSON: gateways do that now and then.
-            ServiceRefusedError: the key, a name or the account is wrong.
-            ProtocolError: JSON of another form.
-        """
-        limit = fireworks_api.STATUS_LIMIT_BYTES
-        text = await self._get("observe", fireworks_api.HOT_LOAD_PATH, limit, self._names())
-        key = self._key("observe")
-        data = parse_json("observe", text, key, ServiceUnavailableError)
-        replicas = fireworks_api.parse_status(data).replicas
-        # What is shown of a replica goes to the log, whatever the server put into it.
-        return ServiceStatus(tuple(replace(one, raw=redact(one.raw, [key])) for one in replicas))
-
-    async def signal(self, manifest: SnapshotManifest) -> tuple[str, ...]:
-        """Say that a snapshot is whole and is to be loaded; returns warnings (protocol §4).
-
-        The answer's body is never read. If the service does not know `reset_prompt_cache`, the
-        signal is repeated once without it, and the field is left out for as long as this block
-        lives.
-
-        Raises:
-            ServiceUnavailableError: whether it was accepted is unclear: observe before repeating.
-            ServiceRefusedError: the key, a name or the account is wrong.
-            SnapshotRejectedError: the service refuses the snapshot; carries its text.
-        """
-        status, text = await self._signal(manifest)
-        if self._knows_prompt_cache and fireworks_api.refuses_prompt_cache_field(status, text):
-            self._knows_prompt_cache = False
-            status, text = await self._signal(manifest)
-        raise_for(status, "signal", text, SnapshotRejectedError)
-        if self.reset_prompt_cache == "all" or self._knows_prompt_cache:
-            return ()
-        return (
-            "the service does not know reset_prompt_cache: "
-            f"its default, all, is in force instead of {self.reset_prompt_cache}",
-        )
-
-    async def hint(
-        self,
-        *,
-        identity: str,
-        file: str,
-        uri: str,
-        size_bytes: int,
-        kind: SnapshotKind,
-        previous: str | None,
-    ) -> bool:
-        """Tell the service that one file has arrived; whether it took notice (protocol §6).
-
-        Best effort: never raises, never repeats, and stops for good at the first 4xx.
-        """
-        if self.hint_body_template is None or not self._takes_hints:
-            return False
-        values = {
-            "identity": identity,
-            "file": file,
-            "uri": uri,
-            "size": size_bytes,
-            "kind": kind.value,
-            "previous": previous or "",
-        }
-        body = fireworks_api.hint_body(self.hint_body_template, values)
-        try:
-            status, text = await self._ask(
-                "hint", "POST", fireworks_api.HINT_PATH, HINT_TIMEOUT_SECONDS, self._names(), body
-            )
-            raise_for(status, "hint", text, ServiceRefusedError)
-        except ServiceError as error:
-            code = error.status_code
-            if isinstance(error, ServiceRefusedError) or (code is not None and 400 <= code < 500):
-                self._takes_hints = False
-                logger.warning("no more hints to this service: %s", error)
-            else:
-                logger.info("the hint for %s was lost: %s", file, error)
-            return False
-        return True
-
-    async def reset_ledger(self) -> None:
-        """Make the service forget every hot-loaded snapshot; base weights answer (protocol §7).
-
-        Raises:
-            ServiceUnavailableError, ServiceRefusedError: as `observe`.
-        """
-        path = fireworks_api.ledger_path(self.account_id, self.deployment_id)
-        status, text = await self._ask("reset_ledger", "DELETE", path, POST_TIMEOUT_SECONDS)
-        raise_for(status, "reset_ledger", text, ServiceRefusedError)
-
-    async def describe(self) -> ServiceDescription:
-        """The service as its control plane describes it (protocol §8).
-
-        Raises:
-            ServiceUnavailableError: no answer.
-            ServiceRefusedError: there is no such service, or the key may not ask.
-            ProtocolError: the answer is not JSON, or not an object.
-        """
-        path = fireworks_api.deployment_path(self.account_id, self.deployment_id)
-        text = await self._get("describe", path, DESCRIPTION_LIMIT_BYTES)
-        data = parse_json("describe", text, self._key("describe"), ProtocolError)
-        return fireworks_api.parse_description(data)
-
-    def preflight(self, description: ServiceDescription, bucket_url: str | None) -> list[CheckLine]:
-        """Whether the service can be hot-loaded from `bucket_url`, line by line (protocol §8)."""
-        return service_lines(
-            description,
-            bucket_url=bucket_url,
+    def open(self) -> HotLoadClient:
+        """Open the client; it connects anew for every call."""
+        return HotLoadClient(
+            account_id=self.account_id,
+            model_id=self.model_id,
+            deployment_id=self.deployment_id,
+            base_url=self.base_url,
+            api_key=self.api_key.get_secret_value(),
             base_model=self.base_model,
-            transition_type=self.hot_load_transition_type,
+            hot_load_transition_type=self.hot_load_transition_type,
+            reset_prompt_cache=self.reset_prompt_cache,
+            extra_fields_ignore=self.extra_fields_ignore,
+            hint_body_template=self.hint_body_template,
         )
-
-    async def probe(self) -> bool:
-        """Whether the service answers a very small completion within 10 s (protocol §8, §14)."""
-        model = fireworks_api.model_name(self.account_id, self.model_id)
-        try:
-            status, _ = await self._ask(
-                "probe",
-                "POST",
-                fireworks_api.COMPLETIONS_PATH,
-                PROBE_TIMEOUT_SECONDS,
-                self._names(),
-                {"model": model, **completions_api.WARM_UP_BODY},
-            )
-        except ServiceError:
-            return False
-        return status == 200
-
-    async def check(self, bucket_url: str | None = None) -> list[CheckLine]:
-        """Whether the key works, the service answers, and can be hot-loaded; one line per question.
-
-        Never raises for the service's sake. `bucket_url` is the store's, compared when given.
-        """
-        try:
-            self._key("check")
-        except ServiceRefusedError as error:
-            return [CheckLine("key", False, error.detail, KEY_ADVICE)]
-        lines = [CheckLine("key", True, "there is one")]
-        try:
-            status = await self.observe()
-            lines.append(CheckLine("status", True, status.describe()))
-        except ServiceError as error:
-            lines.append(CheckLine("status", False, str(error), advice_for(error)))
-        try:
-            description = await self.describe()
-        except ServiceError as error:
-            return [*lines, CheckLine("description", False, str(error), advice_for(error))]
-        lines += self.preflight(description, bucket_url)
-        if description.state == "CREATING":
-            answers = await self.probe()
-            found = "answers a request" if answers else "does not answer requests yet"
-            lines.append(CheckLine("inference", answers, found, "Wait until it does", stops=False))
-        return lines
-
-    async def _signal(self, manifest: SnapshotManifest) -> tuple[int, str]:
-        policy = self.reset_prompt_cache if self._knows_prompt_cache else "all"
-        body = fireworks_api.signal_body(
-            manifest, reset_prompt_cache=policy, extra_fields_ignore=self.extra_fields_ignore
-        )
-        return await self._ask(
-            "signal", "POST", fireworks_api.HOT_LOAD_PATH, POST_TIMEOUT_SECONDS, self._names(), body
-        )
-
-    async def _get(
-        self, operation: str, path: str, limit_bytes: int, headers: dict[str, str] | None = None
-    ) -> str:
-        status, text = await self._ask(
-            operation, "GET", path, GET_TIMEOUT_SECONDS, headers, limit_bytes=limit_bytes
-        )
-        raise_for(status, operation, text, ServiceRefusedError)
-        return text
-
-    async def _ask(
-        self,
-        operation: str,
-        method: str,
-        path: str,
-        timeout_seconds: float,
-        headers: dict[str, str] | None = None,
-        body: object = None,
-        *,
-        limit_bytes: int = 0,
-    ) -> tuple[int, str]:
-        url = origin_of(self.base_url, operation) + path
-        key = self._key(operation)
-        return await ask(
-            operation,
-            method,
-            url,
-            key=key,
-            headers=headers or {},
-            body=body,
-            timeout_seconds=timeout_seconds,
-            limit_bytes=limit_bytes,
-        )
-
-    def _names(self) -> dict[str, str]:
-        return {
-            fireworks_api.MODEL_HEADER: fireworks_api.model_name(self.account_id, self.model_id),
-            fireworks_api.DEPLOYMENT_HEADER: fireworks_api.deployment_name(
-                self.account_id, self.deployment_id
-            ),
-        }
-
-    def _key(self, operation: str) -> str:
-        return key_of(self.api_key, operation)
-
-
-KEY_ADVICE = "Put a key with control rights into the block, or into the environment"

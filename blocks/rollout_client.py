@@ -73,7 +73,7 @@ class RolloutClient(Block):
         return fireworks_api.model_name(self.account_id, self.model_id)
 
     def _headers(self) -> dict[str, str]:
-        key = key_of(self.api_key, "rollouts")
+        key = key_of(self.api_key.get_secret_value(), "rollouts")
         headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
         if self.model_addressing == "header":
             headers[fireworks_api.MODEL_HEADER] = fireworks_api.model_name(

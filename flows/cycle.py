@@ -24,6 +24,7 @@ from blocks.hot_load_service import HotLoadService
 from flows.cycle_file import parse_cycle_file, save_inline_blocks
 from flows.publish import full_snapshot, publish_snapshot
 from flows.rollouts import roll_out_and_score
+from hotload.clients.store import publisher_lease
 from hotload.errors import HotLoadError, NeedsFullSnapshotError
 from hotload.publish.publication import Publication
 from hotload.report.cycle_report import CycleReport
@@ -31,7 +32,6 @@ from hotload.sampling.concurrently import both
 from hotload.spec import CycleSpec
 from tasks.baseline import keep_baseline
 from tasks.conclude import conclude_cycle, find_report, named
-from tasks.lease import publisher_lease
 from tasks.plan import plan_snapshot
 from tasks.preflight import preflight_service
 from tasks.publication import find_publication, record_publication
@@ -55,8 +55,8 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
         spec: what to publish, where, and how to sample from it.
     """
     started = monotonic()
-    service = await HotLoadService.load(spec.service)
-    store = await CheckpointStore.load(spec.store)
+    service = (await HotLoadService.load(spec.service)).open()
+    store = (await CheckpointStore.load(spec.store)).open()
     if report := await find_report(store, spec):
         return named("AlreadyDone", "this cycle has ended before", report)
     may_overlap = spec.sampling.max_head_offpolicy_versions > 0
@@ -72,10 +72,10 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
             plan = await plan_snapshot(spec, service, store, content)
             fallback = None
             try:
-                published = await publish_snapshot(spec, content, plan, lease.token, expected)
+                published = await publish_snapshot(spec, content, plan, lease, expected)
             except NeedsFullSnapshotError as reason:
                 fallback = str(reason)
-                published = await full_snapshot(spec, content, fallback, lease.token, expected)
+                published = await full_snapshot(spec, content, fallback, lease, expected)
             publication = Publication(content=content, snapshot=published, fallback=fallback)
             if may_overlap:
                 await keep_baseline(spec, service, store, published.identity)

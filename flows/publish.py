@@ -8,8 +8,11 @@ from prefect import flow
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store
 from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
 from hotload.identity import SnapshotKind
+from hotload.publish.lease import Lease
 from hotload.publish.places import delta_dir, results_dir
 from hotload.publish.publication import Carried, Published
 from hotload.publish.snapshot import CheckpointContent, SnapshotPlan, batches
@@ -34,7 +37,7 @@ async def publish_snapshot(
     spec: CycleSpec,
     content: CheckpointContent,
     plan: SnapshotPlan,
-    lease_token: int,
+    lease: Lease,
     expected_replica_count: int | None,
 ) -> Published:
     """Carry the planned snapshot to every replica.
@@ -45,8 +48,8 @@ async def publish_snapshot(
     Raises:
         NeedsFullSnapshotError: a full snapshot under a new identity can still succeed.
     """
-    service = await HotLoadService.load(spec.service)
-    store = await CheckpointStore.load(spec.store)
+    service = (await HotLoadService.load(spec.service)).open()
+    store = (await CheckpointStore.load(spec.store)).open()
     started, began_at = monotonic(), datetime.now(UTC)
     manifest = await find_manifest(store, plan.identity)
     carried: list[Carried] = []
@@ -59,7 +62,7 @@ async def publish_snapshot(
         shards = tuple(shard for batch in carried for shard in batch.shards)
         manifest = await upload_manifests(spec, store, plan, content, shards)
     published_at = monotonic()
-    warnings = await signal_snapshot(service, store, manifest, lease_token)
+    warnings = await signal_snapshot(service, store, manifest, lease)
     signalled_at = monotonic()
     convergence = await wait_until_ready(service, manifest, spec.readiness, expected_replica_count)
     seconds = {
@@ -74,8 +77,8 @@ async def publish_snapshot(
 
 async def _carry(
     spec: CycleSpec,
-    service: HotLoadService,
-    store: CheckpointStore,
+    service: HotLoadClient,
+    store: Store,
     plan: SnapshotPlan,
     batch: tuple[FileDigest, ...],
     progress: Progress,
@@ -107,7 +110,7 @@ async def full_snapshot(
     spec: CycleSpec,
     content: CheckpointContent,
     reason: str,
-    lease_token: int,
+    lease: Lease,
     expected_replica_count: int | None,
 ) -> Published:
     """The fallback: publish a full snapshot under a new identity because of `reason`.
@@ -121,13 +124,13 @@ async def full_snapshot(
     """
     may_reset = spec.snapshot.ledger_reset is LedgerReset.ON_FAILURE
     for rung in range(FULLS_TRIED + may_reset):
-        service = await HotLoadService.load(spec.service)
-        store = await CheckpointStore.load(spec.store)
+        service = (await HotLoadService.load(spec.service)).open()
+        store = (await CheckpointStore.load(spec.store)).open()
         if rung == FULLS_TRIED:
             await reset_ledger(service)
         plan = await plan_fallback(spec, store, content, reason)
         try:
-            return await publish_snapshot(spec, content, plan, lease_token, expected_replica_count)
+            return await publish_snapshot(spec, content, plan, lease, expected_replica_count)
         except NeedsFullSnapshotError as error:
             reason = str(error)
     raise FullSnapshotFailedError(plan.identity, reason)

@@ -40,10 +40,10 @@ async def roll_out_and_score(
         StoreError: the store refuses.
     """
     client = await RolloutClient.load(spec.rollouts)
-    store = await CheckpointStore.load(spec.store)
+    store = (await CheckpointStore.load(spec.store)).open()
     # Only then may somebody publish while this samples.
     may_move = spec.sampling.max_head_offpolicy_versions > 0
-    service = await HotLoadService.load(spec.service) if may_move else None
+    service = (await HotLoadService.load(spec.service)).open() if may_move else None
     plan = await plan_rollouts(spec, identity)
     if done := await find_rollout(store, plan.directory, plan.digest):
         return done

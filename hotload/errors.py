@@ -227,12 +227,13 @@ class RolloutsFailedError(HotLoadError):
 class LeaseLostError(HotLoadError):
     """Another holds, or took over, a lease: the publisher's, or a consumer's on rollouts."""
 
-    def __init__(self, holder: str, detail: str) -> None:
+    def __init__(self, holder: str | None, detail: str) -> None:
         super().__init__(holder, detail)
         self.holder, self.detail = holder, detail
 
     def __str__(self) -> str:
-        return f"the lease is held by {self.holder!r}: {self.detail}"
+        state = "lost" if self.holder is None else f"held by {self.holder!r}"
+        return f"the lease is {state}: {self.detail}"
 
 
 class RewardError(HotLoadError):

@@ -4,20 +4,20 @@
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store, check_lease
 from hotload.clients.store.records import mark_signalled
 from hotload.errors import LoadFailedError, ServiceRefusedError, SnapshotRejectedError
 from hotload.identity import SnapshotKind
 from hotload.publish.chain import may_signal
+from hotload.publish.lease import Lease
 from hotload.publish.snapshot import Shard, SnapshotManifest, SnapshotPlan
-from tasks.lease import check_lease
 from tasks.retrying import RETRIED
 
 
 @task(cache_policy=NO_CACHE, task_run_name="hint-{shards[0].file}")
 async def hint_shards(
-    service: HotLoadService, store: CheckpointStore, plan: SnapshotPlan, shards: tuple[Shard, ...]
+    service: HotLoadClient, store: Store, plan: SnapshotPlan, shards: tuple[Shard, ...]
 ) -> int:
     """How many of `shards` the service took early notice of. Best effort: never fails a cycle."""
     taken = 0
@@ -35,7 +35,7 @@ async def hint_shards(
 
 @task(cache_policy=NO_CACHE, task_run_name="signal-{manifest.identity}", **RETRIED)
 async def signal_snapshot(
-    service: HotLoadService, store: CheckpointStore, manifest: SnapshotManifest, lease_token: int
+    service: HotLoadClient, store: Store, manifest: SnapshotManifest, lease: Lease
 ) -> tuple[str, ...]:
     """Tell the service that the snapshot is whole; returns warnings.
 
@@ -52,9 +52,9 @@ async def signal_snapshot(
         get_run_logger().info("%s was accepted before", manifest.identity)
         return ()
     # Before the mark too: a publisher that lost the lease must not make its delta doubtful.
-    await check_lease(store, lease_token)
+    await check_lease(store, lease)
     await mark_signalled(store, manifest.identity)
-    await check_lease(store, lease_token)
+    await check_lease(store, lease)
     try:
         return await service.signal(manifest)
     except SnapshotRejectedError as error:
@@ -72,7 +72,7 @@ async def signal_snapshot(
 
 
 @task(cache_policy=NO_CACHE, task_run_name="reset-ledger", **RETRIED)
-async def reset_ledger(service: HotLoadService) -> None:
+async def reset_ledger(service: HotLoadClient) -> None:
     """Make the service forget every hot-loaded snapshot; base weights answer until the next
     full."""
     await service.reset_ledger()

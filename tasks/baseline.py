@@ -11,8 +11,8 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store
 from hotload.clients.store.records import read_manifest
 from hotload.directory.files import (
     apply_file,
@@ -38,7 +38,7 @@ from tasks.retrying import RETRIED
 
 @task(cache_policy=NO_CACHE, task_run_name="baseline-{identity}", **RETRIED)
 async def keep_baseline(
-    spec: CycleSpec, service: HotLoadService, store: CheckpointStore, identity: str
+    spec: CycleSpec, service: HotLoadClient, store: Store, identity: str
 ) -> None:
     """Move the baseline on to `identity`, which every replica has confirmed.
 
@@ -59,7 +59,7 @@ async def keep_baseline(
 
 
 async def hold_baseline(
-    spec: CycleSpec, service: HotLoadService, store: CheckpointStore, manifest: SnapshotManifest
+    spec: CycleSpec, service: HotLoadClient, store: Store, manifest: SnapshotManifest
 ) -> Path:
     """The directory with the full bytes of `manifest`, every file checked by its digest.
 
@@ -92,7 +92,7 @@ async def hold_baseline(
 
 
 async def _build(
-    spec: CycleSpec, service: HotLoadService, store: CheckpointStore, manifest: SnapshotManifest
+    spec: CycleSpec, service: HotLoadClient, store: Store, manifest: SnapshotManifest
 ) -> None:
     root = baseline_dir(spec, service)
     staged = root / f"{manifest.identity}.tmp"
@@ -118,8 +118,8 @@ async def _build(
 
 async def _fetch(
     spec: CycleSpec,
-    service: HotLoadService,
-    store: CheckpointStore,
+    service: HotLoadClient,
+    store: Store,
     manifest: SnapshotManifest,
     file: Shard | FileDigest,
     out: Path,
@@ -137,8 +137,8 @@ async def _fetch(
 
 async def _restore(
     spec: CycleSpec,
-    service: HotLoadService,
-    store: CheckpointStore,
+    service: HotLoadClient,
+    store: Store,
     manifest: SnapshotManifest,
     shard: Shard,
     staged: Path,

@@ -16,9 +16,9 @@ from prefect.artifacts import acreate_link_artifact, acreate_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from blocks.checkpoint_store import CheckpointStore
 from hotload.clients.handoff.directory import acknowledged_drift, read_manifest, version_before
 from hotload.clients.metrics.send import send_metrics
+from hotload.clients.store import Store
 from hotload.clients.store.records import REPORTS, read_report, write_report
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.dataset.rollout_plan import rollout_directory
@@ -36,7 +36,7 @@ DRIFT_SECONDS = 60.0
 
 
 @task(cache_policy=NO_CACHE, task_run_name="report-{spec.name}", **RETRIED)
-async def find_report(store: CheckpointStore, spec: CycleSpec) -> CycleReport | None:
+async def find_report(store: Store, spec: CycleSpec) -> CycleReport | None:
     """The report of this very cycle, if it has ended before.
 
     The checkpoint is compared with it while there is one; a trainer may have removed it since.
@@ -51,7 +51,7 @@ async def find_report(store: CheckpointStore, spec: CycleSpec) -> CycleReport | 
 
 
 @task(cache_policy=NO_CACHE, task_run_name="conclude-{report.name}", **RETRIED)
-async def conclude_cycle(store: CheckpointStore, spec: CycleSpec, report: CycleReport) -> None:
+async def conclude_cycle(store: Store, spec: CycleSpec, report: CycleReport) -> None:
     """Leave metrics and a page to look at, record that the cycle has ended, show it as artifacts.
 
     Raises:
@@ -78,9 +78,7 @@ async def conclude_cycle(store: CheckpointStore, spec: CycleSpec, report: CycleR
     await _show(report, f"{store.url}/{page_path}")
 
 
-async def _read_rollouts(
-    store: CheckpointStore, report: CycleReport
-) -> tuple[Figures, datetime | None]:
+async def _read_rollouts(store: Store, report: CycleReport) -> tuple[Figures, datetime | None]:
     """What the rows come to, and when they were handed back.
 
     They only inform: where the data is damaged or was moved, the report does without.
@@ -104,7 +102,7 @@ async def _read_rollouts(
     return figures, manifest.created_at
 
 
-async def _read_trained(store: CheckpointStore, spec: CycleSpec) -> TrainedAgainst | None:
+async def _read_trained(store: Store, spec: CycleSpec) -> TrainedAgainst | None:
     """What the trainer told of this version's samples or, if it has not yet come to them, of those
     of the one before.
 

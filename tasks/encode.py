@@ -13,7 +13,7 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.context import TaskRunContext
 
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
 from hotload.directory.files import encode_file, open_shard, sha256_file, verify_file
 from hotload.errors import (
     BaselineLostError,
@@ -73,7 +73,7 @@ def encode_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     task_run_name="encode-{batch[0].file}",
 )
 async def encode_shards(
-    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[FileDigest, ...]
+    spec: CycleSpec, service: HotLoadClient, plan: SnapshotPlan, batch: tuple[FileDigest, ...]
 ) -> EncodedBatch:
     """Delta shards of `batch` against the baseline of `plan.previous` (wire-format §2).
 
@@ -97,7 +97,7 @@ async def encode_shards(
 
 
 async def encode_once(
-    spec: CycleSpec, service: HotLoadService, plan: SnapshotPlan, batch: tuple[FileDigest, ...]
+    spec: CycleSpec, service: HotLoadClient, plan: SnapshotPlan, batch: tuple[FileDigest, ...]
 ) -> EncodedBatch:
     """`encode_shards`, or its cached result where the files it names are still what it says."""
     encode = encode_shards.with_options(result_storage=results_dir(spec, service))
@@ -110,7 +110,7 @@ async def encode_once(
 
 def _encode(
     spec: CycleSpec,
-    service: HotLoadService,
+    service: HotLoadClient,
     plan: SnapshotPlan,
     batch: tuple[FileDigest, ...],
     ended: threading.Event,

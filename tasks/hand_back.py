@@ -3,7 +3,7 @@
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import RolloutManifest
 from hotload.rollout.counts import RolloutSummary
 from hotload.rollout.group_rules import usable_count
@@ -13,9 +13,7 @@ from tasks.retrying import RETRIED
 
 # Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.
 @task(cache_policy=NO_CACHE, **RETRIED)
-async def find_rollout(
-    store: CheckpointStore, directory: str, digest: str
-) -> RolloutSummary | None:
+async def find_rollout(store: Store, directory: str, digest: str) -> RolloutSummary | None:
     """The summary of a rollout that was handed back whole, by the plan with this digest.
 
     Raises:
@@ -28,7 +26,7 @@ async def find_rollout(
 
 
 @task(cache_policy=NO_CACHE, task_run_name="hand-back-{manifest.identity}", **RETRIED)
-async def hand_back(store: CheckpointStore, manifest: RolloutManifest, path: str) -> RolloutSummary:
+async def hand_back(store: Store, manifest: RolloutManifest, path: str) -> RolloutSummary:
     """Write the manifest that names every part. From now on a reader may rely on it.
 
     Raises:

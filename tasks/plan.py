@@ -6,8 +6,8 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store
 from hotload.clients.store.records import read_attempts, read_manifest
 from hotload.delta.rules import delta_obstacle
 from hotload.directory.files import read_checkpoint
@@ -25,7 +25,7 @@ UNCLEAR_LOOKS = 3
 
 @task(cache_policy=NO_CACHE, task_run_name="plan-{spec.name}", **RETRIED)
 async def plan_snapshot(
-    spec: CycleSpec, service: HotLoadService, store: CheckpointStore, content: CheckpointContent
+    spec: CycleSpec, service: HotLoadClient, store: Store, content: CheckpointContent
 ) -> SnapshotPlan:
     """What to publish next and why; the same again after a kill, another after a failure.
 
@@ -52,7 +52,7 @@ async def plan_snapshot(
 
 @task(cache_policy=NO_CACHE, task_run_name="plan-fallback-{spec.name}", **RETRIED)
 async def plan_fallback(
-    spec: CycleSpec, store: CheckpointStore, content: CheckpointContent, reason: str
+    spec: CycleSpec, store: Store, content: CheckpointContent, reason: str
 ) -> SnapshotPlan:
     """A full snapshot under an identity that no earlier attempt of this cycle has had."""
     attempts = await read_attempts(store, spec.name)
@@ -62,7 +62,7 @@ async def plan_fallback(
 
 
 async def _head(
-    store: CheckpointStore, served: frozenset[str], content: CheckpointContent
+    store: Store, served: frozenset[str], content: CheckpointContent
 ) -> SnapshotManifest | None:
     """The newest snapshot of ours that every replica serves, an adapter for an adapter."""
     found = [await read_manifest(store, one) for one in sorted(served) if is_identity(one)]
@@ -75,7 +75,7 @@ async def _head(
 
 
 async def _obstacle(
-    spec: CycleSpec, service: HotLoadService, store: CheckpointStore, head: SnapshotManifest
+    spec: CycleSpec, service: HotLoadClient, store: Store, head: SnapshotManifest
 ) -> str | None:
     """Why a delta on `head` cannot be encoded: its bytes are lost, or more than values changed."""
     try:

@@ -3,17 +3,15 @@
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store
 from hotload.errors import ServiceRefusedError
 from hotload.spec import CycleSpec
 from tasks.retrying import RETRIED
 
 
 @task(cache_policy=NO_CACHE, task_run_name="preflight-{spec.name}", **RETRIED)
-async def preflight_service(
-    spec: CycleSpec, service: HotLoadService, store: CheckpointStore
-) -> int | None:
+async def preflight_service(spec: CycleSpec, service: HotLoadClient, store: Store) -> int | None:
     """How many replicas must serve a snapshot; None if nobody knows (protocol §5, §8).
 
     Raises:

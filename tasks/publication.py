@@ -7,7 +7,7 @@ may serve a later version by then.
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.publish.publication import Publication
 from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES
 from hotload.spec import CycleSpec
@@ -18,7 +18,7 @@ PUBLICATIONS = "_hotload/publications"
 
 
 @task(cache_policy=NO_CACHE, task_run_name="publication-{spec.name}", **RETRIED)
-async def find_publication(store: CheckpointStore, spec: CycleSpec) -> Publication | None:
+async def find_publication(store: Store, spec: CycleSpec) -> Publication | None:
     """What this very cycle has published, if it came so far before.
 
     The checkpoint is compared with it while there is one; a trainer may have removed it since.
@@ -37,7 +37,7 @@ async def find_publication(store: CheckpointStore, spec: CycleSpec) -> Publicati
 
 
 @task(cache_policy=NO_CACHE, task_run_name="published-{name}", **RETRIED)
-async def record_publication(store: CheckpointStore, name: str, publication: Publication) -> None:
+async def record_publication(store: Store, name: str, publication: Publication) -> None:
     """Record that the replicas serve what cycle `name` published. Written under its lease.
 
     Raises:

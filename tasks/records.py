@@ -3,13 +3,13 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.clients.store.records import read_manifest
 from hotload.publish.snapshot import SnapshotManifest
 from tasks.retrying import RETRIED
 
 
 @task(cache_policy=NO_CACHE, task_run_name="manifest-{identity}", **RETRIED)
-async def find_manifest(store: CheckpointStore, identity: str) -> SnapshotManifest | None:
+async def find_manifest(store: Store, identity: str) -> SnapshotManifest | None:
     """As `read_manifest`, tried again while the store does not answer."""
     return await read_manifest(store, identity)

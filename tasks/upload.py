@@ -12,7 +12,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.clients.store.records import write_manifest
 from hotload.directory.files import sha256_file
 from hotload.identity import SnapshotKind
@@ -51,7 +51,7 @@ def upload_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     **RETRIED,
 )
 async def upload_shards(
-    store: CheckpointStore, identity: str, directory: str, shards: tuple[Shard, ...]
+    store: Store, identity: str, directory: str, shards: tuple[Shard, ...]
 ) -> UploadedBatch:
     """Put `shards` from `directory` under `identity`; each is whole in the store or not visible.
 
@@ -69,7 +69,7 @@ async def upload_shards(
 
 
 async def upload_once(
-    store: CheckpointStore,
+    store: Store,
     identity: str,
     directory: Path,
     shards: tuple[Shard, ...],
@@ -87,7 +87,7 @@ async def upload_once(
 
 
 @task(cache_policy=NO_CACHE, task_run_name="stored-{shards[0].file}", **RETRIED)
-async def are_stored(store: CheckpointStore, identity: str, shards: tuple[Shard, ...]) -> bool:
+async def are_stored(store: Store, identity: str, shards: tuple[Shard, ...]) -> bool:
     """Whether the store still has every one of `shards` under `identity`, by size."""
     sizes = await asyncio.gather(*(store.size(f"{identity}/{shard.file}") for shard in shards))
     return all(size == shard.size_bytes for size, shard in zip(sizes, shards, strict=True))
@@ -96,7 +96,7 @@ async def are_stored(store: CheckpointStore, identity: str, shards: tuple[Shard,
 @task(cache_policy=NO_CACHE, task_run_name="manifests-{plan.identity}", **RETRIED)
 async def upload_manifests(
     spec: CycleSpec,
-    store: CheckpointStore,
+    store: Store,
     plan: SnapshotPlan,
     content: CheckpointContent,
     shards: tuple[Shard, ...],
@@ -132,9 +132,7 @@ async def upload_manifests(
     return manifest
 
 
-async def _put(
-    store: CheckpointStore, identity: str, directory: Path, file: Shard | FileDigest
-) -> None:
+async def _put(store: Store, identity: str, directory: Path, file: Shard | FileDigest) -> None:
     path = directory / file.file
     await store.put_file(path, f"{identity}/{file.file}")
     # Hashed after it was read for the upload, so a change before or during it shows.

@@ -7,11 +7,11 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.hot_load_service import HotLoadService
 from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.names import CONFIG_FILE
 from hotload.checkpoint.rules import check_full, check_lora, refuse_errors
 from hotload.checkpoint.safetensors import read_json_object
+from hotload.clients.service import HotLoadClient
 from hotload.directory.files import read_checkpoint, sha256_file
 from hotload.errors import Finding, IdentityConflictError, InvalidCheckpointError
 from hotload.identity import SnapshotKind
@@ -25,7 +25,7 @@ from tasks.progress import Progress
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="validate-{spec.name}")
-async def validate_checkpoint(spec: CycleSpec, service: HotLoadService) -> CheckpointContent:
+async def validate_checkpoint(spec: CycleSpec, service: HotLoadClient) -> CheckpointContent:
     """The checkpoint's files with their digests, if it breaks no rule of wire-format §6.
 
     Reads every byte once; never cached, since only reading shows what the trainer wrote.
@@ -83,7 +83,7 @@ async def validate_rollouts(spec: CycleSpec) -> int:
         return len(problems)
 
 
-def _check(spec: CycleSpec, checkpoint: Checkpoint, service: HotLoadService) -> tuple[Finding, ...]:
+def _check(spec: CycleSpec, checkpoint: Checkpoint, service: HotLoadClient) -> tuple[Finding, ...]:
     if checkpoint.is_lora:
         return check_lora(checkpoint, base_model=service.base_model)
     base_config, base_shapes = _base_model(spec)

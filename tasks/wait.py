@@ -6,7 +6,7 @@ from time import monotonic
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
 from hotload.errors import (
     LoadFailedError,
     ProtocolError,
@@ -21,7 +21,7 @@ from hotload.spec import CycleSpec, ReadinessPolicy
 
 @task(cache_policy=NO_CACHE, task_run_name="replicas-{spec.name}")
 async def wait_for_replicas(
-    spec: CycleSpec, service: HotLoadService, expected_replica_count: int | None
+    spec: CycleSpec, service: HotLoadClient, expected_replica_count: int | None
 ) -> None:
     """Return once every expected replica is listed and none is on its way to another snapshot.
 
@@ -63,7 +63,7 @@ def _what_is_missing(status: ServiceStatus, name: str, expected_count: int) -> s
 
 @task(cache_policy=NO_CACHE, task_run_name="wait-{manifest.identity}")
 async def wait_until_ready(
-    service: HotLoadService,
+    service: HotLoadClient,
     manifest: SnapshotManifest,
     readiness: ReadinessPolicy,
     expected_replica_count: int | None,

@@ -92,10 +92,9 @@ def run(show: Show, cycles: int) -> None:
 
 async def play(show: Show, policy: Any, url: str, cycles: int) -> None:
     """Publish, play, learn; as often as asked."""
-    from blocks.checkpoint_store import CheckpointStore
     from examples.five_cycles import declare_blocks
     from flows.cycle import checkpoint_to_rollout
-    from hotload.clients.handoff.reader import RolloutReader
+    from hotload.clients.handoff import RolloutReader, Store
     from hotload.spec import CycleSpec
 
     bucket = (show.root / "bucket").as_uri()
@@ -106,8 +105,7 @@ async def play(show: Show, policy: Any, url: str, cycles: int) -> None:
         spec = CycleSpec.model_validate(declared(show, checkpoint, version))
         report = await checkpoint_to_rollout(spec)
         frames = []
-        store = CheckpointStore(url=bucket)
-        async with RolloutReader(store, show.name, version, consumer="example") as reader:
+        async with RolloutReader(Store(bucket), show.name, version, consumer="example") as reader:
             async for delivery in reader:
                 frames.append(delivery.frame)
                 await reader.acknowledge(delivery)

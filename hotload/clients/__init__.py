@@ -1,1 +1,5 @@
-"""Network: the store, the service, inference, the hand-off and metrics, without an engine."""
+"""Talks to the network: the checkpoint store, the hot-load service, and the hand-off to trainers.
+
+The only rooms of the library that open connections. They know nothing of the engine, and nothing
+else of the library imports them.
+"""

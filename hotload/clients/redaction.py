@@ -1,4 +1,4 @@
-"""Taking secrets out of a text before anybody sees it."""
+"""Takes secrets out of a text before it is shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHORTEST = 4  # masking shorter values would blank ordinary words
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
-    """`text` with every secret of four or more characters masked, longest first."""
+    """Mask in `text` every secret of four or more characters, longest first."""
     for secret in sorted(set(secrets), key=len, reverse=True):
         if len(secret) >= SHORTEST:
             text = text.replace(secret, MASK)
@@ -17,7 +17,7 @@ def redact(text: str, secrets: Iterable[str]) -> str:
 
 
 def leaves(value: object) -> Iterable[str]:
-    """Every string inside nested mappings and sequences, bytes read as Latin-1."""
+    """List every string inside nested mappings and sequences, bytes read as Latin-1."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, bytes):

@@ -1,4 +1,4 @@
-"""Who has which groups of a rollout: one log per part, so that each group is used by one consumer.
+"""Who has which groups of a rollout: one log per part, so that one consumer uses each group.
 
     <rollout directory>/claims/<part>-<12 hex of its sha256>/000000.json, 000001.json, …
 
@@ -29,11 +29,11 @@ CLAIM_LIMIT_BYTES = 16 << 20
 CONSUMER_LIMIT_CHARACTERS = 256
 NUMBER_DIGITS = 6
 DRIFT_LIMIT = 1e12
-"""Of each count and each figure of a stored drift: what is beyond, nobody has measured."""
+"""Bounds every count and figure of a stored drift; no measured one comes near it."""
 
 
 class Claim(Record):
-    """One entry of a part's log; `nonce` tells one consumer's process from every other."""
+    """An entry of a part's log; `nonce` tells one consumer's process from every other."""
 
     kind: Literal["lease", "acknowledge", "give back"]
     consumer: str = Field(max_length=CONSUMER_LIMIT_CHARACTERS)
@@ -42,19 +42,19 @@ class Claim(Record):
     expires_at: AwareDatetime | None = None
     problem_ids: tuple[str, ...] = ()
     drift: LogprobDrift | None = None
-    """Of an acknowledgement: what the trainer told of these problems' samples."""
+    """Of an acknowledgement: what the trainer measured on these problems' samples."""
 
     def render(self) -> bytes:
-        """As stored; `parse` reads it back."""
+        """Write it as stored; `parse` reads it back."""
         # Without what is not there: readers of before there was a drift refuse the field.
         return self.model_dump_json(exclude_none=True).encode()
 
     @classmethod
     def parse(cls, data: bytes, *, path: str) -> Claim:
-        """The entry in `data`.
+        """Read the entry in `data`.
 
         Raises:
-            StoreError: it is none; who has the part's groups is then unknown.
+            StoreError: not a claim; who has the part's groups is then unknown.
         """
         claim = cls.parse_stored(data, path)
         if (claim.kind == "lease") != (claim.expires_at is not None):
@@ -62,25 +62,20 @@ class Claim(Record):
         if claim.drift is not None:
             if claim.kind != "acknowledge":
                 raise StoreError(path, "not a claim: only an acknowledgement has a drift")
-            told = claim.drift.model_dump(exclude_none=True)
-            if max(map(abs, told.values())) > DRIFT_LIMIT:
+            figures = claim.drift.model_dump(exclude_none=True)
+            if max(map(abs, figures.values())) > DRIFT_LIMIT:
                 raise StoreError(path, f"not a claim: drift: a number beyond {DRIFT_LIMIT:g}")
         return claim
 
 
 def claims_path(directory: str, part: RolloutPart) -> str:
-    """Where the log of a part lies; a part with other content has another one."""
+    """Name the place of a part's log; a part with other content has another one."""
     return f"{directory}/{CLAIMS}/{part.file.partition('.')[0]}-{part.sha256[:12]}"
-
-
-def claim_file(number: int) -> str:
-    """Name of the log's entry `number`, from 0."""
-    return f"{number:0{NUMBER_DIGITS}d}.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a part's log comes to."""
+    """Sums up a part's log: who has the part, and which of its groups are used."""
 
     lease: Claim | None
     """The last lease, unless it was given back; it may have expired."""
@@ -106,11 +101,11 @@ class Holding:
         return cls(lease, acknowledged, tuple(drifts))
 
     def is_held_by(self, nonce: str) -> bool:
-        """Whether the consumer with this nonce may acknowledge, expired or not."""
+        """Say whether the consumer with this nonce may acknowledge, expired or not."""
         return self.lease is not None and self.lease.nonce == nonce
 
     def is_busy(self, nonce: str, now: datetime) -> bool:
-        """Whether another consumer has it and its time is not up."""
+        """Say whether another consumer has it and its time is not up."""
         lease = self.lease
         return (
             lease is not None
@@ -120,7 +115,7 @@ class Holding:
         )
 
     def needs_renewal(self, nonce: str, now: datetime) -> bool:
-        """Whether the consumer with this nonce has no lease, or less than half of it left."""
+        """Say whether the consumer with this nonce has no lease, or less than half of it left."""
         lease = self.lease
         if lease is None or lease.nonce != nonce or lease.expires_at is None:
             return True

@@ -7,25 +7,25 @@
 
 from pathlib import Path
 
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
 from hotload.spec import CycleSpec
 
 
-def service_dir(spec: CycleSpec, service: HotLoadService) -> Path:
+def service_dir(spec: CycleSpec, service: HotLoadClient) -> Path:
     """Everything this machine keeps for one service; two services never share a file."""
     return Path(spec.work_dir) / service.account_id / service.deployment_id
 
 
-def baseline_dir(spec: CycleSpec, service: HotLoadService) -> Path:
+def baseline_dir(spec: CycleSpec, service: HotLoadClient) -> Path:
     """Parent of the baselines, one directory per identity, complete whenever visible."""
     return service_dir(spec, service) / "baseline"
 
 
-def delta_dir(spec: CycleSpec, service: HotLoadService) -> Path:
+def delta_dir(spec: CycleSpec, service: HotLoadClient) -> Path:
     """Parent of the encoded deltas, one directory per identity."""
     return service_dir(spec, service) / "deltas"
 
 
-def results_dir(spec: CycleSpec, service: HotLoadService) -> Path:
+def results_dir(spec: CycleSpec, service: HotLoadClient) -> Path:
     """Cached task results; each names an artifact that is checked before it is believed."""
     return service_dir(spec, service) / "results"

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from blocks.checkpoint_store import CheckpointStore
 from hotload.clients.handoff.directory import read_manifest
+from hotload.clients.store import Store
 from hotload.dataset.parquet import notes_of, parse_rollouts, render_rollouts
 from hotload.dataset.rollout_plan import (
     PartNotes,
@@ -42,7 +42,7 @@ class FoundPart:
 
 
 async def write_part(
-    store: CheckpointStore,
+    store: Store,
     plan: RolloutPlan,
     part: PartPlan,
     piece: int,
@@ -91,7 +91,7 @@ def _facts(
 
 
 async def read_parts(
-    store: CheckpointStore, plan: RolloutPlan, part: PartPlan, names: Iterable[str]
+    store: Store, plan: RolloutPlan, part: PartPlan, names: Iterable[str]
 ) -> list[FoundPart]:
     """What an earlier run of this cycle wrote of this part, in order; files that asked for
     something else, or are damaged, count as not there.
@@ -123,7 +123,7 @@ def _parse(part: PartPlan, piece: int, data: bytes, path: str) -> FoundPart | No
     )
 
 
-async def named_files(store: CheckpointStore, plan: RolloutPlan) -> frozenset[str]:
+async def named_files(store: Store, plan: RolloutPlan) -> frozenset[str]:
     """The part files that the rollout's manifest names, if there is one by now.
 
     Raises:
@@ -133,7 +133,7 @@ async def named_files(store: CheckpointStore, plan: RolloutPlan) -> frozenset[st
     return frozenset(part.file for part in manifest.parts) if manifest else frozenset()
 
 
-async def usable_manifest(store: CheckpointStore, directory: str) -> RolloutManifest | None:
+async def usable_manifest(store: Store, directory: str) -> RolloutManifest | None:
     """The manifest, unless there is none that can be read: one of another schema is written
     over."""
     try:
@@ -145,7 +145,7 @@ async def usable_manifest(store: CheckpointStore, directory: str) -> RolloutMani
 
 
 def sum_up(
-    store: CheckpointStore,
+    store: Store,
     plan: RolloutPlan,
     parts: Iterable[RolloutPart],
     seconds: float,

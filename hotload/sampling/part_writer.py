@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.dataset.part_progress import PartProgress
 from hotload.dataset.rollout_plan import PartNotes, PartPlan, RolloutPart, RolloutPlan
 from hotload.errors import StoreUnavailableError
@@ -35,7 +35,7 @@ class Settled:
 class PartWriter:
     """One part of a rollout: its groups as they are settled, and its files."""
 
-    def __init__(self, store: CheckpointStore, plan: RolloutPlan, part: PartPlan) -> None:
+    def __init__(self, store: Store, plan: RolloutPlan, part: PartPlan) -> None:
         self.part = part
         self.parts: list[RolloutPart] = []
         """The files there are."""

@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from time import monotonic
 
-from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.sampler import Sampler
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
 from hotload.records import RunLogger
@@ -50,7 +50,7 @@ class Rollout:
         plan: RolloutPlan,
         sampler: Sampler,
         scorer: Scorer,
-        store: CheckpointStore,
+        store: Store,
         logger: RunLogger = LOGGER,
     ) -> None:
         self.plan = plan
@@ -291,9 +291,9 @@ async def open_rollout(
     spec: CycleSpec,
     plan: RolloutPlan,
     client: RolloutClient,
-    store: CheckpointStore,
+    store: Store,
     replica_count: int | None,
-    service: HotLoadService | None = None,
+    service: HotLoadClient | None = None,
     logger: RunLogger = LOGGER,
 ) -> AsyncIterator[Rollout]:
     """What the chunks of `plan` share, for as long as they run in this event loop.

@@ -3,8 +3,8 @@
 import asyncio
 from time import monotonic
 
-from blocks.hot_load_service import HotLoadService
 from hotload.clients.inference.sampler import Sampler
+from hotload.clients.service import HotLoadClient
 from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailableError
 from hotload.identity import version_of
 from hotload.publish.readiness import ServiceStatus
@@ -14,7 +14,7 @@ from hotload.spec import ReadinessPolicy
 
 
 async def first_look(
-    service: HotLoadService,
+    service: HotLoadClient,
     run_id: str,
     sampler: Sampler,
     gate: Gate,
@@ -29,7 +29,7 @@ async def first_look(
     Raises:
         ReadinessTimeoutError: the replicas serve something else, or nothing was learnt from the
             service, for `weight_sync_timeout` seconds.
-        ServiceRefusedError, ProtocolError: as `HotLoadService.observe`.
+        ServiceRefusedError, ProtocolError: as `HotLoadClient.observe`.
     """
     until = monotonic() + readiness.weight_sync_timeout
     while True:
@@ -50,7 +50,7 @@ async def first_look(
 
 
 async def watch_versions(
-    service: HotLoadService,
+    service: HotLoadClient,
     run_id: str,
     sampler: Sampler,
     gate: Gate,

@@ -14,7 +14,7 @@ from tests.blocks.peers import RawServer, answering
 
 if TYPE_CHECKING:
     # Importing Prefect reads the environment, which tests/servers.py sets only after this file.
-    from blocks.checkpoint_store import CheckpointStore
+    from hotload.clients.store import Store
 
 # Where `make test-stores` says which store it started; every test run removes AWS_ variables.
 GIVEN_URL, GIVEN_OPTIONS = "HOTLOAD_TEST_STORE_URL", "HOTLOAD_TEST_STORE_OPTIONS"
@@ -32,37 +32,37 @@ def _bucket(kind: str, request: pytest.FixtureRequest) -> tuple[str, dict[str, A
     return server.url, dict(server.options)
 
 
-def make_store(kind: str, request: pytest.FixtureRequest) -> CheckpointStore:
+def make_store(kind: str, request: pytest.FixtureRequest) -> Store:
     """A store of `kind` with a fresh directory of its own in that kind's bucket."""
-    from blocks.checkpoint_store import CheckpointStore
+    from hotload.clients.store import Store
 
     url, options = _bucket(kind, request)
     url = f"{url}/{uuid.uuid4().hex}"
     if kind == "file":
         os.mkdir(url.removeprefix("file://"))
-    return CheckpointStore(url=url, options=options)
+    return Store(url=url, options=options)
 
 
 @pytest.fixture(params=["file", "memory", "s3", "gs", *GIVEN])
-def store(request: pytest.FixtureRequest) -> CheckpointStore:
+def store(request: pytest.FixtureRequest) -> Store:
     """The contract suite runs once per kind of store."""
     return make_store(request.param, request)
 
 
 @pytest.fixture(params=["s3", *GIVEN])
-def s3_store(request: pytest.FixtureRequest) -> CheckpointStore:
+def s3_store(request: pytest.FixtureRequest) -> Store:
     """A store that speaks S3."""
     return make_store(request.param, request)
 
 
 @pytest.fixture
-def gs_store(request: pytest.FixtureRequest) -> CheckpointStore:
+def gs_store(request: pytest.FixtureRequest) -> Store:
     """A store that speaks GCS."""
     return make_store("gs", request)
 
 
 @pytest.fixture
-def file_store(request: pytest.FixtureRequest) -> CheckpointStore:
+def file_store(request: pytest.FixtureRequest) -> Store:
     """A store that is a directory."""
     return make_store("file", request)
 

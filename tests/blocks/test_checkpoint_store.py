@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.errors import StoreError, StoreUnavailableError
 from tests.blocks.peers import Proxy, RawServer, http, proxying
 
@@ -25,24 +26,20 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-async def test_a_put_file_comes_back_whole(
-    store: CheckpointStore, file: Path, tmp_path: Path
-) -> None:
+async def test_a_put_file_comes_back_whole(store: Store, file: Path, tmp_path: Path) -> None:
     await store.put_file(file, "id-1/shard.safetensors")
     await store.get_file("id-1/shard.safetensors", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
     assert await store.size("id-1/shard.safetensors") == file.stat().st_size
 
 
-async def test_a_put_replaces(store: CheckpointStore, file: Path) -> None:
+async def test_a_put_replaces(store: Store, file: Path) -> None:
     await store.put_bytes(b"old", "a/x")
     await store.put_file(file, "a/x")
     assert await store.size("a/x") == file.stat().st_size
 
 
-async def test_a_file_of_many_parts_comes_back_whole(
-    store: CheckpointStore, tmp_path: Path
-) -> None:
+async def test_a_file_of_many_parts_comes_back_whole(store: Store, tmp_path: Path) -> None:
     size = 33 << 20  # more than two parts of 16 MiB
     large = tmp_path / "large"
     large.write_bytes(b"\x07" * (size - 1) + b"\x09")
@@ -51,7 +48,7 @@ async def test_a_file_of_many_parts_comes_back_whole(
     assert (tmp_path / "back").read_bytes() == large.read_bytes()
 
 
-async def test_an_empty_object_is_an_object(store: CheckpointStore, tmp_path: Path) -> None:
+async def test_an_empty_object_is_an_object(store: Store, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     await store.put_file(tmp_path / "empty", "a/empty")
     assert await store.size("a/empty") == 0
@@ -60,15 +57,13 @@ async def test_an_empty_object_is_an_object(store: CheckpointStore, tmp_path: Pa
     assert (tmp_path / "back").read_bytes() == b""
 
 
-async def test_create_writes_once(store: CheckpointStore) -> None:
+async def test_create_writes_once(store: Store) -> None:
     assert await store.create_bytes(b"first", "_hotload/leases/1.json")
     assert not await store.create_bytes(b"second", "_hotload/leases/1.json")
     assert await store.read_bytes("_hotload/leases/1.json", limit_bytes=100) == b"first"
 
 
-async def test_one_of_many_creators_wins(
-    store: CheckpointStore, request: pytest.FixtureRequest
-) -> None:
+async def test_one_of_many_creators_wins(store: Store, request: pytest.FixtureRequest) -> None:
     if store.url.startswith("gs:"):
         pytest.skip("the GCS emulator ignores ifGenerationMatch")
     claims = [str(number).encode() for number in range(8)]
@@ -77,7 +72,7 @@ async def test_one_of_many_creators_wins(
     assert await store.read_bytes("lease", limit_bytes=100) == claims[won.index(True)]
 
 
-async def test_a_read_is_bounded(store: CheckpointStore) -> None:
+async def test_a_read_is_bounded(store: Store) -> None:
     await store.put_bytes(b"12345", "a/x")
     assert await store.read_bytes("a/x", limit_bytes=5) == b"12345"
     with pytest.raises(StoreError, match="larger than 4 bytes"):
@@ -85,7 +80,7 @@ async def test_a_read_is_bounded(store: CheckpointStore) -> None:
 
 
 async def test_a_missing_object_is_an_error_to_read_and_no_size(
-    store: CheckpointStore, tmp_path: Path
+    store: Store, tmp_path: Path
 ) -> None:
     await store.put_bytes(b"", "there")
     assert await store.size("absent") is None
@@ -97,7 +92,7 @@ async def test_a_missing_object_is_an_error_to_read_and_no_size(
     assert not list(tmp_path.glob("*back*"))
 
 
-async def test_names_are_direct_children(store: CheckpointStore) -> None:
+async def test_names_are_direct_children(store: Store) -> None:
     for path in ("id-1/a", "id-1/b/c", "id-10/d", "e"):
         await store.put_bytes(b"x", path)
     assert await store.names("id-1") == ["a", "b"]
@@ -105,7 +100,7 @@ async def test_names_are_direct_children(store: CheckpointStore) -> None:
     assert await store.names("absent") == []
 
 
-async def test_a_deleted_object_is_gone_and_may_be_deleted_again(store: CheckpointStore) -> None:
+async def test_a_deleted_object_is_gone_and_may_be_deleted_again(store: Store) -> None:
     await store.put_bytes(b"x", "a/x")
     await store.delete_file("a/x")
     await store.delete_file("a/x")
@@ -113,7 +108,7 @@ async def test_a_deleted_object_is_gone_and_may_be_deleted_again(store: Checkpoi
 
 
 @pytest.mark.parametrize("name", ["a b.json", "größe", "a%20b", "x[1]*.bin", "a+b=c&d", "tilde~"])
-async def test_unusual_names_are_kept(store: CheckpointStore, name: str) -> None:
+async def test_unusual_names_are_kept(store: Store, name: str) -> None:
     await store.put_bytes(b"one", f"odd/{name}")
     await store.put_bytes(b"two", "odd/plain")
     assert await store.names("odd") == sorted([name, "plain"])
@@ -122,7 +117,7 @@ async def test_unusual_names_are_kept(store: CheckpointStore, name: str) -> None
     assert await store.names("odd") == ["plain"]
 
 
-async def test_check_finds_nothing_missing_and_leaves_nothing(store: CheckpointStore) -> None:
+async def test_check_finds_nothing_missing_and_leaves_nothing(store: Store) -> None:
     await store.put_bytes(b"x", "there")
     lines = await store.check()
     assert [(line.name, line.ok) for line in lines] == [
@@ -150,7 +145,7 @@ BAD_PATHS = (
 
 @pytest.mark.parametrize("path", BAD_PATHS)
 async def test_a_path_that_leaves_the_store_is_refused(
-    file_store: CheckpointStore, path: str, tmp_path: Path
+    file_store: Store, path: str, tmp_path: Path
 ) -> None:
     for call in (
         file_store.put_bytes(b"x", path),
@@ -177,8 +172,8 @@ async def test_a_path_that_leaves_the_store_is_refused(
     ],
 )
 def test_urls_that_are_taken(url: str, kept: str) -> None:
-    assert CheckpointStore(url=url).url == kept
-    assert CheckpointStore(url=kept).url == kept
+    assert Store(url).url == Store(kept).url == kept
+    assert CheckpointStore(url=url).url == CheckpointStore(url=url).open().url == kept
 
 
 @pytest.mark.parametrize(
@@ -189,12 +184,25 @@ def test_urls_that_are_taken(url: str, kept: str) -> None:
 def test_urls_that_are_refused(url: str) -> None:
     with pytest.raises(ValidationError):
         CheckpointStore(url=url)
+    with pytest.raises(ValueError, match="expected"):
+        Store(url)
 
 
 def test_options_are_shown_nowhere() -> None:
-    store = CheckpointStore(url="s3://bucket", options={"key": "AKIA", "secret": SECRET})
-    shown = [repr(store), str(store), repr(store.model_dump()), store.model_dump_json()]
+    block = CheckpointStore(url="s3://bucket", options={"key": "AKIA", "secret": SECRET})
+    shown = [repr(block), str(block), repr(block.model_dump()), block.model_dump_json()]
+    store = block.open()
+    assert store.options == {"key": "AKIA", "secret": SECRET}
+    shown += [repr(store), str(store)]
     assert not [text for text in shown if SECRET in text]
+
+
+async def test_an_open_store_travels_and_opens_again(store: Store) -> None:
+    await store.put_bytes(b"x", "a/x")
+    copy = pickle.loads(pickle.dumps(store))
+    assert (copy.url, copy.options) == (store.url, store.options)
+    assert not vars(copy).keys() - {"url", "options"}  # no connection of another process
+    assert await copy.read_bytes("a/x", limit_bytes=10) == b"x"
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
@@ -202,7 +210,7 @@ async def test_a_missing_bucket_is_said_to_be_missing(
     kind: str, request: pytest.FixtureRequest, file: Path
 ) -> None:
     server = request.getfixturevalue({"s3": "s3_server", "gs": "gcs_server"}[kind])
-    store = CheckpointStore(url=f"{kind}://no-such-bucket/x", options=dict(server.options))
+    store = Store(url=f"{kind}://no-such-bucket/x", options=dict(server.options))
     for call in (
         store.size("a"),
         store.names(""),
@@ -219,7 +227,7 @@ async def test_a_missing_bucket_is_said_to_be_missing(
 
 
 async def test_a_missing_directory_is_not_created(tmp_path: Path) -> None:
-    store = CheckpointStore(url=str(tmp_path / "absent"))
+    store = Store(url=str(tmp_path / "absent"))
     with pytest.raises(StoreError, match="never creates"):
         await store.put_bytes(b"x", "a")
     (line,) = await store.check()
@@ -227,16 +235,14 @@ async def test_a_missing_directory_is_not_created(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
-async def test_a_vanished_source_leaves_nothing(
-    file_store: CheckpointStore, tmp_path: Path
-) -> None:
+async def test_a_vanished_source_leaves_nothing(file_store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError):
         await file_store.put_file(tmp_path / "absent", "a/x")
     assert await file_store.names("") == []
 
 
 async def test_unfinished_local_files_of_a_dead_process_are_removed(
-    file_store: CheckpointStore,
+    file_store: Store,
 ) -> None:
     await file_store.put_bytes(b"x", "id-1/a")
     partial = Path(file_store.url.removeprefix("file://")) / "_hotload" / "partial"
@@ -247,10 +253,10 @@ async def test_unfinished_local_files_of_a_dead_process_are_removed(
     assert await file_store.size("id-1/a") == 1
 
 
-async def _unfinished_upload(store: CheckpointStore, path: str) -> None:
+async def _unfinished_upload(store: Store, path: str) -> None:
     """What a killed uploader leaves behind: a multipart upload with one part."""
     bucket, _, key = f"{store.url}/{path}".removeprefix("s3://").partition("/")
-    call = store._open()._filesystem.call_s3  # type: ignore[attr-defined]
+    call = store._bucket._filesystem.call_s3  # type: ignore[attr-defined]
 
     def leave() -> None:
         begun = call("create_multipart_upload", Bucket=bucket, Key=key)
@@ -266,7 +272,7 @@ async def _unfinished_upload(store: CheckpointStore, path: str) -> None:
     await asyncio.to_thread(leave)
 
 
-async def test_orphaned_uploads_below_the_prefix_are_aborted(s3_store: CheckpointStore) -> None:
+async def test_orphaned_uploads_below_the_prefix_are_aborted(s3_store: Store) -> None:
     for path in ("id-1/a", "id-1/b", "id-10/c"):
         await _unfinished_upload(s3_store, path)
     assert await s3_store.abort_orphaned_uploads("id-1") == 2
@@ -274,18 +280,18 @@ async def test_orphaned_uploads_below_the_prefix_are_aborted(s3_store: Checkpoin
     assert await s3_store.abort_orphaned_uploads() == 0
 
 
-def _through(store: CheckpointStore, proxy: Proxy) -> CheckpointStore:
+def _through(store: Store, proxy: Proxy) -> Store:
     """The same store, reached through a proxy."""
-    options = {**store.options.get_secret_value(), "endpoint_url": proxy.address}
-    return CheckpointStore(url=store.url, options=options)
+    options = {**store.options, "endpoint_url": proxy.address}
+    return Store(url=store.url, options=options)
 
 
 async def test_an_upload_that_is_cut_is_invisible_and_can_be_repeated(
-    s3_store: CheckpointStore, tmp_path: Path
+    s3_store: Store, tmp_path: Path
 ) -> None:
     large = tmp_path / "large"
     large.write_bytes(b"\x05" * (33 << 20))
-    async with proxying(s3_store.options.get_secret_value()["endpoint_url"]) as proxy:
+    async with proxying(s3_store.options["endpoint_url"]) as proxy:
         store = _through(s3_store, proxy)
         proxy.cut_after = 20 << 20
         with pytest.raises(StoreUnavailableError):
@@ -299,18 +305,21 @@ async def test_an_upload_that_is_cut_is_invisible_and_can_be_repeated(
     assert await s3_store.abort_orphaned_uploads("id-1") == 0
 
 
+@pytest.mark.timeout(60)  # 33 MiB twice, through a server in one thread
 async def test_an_upload_to_gcs_that_is_cut_is_invisible_and_can_be_repeated(
-    gs_store: CheckpointStore, tmp_path: Path
+    gs_store: Store, tmp_path: Path
 ) -> None:
     large = tmp_path / "large"
     large.write_bytes(b"\x05" * (33 << 20))
-    options = gs_store.options.get_secret_value()
+    options = gs_store.options
     async with proxying(options["endpoint_url"]) as proxy:
-        cut = CheckpointStore(url=gs_store.url, options={**options, "endpoint_url": proxy.address})
+        cut = Store(url=gs_store.url, options={**options, "endpoint_url": proxy.address})
         proxy.cut_after = 20 << 20
-        with pytest.raises(StoreUnavailableError):
-            await cut.put_file(large, "id-1/large", timeout_seconds=2)
-        assert proxy.full.is_set()
+        upload = asyncio.ensure_future(cut.put_file(large, "id-1/large"))
+        await proxy.full.wait()
+        upload.cancel()  # gcsfs would try for half a minute
+        with pytest.raises(asyncio.CancelledError):
+            await upload
         assert await gs_store.size("id-1/large") is None
         proxy.cut_after = None
         await cut.put_file(large, "id-1/large")
@@ -318,11 +327,11 @@ async def test_an_upload_to_gcs_that_is_cut_is_invisible_and_can_be_repeated(
 
 
 async def test_a_cancelled_upload_is_invisible_and_its_own_process_keeps_what_it_uploads(
-    s3_store: CheckpointStore, tmp_path: Path
+    s3_store: Store, tmp_path: Path
 ) -> None:
     large = tmp_path / "large"
     large.write_bytes(b"\x05" * (33 << 20))
-    async with proxying(s3_store.options.get_secret_value()["endpoint_url"]) as proxy:
+    async with proxying(s3_store.options["endpoint_url"]) as proxy:
         store = _through(s3_store, proxy)
         proxy.cut_after, proxy.stalls = 4 << 20, True
         upload = asyncio.ensure_future(store.put_file(large, "id-1/large"))
@@ -335,9 +344,7 @@ async def test_a_cancelled_upload_is_invisible_and_its_own_process_keeps_what_it
         assert await s3_store.abort_orphaned_uploads() == 1
 
 
-async def test_a_cancelled_local_copy_leaves_nothing(
-    file_store: CheckpointStore, tmp_path: Path
-) -> None:
+async def test_a_cancelled_local_copy_leaves_nothing(file_store: Store, tmp_path: Path) -> None:
     large = tmp_path / "large"
     with large.open("wb") as out:
         out.truncate(512 << 20)
@@ -353,9 +360,9 @@ async def test_a_cancelled_local_copy_leaves_nothing(
     assert await file_store.size("id-1/large") is None
 
 
-def _remote(raw: RawServer) -> CheckpointStore:
+def _remote(raw: RawServer) -> Store:
     options = {"endpoint_url": raw.address, "key": "AKIAFORTESTS", "secret": SECRET}
-    return CheckpointStore(url="s3://bucket/x", options=options)
+    return Store(url="s3://bucket/x", options=options)
 
 
 async def test_a_black_hole_holds_nobody_beyond_the_deadline(
@@ -405,7 +412,7 @@ async def test_a_refusing_store_is_an_error_without_the_secret(
 
 
 async def test_options_the_client_does_not_know_are_an_error(raw_server: RawServer) -> None:
-    store = CheckpointStore(url="s3://bucket", options={"config_kwargs": {"nonsense": SECRET}})
+    store = Store(url="s3://bucket", options={"config_kwargs": {"nonsense": SECRET}})
     with pytest.raises(StoreError) as caught:
         await store.size("a")
     assert SECRET not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The service's block over HTTP: against the emulator, and answers no service should give."""
+"""The service's client over HTTP: against the emulator, and answers no service should give."""
 
 # ruff: noqa: ASYNC110 - the service says nothing by itself, it must be asked again
 
@@ -20,6 +20,7 @@ from emulator.control.settings import EmulatorConfig
 from emulator.server import RunningEmulator, serve
 from hotload.checkpoint.index_and_spec import build_index, build_spec
 from hotload.checkpoint.names import INDEX_FILE, SPEC_FILE
+from hotload.clients.service import HotLoadClient
 from hotload.directory.files import open_shard
 from hotload.errors import (
     ProtocolError,
@@ -40,8 +41,8 @@ HINT = {"identity": "id-1", "file": "a.safetensors", "uri": "s3://b/id-1/a.safet
         "size_bytes": 7, "kind": SnapshotKind.FULL, "previous": None}  # fmt: skip
 
 
-def block(address: str, **fields: Any) -> HotLoadService:
-    return HotLoadService(base_url=address, api_key=KEY, **NAMES, **fields)
+def client(address: str, **fields: Any) -> HotLoadClient:
+    return HotLoadClient(base_url=address, api_key=KEY, **NAMES, **fields)
 
 
 def manifest(identity: str, *, previous: str | None = None) -> SnapshotManifest:
@@ -89,7 +90,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RunningEmulator]]:
 
 
 async def test_a_signalled_snapshot_is_served(start: Callable[..., RunningEmulator]) -> None:
-    service = block(start().url)
+    service = client(start().url)
     assert (await service.observe()).describe() == "base weights on 1"
     assert await service.signal(manifest("id-1")) == ()
     while not (await service.observe()).is_served_everywhere("id-1"):
@@ -103,7 +104,7 @@ async def test_a_delta_on_what_is_not_served_is_rejected_with_the_text(
     start: Callable[..., RunningEmulator],
 ) -> None:
     with pytest.raises(SnapshotRejectedError) as caught:
-        await block(start().url).signal(manifest("id-1", previous="id-0"))
+        await client(start().url).signal(manifest("id-1", previous="id-0"))
     assert caught.value.status_code == 400
     assert "id-0" in caught.value.detail
 
@@ -111,7 +112,7 @@ async def test_a_delta_on_what_is_not_served_is_rejected_with_the_text(
 async def test_an_unknown_cache_field_is_dropped_once_and_remembered(
     start: Callable[..., RunningEmulator],
 ) -> None:
-    service = block(start(reject_reset_prompt_cache=True).url, reset_prompt_cache="none")
+    service = client(start(reject_reset_prompt_cache=True).url, reset_prompt_cache="none")
     warnings = await service.signal(manifest("id-1"))
     assert warnings == (
         "the service does not know reset_prompt_cache: "
@@ -123,14 +124,14 @@ async def test_an_unknown_cache_field_is_dropped_once_and_remembered(
 async def test_the_cache_policy_is_sent_where_it_is_known(
     start: Callable[..., RunningEmulator],
 ) -> None:
-    service = block(start().url, reset_prompt_cache="new_session", extra_fields_ignore=["x"])
+    service = client(start().url, reset_prompt_cache="new_session", extra_fields_ignore=["x"])
     assert await service.signal(manifest("id-1")) == ()
 
 
 async def test_the_description_is_that_of_the_emulator(
     start: Callable[..., RunningEmulator], tmp_path: Path
 ) -> None:
-    description = await block(start(replica_count=2).url).describe()
+    description = await client(start(replica_count=2).url).describe()
     assert description.bucket_url == f"file://{tmp_path}/bucket"
     assert description.hot_load_enabled
     assert description.desired_replica_count == 2
@@ -141,8 +142,8 @@ async def test_hints_go_out_until_the_first_4xx(
     start: Callable[..., RunningEmulator], status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulator = start(hint_status_code=status)
-    service = block(emulator.url, hint_body_template={"snapshot": "{identity}", "size": "{size}"})
-    with caplog.at_level(logging.INFO, "blocks.hot_load_service"):
+    service = client(emulator.url, hint_body_template={"snapshot": "{identity}", "size": "{size}"})
+    with caplog.at_level(logging.INFO, "hotload.clients.service"):
         taken = [await service.hint(**HINT) for _ in range(3)]
     assert taken == [status == 200] * 3
     warned = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -151,12 +152,12 @@ async def test_hints_go_out_until_the_first_4xx(
 
 
 async def test_no_template_sends_no_hint(raw_server: RawServer) -> None:
-    assert not await block(raw_server.address).hint(**HINT)
+    assert not await client(raw_server.address).hint(**HINT)
     assert raw_server.requests == []
 
 
 async def test_a_wrong_key_stops(start: Callable[..., RunningEmulator]) -> None:
-    service = HotLoadService(base_url=start().url, api_key="another-key", **NAMES)
+    service = HotLoadClient(base_url=start().url, api_key="another-key", **NAMES)
     for call in (
         service.observe(),
         service.signal(manifest("id-1")),
@@ -169,7 +170,7 @@ async def test_a_wrong_key_stops(start: Callable[..., RunningEmulator]) -> None:
 
 
 async def test_wrong_names_stop(start: Callable[..., RunningEmulator]) -> None:
-    service = HotLoadService(
+    service = HotLoadClient(
         base_url=start().url, api_key=KEY, **{**NAMES, "deployment_id": "absent"}
     )
     for call in (service.observe(), service.describe()):
@@ -181,7 +182,7 @@ async def test_wrong_names_stop(start: Callable[..., RunningEmulator]) -> None:
 async def test_check_has_nothing_to_say_about_a_good_service(
     start: Callable[..., RunningEmulator], tmp_path: Path
 ) -> None:
-    lines = await block(start().url).check(f"file://{tmp_path}/bucket")
+    lines = await client(start().url).check(f"file://{tmp_path}/bucket")
     assert [str(line) for line in lines if not line.ok] == []
     assert [line.name for line in lines][:3] == ["key", "status", "hot load"]
 
@@ -191,19 +192,19 @@ async def test_check_says_what_is_missing(
 ) -> None:
     emulator = start()
     missing = [
-        line.name for line in await block(emulator.url).check("s3://elsewhere") if not line.ok
+        line.name for line in await client(emulator.url).check("s3://elsewhere") if not line.ok
     ]
     assert missing == ["bucket"]
-    wrong = HotLoadService(base_url=emulator.url, api_key="another-key", **NAMES)
+    wrong = HotLoadClient(base_url=emulator.url, api_key="another-key", **NAMES)
     lines = await wrong.check()
     assert [(line.name, line.ok, line.stops) for line in lines] == [
         ("key", True, True), ("status", False, True), ("description", False, True),
     ]  # fmt: skip
     assert "inference-only" in lines[1].advice
-    (line,) = await HotLoadService(base_url=emulator.url, **NAMES).check()
+    (line,) = await HotLoadClient(base_url=emulator.url, **NAMES).check()
     assert "FIREWORKS_API_KEY" in line.found
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
-    assert (await HotLoadService(base_url=emulator.url, **NAMES).check())[0].ok
+    assert (await HotLoadClient(base_url=emulator.url, **NAMES).check())[0].ok
 
 
 GOOD = ServiceDescription(
@@ -240,7 +241,7 @@ GOOD = ServiceDescription(
     ],
 )
 def test_preflight_rows(changed: dict[str, Any], name: str | None, stops: bool) -> None:
-    service = block(
+    service = client(
         "http://localhost", hot_load_transition_type="ASYNC", base_model=GOOD.base_model
     )
     fields = {field: getattr(GOOD, field) for field in GOOD.__slots__} | changed
@@ -257,7 +258,7 @@ async def test_a_service_being_created_is_probed(raw_server: RawServer) -> None:
         http("200 OK", json.dumps(created).encode()),
         http("503 Service Unavailable"),
     ]
-    lines = {line.name: line for line in await block(raw_server.address).check()}
+    lines = {line.name: line for line in await client(raw_server.address).check()}
     assert not lines["state"].ok
     assert not lines["state"].stops
     assert not lines["inference"].ok
@@ -296,7 +297,7 @@ async def test_what_a_status_may_be(
 ) -> None:
     raw_server.answers = [answer]
     with pytest.raises(ServiceError) as caught:
-        await block(raw_server.address).observe()
+        await client(raw_server.address).observe()
     assert type(caught.value) is error
     assert len(raw_server.requests) == 1
     assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
@@ -304,7 +305,7 @@ async def test_what_a_status_may_be(
 
 async def test_an_empty_replica_list_is_a_status(raw_server: RawServer) -> None:
     raw_server.answers = [http("200 OK", b'{"replicas": []}')]
-    assert (await block(raw_server.address).observe()).replicas == ()
+    assert (await client(raw_server.address).observe()).replicas == ()
 
 
 @pytest.mark.parametrize(
@@ -324,13 +325,13 @@ async def test_what_a_signal_may_be_answered(
 ) -> None:
     raw_server.answers = [http(status, b"Extra base model config options: rope")]
     with pytest.raises(ServiceError, match="Extra base model config options: rope") as caught:
-        await block(raw_server.address).signal(manifest("id-1"))
+        await client(raw_server.address).signal(manifest("id-1"))
     assert type(caught.value) is error
 
 
 async def test_the_body_of_a_good_signal_is_not_read(raw_server: RawServer) -> None:
     raw_server.answers, raw_server.endless = [http("200 OK", b"x" * 10)], b""
-    assert await block(raw_server.address).signal(manifest("id-1", previous="id-0")) == ()
+    assert await client(raw_server.address).signal(manifest("id-1", previous="id-0")) == ()
     head, _, body = raw_server.requests[0].partition(b"\r\n\r\n")
     assert b"fireworks-model: accounts/local/models/policy" in head
     assert b"fireworks-deployment: accounts/local/deployments/rollouts" in head
@@ -348,23 +349,23 @@ async def test_an_endless_answer_ends(raw_server: RawServer) -> None:
     raw_server.answers = [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"]
     raw_server.endless = b" " * 65536
     with pytest.raises(ProtocolError, match="larger than 8388608 bytes"):
-        await block(raw_server.address).observe()
+        await client(raw_server.address).observe()
     raw_server.answers = [b"HTTP/1.1 500 Oops\r\n\r\n"]
     with pytest.raises(ServiceUnavailableError) as caught:
-        await block(raw_server.address).observe()
+        await client(raw_server.address).observe()
     assert len(str(caught.value)) < 3000
 
 
 async def test_silence_ends(raw_server: RawServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blocks.hot_load_service.GET_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("hotload.clients.service.client.GET_TIMEOUT_SECONDS", 0.2)
     raw_server.silent = True
     with pytest.raises(ServiceUnavailableError, match="observe: not finished within"):
-        await block(raw_server.address).observe()
+        await client(raw_server.address).observe()
 
 
 async def test_a_refused_connection_is_unavailable() -> None:
     with pytest.raises(ServiceUnavailableError):
-        await block("http://127.0.0.1:1").observe()
+        await client("http://127.0.0.1:1").observe()
 
 
 @pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized", "400 Bad Request", "500 Oops"])
@@ -374,8 +375,10 @@ async def test_a_key_that_the_server_repeats_is_shown_nowhere(
     caplog.set_level(logging.DEBUG)
     told = f'{{"error": "Bearer {KEY} is wrong", "at": "{"x" * 2000}{KEY}"}}'
     raw_server.answers = [http(status, told.encode())]
-    service = block(raw_server.address, hint_body_template={"f": "{file}"})
-    shown = [repr(service), str(service), repr(service.model_dump()), service.model_dump_json()]
+    service = client(raw_server.address, hint_body_template={"f": "{file}"})
+    block = HotLoadService(base_url=raw_server.address, api_key=KEY, **NAMES)
+    shown = [repr(block), str(block), repr(block.model_dump()), block.model_dump_json()]
+    shown += [repr(service), str(service)]
     for call in (service.observe(), service.signal(manifest("id-1")), service.describe()):
         try:
             shown.append(repr(await call))
@@ -392,14 +395,14 @@ async def test_a_key_that_the_server_repeats_is_shown_nowhere(
 async def test_a_key_in_a_replica_is_masked_before_it_is_parsed(raw_server: RawServer) -> None:
     told = {"replicas": [{"readiness": True, "note": KEY}]}
     raw_server.answers = [http("200 OK", json.dumps(told).encode())]
-    (replica,) = (await block(raw_server.address).observe()).replicas
+    (replica,) = (await client(raw_server.address).observe()).replicas
     assert KEY not in replica.raw
     assert "****" in replica.raw
 
 
 @pytest.mark.parametrize("key", ["line\nend", "sp ace", "schlüssel", "tab\t"])
 async def test_a_key_that_cannot_be_sent_is_refused_unseen(raw_server: RawServer, key: str) -> None:
-    service = HotLoadService(base_url=raw_server.address, api_key=key, **NAMES)
+    service = HotLoadClient(base_url=raw_server.address, api_key=key, **NAMES)
     with pytest.raises(ServiceRefusedError, match="characters") as caught:
         await service.observe()
     assert key not in str(caught.value)
@@ -411,16 +414,40 @@ async def test_the_environment_names_service_and_key(
     monkeypatch.setenv("FIREWORKS_BASE_URL", raw_server.address)
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
     raw_server.answers = [http("200 OK", b'{"replicas": []}')]
-    assert (await HotLoadService(**NAMES).observe()).replicas == ()
+    assert (await HotLoadClient(**NAMES).observe()).replicas == ()
     monkeypatch.setenv("FIREWORKS_BASE_URL", "nonsense")
     with pytest.raises(ServiceRefusedError, match="FIREWORKS_BASE_URL"):
-        await HotLoadService(**NAMES).observe()
+        await HotLoadClient(**NAMES).observe()
 
 
 @pytest.mark.parametrize("url", ["", "ftp://x", "https://", "https://u:p@x", "https://x?y=1", "x"])
 def test_addresses_that_are_refused(url: str) -> None:
     with pytest.raises(ValidationError):
-        block(url)
+        HotLoadService(base_url=url, api_key=KEY, **NAMES)
+
+
+async def test_an_address_that_is_refused_is_not_called() -> None:
+    with pytest.raises(ServiceRefusedError, match="base_url: expected an address without"):
+        await client("https://u:p@x").observe()
+
+
+def test_the_document_opens_a_client_with_every_field_of_its_own() -> None:
+    fields: dict[str, Any] = {
+        **NAMES,
+        "base_url": "https://api.example",
+        "base_model": "accounts/vendor/models/base",
+        "hot_load_transition_type": "SYNC",
+        "reset_prompt_cache": "none",
+        "extra_fields_ignore": ("x",),
+        "hint_body_template": {"file": "{file}"},
+    }
+    opened = HotLoadService(api_key=KEY, **fields).open()
+    assert {name: getattr(opened, name) for name in fields} == fields
+    assert fields.keys() | {"api_key"} == {name for name in vars(opened) if name[0] != "_"}
+    assert opened.api_key == KEY
+    assert KEY not in f"{opened!r} {opened}"
+    copy = pickle.loads(pickle.dumps(opened))
+    assert vars(copy) == vars(opened)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "a\r\nx: y"])
@@ -432,7 +459,7 @@ def test_names_that_would_change_a_request_are_refused(name: str) -> None:
 async def test_a_key_that_is_part_of_an_identity_changes_no_status(raw_server: RawServer) -> None:
     replica = {"readiness": True, "current_snapshot_identity": "demo-000001-0a1b2c3d"}
     raw_server.answers = [http("200 OK", json.dumps({"replicas": [replica]}).encode())]
-    service = HotLoadService(base_url=raw_server.address, api_key="demo", **NAMES)
+    service = HotLoadClient(base_url=raw_server.address, api_key="demo", **NAMES)
     observed = await service.observe()
     assert observed.replicas[0].current_identity == "demo-000001-0a1b2c3d"
     assert "demo" not in observed.replicas[0].raw

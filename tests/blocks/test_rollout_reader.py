@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import PrivateAttr
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.handoff import Delivery, RolloutReader
 from hotload.clients.handoff.directory import version_before
-from hotload.clients.handoff.reader import Delivery, RolloutReader
+from hotload.clients.store import Store
 from hotload.dataset.claims import claims_path
 from hotload.dataset.parquet import render_rollouts
 from hotload.dataset.rollout_plan import PARTS, RolloutManifest, RolloutPart, summarize
@@ -74,7 +73,7 @@ class Clock:
 class Cycle:
     """A cycle that hands back: parts first, then a manifest that names them."""
 
-    store: CheckpointStore
+    store: Store
     directory: str = f"_hotload/rollouts/{IDENTITY}"
     parts: list[RolloutPart] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
@@ -106,34 +105,33 @@ class Cycle:
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
-def store(request: pytest.FixtureRequest) -> CheckpointStore:
+def store(request: pytest.FixtureRequest) -> Store:
     return make_store(request.param, request)
 
 
 @pytest.fixture
-def file_store(request: pytest.FixtureRequest) -> CheckpointStore:
+def file_store(request: pytest.FixtureRequest) -> Store:
     return make_store("file", request)
 
 
-class Watched(CheckpointStore):
+@dataclass(frozen=True, eq=False)
+class Watched(Store):
     """A store that knows what is listed, and so when a reader has looked again."""
 
-    _block_type_slug = "store-that-is-watched"
-
-    _listings: Counter[str] = PrivateAttr(default_factory=Counter)
-    _listed: asyncio.Event = PrivateAttr(default_factory=asyncio.Event)
+    listings: Counter[str] = field(default_factory=Counter)
+    listed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def names(self, prefix: str) -> list[str]:
-        self._listings[prefix] += 1
-        self._listed.set()
+        self.listings[prefix] += 1
+        self.listed.set()
         return await super().names(prefix)
 
     async def polled(self, place: str) -> None:
         """Whoever lists `place` at every look has begun one, and begun the next after it."""
-        enough = self._listings[place] + 2
-        while self._listings[place] < enough:
-            self._listed.clear()
-            await self._listed.wait()
+        enough = self.listings[place] + 2
+        while self.listings[place] < enough:
+            self.listed.clear()
+            await self.listed.wait()
 
 
 @pytest.fixture
@@ -151,7 +149,7 @@ async def stays_waiting(
     assert not waiting.done(), waiting
 
 
-def reader(store: CheckpointStore, consumer: str = "a", **changes: Any) -> RolloutReader:
+def reader(store: Store, consumer: str = "a", **changes: Any) -> RolloutReader:
     arguments = {"groups_per_batch": 2, "poll_seconds": 0.001} | changes
     return RolloutReader(store, "run", arguments.pop("version", 3), consumer=consumer, **arguments)
 
@@ -169,7 +167,7 @@ def flat(found: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 async def test_batches_span_parts_and_are_read_while_the_cycle_samples(
-    store: CheckpointStore,
+    store: Store,
 ) -> None:
     cycle = Cycle(store)
     async with reader(store) as one:
@@ -198,7 +196,7 @@ async def test_batches_span_parts_and_are_read_while_the_cycle_samples(
 
 
 async def test_a_consumer_that_died_gets_its_groups_again_and_no_acknowledged_one(
-    store: CheckpointStore,
+    store: Store,
 ) -> None:
     cycle, clock = Cycle(store), Clock()
     await cycle.write("a", "b", "c", "d")
@@ -223,11 +221,10 @@ async def test_a_consumer_that_died_gets_its_groups_again_and_no_acknowledged_on
 
 CONSUMER = """
 import asyncio, sys
-from blocks.checkpoint_store import CheckpointStore
-from hotload.clients.handoff.reader import RolloutReader
+from hotload.clients.handoff import RolloutReader, Store
 
 async def consume():
-    store = CheckpointStore(url=sys.argv[1])
+    store = Store(url=sys.argv[1])
     reader = RolloutReader(store, "run", 3, consumer="doomed", groups_per_batch=2)
     await reader.acknowledge(await reader.next())
     print(*(await reader.next()).problem_ids, flush=True)
@@ -238,7 +235,7 @@ asyncio.run(consume())
 
 
 @pytest.mark.timeout(120)  # importing Prefect takes a busy machine longer than a test may
-async def test_a_consumer_that_is_killed(file_store: CheckpointStore) -> None:
+async def test_a_consumer_that_is_killed(file_store: Store) -> None:
     cycle = Cycle(file_store)
     await cycle.write("a", "b", "c", "d")
     await cycle.tell(is_complete=True)
@@ -255,7 +252,7 @@ async def test_a_consumer_that_is_killed(file_store: CheckpointStore) -> None:
 
 
 async def test_a_late_acknowledgement_counts_while_nobody_took_over(
-    file_store: CheckpointStore,
+    file_store: Store,
 ) -> None:
     cycle, clock = Cycle(file_store), Clock()
     await cycle.write("a", "b")
@@ -270,7 +267,7 @@ async def test_a_late_acknowledgement_counts_while_nobody_took_over(
 
 @pytest.mark.parametrize("is_used", [False, True])
 async def test_what_another_consumer_had_in_between_is_not_acknowledged(
-    file_store: CheckpointStore, *, is_used: bool
+    file_store: Store, *, is_used: bool
 ) -> None:
     cycle, clock = Cycle(file_store), Clock()
     await cycle.write("a", "b", "c", "d")
@@ -330,7 +327,7 @@ async def test_a_full_batch_renews_the_leases_behind_it(watched: Watched) -> Non
     await one.acknowledge(first)
 
 
-async def test_what_is_given_back_is_free_at_once(file_store: CheckpointStore) -> None:
+async def test_what_is_given_back_is_free_at_once(file_store: Store) -> None:
     cycle = Cycle(file_store)
     await cycle.write("a", "b", "c")
     await cycle.tell(is_complete=True)
@@ -340,7 +337,7 @@ async def test_what_is_given_back_is_free_at_once(file_store: CheckpointStore) -
     assert flat(await read_all(reader(file_store, "b"))) == ["b", "c"]
 
 
-async def test_each_group_is_used_once_by_several_consumers(store: CheckpointStore) -> None:
+async def test_each_group_is_used_once_by_several_consumers(store: Store) -> None:
     cycle = Cycle(store)
     problems = [f"p{number}" for number in range(12)]
     for start in range(0, 12, 2):
@@ -352,7 +349,7 @@ async def test_each_group_is_used_once_by_several_consumers(store: CheckpointSto
 
 
 async def test_a_version_that_was_not_published_lies_below_an_earlier_one(
-    file_store: CheckpointStore,
+    file_store: Store,
 ) -> None:
     other = Cycle(file_store, f"_hotload/rollouts/run-000001-00000000/{4:06d}")
     await other.write("old")
@@ -367,7 +364,7 @@ LATER = datetime(2026, 1, 2, tzinfo=UTC)
 
 @pytest.mark.parametrize("identity", ["run-000003-00000000", "run-000003-fedcba98"])
 async def test_a_version_that_is_published_again_supersedes_itself(
-    file_store: CheckpointStore, identity: str
+    file_store: Store, identity: str
 ) -> None:
     dead = Cycle(file_store)
     await dead.write("a", "b", "c")
@@ -392,7 +389,7 @@ async def test_a_version_that_is_published_again_supersedes_itself(
 
 
 async def test_what_was_used_before_a_version_was_published_again_is_used(
-    file_store: CheckpointStore,
+    file_store: Store,
 ) -> None:
     async with reader(file_store) as one:
         await Cycle(file_store).write("a", "b")
@@ -408,7 +405,7 @@ async def test_what_was_used_before_a_version_was_published_again_is_used(
     assert flat(await read_all(reader(file_store, "c", clock=clock))) == ["c", "b2"]
 
 
-async def test_complete_rollouts_are_not_superseded_by_some(file_store: CheckpointStore) -> None:
+async def test_complete_rollouts_are_not_superseded_by_some(file_store: Store) -> None:
     whole = Cycle(file_store)
     await whole.write("a", "b")
     await whole.tell(is_complete=True)
@@ -417,7 +414,7 @@ async def test_complete_rollouts_are_not_superseded_by_some(file_store: Checkpoi
     assert await read_all(reader(file_store)) == [("a", "b")]
 
 
-async def test_a_version_that_is_published_after_all(file_store: CheckpointStore) -> None:
+async def test_a_version_that_is_published_after_all(file_store: Store) -> None:
     below = Cycle(file_store, f"{PARTS}/{IDENTITY}/000004")
     await below.write("a", "b")
     one = reader(file_store, version=4)
@@ -474,12 +471,12 @@ async def test_patience_begins_anew_with_every_group(watched: Watched) -> None:
         ("consumer", "x" * 257),
     ],
 )
-def test_arguments_that_cannot_work(file_store: CheckpointStore, name: str, value: Any) -> None:
+def test_arguments_that_cannot_work(file_store: Store, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected"):
         reader(file_store, **{name: value})
 
 
-async def test_a_part_that_is_not_what_the_manifest_says(file_store: CheckpointStore) -> None:
+async def test_a_part_that_is_not_what_the_manifest_says(file_store: Store) -> None:
     cycle = Cycle(file_store)
     await cycle.write("a", "b")
     path = f"{cycle.directory}/part-00000.parquet"
@@ -489,7 +486,7 @@ async def test_a_part_that_is_not_what_the_manifest_says(file_store: CheckpointS
         await reader(file_store).next()
 
 
-async def test_a_log_that_cannot_be_read(file_store: CheckpointStore) -> None:
+async def test_a_log_that_cannot_be_read(file_store: Store) -> None:
     cycle = Cycle(file_store)
     await cycle.write("a", "b")
     first = reader(file_store)
@@ -506,7 +503,7 @@ def sampled(delivery: Delivery, further: float = 0.0) -> list[list[float]]:
     return [[each - further for each in row] for row in delivery.frame["sampling_logprobs"]]
 
 
-async def test_the_drift_of_what_consumers_told(store: CheckpointStore) -> None:
+async def test_the_drift_of_what_consumers_told(store: Store) -> None:
     cycle = Cycle(store)
     assert await reader(store).drift() is None  # there is no rollout yet
     await cycle.write("a", "b", "c")
@@ -536,7 +533,7 @@ async def test_the_drift_of_what_consumers_told(store: CheckpointStore) -> None:
 
 
 async def test_log_probabilities_that_do_not_fit_acknowledge_nothing(
-    file_store: CheckpointStore,
+    file_store: Store,
 ) -> None:
     cycle = Cycle(file_store)
     await cycle.write("a")
@@ -554,7 +551,7 @@ async def test_log_probabilities_that_do_not_fit_acknowledge_nothing(
     assert again.problem_ids == ("a", "b")
 
 
-async def test_numbers_that_are_none_fail_no_acknowledgement(file_store: CheckpointStore) -> None:
+async def test_numbers_that_are_none_fail_no_acknowledgement(file_store: Store) -> None:
     cycle = Cycle(file_store)
     await cycle.write("a")
     await cycle.write("b")
@@ -569,7 +566,7 @@ async def test_numbers_that_are_none_fail_no_acknowledgement(file_store: Checkpo
     assert await reader(file_store, "b").next() is None
 
 
-async def test_the_version_before_that_has_rollouts(file_store: CheckpointStore) -> None:
+async def test_the_version_before_that_has_rollouts(file_store: Store) -> None:
     below = "run-000001-00000000"
     for directory in (below, f"{below}/000002", f"{below}/000003", "other-000004-00000000"):
         await Cycle(file_store, f"_hotload/rollouts/{directory}").write("x")
@@ -579,7 +576,7 @@ async def test_the_version_before_that_has_rollouts(file_store: CheckpointStore)
     assert found == [None, 1, 2, 3, 3, 7]
 
 
-def test_without_an_event_loop(file_store: CheckpointStore) -> None:
+def test_without_an_event_loop(file_store: Store) -> None:
     async def hand_back() -> None:
         cycle = Cycle(file_store)
         await cycle.write("a", "b", "c")
@@ -597,7 +594,7 @@ def test_without_an_event_loop(file_store: CheckpointStore) -> None:
     assert (drift.token_count, drift.max_abs) == (12, 0.0)
 
 
-def test_the_page_for_trainers_is_true(file_store: CheckpointStore) -> None:
+def test_the_page_for_trainers_is_true(file_store: Store) -> None:
     page = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text()
     table = page[page.index("## A row") : page.index("## A batch")]
     missing = set(Rollouts.to_schema().columns) - set(re.findall(r"`(\w+)`", table))
@@ -620,7 +617,7 @@ def test_the_page_for_trainers_is_true(file_store: CheckpointStore) -> None:
 
 
 def test_the_page_tells_how_a_drift_is_told(
-    file_store: CheckpointStore, capsys: pytest.CaptureFixture[str]
+    file_store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def hand_back() -> None:
         cycle = Cycle(file_store)

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from prefect.results import ResultRecord
 
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
 from hotload.directory.files import sha256_file
 from hotload.publish.places import delta_dir, results_dir
 from hotload.spec import CycleSpec
@@ -140,7 +140,7 @@ class Standing:
     @classmethod
     def of(cls, fleet: Fleet, spec: CycleSpec) -> Standing:
         """Every readable result, the deltas and stored shards such a result names, every part."""
-        service = HotLoadService(base_url=fleet.url, api_key=API_KEY, **NAMES)
+        service = HotLoadClient(base_url=fleet.url, api_key=API_KEY, **NAMES)
         deltas = delta_dir(spec, service)
         stored = [path for path in fleet.bucket.glob("*/*") if not is_record(path)]
         kept: list[Path] = list(fleet.bucket.glob("_hotload/rollouts/*/part-*.parquet"))

@@ -17,7 +17,7 @@ import polars as pl
 from hotload.checkpoint.names import INDEX_FILE
 from hotload.dataset.rollout_plan import RolloutManifest
 from hotload.dataset.table import check_rollouts
-from hotload.publish.lease import Lease, token_of
+from hotload.publish.lease import Lease
 from hotload.publish.snapshot import SnapshotManifest
 from hotload.report.cycle_report import CycleReport
 
@@ -135,9 +135,7 @@ class StoreReader:
                 self._complain(path, f"names {named.name}, which is not there")
 
     def _lease(self, path: Path, data: bytes) -> None:
-        token = token_of(path.name)
-        assert token is not None, "not the name of a lease"
-        Lease.parse(data, token=token)
+        Lease.parse(data, token=int(path.stem), path=str(path))
 
     def _names_whole(self, path: Path, named: Path, size_bytes: int, sha256: str) -> None:
         data = named.read_bytes()

@@ -13,6 +13,7 @@ from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from examples.tiny_trainer import TinyTrainer
 from flows.cycle import checkpoint_to_rollout
+from hotload.clients.store.publisher_lease import publisher_lease
 from hotload.directory.files import read_checkpoint, sha256_file
 from hotload.errors import (
     FullSnapshotFailedError,
@@ -29,7 +30,6 @@ from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotPlan
 from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
-from tasks.lease import publisher_lease
 from tasks.plan import plan_snapshot
 from tasks.validate import validate_checkpoint
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
@@ -144,8 +144,8 @@ def edit_tokenizer(checkpoint: Path) -> None:
 
 @flow
 async def plan_only(spec: CycleSpec) -> SnapshotPlan:
-    service = await HotLoadService.load(spec.service)
-    store = await CheckpointStore.load(spec.store)
+    service = (await HotLoadService.load(spec.service)).open()
+    store = (await CheckpointStore.load(spec.store)).open()
     return await plan_snapshot(spec, service, store, await validate_checkpoint(spec, service))
 
 
@@ -271,7 +271,7 @@ async def test_a_broken_checkpoint_costs_no_upload(fleet: Fleet) -> None:
 
 
 async def test_a_second_publisher_is_refused_while_the_first_lives(fleet: Fleet) -> None:
-    store = await CheckpointStore.load(fleet.name)
+    store = (await CheckpointStore.load(fleet.name)).open()
     async with publisher_lease(store, "another-cycle"):
         with pytest.raises(LeaseLostError, match="another-cycle"):
             await run(fleet, 1)

@@ -11,9 +11,9 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from blocks.checkpoint_store import CheckpointStore
 from flows.cycle import checkpoint_to_rollout
 from hotload.clients.handoff.reader import RolloutReader
+from hotload.clients.store import Store
 from hotload.dataset.trainer_batch import make_batch
 from tests.flows.fleet import Fleet
 
@@ -43,7 +43,7 @@ async def test_a_cycle_leaves_a_page_metrics_and_groups(fleet: Fleet) -> None:
     assert last["identity"] == report.snapshot.identity
     assert f'hotload_perf_step_time{{run="run"}} {report.seconds!r}\n' in gauges.read_text()
 
-    store = CheckpointStore(url=fleet.bucket.as_uri())
+    store = Store(url=fleet.bucket.as_uri())
     async with RolloutReader(store, "run", 1, consumer="trainer", groups_per_batch=3) as reader:
         deliveries = [delivery async for delivery in reader]
         assert sorted(name for each in deliveries for name in each.problem_ids) == [
@@ -84,7 +84,7 @@ async def test_a_report_tells_what_the_trainer_told_of_the_version_before(fleet:
 
     await checkpoint_to_rollout(fleet.spec(1))
     assert not [name for name in metrics(1) if "train" in name and "trainable" not in name]
-    store = CheckpointStore(url=fleet.bucket.as_uri())
+    store = Store(url=fleet.bucket.as_uri())
     async with RolloutReader(store, "run", 1, consumer="trainer") as reader:
         async for delivery in reader:
             batch = make_batch(delivery.frame)

@@ -7,16 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.errors import StoreError
-from hotload.publish.lease import (
-    Claim,
-    Lease,
-    Process,
-    decide,
-    highest_token,
-    lease_path,
-    loss,
-    token_of,
-)
+from hotload.publish.lease import Lease, Process, decide, loss
 
 NOON = datetime(2026, 8, 1, 12, tzinfo=UTC)
 HERE = Process(host="host-a", pid=100, started="5")
@@ -40,30 +31,30 @@ def seconds(count: float) -> datetime:
 
 
 @pytest.mark.parametrize(
-    ("found", "now", "is_running", "claim"),
+    ("found", "now", "is_running", "may_take"),
     [
-        (None, 0, None, Claim.TAKE),
-        (lease(), 1, True, Claim.WAIT),
-        (lease(), 1, None, Claim.WAIT),
-        (lease(), 1, False, Claim.TAKE),
-        (lease(), 60, True, Claim.TAKE),
-        (lease(process=THERE), 59.9, False, Claim.WAIT),
-        (lease(process=THERE), 60, None, Claim.TAKE),
-        (lease(process=NOWHERE), 59.9, False, Claim.WAIT),
-        (lease().given_back(), 1, True, Claim.TAKE),
-        (lease().renewed(seconds(50), 60), 100, True, Claim.WAIT),
+        (None, 0, None, True),
+        (lease(), 1, True, False),
+        (lease(), 1, None, False),
+        (lease(), 1, False, True),
+        (lease(), 60, True, True),
+        (lease(process=THERE), 59.9, False, False),
+        (lease(process=THERE), 60, None, True),
+        (lease(process=NOWHERE), 59.9, False, False),
+        (lease().given_back(), 1, True, True),
+        (lease().renewed(seconds(50), 60), 100, True, False),
     ],
 )
 def test_a_lease_is_taken_when_it_is_free_expired_or_its_process_is_gone(
-    found: Lease | None, now: float, is_running: bool | None, claim: Claim
+    found: Lease | None, now: float, is_running: bool | None, may_take: bool
 ) -> None:
     me = Process(host="host-a", pid=200, started="9")
-    assert decide(found, now=seconds(now), me=me, is_running=is_running).claim is claim
+    assert decide(found, now=seconds(now), me=me, is_running=is_running).may_take is may_take
 
 
 def test_a_host_that_cannot_name_itself_believes_no_process() -> None:
     decision = decide(lease(process=NOWHERE), now=NOON, me=NOWHERE, is_running=False)
-    assert decision.claim is Claim.WAIT
+    assert not decision.may_take
 
 
 def test_the_reason_names_who_and_how_long() -> None:
@@ -107,7 +98,7 @@ def test_a_lease_comes_back_from_its_bytes(
     stored = lease(token, process=process).model_copy(
         update={"holder": holder, "released": released}
     )
-    assert Lease.parse(stored.render(), token=token) == stored
+    assert Lease.parse(stored.render(), token=token, path="leases/7.json") == stored
 
 
 @pytest.mark.parametrize(
@@ -117,23 +108,5 @@ def test_a_lease_comes_back_from_its_bytes(
     ids=["empty", "object", "list", "bytes", "other token", "cut", "field"],
 )  # fmt: skip
 def test_what_is_not_the_lease_of_its_token_is_refused(data: bytes) -> None:
-    with pytest.raises(StoreError, match=r"0000000007\.json.*delete it when no cycle is running"):
-        Lease.parse(data, token=7)
-
-
-@given(st.integers(1, 10**10 - 1))
-def test_a_path_names_its_token(token: int) -> None:
-    assert token_of(lease_path(token).rpartition("/")[2]) == token
-
-
-def test_names_that_are_no_leases_are_ignored() -> None:
-    others = [
-        "",
-        "x.json",
-        "0000000009.json.tmp",
-        "00000000099.json",
-        "0000000000.json",
-        "٠٠٠٠٠٠٠٠٠١.json",
-    ]
-    assert highest_token(others) == 0
-    assert highest_token([*others, "0000000002.json", "0000000010.json"]) == 10
+    with pytest.raises(StoreError, match=r"leases/7\.json.*delete it when no cycle is running"):
+        Lease.parse(data, token=7, path="leases/7.json")

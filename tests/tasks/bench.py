@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 from prefect.logging import disable_run_logger
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest
 from hotload.sampling.concurrently import overlap
 from hotload.sampling.problems import plan_rollouts
@@ -27,7 +27,7 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         (root / "store").mkdir()
-        self.store = CheckpointStore(url=f"file://{root}/store")
+        self.store = Store(url=f"file://{root}/store")
         self._root = root
 
     def spec(self, problems: int | list[dict[str, Any]] = 2, **changes: Any) -> CycleSpec:

@@ -76,7 +76,7 @@ def _publisher(
 ) -> Iterator[Publisher]:
     from prefect.logging import disable_run_logger
 
-    from blocks.checkpoint_store import CheckpointStore
+    from hotload.clients.store import Store
     from tests.flows.fleet import running_fleet
     from tests.tasks.publishing import Publisher
 
@@ -87,4 +87,4 @@ def _publisher(
         # Tasks run as plain functions have no run to log to. Uvicorn's start enables all loggers.
         disable_run_logger(),
     ):
-        yield Publisher(fleet, CheckpointStore(url=url, options=options), root / "work")
+        yield Publisher(fleet, Store(url=url, options=options), root / "work")

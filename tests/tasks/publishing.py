@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store, publisher_lease
 from hotload.directory.files import read_checkpoint, sha256_file
 from hotload.identity import SnapshotKind
 from hotload.publish.places import baseline_dir, delta_dir, results_dir
@@ -29,7 +29,6 @@ from hotload.spec import CycleSpec, ReadinessPolicy
 from tasks.announce import signal_snapshot
 from tasks.baseline import keep_baseline
 from tasks.encode import EncodedBatch, encode_shards
-from tasks.lease import publisher_lease
 from tasks.plan import plan_snapshot
 from tasks.upload import upload_manifests, upload_shards
 from tasks.wait import wait_until_ready
@@ -45,13 +44,13 @@ class Publisher:
     """What one machine does for one fleet; `work` is where it keeps its own files."""
 
     fleet: Fleet
-    store: CheckpointStore
+    store: Store
     work: Path
 
     @property
-    def service(self) -> HotLoadService:
+    def service(self) -> HotLoadClient:
         """The service as its own block would be loaded, new every time."""
-        return HotLoadService(base_url=self.fleet.url, api_key=API_KEY, **NAMES)
+        return HotLoadClient(base_url=self.fleet.url, api_key=API_KEY, **NAMES)
 
     def spec(self, version: int, **changes: Any) -> CycleSpec:
         """The cycle of one policy version."""
@@ -102,7 +101,7 @@ class Publisher:
     async def signal(self, manifest: SnapshotManifest) -> tuple[str, ...]:
         """Signal it as the holder of the lease."""
         async with publisher_lease(self.store, "test") as lease:
-            return await signal_snapshot.fn(self.service, self.store, manifest, lease.token)
+            return await signal_snapshot.fn(self.service, self.store, manifest, lease)
 
     def respond(self, operation: str, status: int, body: str | None = None, **more: Any) -> None:
         """Let the service answer an operation with this status, and `body` as HTML."""

@@ -4,7 +4,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store.publisher_lease import lease_log, publisher_lease
 from hotload.errors import (
     ChainBrokenError,
     LeaseLostError,
@@ -19,7 +20,6 @@ from hotload.publish.snapshot import SnapshotManifest
 from hotload.spec import ReadinessPolicy
 from tasks.announce import hint_shards, reset_ledger, signal_snapshot
 from tasks.encode import EncodedBatch
-from tasks.lease import publisher_lease
 from tasks.wait import wait_until_ready
 from tests.flows.fleet import API_KEY, NAMES, REPLICAS
 from tests.tasks.publishing import Publisher
@@ -115,9 +115,10 @@ async def test_who_lost_the_lease_sends_nothing(
             renewed_at=now,
             expires_at=now + timedelta(seconds=60),
         )
-        await publisher.store.put_bytes(thief.render(), thief.path)
+        path = lease_log(publisher.store).path(thief.token)
+        await publisher.store.put_bytes(thief.render(), path)
         with pytest.raises(LeaseLostError, match="second"):
-            await signal_snapshot.fn(publisher.service, publisher.store, full, lease.token)
+            await signal_snapshot.fn(publisher.service, publisher.store, full, lease)
     assert signalled(publisher) == []
 
 
@@ -163,20 +164,20 @@ async def test_an_unhonoured_cache_policy_is_a_warning(
     publisher.respond(
         "signal", 400, message="reset_prompt_cache: Extra inputs are not permitted", count=1
     )
-    service = HotLoadService(
+    service = HotLoadClient(
         base_url=publisher.fleet.url, api_key=API_KEY, reset_prompt_cache="none", **NAMES
     )
     async with publisher_lease(publisher.store, "test") as lease:
-        warnings = await signal_snapshot.fn(service, publisher.store, full, lease.token)
+        warnings = await signal_snapshot.fn(service, publisher.store, full, lease)
     assert "all, is in force instead of none" in warnings[0]
     readiness = ReadinessPolicy(poll_interval_seconds=0.01, weight_sync_timeout=15)
     seen = await wait_until_ready.fn(service, full, readiness, REPLICAS)
     assert seen.ready_count == REPLICAS
 
 
-def hinting(publisher: Publisher) -> HotLoadService:
+def hinting(publisher: Publisher) -> HotLoadClient:
     template = {"identity": "{identity}", "file": "{file}", "uri": "{uri}"}
-    return HotLoadService(
+    return HotLoadClient(
         base_url=publisher.fleet.url, api_key=API_KEY, hint_body_template=template, **NAMES
     )
 

@@ -6,28 +6,35 @@ import subprocess
 import sys
 import textwrap
 import uuid
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from pydantic import PrivateAttr
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.handoff.directory import claims_log
+from hotload.clients.store import Store
+from hotload.clients.store.publisher_lease import (
+    check_lease,
+    is_running,
+    lease_log,
+    publisher_lease,
+    this_process,
+)
 from hotload.errors import LeaseLostError, StoreError
-from hotload.publish.lease import LEASES, Lease, Process, lease_path
-from tasks.lease import check_lease, is_running, publisher_lease, this_process
+from hotload.publish.lease import LEASES, Lease, Process
 
 ELSEWHERE = Process(host="another host", pid=1, started="1")
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "file":
-        return CheckpointStore(url=str(tmp_path))
+        return Store(url=str(tmp_path))
     if request.param == "memory":
-        return CheckpointStore(url=f"memory://{uuid.uuid4().hex}")
+        return Store(url=f"memory://{uuid.uuid4().hex}")
     server = request.getfixturevalue("s3_server")
-    return CheckpointStore(url=f"{server.url}/{uuid.uuid4().hex}", options=dict(server.options))
+    return Store(url=f"{server.url}/{uuid.uuid4().hex}", options=dict(server.options))
 
 
 def stored_lease(token: int, *, seconds_left: float, process: Process = ELSEWHERE) -> Lease:
@@ -42,28 +49,34 @@ def stored_lease(token: int, *, seconds_left: float, process: Process = ELSEWHER
     )
 
 
-async def read(store: CheckpointStore, token: int) -> Lease:
-    return Lease.parse(await store.read_bytes(lease_path(token), limit_bytes=9999), token=token)
+async def write(store: Store, lease: Lease) -> None:
+    await store.put_bytes(lease.render(), lease_log(store).path(lease.token))
 
 
-async def test_tokens_grow_and_old_leases_are_removed(store: CheckpointStore) -> None:
+async def read(store: Store, token: int) -> Lease:
+    path = lease_log(store).path(token)
+    data = await store.read_bytes(path, limit_bytes=9999)
+    return Lease.parse(data, token=token, path=path)
+
+
+async def test_tokens_grow_and_old_leases_are_removed(store: Store) -> None:
     for expected in (1, 2, 3):
         async with publisher_lease(store, "run-000001") as lease:
             assert lease.token == expected
-            await check_lease(store, lease.token)
+            await check_lease(store, lease)
         assert await store.names(LEASES) == [f"{expected:010d}.json"]
         assert (await read(store, expected)).released
 
 
-async def test_a_second_live_publisher_is_refused_by_name(store: CheckpointStore) -> None:
+async def test_a_second_live_publisher_is_refused_by_name(store: Store) -> None:
     async with publisher_lease(store, "run-000001") as first:
         with pytest.raises(LeaseLostError, match=r"held by 'run-000001': process \d+ holds it"):
             async with publisher_lease(store, "run-000002"):
                 pass
-        await check_lease(store, first.token)
+        await check_lease(store, first)
 
 
-async def test_of_many_at_once_one_publishes(store: CheckpointStore) -> None:
+async def test_of_many_at_once_one_publishes(store: Store) -> None:
     inside = 0
     entered, release = asyncio.Event(), asyncio.Event()
 
@@ -87,35 +100,35 @@ async def test_of_many_at_once_one_publishes(store: CheckpointStore) -> None:
 
 
 async def test_an_expired_holder_elsewhere_is_taken_over_and_learns_it(
-    store: CheckpointStore,
+    store: Store,
 ) -> None:
     other = stored_lease(41, seconds_left=-1)
-    await store.put_bytes(other.render(), other.path)
+    await write(store, other)
     async with publisher_lease(store, "run-000001") as lease:
         assert lease.token == 42
 
 
-async def test_an_unexpired_holder_elsewhere_is_not(store: CheckpointStore) -> None:
+async def test_an_unexpired_holder_elsewhere_is_not(store: Store) -> None:
     other = stored_lease(41, seconds_left=60)
-    await store.put_bytes(other.render(), other.path)
+    await write(store, other)
     with pytest.raises(LeaseLostError, match="on another host"):
         async with publisher_lease(store, "run-000001"):
             pass
 
 
 async def test_one_that_was_taken_over_may_not_signal_and_does_not_renew(
-    store: CheckpointStore,
+    store: Store,
 ) -> None:
     async with publisher_lease(store, "run-000001", ttl_seconds=0.4) as lease:
         other = stored_lease(lease.token + 1, seconds_left=60)
-        await store.put_bytes(other.render(), other.path)
+        await write(store, other)
         with pytest.raises(LeaseLostError, match=r"'other-000001': token 2 has taken over"):
-            await check_lease(store, lease.token)
+            await check_lease(store, lease)
     assert await read(store, 2) == other
     assert not (await read(store, 1)).released
 
 
-async def test_a_lease_is_renewed_while_it_is_held(store: CheckpointStore) -> None:
+async def test_a_lease_is_renewed_while_it_is_held(store: Store) -> None:
     async with publisher_lease(store, "run-000001", ttl_seconds=4) as lease:
         first = await read(store, lease.token)
         again = first
@@ -123,37 +136,36 @@ async def test_a_lease_is_renewed_while_it_is_held(store: CheckpointStore) -> No
             await asyncio.sleep(0.05)
             again = await read(store, lease.token)
         assert again.expires_at > first.expires_at
-        await check_lease(store, lease.token)
+        await check_lease(store, lease)
 
 
 async def test_a_lease_that_was_not_renewed_in_time_is_lost(tmp_path: Path) -> None:
-    store = CheckpointStore(url=str(tmp_path))
+    store = Store(url=str(tmp_path))
     async with publisher_lease(store, "run-000001") as lease:
         mine = await read(store, lease.token)
         past = mine.model_copy(update={"expires_at": mine.renewed_at - timedelta(seconds=1)})
-        await store.put_bytes(past.render(), mine.path)
+        await write(store, past)
         with pytest.raises(LeaseLostError, match="expired"):
-            await check_lease(store, lease.token)
+            await check_lease(store, lease)
 
 
 async def test_a_token_of_another_process_is_not_ours(tmp_path: Path) -> None:
-    store = CheckpointStore(url=str(tmp_path))
-    other = stored_lease(3, seconds_left=60)
-    await store.put_bytes(other.render(), other.path)
-    with pytest.raises(LeaseLostError, match="does not hold token 3"):
-        await check_lease(store, 3)
+    store = Store(url=str(tmp_path))
+    await write(store, stored_lease(3, seconds_left=60))
+    with pytest.raises(LeaseLostError, match="'other-000001': its object, token 3, was replaced"):
+        await check_lease(store, stored_lease(3, seconds_left=60))
 
 
 async def test_an_unreadable_lease_stops_everybody(tmp_path: Path) -> None:
-    store = CheckpointStore(url=str(tmp_path))
-    await store.put_bytes(b"not json", lease_path(5))
+    store = Store(url=str(tmp_path))
+    await store.put_bytes(b"not json", lease_log(store).path(5))
     with pytest.raises(StoreError, match="not a lease"):
         async with publisher_lease(store, "run-000001"):
             pass
 
 
 async def test_an_error_inside_gives_the_lease_back(tmp_path: Path) -> None:
-    store = CheckpointStore(url=str(tmp_path))
+    store = Store(url=str(tmp_path))
     with pytest.raises(ZeroDivisionError):
         async with publisher_lease(store, "run-000001") as lease:
             raise ZeroDivisionError
@@ -161,43 +173,41 @@ async def test_an_error_inside_gives_the_lease_back(tmp_path: Path) -> None:
 
 
 async def test_unfinished_uploads_of_earlier_publishers_are_removed(tmp_path: Path) -> None:
-    store = CheckpointStore(url=str(tmp_path))
+    store = Store(url=str(tmp_path))
     await store.put_bytes(b"x", "a")
     (tmp_path / "_hotload/partial/1-dead").write_bytes(b"half")
     async with publisher_lease(store, "run-000001"):
         assert not (tmp_path / "_hotload/partial/1-dead").exists()
 
 
-class SlowToTidy(CheckpointStore):
+@dataclass(frozen=True, eq=False)
+class SlowToTidy(Store):
     """Tidies until the lease was renewed, and keeps what the lease was then."""
 
-    _block_type_name = "Slow To Tidy"
-    _block_type_slug = "slow-to-tidy"
-    _found: list[Lease] = PrivateAttr(default_factory=list)
+    leases: list[Lease] = field(default_factory=list)
 
     async def abort_orphaned_uploads(self, prefix: str = "") -> int:
         first = again = await read(self, 1)
         while again.renewed_at == first.renewed_at:
             await asyncio.sleep(0.05)
             again = await read(self, 1)
-        self._found += [first, again]
+        self.leases.extend([first, again])
         return await super().abort_orphaned_uploads(prefix)
 
 
 async def test_the_lease_is_renewed_while_earlier_uploads_are_removed(tmp_path: Path) -> None:
     store = SlowToTidy(url=str(tmp_path))
     async with publisher_lease(store, "run-000001", ttl_seconds=4):
-        first, again = store._found
+        first, again = store.leases
     assert again.expires_at > first.expires_at
 
 
 HOLDER = """
     import asyncio, sys
-    from blocks.checkpoint_store import CheckpointStore
-    from tasks.lease import publisher_lease
+    from hotload.clients.store import Store, publisher_lease
 
     async def main():
-        async with publisher_lease(CheckpointStore(url=sys.argv[1]), "killed-000001"):
+        async with publisher_lease(Store(url=sys.argv[1]), "killed-000001"):
             print("holding", flush=True)
             await asyncio.Event().wait()
 
@@ -207,7 +217,7 @@ HOLDER = """
 
 @pytest.mark.timeout(60)
 async def test_a_killed_publisher_on_this_host_is_taken_over_at_once(tmp_path: Path) -> None:
-    store = CheckpointStore(url=str(tmp_path))
+    store = Store(url=str(tmp_path))
     program = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)]
     holder = subprocess.Popen(program, stdout=subprocess.PIPE)  # noqa: ASYNC220 - does not wait
     try:
@@ -237,3 +247,19 @@ def test_this_process_runs_and_one_with_its_number_and_another_start_does_not() 
     me = this_process()
     assert is_running(me)
     assert not is_running(me.model_copy(update={"started": "1"}))
+
+
+def test_an_entry_s_path_names_its_number_and_other_names_are_no_entries(tmp_path: Path) -> None:
+    log = lease_log(Store(str(tmp_path)))
+    for number in (1, 10, 10**10 - 1):
+        assert log.number_of(log.path(number).rpartition("/")[2]) == number
+    others = [
+        "",
+        "x.json",
+        "0000000009.json.tmp",
+        "00000000099.json",
+        "0000000000.json",
+        "٠٠٠٠٠٠٠٠٠١.json",
+    ]
+    assert [log.number_of(name) for name in others] == [None] * len(others)
+    assert claims_log(log.store, "claims/part").number_of("000000.json") == 0

@@ -1,12 +1,12 @@
 """What waits to be written, counted while the store writes and other groups end."""
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import PartPlan, RolloutPlan
 from hotload.errors import StoreUnavailableError
 from hotload.rollout.group_rules import Tally, Verdict
@@ -28,10 +28,8 @@ PLAN = RolloutPlan(
 )
 
 
-class Store(CheckpointStore):
+class WaitingStore(Store):
     """A store that writes as soon as it may."""
-
-    _block_type_slug = "store-that-waits"
 
     async def create_bytes(self, data: bytes, path: str) -> bool:
         begun.set()
@@ -53,7 +51,7 @@ def settled(problem: Problem, text: str = "a", *, is_dropped: bool = False) -> S
 
 
 async def test_groups_that_end_during_a_write_still_count(tmp_path: Path) -> None:
-    writer = PartWriter(Store(url=f"file://{tmp_path}"), PLAN, PLAN.parts[0])
+    writer = PartWriter(WaitingStore(url=f"file://{tmp_path}"), PLAN, PLAN.parts[0])
     writer.take(settled(PROBLEMS[0]))
     writing = asyncio.create_task(writer.write())
     await begun.wait()
@@ -69,7 +67,7 @@ async def test_groups_that_end_during_a_write_still_count(tmp_path: Path) -> Non
 async def test_of_what_two_runs_wrote_the_file_that_a_reader_may_have_counts(
     tmp_path: Path,
 ) -> None:
-    store = CheckpointStore(url=f"file://{tmp_path}")
+    store = Store(url=f"file://{tmp_path}")
     for text in ("one run", "another"):
         writer = PartWriter(store, PLAN, PLAN.parts[0])
         writer.take(settled(PROBLEMS[0], text))
@@ -82,17 +80,16 @@ async def test_of_what_two_runs_wrote_the_file_that_a_reader_may_have_counts(
         assert [part.file for part in resumed.parts] == [kept]
 
 
-class Forgetful(CheckpointStore):
+@dataclass(frozen=True, eq=False)
+class Forgetful(Store):
     """A store that wrote the first file, and the answer to that was lost."""
 
-    _block_type_slug = "forgetful-store"
-
-    has_forgotten: bool = False
+    forgotten: list[str] = field(default_factory=list)
 
     async def create_bytes(self, data: bytes, path: str) -> bool:
         is_new = await super().create_bytes(data, path)
-        if not self.has_forgotten:
-            self.has_forgotten = True
+        if not self.forgotten:
+            self.forgotten.append(path)
             raise StoreUnavailableError(path, "no answer")
         return is_new
 
@@ -115,7 +112,7 @@ async def test_a_dropped_group_that_two_files_have_counts_once(tmp_path: Path) -
     """Two runs at once dropped it, and each sampled another row beside."""
     part = replace(PLAN.parts[0], reserve=(Problem("r0", "x"), Problem("r1", "x")))
     plan = replace(PLAN, parts=(part,))
-    store = CheckpointStore(url=f"file://{tmp_path}")
+    store = Store(url=f"file://{tmp_path}")
     for other in (PROBLEMS[1], part.reserve[0]):
         writer = PartWriter(store, plan, part)
         writer.take(settled(PROBLEMS[0], is_dropped=True))

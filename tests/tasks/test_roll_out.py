@@ -1,18 +1,20 @@
 """Chunks of problems to parts in a store, resumed and refused, on a scripted inference server."""
 
+import asyncio
 import hashlib
 import io
 import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 import pytest
 from prefect.logging import disable_run_logger
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPlan
 from hotload.errors import (
     InvalidProblemsError,
@@ -41,9 +43,9 @@ from tests.tasks.publishing import disk_full_after
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
+def store(tmp_path: Path) -> Store:
     (tmp_path / "store").mkdir()
-    return CheckpointStore(url=f"file://{tmp_path}/store")
+    return Store(url=f"file://{tmp_path}/store")
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ async def served(*replies: bytes) -> AsyncIterator[Script]:
 
 
 async def roll_out(
-    spec: CycleSpec, store: CheckpointStore, script: Script
+    spec: CycleSpec, store: Store, script: Script
 ) -> tuple[RolloutPlan, RolloutManifest]:
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
@@ -83,12 +85,12 @@ async def roll_out(
             return plan, rollout.manifest(is_complete=True)
 
 
-async def whole(spec: CycleSpec, store: CheckpointStore, script: Script) -> RolloutSummary:
+async def whole(spec: CycleSpec, store: Store, script: Script) -> RolloutSummary:
     plan, manifest = await roll_out(spec, store, script)
     return await hand_back.fn(store, manifest, plan.path(MANIFEST_FILE))
 
 
-async def test_parts_and_then_the_manifest(spec: CycleSpec, store: CheckpointStore) -> None:
+async def test_parts_and_then_the_manifest(spec: CycleSpec, store: Store) -> None:
     async with served(http(b"", 400), http(GOOD)) as script:
         summary = await whole(spec, store, script)
     assert len(script.requests) == 10
@@ -117,7 +119,7 @@ async def test_parts_and_then_the_manifest(spec: CycleSpec, store: CheckpointSto
     assert all("problem" not in json.dumps(part.model_dump()) for part in manifest.parts)
 
 
-async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: CheckpointStore) -> None:
+async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: Store) -> None:
     async with served(http(GOOD)) as script:
         plan, manifest = await roll_out(spec, store, script)
         # So far the manifest names all there is and says that more may come.
@@ -151,7 +153,7 @@ async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: Checkp
 
 
 async def test_a_failed_write_costs_no_sample(
-    spec: CycleSpec, store: CheckpointStore, tmp_path: Path
+    spec: CycleSpec, store: Store, tmp_path: Path
 ) -> None:
     plan = await plan_rollouts(spec, IDENTITY)
     in_the_way = tmp_path / "store" / "_hotload" / "rollouts"
@@ -172,7 +174,7 @@ async def test_a_failed_write_costs_no_sample(
 
 
 async def test_a_disk_that_fills_up_leaves_no_half_file_and_costs_no_sample(
-    spec: CycleSpec, store: CheckpointStore
+    spec: CycleSpec, store: Store
 ) -> None:
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
@@ -194,17 +196,16 @@ async def test_a_disk_that_fills_up_leaves_no_half_file_and_costs_no_sample(
     assert hashlib.sha256(data).hexdigest() == part.sha256
 
 
-class MovedBucket(CheckpointStore):
-    """A store that is not to be reached for as long as `is_away`."""
+@dataclass(frozen=True, eq=False)
+class MovedBucket(Store):
+    """A store that is not to be reached until it `is_back`."""
 
-    _block_type_slug = "moved-bucket"
-
-    is_away: bool = True
-    tries: int = 0
+    is_back: asyncio.Event = field(default_factory=asyncio.Event)
+    tried: list[str] = field(default_factory=list)
 
     async def create_bytes(self, data: bytes, path: str) -> bool:
-        self.tries += 1
-        if self.is_away:
+        self.tried.append(path)
+        if not self.is_back.is_set():
             raise StoreUnavailableError(path, "no connection to the store")
         return await super().create_bytes(data, path)
 
@@ -232,19 +233,19 @@ async def test_a_store_that_does_not_answer_holds_sampling_back(
         ):
             with pytest.raises(StoreUnavailableError):
                 await roll_out_chunk.fn(rollout, 0)
-            sampled, tries = len(script.requests), away.tries
+            sampled, tries = len(script.requests), len(away.tried)
             assert sampled < 10
             with pytest.raises(StoreUnavailableError):
                 await roll_out_chunk.fn(rollout, 0)
-            assert (len(script.requests), away.tries) == (sampled, tries + 1)
-            away.is_away = False
+            assert (len(script.requests), len(away.tried)) == (sampled, tries + 1)
+            away.is_back.set()
             parts = await roll_out_chunk.fn(rollout, 0)
             assert sum(part.sample_count for part in parts) == len(script.requests) == 10
             names = [headers["x-request-id"] for headers, _ in script.requests]
             assert len(set(names)) == 10
 
 
-async def test_a_refused_key_stops_everything(spec: CycleSpec, store: CheckpointStore) -> None:
+async def test_a_refused_key_stops_everything(spec: CycleSpec, store: Store) -> None:
     async with served(http(GOOD), http(b"", 401)) as script:
         with pytest.raises(ServiceRefusedError):
             await roll_out(spec, store, script)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.errors import RolloutsFailedError, ServiceRefusedError, StoreUnavailableError
 from hotload.sampling.rollout import SECONDS_BETWEEN_WRITES
 from tasks.roll_out import roll_out_chunk
@@ -167,10 +167,8 @@ async def test_rows_that_were_half_answered_are_kept_when_the_breaker_opens(benc
     assert counts.attempts == len(server.asked) == 2 * manifest.summary.group_count
 
 
-class Telling(CheckpointStore):
+class Telling(Store):
     """A store that tells when it has a file."""
-
-    _block_type_slug = "telling-store"
 
     async def create_bytes(self, data: bytes, path: str) -> bool:
         is_new = await super().create_bytes(data, path)
@@ -216,10 +214,8 @@ async def test_the_manifest_never_names_less_than_before(bench: Bench) -> None:
     assert [part.file for part in again.parts] == ["part-00000-01.parquet", before.parts[1].file]
 
 
-class HalfAway(CheckpointStore):
+class HalfAway(Store):
     """A store that does not answer where the first part is concerned."""
-
-    _block_type_slug = "half-away"
 
     async def create_bytes(self, data: bytes, path: str) -> bool:
         if "part-00000" in path:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from blocks.checkpoint_store import CheckpointStore
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
+from hotload.clients.store import Store
 from hotload.clients.store.records import read_manifest
 from hotload.errors import InvalidCheckpointError, StoreError, StoreUnavailableError
 from hotload.identity import SnapshotKind
@@ -118,7 +118,7 @@ async def test_what_s3_lost_is_uploaded_again(s3_publisher: Publisher) -> None:
         await s3_publisher.store.delete_file(lost)
 
 
-async def refused_by(publisher: Publisher, store: CheckpointStore) -> StoreError:
+async def refused_by(publisher: Publisher, store: Store) -> StoreError:
     """What planning and uploading say of a store that does not work; both stop, nothing retries."""
     plan, content = await publisher.plan(1), publisher.content(1)
     with pytest.raises(StoreError) as caught:
@@ -133,14 +133,14 @@ async def refused_by(publisher: Publisher, store: CheckpointStore) -> StoreError
 
 async def test_a_directory_that_does_not_exist_is_not_created(publisher: Publisher) -> None:
     missing = publisher.work / "missing"
-    error = await refused_by(publisher, CheckpointStore(url=missing.as_uri()))
+    error = await refused_by(publisher, Store(url=missing.as_uri()))
     assert "does not exist; hotload never creates one" in str(error)
     assert not missing.exists()
 
 
 async def test_a_bucket_that_does_not_exist_is_not_created(s3_publisher: Publisher) -> None:
-    options = s3_publisher.store.options.get_secret_value()
-    error = await refused_by(s3_publisher, CheckpointStore(url="s3://no-such", options=options))
+    options = s3_publisher.store.options
+    error = await refused_by(s3_publisher, Store(url="s3://no-such", options=options))
     assert "does not exist; hotload never creates one" in str(error)
 
 
@@ -149,7 +149,7 @@ async def test_a_bucket_that_refuses_stops_us(publisher: Publisher) -> None:
         body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
         server.answers = [http("403 Forbidden", body, "application/xml")]
         options = {"endpoint_url": server.address}
-        store = CheckpointStore(url="s3://bucket", options=options)
+        store = Store(url="s3://bucket", options=options)
         error = await refused_by(publisher, store)
     assert "permission denied" in str(error) or "403" in str(error)
 

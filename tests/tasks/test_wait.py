@@ -2,7 +2,7 @@
 
 import pytest
 
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
 from hotload.errors import (
     HotLoadError,
     LoadFailedError,
@@ -105,7 +105,7 @@ async def test_another_form_is_not_waited_out(
 
 
 async def test_nobody_at_home(publisher: Publisher) -> None:
-    nobody = HotLoadService(base_url="http://127.0.0.1:9", api_key=API_KEY, **NAMES)
+    nobody = HotLoadClient(base_url="http://127.0.0.1:9", api_key=API_KEY, **NAMES)
     with pytest.raises(ServiceUnavailableError, match="ConnectError"):
         await wait_for_replicas.fn(impatient(publisher), nobody, REPLICAS)
 

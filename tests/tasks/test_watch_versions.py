@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from prefect.logging import disable_run_logger
 
-from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store
 from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
 from hotload.rollout.admission import Admission
 from hotload.sampling.problems import plan_rollouts
@@ -45,7 +45,7 @@ async def look(*answers: bytes) -> tuple[str, Gate, int]:
             client(1).session(Sampling(), identity=IDENTITY, policy_version=3) as sampler,
         ):
             server.answers += answers
-            service = HotLoadService(base_url=server.address, api_key=KEY, **NAMES)
+            service = HotLoadClient(base_url=server.address, api_key=KEY, **NAMES)
             await first_look(service, "run", sampler, gate, IMPATIENT, LOGGER)
             return sampler.identity, gate, len(server.requests)
 
@@ -103,11 +103,11 @@ async def opened(root: Path, answer: bytes) -> AsyncIterator[Rollout]:
         }
     )
     plan = await plan_rollouts(spec, IDENTITY)
-    store = CheckpointStore(url=f"file://{root}")
+    store = Store(url=f"file://{root}")
     with disable_run_logger():
         async with answering() as server:
             server.answers.append(answer)
-            service = HotLoadService(base_url=server.address, api_key=KEY, **NAMES)
+            service = HotLoadClient(base_url=server.address, api_key=KEY, **NAMES)
             async with open_rollout(spec, plan, client(1), store, None, service) as rollout:
                 yield rollout
 

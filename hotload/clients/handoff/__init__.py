@@ -1,1 +1,6 @@
-"""The hand-off: scored groups for a trainer, with lease and acknowledgement."""
+"""Scored groups for a trainer: several consumers share them, without the engine."""
+
+from hotload.clients.handoff.reader import BlockingReader, Delivery, RolloutReader
+from hotload.clients.store import Store
+
+__all__ = ["BlockingReader", "Delivery", "RolloutReader", "Store"]

@@ -9,21 +9,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import polars as pl
-
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
+from hotload.clients.store.lease_log import LeaseLog
 from hotload.dataset.claims import (
     CLAIM_LIMIT_BYTES,
     CLAIMS,
+    NUMBER_DIGITS,
     Claim,
     Holding,
-    claim_file,
     claims_path,
 )
 from hotload.dataset.logprob_drift import LogprobDrift, merged_drift
-from hotload.dataset.parquet import parse_rollouts
 from hotload.dataset.rollout_plan import (
     MANIFEST_FILE,
     PARTS,
@@ -35,70 +33,73 @@ from hotload.errors import StoreError
 from hotload.identity import version_of
 from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES
 
+if TYPE_CHECKING:
+    import polars as pl
+
 READ_CONCURRENCY = 16
 
 
-class FoundRollouts(NamedTuple):
-    """A directory with rollouts of a version, and its manifest."""
+class StoredRollouts(NamedTuple):
+    """Rollouts of a version as they lie in the store: their directory and their manifest."""
 
     directory: str
     manifest: RolloutManifest
 
     @property
     def group_count(self) -> int:
-        """Groups that are there so far."""
+        """Count the groups that are there so far."""
         return sum(part.group_count for part in self.manifest.parts)
 
 
-async def find_rollouts(
-    store: CheckpointStore, run_id: str, policy_version: int
-) -> list[FoundRollouts]:
-    """This version's rollouts that have a manifest: those that count, then those they supersede.
+async def find_rollouts(store: Store, run_id: str, policy_version: int) -> list[StoredRollouts]:
+    """Find a version's rollouts that have a manifest: those that count, then those they supersede.
 
     Complete ones come before others, then those whose manifest was written last: only the cycle's
     last run writes any. They lie below the version's own identities or, where it was not published,
     below those of an earlier one.
 
     Raises:
-        StoreError: a manifest is none, or the store refuses.
+        StoreError: a manifest cannot be read, or the store refuses.
     """
     published = await _published(store, run_id)
-    before = max((each for each in published.values() if each < policy_version), default=None)
-    found = []
+    earlier = [version for version in published.values() if version < policy_version]
+    before = max(earlier, default=None)
+    rollouts = []
     for identity, version in published.items():
         if version not in (policy_version, before):
             continue
         directory = rollout_directory(identity, run_id, policy_version)
         manifest = await read_manifest(store, directory)
-        found += [] if manifest is None else [FoundRollouts(directory, manifest)]
-    by_age = sorted(found, key=lambda each: each.manifest.created_at, reverse=True)
-    return sorted(by_age, key=lambda each: not each.manifest.is_complete)
+        rollouts += [] if manifest is None else [StoredRollouts(directory, manifest)]
+    rollouts.sort(key=lambda one: (one.manifest.is_complete, one.manifest.created_at), reverse=True)
+    return rollouts
 
 
-async def version_before(store: CheckpointStore, run_id: str, policy_version: int) -> int | None:
-    """The newest version before this one that has rollouts."""
+async def version_before(store: Store, run_id: str, policy_version: int) -> int | None:
+    """Find the newest version before this one that has rollouts."""
     published = await _published(store, run_id)
-    newest = max((each for each in published.values() if each < policy_version), default=None)
-    if newest is None:
+    earlier = [version for version in published.values() if version < policy_version]
+    if not earlier:
         return None
-    found = {newest}
+    newest = max(earlier)
+    versions = {newest}
     for identity, version in published.items():
         names = await store.names(f"{PARTS}/{identity}") if version == newest else []
-        found |= {int(name) for name in names if re.fullmatch(r"[0-9]{6,9}", name)}
-    return max(version for version in found if version < policy_version)
+        versions |= {int(name) for name in names if re.fullmatch(r"[0-9]{6,9}", name)}
+    return max(version for version in versions if version < policy_version)
 
 
-async def _published(store: CheckpointStore, run_id: str) -> dict[str, int]:
-    """The versions that have rollouts below an identity of their own, by identity."""
+async def _published(store: Store, run_id: str) -> dict[str, int]:
+    """List the versions that have rollouts below an identity of their own, by identity."""
     versions = {name: version_of(name, run_id) for name in await store.names(PARTS)}
     return {identity: version for identity, version in versions.items() if version is not None}
 
 
-async def read_manifest(store: CheckpointStore, directory: str) -> RolloutManifest | None:
-    """The manifest of the rollouts in `directory`, once there is one.
+async def read_manifest(store: Store, directory: str) -> RolloutManifest | None:
+    """Read the manifest of the rollouts in `directory`, once there is one.
 
     Raises:
-        StoreError: it is none of this schema, or the store refuses.
+        StoreError: not a manifest of this schema, or the store refuses.
     """
     path = f"{directory}/{MANIFEST_FILE}"
     if await store.size(path) is None:
@@ -107,10 +108,8 @@ async def read_manifest(store: CheckpointStore, directory: str) -> RolloutManife
     return RolloutManifest.parse(data, path=path)
 
 
-async def read_groups(
-    store: CheckpointStore, directory: str, part: RolloutPart
-) -> dict[str, pl.DataFrame]:
-    """The rows of a part's groups, by problem and in order.
+async def read_groups(store: Store, directory: str, part: RolloutPart) -> dict[str, pl.DataFrame]:
+    """Read the rows of a part's groups, by problem and in order.
 
     Raises:
         StoreError: the part is not what the manifest says, or the store refuses.
@@ -121,6 +120,9 @@ async def read_groups(
 
 
 def _parse(data: bytes, sha256: str, path: str) -> dict[str, pl.DataFrame]:
+    # Data frames are slow to import, and this is the first function that needs them.
+    from hotload.dataset.parquet import parse_rollouts
+
     if hashlib.sha256(data).hexdigest() != sha256:
         raise StoreError(path, "its SHA-256 is not the manifest's")
     frame, _ = parse_rollouts(data, path=path)
@@ -130,35 +132,34 @@ def _parse(data: bytes, sha256: str, path: str) -> dict[str, pl.DataFrame]:
     }
 
 
-async def read_log(store: CheckpointStore, path: str, log: list[Claim]) -> None:
+def claims_log(store: Store, path: str) -> LeaseLog:
+    """Name the log of a part's claims that lies at `path`."""
+    return LeaseLog(store, path, first=0, digits=NUMBER_DIGITS, limit_bytes=CLAIM_LIMIT_BYTES)
+
+
+async def read_claims(store: Store, path: str, log: list[Claim]) -> None:
     """Add to a part's `log` the entries at `path` that came after it.
 
     Raises:
-        StoreError: an entry is none.
+        StoreError: an entry cannot be read.
     """
-    names = set(await store.names(path))
-    while (name := claim_file(len(log))) in names:
-        data = await store.read_bytes(f"{path}/{name}", limit_bytes=CLAIM_LIMIT_BYTES)
-        log.append(Claim.parse(data, path=f"{path}/{name}"))
+    async for place, data in claims_log(store, path).read_from(len(log)):
+        log.append(Claim.parse(data, path=place))
 
 
-async def acknowledged_drift(
-    store: CheckpointStore, run_id: str, policy_version: int
-) -> LogprobDrift | None:
-    """The drift over all acknowledgements of this version that told one; `None` where none did.
+async def acknowledged_drift(store: Store, run_id: str, policy_version: int) -> LogprobDrift | None:
+    """Merge the drift of all acknowledgements of this version that have one; `None` without any.
 
     Raises:
         StoreError: what lies there cannot be read, or the store refuses.
     """
     rollouts = await find_rollouts(store, run_id, policy_version)
-    holdings = [one for each in rollouts for one in await read_holdings(store, *each)]
+    holdings = [one for stored in rollouts for one in await read_holdings(store, *stored)]
     return merged_drift(drift for holding in holdings for drift in holding.drifts)
 
 
-async def read_holdings(
-    store: CheckpointStore, directory: str, manifest: RolloutManifest
-) -> list[Holding]:
-    """What the logs of these rollouts' parts come to now.
+async def read_holdings(store: Store, directory: str, manifest: RolloutManifest) -> list[Holding]:
+    """Sum up the logs of these rollouts' parts as they are now.
 
     Raises:
         StoreError: one cannot be read, or the store refuses.
@@ -170,7 +171,7 @@ async def read_holdings(
         path, log = claims_path(directory, part), list[Claim]()
         if path.rpartition("/")[2] in begun:
             async with gate:
-                await read_log(store, path, log)
+                await read_claims(store, path, log)
         return Holding.of(log)
 
     return await asyncio.gather(*map(holding_of, manifest.parts))

@@ -1,5 +1,4 @@
-"""The reader's side of the hand-off: scored groups of one policy version, also while its cycle
-still samples.
+"""Reads the scored groups of one policy version, also while its cycle still samples.
 
 Several consumers may read one rollout. Each group is delivered to one of them, again if that one
 dies before it has acknowledged it, and never after it has.
@@ -13,45 +12,41 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import polars as pl
-from numpy.typing import ArrayLike
-
-from blocks.checkpoint_store import CheckpointStore
 from hotload.clients.handoff.directory import (
-    FoundRollouts,
+    StoredRollouts,
     acknowledged_drift,
+    claims_log,
     find_rollouts,
+    read_claims,
     read_groups,
     read_holdings,
-    read_log,
 )
-from hotload.dataset.claims import (
-    CONSUMER_LIMIT_CHARACTERS,
-    Claim,
-    Holding,
-    claim_file,
-    claims_path,
-)
-from hotload.dataset.logprob_drift import LogprobDrift, drifts_of
+from hotload.clients.store import Store
+from hotload.dataset.claims import CONSUMER_LIMIT_CHARACTERS, Claim, Holding, claims_path
+from hotload.dataset.logprob_drift import LogprobDrift
 from hotload.dataset.rollout_plan import PARTS, RolloutPart
 from hotload.errors import LeaseLostError, StoreUnavailableError
 from hotload.identity import cycle_name
+
+if TYPE_CHECKING:
+    import polars as pl
+    from numpy.typing import ArrayLike
 
 LONGEST_LEASE_SECONDS = 7 * 86_400
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delivery:
-    """Whole groups for one consumer, to be acknowledged; `frame` has the rows of `Rollouts`."""
+    """Complete groups for one consumer, to be acknowledged; `frame` has the rows of `Rollouts`."""
 
     frame: pl.DataFrame
     claims: tuple[tuple[str, int, tuple[str, ...]], ...]
     """The problems of the groups, by the log of the part they lie in and the number of the lease
     in it that they were delivered under."""
     row_counts: tuple[int, ...]
-    """The rows of `frame` that each of the claims has, in order."""
+    """The rows of `frame` that belong to each of the claims, in order."""
 
     @property
     def problem_ids(self) -> tuple[str, ...]:
@@ -78,7 +73,7 @@ class _Part:
 
 
 class RolloutReader:
-    """The groups of one policy version of a run, in deliveries of `groups_per_batch`.
+    """Reads the groups of one policy version of a run, in deliveries of `groups_per_batch`.
 
     `async for delivery in reader`, or `for delivery in reader.blocking()` where there is no event
     loop; then `acknowledge` it when it must not come again, for instance when the step that used it
@@ -102,7 +97,7 @@ class RolloutReader:
 
     def __init__(
         self,
-        store: CheckpointStore,
+        store: Store,
         run_id: str,
         policy_version: int,
         *,
@@ -116,11 +111,11 @@ class RolloutReader:
         if type(groups_per_batch) is not int or groups_per_batch < 1:
             raise ValueError(f"groups_per_batch: expected 1 or more, not {groups_per_batch}")
         if not 1 <= lease_seconds <= LONGEST_LEASE_SECONDS:
-            told = f"expected 1 to {LONGEST_LEASE_SECONDS}, not {lease_seconds:g}"
-            raise ValueError(f"lease_seconds: {told}")
+            expected = f"expected 1 to {LONGEST_LEASE_SECONDS}"
+            raise ValueError(f"lease_seconds: {expected}, not {lease_seconds:g}")
         if not 0 < len(consumer) <= CONSUMER_LIMIT_CHARACTERS:
-            told = f"expected 1 to {CONSUMER_LIMIT_CHARACTERS} characters, not {len(consumer)}"
-            raise ValueError(f"consumer: {told}")
+            expected = f"expected 1 to {CONSUMER_LIMIT_CHARACTERS} characters"
+            raise ValueError(f"consumer: {expected}, not {len(consumer)}")
         self._store = store
         self._name = cycle_name(run_id, policy_version)
         self._run_id, self._policy_version = run_id, policy_version
@@ -130,7 +125,7 @@ class RolloutReader:
         self._poll_seconds = poll_seconds
         self._patience = timedelta(seconds=patience_seconds)
         self._clock = clock
-        self._found: list[FoundRollouts] = []
+        self._rollouts: list[StoredRollouts] = []
         self._parts: dict[str, _Part] = {}
         self._delivered: dict[str, str] = {}
         """By problem, the path of the part its group came from."""
@@ -162,7 +157,7 @@ class RolloutReader:
         await self.give_back()
 
     async def next(self) -> Delivery | None:
-        """The next groups, waited for while the cycle samples; `None` when there will be no more.
+        """Wait for the next groups while the cycle samples; `None` when there will be no more.
 
         Raises:
             StoreUnavailableError: the store does not answer, or no group was written for
@@ -172,11 +167,11 @@ class RolloutReader:
         since, seen = self._clock(), (f"{PARTS}/{self._name}", 0)
         while True:
             if (rollouts := await self._look()) is not None:
-                found, others_have_some = await self._collect(rollouts)
-                count = sum(len(problems) for _, problems in found)
+                leased, others_have_some = await self._collect(rollouts)
+                count = sum(len(problems) for _, problems in leased)
                 is_complete = rollouts.manifest.is_complete
                 if count >= self._groups_per_batch or (count and is_complete):
-                    return self._deliver(found)
+                    return self._deliver(leased)
                 if is_complete and not others_have_some:
                     return None
                 if (there := (rollouts.directory, rollouts.group_count)) != seen:
@@ -189,7 +184,7 @@ class RolloutReader:
     async def acknowledge(
         self, delivery: Delivery, trainer_logprobs: Sequence[ArrayLike | None] | None = None
     ) -> None:
-        """Record that these groups are used: nobody gets them again. Repeating it changes nothing.
+        """Record that these groups are used: no consumer gets them again. May be repeated.
 
         Args:
             trainer_logprobs: the trainer's own log-probabilities, from which the drift is recorded
@@ -205,6 +200,8 @@ class RolloutReader:
         """
         drifts: list[LogprobDrift | None] = [None] * len(delivery.claims)
         if trainer_logprobs is not None:
+            from hotload.dataset.logprob_drift import drifts_of
+
             drifts = drifts_of(trainer_logprobs, delivery.frame, delivery.row_counts)
         for (path, leased_at, problems), drift in zip(delivery.claims, drifts, strict=True):
             part = self._parts[path]
@@ -213,8 +210,8 @@ class RolloutReader:
             self._used.update(problems)
 
     async def drift(self) -> LogprobDrift | None:
-        """How far trainers' log-probabilities are from the sampler's, over all that consumers told
-        with their acknowledgements of this version so far; `None` where none did.
+        """Measure how far trainers' log-probabilities are from the sampler's, over all
+        acknowledgements of this version that have some so far; `None` without any.
 
         Raises:
             StoreError: as `next`; call again.
@@ -239,7 +236,7 @@ class RolloutReader:
 
     def _reason(self) -> str:
         """What a reader that has waited in vain waits for."""
-        if not self._found:
+        if not self._rollouts:
             return "no cycle of this run and version has written rollouts here"
         now = self._clock()
         for part in self._parts.values():
@@ -247,18 +244,18 @@ class RolloutReader:
                 return f"consumer {lease.consumer!r} has groups until {lease.expires_at}"
         return "the cycle has not written another; see whether it still runs"
 
-    async def _look(self) -> FoundRollouts | None:
+    async def _look(self) -> StoredRollouts | None:
         """The version's rollouts, if there are any; until complete, others may supersede them."""
-        if not self._found or not self._found[0].manifest.is_complete:
-            self._found = await find_rollouts(self._store, self._run_id, self._policy_version)
-        return self._found[0] if self._found else None
+        if not self._rollouts or not self._rollouts[0].manifest.is_complete:
+            self._rollouts = await find_rollouts(self._store, self._run_id, self._policy_version)
+        return self._rollouts[0] if self._rollouts else None
 
     async def _collect(
-        self, rollouts: FoundRollouts
+        self, rollouts: StoredRollouts
     ) -> tuple[list[tuple[_Part, tuple[str, ...]]], bool]:
         """Groups to deliver next, at most a batch, all leased by us; and whether other consumers
         have groups that may still become free."""
-        found: list[tuple[_Part, tuple[str, ...]]] = []
+        leased: list[tuple[_Part, tuple[str, ...]]] = []
         missing = self._groups_per_batch
         others_have_some = False
         parts = []
@@ -274,15 +271,15 @@ class RolloutReader:
             if not await self._hold(part):
                 others_have_some |= not part.is_done
             elif problems := (await self._problems(part, rollouts.directory))[:missing]:
-                found.append((part, problems))
+                leased.append((part, problems))
                 missing -= len(problems)
-        return found, others_have_some
+        return leased, others_have_some
 
     async def _hold(self, part: _Part) -> bool:
         """Whether the part is ours for a while; not if another consumer has it, or none of its
         groups is left."""
         while part.holding.needs_renewal(self._nonce, self._clock()):
-            await read_log(self._store, part.path, part.log)
+            await read_claims(self._store, part.path, part.log)
             if part.is_done or part.holding.is_busy(self._nonce, self._clock()):
                 return False
             if not part.holding.is_held_by(self._nonce):
@@ -293,7 +290,7 @@ class RolloutReader:
     async def _problems(self, part: _Part, directory: str) -> tuple[str, ...]:
         """The problems of a leased part whose groups are to be delivered, in order."""
         if part.groups is None:
-            for superseded in self._found[1:]:
+            for superseded in self._rollouts[1:]:
                 for holding in await read_holdings(self._store, *superseded):
                     self._used.update(holding.acknowledged)
             groups = await read_groups(self._store, directory, part.info)
@@ -307,18 +304,20 @@ class RolloutReader:
         # What the superseded rollouts gave us is ours still.
         return tuple(p for p in part.groups if self._delivered.get(p, part.path) == part.path)
 
-    def _deliver(self, found: list[tuple[_Part, tuple[str, ...]]]) -> Delivery:
+    def _deliver(self, leased: list[tuple[_Part, tuple[str, ...]]]) -> Delivery:
+        import polars as pl
+
         frames = []
-        for part, problems in found:
+        for part, problems in leased:
             assert part.groups is not None
             frames.append(pl.concat([part.groups.pop(problem) for problem in problems]))
             self._delivered.update(dict.fromkeys(problems, part.path))
-        claims = tuple((part.path, self._leased_at(part), problems) for part, problems in found)
+        claims = tuple((part.path, self._leased_at(part), problems) for part, problems in leased)
         return Delivery(pl.concat(frames), claims, tuple(frame.height for frame in frames))
 
     def _leased_at(self, part: _Part) -> int:
         """The number in its log of our last lease of the part."""
-        leases = (n for n, each in enumerate(part.log) if each.kind == "lease")
+        leases = (n for n, claim in enumerate(part.log) if claim.kind == "lease")
         return max(n for n in leases if part.log[n].nonce == self._nonce)
 
     def _is_acknowledged(self, part: _Part, leased_at: int, problems: tuple[str, ...]) -> bool:
@@ -333,7 +332,7 @@ class RolloutReader:
         since = [claim for claim in part.log[leased_at:] if claim.kind == "lease"]
         others = [lease.consumer for lease in since if lease.nonce != self._nonce]
         if others or not part.holding.is_held_by(self._nonce):
-            holder = others[-1] if others else "nobody"
+            holder = others[-1] if others else None
             reason = f"groups of {part.info.file} were leased again before they were acknowledged"
             raise LeaseLostError(holder, reason)
         return False
@@ -358,10 +357,8 @@ class RolloutReader:
     async def _append(self, part: _Part, claim: Claim) -> None:
         """Write the entry after those we know, unless somebody else has; then read what stands
         there."""
-        # What it returns does not matter: an answer can be lost on the way. What is stored decides.
-        path = f"{part.path}/{claim_file(len(part.log))}"
-        await self._store.create_bytes(claim.render(), path)
-        await read_log(self._store, part.path, part.log)
+        await claims_log(self._store, part.path).create(len(part.log), claim.render())
+        await read_claims(self._store, part.path, part.log)
 
 
 class BlockingReader:

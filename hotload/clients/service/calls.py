@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import SecretStr
 
 from hotload.clients.redaction import redact
 from hotload.errors import (
@@ -44,14 +43,16 @@ async def ask(
     timeout_seconds: float,
     limit_bytes: int,
 ) -> tuple[int, str]:
-    """Status and text of one request. In anything but a good answer `key` is masked wherever the
-    server repeats it; a good answer is data, and stays as it is.
+    """Send one request; returns status and text.
+
+    In anything but a good answer `key` is masked wherever the server repeats it; a good answer is
+    data, and stays as it is.
 
     Of a good answer at most `limit_bytes` are read, of any other 64 KiB; redirects are not
     followed. A client for each call: calls are few, and none outlives the loop it was made in.
 
     Raises:
-        ServiceUnavailableError: no whole answer within `timeout_seconds`.
+        ServiceUnavailableError: no complete answer within `timeout_seconds`.
         ProtocolError: a good answer is larger than `limit_bytes`; 0 reads none.
     """
     sent = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity", **headers}
@@ -94,7 +95,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def raise_for(status: int, operation: str, text: str, other: type[ServiceError]) -> None:
-    """Nothing for 2xx; else the class says who must act, `other` where the status does not.
+    """Return for 2xx; else the class says who must act, `other` where the status does not.
 
     Raises:
         ServiceError: one of its subclasses, with the first 2 KiB of the answer.
@@ -112,7 +113,7 @@ def raise_for(status: int, operation: str, text: str, other: type[ServiceError])
 
 
 def parse_json(operation: str, text: str, key: str, error: type[ServiceError]) -> Any:
-    """The JSON of a good answer; `key` is masked in what an error shows of another.
+    """Parse the JSON of a good answer; `key` is masked in what an error shows of another.
 
     Raises:
         ServiceError: `error`, when it is HTML, empty, or nested beyond measure.
@@ -121,11 +122,11 @@ def parse_json(operation: str, text: str, key: str, error: type[ServiceError]) -
         return json.loads(text)
     except (ValueError, RecursionError):
         head = " ".join(redact(text, [key])[:HEAD_CHARS].split()) or "nothing"
-        raise error(operation, 200, f"expected JSON, found: {head}") from None
+        raise error(operation, 200, f"expected JSON, not: {head}") from None
 
 
 def check_origin(url: str) -> str:
-    """The address without a trailing slash, if it is an http or https origin.
+    """Return the address without a trailing slash, if it is an http or https origin.
 
     Raises:
         ValueError: another scheme, credentials, a query, or nothing at all.
@@ -139,30 +140,26 @@ def check_origin(url: str) -> str:
 
 
 def origin_of(base_url: str | None, operation: str) -> str:
-    """Where the API is: a block's `base_url`, else the environment's, else the vendor's.
+    """Find the API's address: `base_url`, else the environment's, else the vendor's.
 
     Raises:
-        ServiceRefusedError: the environment's is no origin.
+        ServiceRefusedError: the address is not an origin.
     """
-    if base_url:
-        return base_url
+    variable = fireworks_api.BASE_URL_VARIABLE
     try:
-        return check_origin(
-            os.environ.get(fireworks_api.BASE_URL_VARIABLE) or fireworks_api.BASE_URL
-        )
+        return check_origin(base_url or os.environ.get(variable) or fireworks_api.BASE_URL)
     except ValueError as error:
-        reason = f"{fireworks_api.BASE_URL_VARIABLE}: {error}"
-        raise ServiceRefusedError(operation, None, reason) from None
+        source = "base_url" if base_url else variable
+        raise ServiceRefusedError(operation, None, f"{source}: {error}") from None
 
 
-def key_of(api_key: SecretStr, operation: str) -> str:
-    """The key of a block, else of the environment, if there is one that can be sent.
+def key_of(api_key: str, operation: str) -> str:
+    """Return the key itself, else that of the environment, if there is one that can be sent.
 
     Raises:
         ServiceRefusedError: none, or with characters httpx would refuse, showing the key.
     """
-    from_block = api_key.get_secret_value()
-    key = from_block or os.environ.get(fireworks_api.API_KEY_VARIABLE, "")
+    key = api_key or os.environ.get(fireworks_api.API_KEY_VARIABLE, "")
     if not key:
         reason = f"no API key: set the block's api_key or {fireworks_api.API_KEY_VARIABLE}"
         raise ServiceRefusedError(operation, None, reason)
@@ -173,7 +170,7 @@ def key_of(api_key: SecretStr, operation: str) -> str:
 
 
 def advice_for(error: ServiceError) -> str:
-    """What the operator can do about an answer."""
+    """Advise the operator on an answer."""
     return {
         401: "Use a key that may call the control plane; an inference-only key may not",
         402: "Settle the account's billing",

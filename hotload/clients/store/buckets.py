@@ -1,7 +1,7 @@
 """Where a store's objects lie: the port every kind answers, and the kinds reached through fsspec.
 
 Paths are relative to the store's url and already checked; errors are those of the client library,
-which `hotload/clients/store/failures.py` translates.
+which `store_errors` translates.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PARTS_AT_ONCE = 4
 _IN_FLIGHT: Counter[str] = Counter()
 
 
-class Bucket(Protocol):
-    """What a checkpoint store asks of the place it keeps its objects in."""
+class StoreBackend(Protocol):
+    """Does for a store what depends on the kind of place its objects lie in."""
 
     async def put_file(self, local: Path, path: str) -> None:
         """Complete or invisible."""
@@ -186,13 +186,13 @@ class RemoteBucket:
     async def names(self, prefix: str) -> list[str]:
         directory = self._key(prefix)
         try:
-            found = await self._run(self._filesystem._ls(directory, detail=False, refresh=True))
+            paths = await self._run(self._filesystem._ls(directory, detail=False, refresh=True))
         except FileNotFoundError as error:
             await self._refuse_missing_bucket(error)
             return []
         self._bucket_seen = True
         start = f"{directory}/"
-        below = (name[len(start) :] for name in found if name.startswith(start))
+        below = (path[len(start) :] for path in paths if path.startswith(start))
         return sorted({name.partition("/")[0] for name in below} - {""})
 
     async def delete_file(self, path: str) -> None:
@@ -202,7 +202,7 @@ class RemoteBucket:
             await self._refuse_missing_bucket(error)
 
     async def abort_orphaned_uploads(self, prefix: str) -> int:
-        """Nothing to do: a resumable upload is visible to nobody and cannot be listed."""
+        """Nothing to do: a resumable upload is invisible and cannot be listed."""
         del prefix
         return 0
 
@@ -286,8 +286,8 @@ class S3Bucket(RemoteBucket):
         await self._filesystem._call_s3("head_bucket", Bucket=name)
 
 
-def open_bucket(url: str, options: Mapping[str, Any]) -> Bucket:
-    """The bucket a checked url names. `options` go to fsspec's file system as they are.
+def open_bucket(url: str, options: Mapping[str, Any]) -> StoreBackend:
+    """Open the backend for a checked url. `options` go to fsspec's file system as they are.
 
     Raises:
         Exception: the client library does not accept the options.

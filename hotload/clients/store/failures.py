@@ -44,7 +44,7 @@ TEXT_CHARS = 300
 
 
 def store_error(error: BaseException, path: str, secrets: Iterable[str] = ()) -> StoreError:
-    """What `error` means for an operation on `path`; its text is short and without `secrets`.
+    """Say what `error` means for an operation on `path`; its text is short and without `secrets`.
 
     408, 409, 425, 429, 5xx, timeouts and broken connections may pass; all else is final.
     """

@@ -108,11 +108,11 @@ class LocalDirectory:
 
     def _names(self, prefix: str) -> list[str]:
         try:
-            found = os.listdir(self._file(prefix))
+            names = os.listdir(self._file(prefix))
         except (FileNotFoundError, NotADirectoryError):
             return []
         start = f"{prefix}/" if prefix else ""
-        return sorted(name for name in found if start + name != PARTIAL)
+        return sorted(name for name in names if start + name != PARTIAL)
 
     def _delete(self, path: str) -> None:
         try:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.errors import StoreError
 from hotload.publish.chain import Attempt
 from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest
@@ -23,7 +23,7 @@ REPORTS = "_hotload/reports"
 READ_CONCURRENCY = 16
 
 
-async def read_manifest(store: CheckpointStore, identity: str) -> SnapshotManifest | None:
+async def read_manifest(store: Store, identity: str) -> SnapshotManifest | None:
     """The manifest of `identity`, or None if this store never published it whole."""
     path = f"{SNAPSHOTS}/{identity}.json"
     if await store.size(path) is None:
@@ -32,18 +32,18 @@ async def read_manifest(store: CheckpointStore, identity: str) -> SnapshotManife
     return SnapshotManifest.parse(data, identity=identity)
 
 
-async def write_manifest(store: CheckpointStore, manifest: SnapshotManifest) -> None:
+async def write_manifest(store: Store, manifest: SnapshotManifest) -> None:
     """Record that everything the manifest names is in the store. Called last, never before."""
     await store.put_bytes(manifest.render(), f"{SNAPSHOTS}/{manifest.identity}.json")
 
 
-async def mark_signalled(store: CheckpointStore, identity: str) -> None:
+async def mark_signalled(store: Store, identity: str) -> None:
     """Record that a signal for `identity` may be sent from now on; a restart then doubts it."""
     mark = {"identity": identity, "at": datetime.now(UTC).isoformat()}
     await store.put_bytes(json.dumps(mark).encode(), f"{SIGNALS}/{identity}.json")
 
 
-async def read_attempts(store: CheckpointStore, name: str) -> list[Attempt]:
+async def read_attempts(store: Store, name: str) -> list[Attempt]:
     """What the cycle `name` has published so far, oldest first."""
     of_this_cycle = re.compile(re.escape(name) + r"-[0-9a-f]{8}\.json")
     listed = [file for file in await store.names(SNAPSHOTS) if of_this_cycle.fullmatch(file)]
@@ -60,7 +60,7 @@ async def read_attempts(store: CheckpointStore, name: str) -> list[Attempt]:
     return sorted((one for one in found if one), key=lambda one: one.manifest.attempt)
 
 
-async def read_report(store: CheckpointStore, name: str) -> CycleReport | None:
+async def read_report(store: Store, name: str) -> CycleReport | None:
     """The report of a cycle that has ended, or None.
 
     Raises:
@@ -78,7 +78,7 @@ async def read_report(store: CheckpointStore, name: str) -> CycleReport | None:
         ) from None
 
 
-async def write_report(store: CheckpointStore, report: CycleReport) -> None:
+async def write_report(store: Store, report: CycleReport) -> None:
     """Record that the cycle has ended. The very last thing a cycle writes."""
     await store.put_bytes(
         report.model_dump_json(indent=1).encode(), f"{REPORTS}/{report.name}.json"
