@@ -13,7 +13,7 @@ from prefect import get_run_logger
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
-from blocks.rollout_client import RolloutClient
+from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.sampler import Sampler
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
@@ -284,7 +284,7 @@ class Rollout:
 async def open_rollout(
     spec: CycleSpec,
     plan: RolloutPlan,
-    client: RolloutClient,
+    client: InferenceClient,
     store: CheckpointStore,
     replica_count: int | None,
     service: HotLoadService | None = None,
