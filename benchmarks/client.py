@@ -1,8 +1,8 @@
 """The client alone: 4,000 streamed samples of 128 tokens with log-probabilities, 256 in flight.
 
 A stub service in its own process; on this side, in turns and in one run: this client; a loop by
-hand on the same transport with the same parsing; the same loop on aiohttp itself; and the `openai`
-client as it comes. Then where a sample's CPU goes, and how the window takes ten bad seconds.
+hand on aiohttp with the same parsing; and the `openai` client as it comes. Then where a sample's
+CPU goes, and how the window takes ten bad seconds.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from typing import Any
 from urllib.request import urlopen
 
 import aiohttp
-import httpx
 import orjson
-from httpx_aiohttp import AiohttpTransport
 from openai import AsyncOpenAI
+from pydantic import SecretStr
 
 from benchmarks.profiles import print_costs
 from benchmarks.stub_service import PROMPT
-from blocks.rollout_client import RolloutClient
 from examples.processes import free_port, process
 from hotload.clients.inference.attempt import Chunks
+from hotload.clients.inference.client import InferenceClient
 from hotload.publish import fireworks_api
 from hotload.rollout import completions_api
+from hotload.rollout.request import first_request
 from hotload.rollout.trajectory import Problem
 from hotload.spec import Concurrency, Sampling
 
@@ -38,6 +38,7 @@ BAR_OF_HAND, BAR_OF_OPENAI = 0.85, 5.0
 STORM_BAR, INTERVALS_BAR = 1.5, 3
 IDENTITY = "bench-000001-00000000"
 NAMES = {"account_id": "bench", "model_id": "tiny", "deployment_id": "fleet"}
+KEY = SecretStr("bench")
 MODEL = fireworks_api.model_name("bench", "tiny")
 HEADERS = {
     "Authorization": "Bearer bench",
@@ -64,7 +65,7 @@ def problem_of(number: int) -> Problem:
 
 async def ours(url: str, options: argparse.Namespace, count: int) -> Sampled:
     """Ids and log-probabilities by this client."""
-    client = RolloutClient(base_url=url, api_key="bench", **NAMES)
+    client = InferenceClient(base_url=url, api_key=KEY, **NAMES)
     async with client.session(sampling_of(options), identity=IDENTITY, policy_version=1) as sampler:
         samples = await asyncio.gather(
             *(sampler.sample(problem_of(number), 0) for number in range(count))
@@ -84,39 +85,17 @@ async def _in_flight(options: argparse.Namespace, count: int, send: Any) -> Samp
 
 
 async def by_hand(url: str, options: argparse.Namespace, count: int) -> Sampled:
-    """Ids and log-probabilities by a loop on the same transport with the same parsing."""
-    sampling, target = sampling_of(options), httpx.URL(url + fireworks_api.COMPLETIONS_PATH)
-    extensions = {"timeout": httpx.Timeout(600).as_dict()}
-    limits = httpx.Limits(max_connections=options.in_flight)
-    async with AiohttpTransport(limits=limits) as transport:
-
-        async def send(number: int) -> Any:
-            problem = problem_of(number)
-            body = completions_api.sample_body(problem, sampling, model=MODEL, seed=number)
-            answer = completions_api.Answer(sampling, problem.prompt)
-            chunks = Chunks(answer)
-            request = httpx.Request(
-                "POST", target, headers=HEADERS, content=orjson.dumps(body), extensions=extensions
-            )
-            response = await transport.handle_async_request(request)
-            async for piece in response.aiter_raw():
-                chunks.feed(piece)
-            await response.aclose()
-            assert answer.finish() is None
-            return answer.token_ids, answer.sampling_logprobs
-
-        return await _in_flight(options, count, send)
-
-
-async def bare_aiohttp(url: str, options: argparse.Namespace, count: int) -> Sampled:
-    """Ids and log-probabilities by a loop on aiohttp's own interface, with the same parsing."""
+    """Ids and log-probabilities by a loop on aiohttp with the same parsing."""
     sampling, target = sampling_of(options), url + fireworks_api.COMPLETIONS_PATH
     connector = aiohttp.TCPConnector(limit=options.in_flight)
     async with aiohttp.ClientSession(connector=connector, headers=HEADERS) as session:
 
         async def send(number: int) -> Any:
             problem = problem_of(number)
-            body = completions_api.sample_body(problem, sampling, model=MODEL, seed=number)
+            request = first_request(
+                problem, 0, sampling=sampling, identity=IDENTITY, policy_version=1
+            )
+            body = completions_api.sample_body(request, MODEL)
             answer = completions_api.Answer(sampling, problem.prompt)
             chunks = Chunks(answer)
             async with session.post(target, data=orjson.dumps(body)) as response:
@@ -168,7 +147,6 @@ async def by_openai(url: str, options: argparse.Namespace, count: int) -> Sample
 SIDES: dict[str, Side] = {
     "this client": ours,
     "by hand": by_hand,
-    "bare aiohttp": bare_aiohttp,
     "openai": by_openai,
 }
 
@@ -221,7 +199,7 @@ def compare(url: str, options: argparse.Namespace) -> dict[str, float]:
 async def _through(url: str, options: argparse.Namespace) -> tuple[list[float], int, Any]:
     """Moments at which samples ended, how many failed, the window's trace."""
     window = Concurrency(initial_window=64, max_window=64)
-    client = RolloutClient(base_url=url, api_key="bench", **NAMES)
+    client = InferenceClient(base_url=url, api_key=KEY, **NAMES)
     ended: list[float] = []
     failed = 0
     async with client.session(
@@ -294,7 +272,6 @@ def main() -> None:
             is_calm = storm(url, options)
     of_hand, of_openai = ratios["by hand"], ratios["openai"]
     print(f"\nof the loop by hand: {of_hand:.2f} (bar {BAR_OF_HAND})")
-    print(f"of bare aiohttp: {ratios['bare aiohttp']:.2f}")
     print(f"times openai: {of_openai:.1f} (bar {BAR_OF_OPENAI:g})")
     print(f"bad seconds: {'within' if is_calm else 'OUTSIDE'} the bars")
 

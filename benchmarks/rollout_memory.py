@@ -24,11 +24,12 @@ from hotload.clients.inference.conversation import Conversation, Outcome
 from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import plan_rollout
 from hotload.rollout.completions_api import Answer
+from hotload.rollout.request import Request, first_request
 from hotload.rollout.trajectory import Problem
 from hotload.sampling.concurrently import overlap
 from hotload.sampling.reward.scorer import open_scorer
 from hotload.sampling.rollout import Rollout
-from hotload.spec import CycleSpec, Sampling
+from hotload.spec import CycleSpec
 
 BAR_MIB = 400
 IDENTITY = "bench-000001-00000000"
@@ -47,32 +48,27 @@ class CannedSampler:
 
     def converse(self, problem: Problem, number: int, *, is_hedge: bool = False) -> Conversation:
         """A conversation whose turns are answered here."""
-        return Conversation(
-            self._ask,
+        request = first_request(
             problem,
             number,
             sampling=self.sampling,
             identity=IDENTITY,
-            seed=number,
-            request_id=f"r-{problem.id}-{number}",
-            session_id=f"s-{problem.id}-{number}",
-            turn_timeout_seconds=None,
+            policy_version=1,
             is_hedge=is_hedge,
         )
+        return Conversation(self._ask, request)
 
-    async def _ask(
-        self, asked: Problem, sampling: Sampling, *, attempted: Any, ended: Any, **_: Any
-    ) -> Outcome:
-        attempted()
+    async def _ask(self, request: Request, on_attempt: Any, on_end: Any) -> Outcome:
+        on_attempt()
         await asyncio.sleep(0)
         count = self._tokens
-        answer = Answer(sampling, tuple(random.choices(VOCABULARY, k=32)))
+        answer = Answer(request.sampling, tuple(random.choices(VOCABULARY, k=32)))
         answer.token_ids = tuple(random.choices(VOCABULARY, k=count))
         answer.sampling_logprobs = [-random.random() for _ in range(count)]
         answer.text, answer.finish_reason = "word " * count, "length"
         answer.observed, answer.last_identity = [IDENTITY], IDENTITY
         answer.runs = [(0, IDENTITY)]
-        ended(None)
+        on_end(None)
         return Outcome(answer, None)
 
     def trace(self) -> tuple[()]:

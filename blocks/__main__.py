@@ -38,7 +38,7 @@ async def check_block(kind: str, name: str, store_name: str | None) -> list[Chec
     if kind == "store":
         return await (await CheckpointStore.load(name)).open().check()
     if kind == "rollouts":
-        return await (await RolloutClient.load(name)).check()
+        return await (await RolloutClient.load(name)).open().check()
     service = await HotLoadService.load(name)
     store = await CheckpointStore.load(store_name) if store_name else None
     return await service.open().check(store.url if store else None)

@@ -39,7 +39,7 @@ async def roll_out_and_score(
         RolloutsFailedError: the service failed row after row; started again, it goes on.
         StoreError: the store refuses.
     """
-    client = await RolloutClient.load(spec.rollouts)
+    client = (await RolloutClient.load(spec.rollouts)).open()
     store = (await CheckpointStore.load(spec.store)).open()
     # Only then may somebody publish while this samples.
     may_move = spec.sampling.max_head_offpolicy_versions > 0

@@ -4,12 +4,12 @@
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.rollout_client import RolloutClient
+from hotload.clients.inference.client import InferenceClient
 from hotload.spec import ReadinessPolicy
 
 
 @task(cache_policy=NO_CACHE, task_run_name="warm-up")
-async def warm_up(client: RolloutClient, readiness: ReadinessPolicy) -> bool:
+async def warm_up(client: InferenceClient, readiness: ReadinessPolicy) -> bool:
     """Whether the service answered a small request in time. Best effort: nothing depends on it."""
     if not readiness.warmup_after_hotload:
         return True

@@ -113,6 +113,11 @@ def test_the_pure_rooms_open_nothing_print_nothing_and_ask_no_clock(path: Path) 
     assert not found
 
 
+def test_the_inference_client_loads_no_engine() -> None:
+    script = "import sys, hotload.clients.inference.client\nsys.exit('prefect' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("path", modules("hotload", "blocks", "emulator", "flows"), ids=named)
 def test_only_tasks_retry(path: Path) -> None:
     for node in ast.walk(tree(path)):

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
+from hotload.rollout.request import Request
 from hotload.rollout.routing import join_routing
-from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem
+from hotload.rollout.trajectory import TOKEN_ID_LIMIT
 from hotload.spec import Sampling
 
 DONE = b"[DONE]"
@@ -24,12 +25,13 @@ IDENTITY_LIMIT = 64
 """Distinct identities kept of one answer."""
 
 
-def sample_body(problem: Problem, sampling: Sampling, *, model: str, seed: int) -> dict[str, Any]:
-    """The body of one sample, a completion or a chat; every default is sent (protocol §11).
+def sample_body(request: Request, model: str) -> dict[str, Any]:
+    """Return the body of a request, a completion or a chat; every default is sent (protocol §11).
 
     An omitted temperature, top_p or top_k would let the model's generation_config truncate the
     policy.
     """
+    problem, sampling = request.problem, request.sampling
     body: dict[str, Any] = {"model": model}
     if problem.messages is not None:
         body["messages"] = list(problem.messages)
@@ -48,7 +50,7 @@ def sample_body(problem: Problem, sampling: Sampling, *, model: str, seed: int) 
         "perf_metrics_in_response": True,
         "raw_output": True,
         "context_length_exceeded_behavior": "error",
-        "seed": seed,
+        "seed": request.seed,
     }
     if sampling.stop:
         body["stop"] = list(sampling.stop)

@@ -15,7 +15,7 @@ FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 30.0
 SWAP_WAIT_SECONDS = 5.0
 CANCELLED = "cancelled"
-"""What an attempt met that was given up while under way."""
+"""Label of an attempt that was given up while under way."""
 SWAP_TEXTS = ("deployment_scaling_up", "model_not_ready", "hot loading", "model not found")
 
 
@@ -76,17 +76,17 @@ class Fault:
     retry_after_seconds: float | None = None
 
     @property
-    def met(self) -> str:
-        """What the attempt met, to be counted by: the status of an error, be it told before an
-        answer or inside a 200 (`"429"`), and else the cause (`"truncated"`).
+    def label(self) -> str:
+        """What the attempt is counted by: the status of an error, sent before an answer or inside
+        a 200 (`"429"`), and else the cause (`"truncated"`).
         """
         code = self.status_code
         return str(code) if code is not None and 400 <= code <= 599 else self.cause.value
 
 
-def is_recoverable(met: str) -> bool:
-    """Whether protocol §16 calls what an attempt met recoverable."""
-    return met in RECOVERABLE or met.startswith("5")
+def is_recoverable(label: str) -> bool:
+    """Tell whether protocol §16 calls such a fault recoverable."""
+    return label in RECOVERABLE or label.startswith("5")
 
 
 def fault_of_status(

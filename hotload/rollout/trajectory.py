@@ -51,8 +51,8 @@ class Provenance:
     `identity` is the one confirmed when the sample was dispatched; `observed` lists the distinct
     identities its chunks named, in order; `last` is the one named last. Staleness is counted from
     `identity`. `runs` says which tokens each made: (number of the first token, identity), over the
-    tokens of all segments. `failed_attempts` says what each attempt met that got no usable answer
-    (`Fault.met`, or `cancelled`): the others, `attempts` less their number, were answered.
+    tokens of all segments. `failed_attempts` holds a label for every attempt that got no usable
+    answer (`Fault.label`, or `cancelled`): the others, `attempts` less their number, were answered.
     """
 
     identity: str

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from time import monotonic
 
-from blocks.rollout_client import RolloutClient
+from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.sampler import Sampler
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
@@ -290,7 +290,7 @@ class Rollout:
 async def open_rollout(
     spec: CycleSpec,
     plan: RolloutPlan,
-    client: RolloutClient,
+    client: InferenceClient,
     store: Store,
     replica_count: int | None,
     service: HotLoadClient | None = None,

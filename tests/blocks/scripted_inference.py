@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from blocks.rollout_client import RolloutClient
+from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.sampler import Sampler
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.spec import Sampling
@@ -112,9 +113,9 @@ class Naps:
         await asyncio.sleep(0)
 
 
-def client(port: int, **fields: Any) -> RolloutClient:
+def client(port: int, **fields: Any) -> InferenceClient:
     names = {"account_id": "a", "model_id": "m", "deployment_id": "d", "api_key": KEY}
-    return RolloutClient(**{"base_url": f"http://127.0.0.1:{port}", **names, **fields})
+    return RolloutClient(**{"base_url": f"http://127.0.0.1:{port}", **names, **fields}).open()
 
 
 PROBLEM = Problem("p1", prompt="the secret prompt", answer="ab")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.attempt import Chunks
 from hotload.errors import ProtocolError, ServiceRefusedError
 from hotload.rollout.completions_api import Answer
@@ -172,7 +173,7 @@ async def test_the_last_attempt_of_a_failed_sample_is_told_too() -> None:
 
 
 def test_what_an_attempt_met_is_one_of_few_names() -> None:
-    statuses = {fault_of_status(status, "", "").met for status in range(100, 1000)}
+    statuses = {fault_of_status(status, "", "").label for status in range(100, 1000)}
     assert statuses <= {str(status) for status in range(400, 600)} | set(Cause)
     assert {each for each in ("400", "404", *statuses, *Cause) if is_recoverable(each)} == (
         {"408", "425", "429", "timeout", "connection", "truncated", "server_error"}
@@ -441,8 +442,8 @@ async def test_no_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_secrets_and_addresses() -> None:
-    block = client(1)
-    assert KEY not in repr(block) + str(block)
+    block = RolloutClient(account_id="a", model_id="m", deployment_id="d", api_key=KEY)
+    assert KEY not in repr(block) + str(block) + repr(block.open())
     assert client(1, model_addressing="deployment").model == "accounts/a/deployments/d"
     for url in ("ftp://x", "http://user:pw@x", "x", "http://"):
         with pytest.raises(ValueError, match="expected an"):

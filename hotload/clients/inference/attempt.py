@@ -3,92 +3,78 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import httpx
+import aiohttp
 import orjson
 
-from hotload.clients.inference.transport import NO_ANSWER, Wire, head_of, names_in
+from hotload.clients.inference.transport import NO_ANSWER, HttpTransport, head_of, names_in
 from hotload.errors import ProtocolError
 from hotload.publish import fireworks_api
 from hotload.rollout import completions_api
 from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
+from hotload.rollout.request import Request
 from hotload.rollout.retry_after import retry_after_seconds
+from hotload.spec import Sampling
 
 EVENT_STREAM = "text/event-stream"
 PLAIN_LIMIT_BYTES = 64 << 10
+ANSWER_LIMIT_BYTES = 1 << 20
+ANSWER_LIMIT_BYTES_PER_TOKEN = 16 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One logical request: named the same over all its attempts and after a restart.
-
-    `answer_limit_bytes` is what an answer may weigh; `silence_seconds` how long it may bring
-    nothing new.
-    """
-
-    path: str
-    body: bytes
-    request_id: str
-    session_id: str
-    answer_limit_bytes: int
-    silence_seconds: float
-
-
-async def exchange(wire: Wire, call: Call, answer: completions_api.Answer) -> Fault | None:
-    """Send `call` once and read its answer into `answer`; the fault, if it cannot be used.
+async def send_once(
+    transport: HttpTransport, request: Request, body: bytes, answer: completions_api.Answer
+) -> Fault | None:
+    """Send `request` once and read its answer into `answer`; return the fault if it is of no use.
 
     Raises:
         ProtocolError: 200 with something else than an answer.
     """
-    session = call.session_id.encode()
-    headers = [
-        (fireworks_api.REQUEST_ID_HEADER.encode(), call.request_id.encode()),
-        (fireworks_api.SESSION_HEADER.encode(), session),
-        (fireworks_api.AFFINITY_HEADER.encode(), session),
-    ]
+    is_chat = request.problem.messages is not None
+    path = fireworks_api.CHAT_PATH if is_chat else fireworks_api.COMPLETIONS_PATH
+    headers = {
+        fireworks_api.REQUEST_ID_HEADER: request.request_id,
+        fireworks_api.SESSION_HEADER: request.session_id,
+        fireworks_api.AFFINITY_HEADER: request.session_id,
+    }
     try:
-        response = await wire.post(call.path, call.body, headers)
-        try:
-            return await _read(response, call, answer)
-        finally:
-            await response.aclose()
-    except httpx.ConnectTimeout as error:
-        # The transport gives this name to every connection that broke before an answer.
+        async with await transport.post(path, body, headers) as response:
+            return await _read(response, request.sampling, answer)
+    except aiohttp.ConnectionTimeoutError as error:
         return _no_answer(Cause.CONNECTION, error)
-    except (httpx.TimeoutException, TimeoutError) as error:
+    except TimeoutError as error:
         return _no_answer(Cause.TIMEOUT, error)
     except NO_ANSWER as error:
         return _no_answer(Cause.CONNECTION, error)
 
 
 async def _read(
-    response: httpx.Response, call: Call, answer: completions_api.Answer
+    response: aiohttp.ClientResponse, sampling: Sampling, answer: completions_api.Answer
 ) -> Fault | None:
-    # One pass over the raw headers: httpx searches all of them for every name.
+    # Bytes of any value, as text that a file can hold: aiohttp's own headers may hold surrogates.
     headers = {
         name.lower().decode("latin-1"): value.decode("latin-1")
-        for name, value in response.headers.raw
+        for name, value in response.raw_headers
     }
     answer.response_id = next(
         (headers[name][:256] for name in fireworks_api.RESPONSE_ID_HEADERS if headers.get(name)),
         None,
     )
-    if response.status_code != 200:
-        return _fault_of_status(response.status_code, headers, await head_of(response))
+    if response.status != 200:
+        return _fault_of_status(response.status, headers, await head_of(response))
     named = headers.get("content-type", "").partition(";")[0].strip().lower()
     if named not in (EVENT_STREAM, "application/json"):
         raise ProtocolError("sample", 200, f"expected {EVENT_STREAM}, found {named[:80]!r}")
     chunks = Chunks(answer) if named == EVENT_STREAM else None
     plain: list[bytes] = []
     size_bytes = 0
+    limit_bytes = ANSWER_LIMIT_BYTES + ANSWER_LIMIT_BYTES_PER_TOKEN * sampling.max_completion_tokens
     progress_at = time.monotonic()
-    is_encoded = "content-encoding" in headers
-    async for piece in response.aiter_bytes() if is_encoded else _stream_of(response):
+    async for piece in response.content.iter_any():
         size_bytes += len(piece)
-        if size_bytes > call.answer_limit_bytes:
-            detail = f"more than {call.answer_limit_bytes} bytes"
+        if size_bytes > limit_bytes:
+            detail = f"more than {limit_bytes} bytes"
             return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
         if chunks is None:
             plain.append(piece)
@@ -101,7 +87,7 @@ async def _read(
         now = time.monotonic()
         if chunks.count > count:
             progress_at = now
-        elif now - progress_at > call.silence_seconds:
+        elif now - progress_at > sampling.sample_timeout:
             return Fault(Action.RETRY, Cause.TIMEOUT, None, "heartbeats and nothing else")
     if chunks is not None:
         fault = chunks.end()
@@ -113,12 +99,6 @@ async def _read(
     if answer.prefill_queue_seconds is None:
         answer.add_metrics(headers)
     return answer.finish()
-
-
-def _stream_of(response: httpx.Response) -> AsyncIterable[bytes]:
-    """The raw body, without what httpx puts around it for its own client."""
-    assert isinstance(response.stream, httpx.AsyncByteStream)
-    return response.stream
 
 
 class Chunks:

@@ -16,6 +16,7 @@ from hotload.errors import HotLoadError, ServiceError
 from hotload.rollout.completions_api import Answer
 from hotload.rollout.failures import CANCELLED, Action, Cause, Fault
 from hotload.rollout.merge_turns import Turns
+from hotload.rollout.request import Request
 from hotload.rollout.straddling import settle_weights
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Provenance, Segment, Trajectory
 from hotload.spec import Sampling
@@ -39,16 +40,11 @@ class Ask(Protocol):
 
     def __call__(
         self,
-        asked: Problem,
-        sampling: Sampling,
-        *,
-        seed: int,
-        request_id: str,
-        session_id: str,
-        attempted: Callable[[], None],
-        ended: Callable[[Fault | None], None],
+        request: Request,
+        on_attempt: Callable[[], None],
+        on_end: Callable[[Fault | None], None],
     ) -> Awaitable[Outcome]:
-        """Its outcome; `attempted` is called as each attempt is sent, `ended` as it has ended.
+        """Return its outcome; the first is called as an attempt is sent, the other as it ends.
 
         Raises:
             ServiceError: no request can succeed.
@@ -92,34 +88,18 @@ class Conversation:
     """
 
     def __init__(
-        self,
-        ask: Ask,
-        problem: Problem,
-        sample_number: int,
-        *,
-        sampling: Sampling,
-        identity: str,
-        seed: int,
-        request_id: str,
-        session_id: str,
-        turn_timeout_seconds: float | None,
-        is_hedge: bool,
+        self, ask: Ask, request: Request, *, turn_timeout_seconds: float | None = None
     ) -> None:
-        self.problem = problem
-        self.sample_number = sample_number
+        self.problem = request.problem
+        self.sample_number = request.sample_number
         self.attempts = 0
         """Requests sent so far."""
         self._ask = ask
-        self._sampling = sampling
-        self._identity = identity
-        self._seed = seed
-        self._request_id = request_id
-        self._session_id = session_id
+        self._request = request
         self._turn_timeout_seconds = turn_timeout_seconds
-        self._is_hedge = is_hedge
         self._first_sent_at: float | None = None
         self._answered_count = 0
-        self._met: tuple[str, ...] = ()
+        self._failed: tuple[str, ...] = ()
         self._turn_count = 0
         self._turns = Turns()
         self._is_closed = False
@@ -129,11 +109,11 @@ class Conversation:
 
     @property
     def failed_attempts(self) -> tuple[str, ...]:
-        """What each request met that got no usable answer; one that has not ended is `cancelled`,
-        since what is counted now is given up.
+        """`Fault.label` of every request that got no usable answer; one that has not ended is
+        `cancelled`, since what is counted now is given up.
         """
-        unfinished = self.attempts - self._answered_count - len(self._met)
-        return (*self._met, *(CANCELLED,) * unfinished)
+        unfinished = self.attempts - self._answered_count - len(self._failed)
+        return (*self._failed, *(CANCELLED,) * unfinished)
 
     async def sample(
         self, asked: Asked, *, max_tokens: int | None = None, stop: Sequence[str] | None = None
@@ -155,7 +135,7 @@ class Conversation:
             ValueError: nothing, or something else, was asked.
             RuntimeError: the sample has ended; nothing is sent.
         """
-        sampling = self._sampling
+        sampling = self._request.sampling
         changes: dict[str, Any] = {}
         if max_tokens is not None:
             changes["max_completion_tokens"] = max_tokens
@@ -174,7 +154,7 @@ class Conversation:
             tuple(answer.sampling_logprobs),
             answer.finish_reason,
         )
-        self._tell(question, turn)
+        self._write_down(question, turn)
         return turn
 
     async def answer(self) -> Trajectory:
@@ -183,10 +163,10 @@ class Conversation:
         Raises:
             ServiceRefusedError, ProtocolError: as `ask`.
         """
-        await self.ask(self.problem, self._sampling)
+        await self.ask(self.problem, self._request.sampling)
         return self.trajectory()
 
-    async def ask(self, asked: Problem, sampling: Sampling) -> Outcome:
+    async def ask(self, question: Problem, sampling: Sampling) -> Outcome:
         """One turn, its failure a value.
 
         Raises:
@@ -210,21 +190,14 @@ class Conversation:
 
         try:
             async with limit:
-                answer, fault = await self._ask(
-                    asked,
-                    sampling,
-                    seed=(self._seed + number) % 2**31,
-                    request_id=f"{self._request_id}-{number}" if number else self._request_id,
-                    session_id=self._session_id,
-                    attempted=note_attempt,
-                    ended=self._note_end,
-                )
+                request = self._request.turn(number, question, sampling)
+                answer, fault = await self._ask(request, note_attempt, self._note_end)
         except TimeoutError:
             if not limit.expired():
                 raise
-            told = f"turn {number + 1} took more than {self._turn_timeout_seconds} s"
+            detail = f"turn {number + 1} took more than {self._turn_timeout_seconds} s"
             answer = Answer(sampling, None)
-            fault = Fault(Action.FAIL_SAMPLE, Cause.TURN_TIMEOUT, None, told)
+            fault = Fault(Action.FAIL_SAMPLE, Cause.TURN_TIMEOUT, None, detail)
         except ServiceError as error:
             self._stop = error
             raise
@@ -237,8 +210,8 @@ class Conversation:
         else:
             self._turns.take(answer)
             if longest and len(answer.prompt_token_ids) + len(answer.token_ids) > longest:
-                told = f"prompt and completion exceed {longest} tokens"
-                fault = Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, told)
+                detail = f"prompt and completion exceed {longest} tokens"
+                fault = Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
         self._fault = fault
         return Outcome(answer, fault)
 
@@ -266,18 +239,18 @@ class Conversation:
         if self._stop is not None:
             raise self._stop
         fault = fault or self._fault
-        turns = self._turns
+        turns, request = self._turns, self._request
         is_own = segments is not None and not _are_same_tokens(segments, turns.segments)
         first, *further = segments or turns.segments
         now = time.monotonic()
         trajectory = Trajectory(
-            problem_id=self.problem.id,
-            sample_number=self.sample_number,
-            seed=self._seed,
+            problem_id=request.problem.id,
+            sample_number=request.sample_number,
+            seed=request.seed,
             provenance=Provenance(
-                identity=self._identity,
-                request_id=self._request_id,
-                session_id=self._session_id,
+                identity=request.identity,
+                request_id=request.request_id,
+                session_id=request.session_id,
                 attempts=self.attempts,
                 failed_attempts=self.failed_attempts,
                 observed=turns.observed,
@@ -302,9 +275,9 @@ class Conversation:
             further=tuple(further),
             transcript=tuple(self._transcript),
             routing_matrix=None if is_own else turns.routing_matrix,
-            is_hedge=self._is_hedge,
+            is_hedge=request.is_hedge,
         )
-        return settle_weights(trajectory, self._sampling.groups.on_straddling)
+        return settle_weights(trajectory, request.sampling.groups.on_straddling)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -320,23 +293,23 @@ class Conversation:
         if fault is None:
             self._answered_count += 1
         else:
-            self._met += (fault.met,)
+            self._failed += (fault.label,)
 
-    def _tell(self, question: Problem, turn: Turn) -> None:
-        """Write the turn down: a chat as it stands, anything else one line after the other."""
+    def _write_down(self, question: Problem, turn: Turn) -> None:
+        """Add the turn to the transcript: a chat as it stands, anything else line after line."""
         if question.messages is not None:
             self._transcript = [*question.messages]
         elif isinstance(question.prompt, str):
             self._transcript.append({"role": "user", "content": question.prompt})
         else:
-            told = f"({len(turn.prompt_token_ids)} token ids)"
-            self._transcript.append({"role": "user", "content": told})
+            content = f"({len(turn.prompt_token_ids)} token ids)"
+            self._transcript.append({"role": "user", "content": content})
         self._transcript.append(turn.message)
 
 
 def _are_same_tokens(segments: Sequence[Segment], others: Sequence[Segment]) -> bool:
-    return [(each.prompt_token_ids, each.token_ids_T) for each in segments] == [
-        (each.prompt_token_ids, each.token_ids_T) for each in others
+    return [(one.prompt_token_ids, one.token_ids_T) for one in segments] == [
+        (one.prompt_token_ids, one.token_ids_T) for one in others
     ]
 
 

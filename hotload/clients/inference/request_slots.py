@@ -9,7 +9,7 @@ from collections import deque
 from hotload.rollout.window import Attempt, Window
 
 
-class Slots:
+class RequestSlots:
     """The window's slots, handed out in the order they were asked for."""
 
     def __init__(self, window: Window) -> None:

@@ -6,7 +6,6 @@ The one retry layer of a sample is here; nothing around it repeats a request.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -16,33 +15,30 @@ from typing import Any
 
 import orjson
 
-from hotload.clients.inference.attempt import Call, exchange
+from hotload.clients.inference.attempt import send_once
 from hotload.clients.inference.conversation import Conversation, Outcome
-from hotload.clients.inference.request_slots import Slots
-from hotload.clients.inference.transport import Wire
+from hotload.clients.inference.request_slots import RequestSlots
+from hotload.clients.inference.transport import HttpTransport
 from hotload.errors import ServiceRefusedError
-from hotload.publish import fireworks_api
 from hotload.rollout import completions_api
 from hotload.rollout.failures import Action, Cause, Fault, RetryBudget
-from hotload.rollout.trajectory import Problem, Trajectory, sample_seed
+from hotload.rollout.request import Request, first_request
+from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.rollout.window import Attempt, StepReport, TracePoint, Window
 from hotload.spec import Sampling
 
 Sleep = Callable[[float], Awaitable[None]]
 
-ANSWER_LIMIT_BYTES = 1 << 20
-ANSWER_LIMIT_BYTES_PER_TOKEN = 16 << 10
-
 
 class Sampler:
     """Samples under one identity, within one window.
 
-    Made by `RolloutClient.session` and used in one event loop.
+    Made by `InferenceClient.session` and used in one event loop.
     """
 
     def __init__(
         self,
-        wire: Wire,
+        transport: HttpTransport,
         window: Window,
         sampling: Sampling,
         *,
@@ -55,13 +51,13 @@ class Sampler:
         self.sampling = sampling
         self.identity = identity
         self.policy_version = policy_version
-        self._wire = wire
-        self._slots = Slots(window)
+        self._transport = transport
+        self._slots = RequestSlots(window)
         self._model = model
         self._swap_timeout_seconds = swap_timeout_seconds
         self._sleep = sleep
         self.failed_attempts: Counter[str] = Counter()
-        """So far: attempts that got no usable answer, by what they met (`Fault.met`)."""
+        """Attempts so far that got no usable answer, counted by `Fault.label`."""
         self._uniform = random.Random().random
 
     @property
@@ -80,7 +76,7 @@ class Sampler:
     async def sample(
         self, problem: Problem, sample_number: int, *, is_hedge: bool = False
     ) -> Trajectory:
-        """One answer to `problem`; a sample that failed comes back as one, marked with its cause.
+        """Ask for one answer to `problem`; a sample that failed is returned, marked with its cause.
 
         A slot of the window is held per attempt and free during every wait.
 
@@ -102,73 +98,48 @@ class Sampler:
         turn_timeout_seconds: float | None = None,
         is_hedge: bool = False,
     ) -> Conversation:
-        """A trajectory of several turns in one session, for a rollout function."""
-        seed = sample_seed(self.sampling.seed, problem.id, self.policy_version, sample_number)
-        facts = [self.identity, problem.id, sample_number, seed, *(["hedge"] if is_hedge else [])]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        return Conversation(
-            self._ask,
+        """Begin a trajectory of several turns in one session, for a rollout function."""
+        request = first_request(
             problem,
             sample_number,
             sampling=self.sampling,
             identity=self.identity,
-            seed=seed,
-            request_id=f"r-{digest[:32]}",
-            session_id=f"s-{digest[32:]}",
-            turn_timeout_seconds=turn_timeout_seconds,
+            policy_version=self.policy_version,
             is_hedge=is_hedge,
         )
+        return Conversation(self._ask, request, turn_timeout_seconds=turn_timeout_seconds)
 
     async def _ask(
         self,
-        asked: Problem,
-        sampling: Sampling,
-        *,
-        seed: int,
-        request_id: str,
-        session_id: str,
-        attempted: Callable[[], None],
-        ended: Callable[[Fault | None], None],
+        request: Request,
+        on_attempt: Callable[[], None],
+        on_end: Callable[[Fault | None], None],
     ) -> Outcome:
-        prompt = asked.prompt if isinstance(asked.prompt, tuple) else None
+        sampling = request.sampling
+        prompt = request.problem.prompt if isinstance(request.problem.prompt, tuple) else None
         limit = sampling.max_seq_len
         if limit is not None and prompt is not None and len(prompt) >= limit:
-            told = "the prompt fills max_seq_len"
-            unsent = Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, None, told)
+            detail = "the prompt fills max_seq_len"
+            unsent = Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, None, detail)
             return Outcome(completions_api.Answer(sampling, None), unsent)
         budget = RetryBudget(self._swap_timeout_seconds, self._uniform)
-
-        def call() -> Call:
-            body = completions_api.sample_body(asked, sampling, model=self._model, seed=seed)
-            per_token = ANSWER_LIMIT_BYTES_PER_TOKEN * sampling.max_completion_tokens
-            return Call(
-                path=fireworks_api.COMPLETIONS_PATH
-                if asked.messages is None
-                else fireworks_api.CHAT_PATH,
-                body=_render(body),
-                request_id=request_id,
-                session_id=session_id,
-                answer_limit_bytes=ANSWER_LIMIT_BYTES + per_token,
-                silence_seconds=sampling.sample_timeout,
-            )
-
         while True:
             # Nothing is made before there is a slot: thousands may wait here for one.
             await self._slots.acquire()
             number = budget.transient_count + 1
             try:
-                made = call()
-                attempted()
+                body = _render(completions_api.sample_body(request, self._model))
+                on_attempt()
                 answer = completions_api.Answer(sampling, prompt)
                 started_at = time.monotonic()
-                fault = await exchange(self._wire, made, answer)
+                fault = await send_once(self._transport, request, body, answer)
             except BaseException:
                 self._slots.abandon()
                 raise
             seconds = time.monotonic() - started_at
-            ended(fault)
+            on_end(fault)
             if fault is not None:
-                self.failed_attempts[fault.met] += 1
+                self.failed_attempts[fault.label] += 1
             self._slots.release(_attempt_of(answer, fault, number, seconds))
             if fault is None:
                 return Outcome(answer, None)
@@ -185,7 +156,7 @@ class Sampler:
 def _attempt_of(
     answer: completions_api.Answer, fault: Fault | None, number: int, seconds: float
 ) -> Attempt:
-    """What the window learns from an attempt."""
+    """Sum up what the window learns from an attempt."""
     cause = None if fault is None else fault.cause
     status = 200 if fault is None else fault.status_code
     return Attempt(
@@ -201,5 +172,5 @@ def _attempt_of(
 def _render(body: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(body)
-    except orjson.JSONEncodeError:  # an integer of more than 64 bits in somebody's messages
+    except orjson.JSONEncodeError:  # an integer of more than 64 bits in a chat's messages
         return json.dumps(body).encode()

@@ -1,71 +1,97 @@
-"""Requests to the inference endpoints, on the aiohttp transport, without the client around it."""
+"""POST requests to one origin, on aiohttp: its connections, and what all requests share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
 import aiohttp
-import httpx
 import orjson
 
+from hotload.clients.service.calls import tls_context
 from hotload.rollout import completions_api
 
 ERROR_BODY_LIMIT_BYTES = 64 << 10
-NO_ANSWER = (httpx.HTTPError, aiohttp.ClientError, OSError, UnicodeError)
-"""What the transport raises when there is no answer, or no whole one (`UnicodeError`: a host name
-that cannot be one)."""
+KEPT_SECONDS = 5.0  # a server may close an idle connection just as it is used again
+NO_ANSWER = (aiohttp.ClientError, OSError, UnicodeError)
+"""What is raised when there is no answer, or not all of one (`UnicodeError`: a host name that
+cannot be one)."""
 
 
-class Wire:
-    """A transport with what is the same for every request: origin, headers, timeouts.
+class HttpTransport:
+    """The connections to one origin, with the headers and timeouts of every request.
 
-    Requests go straight to it. What httpx's client adds (merging, redirects, cookies) is not used
-    here and costs a third of the CPU of a request.
+    Redirects are not followed, cookies not kept, proxies not used. Made and used in one event loop.
+
+    Args:
+        connect_timeout_seconds: for a connection, and before that for a free one of `connections`.
+        read_timeout_seconds: between two pieces of an answer; `None` sets no limit.
     """
 
     def __init__(
         self,
-        transport: httpx.AsyncBaseTransport,
         origin: str,
-        headers: dict[str, str],
-        timeout: httpx.Timeout,
+        headers: Mapping[str, str],
+        *,
+        connect_timeout_seconds: float,
+        read_timeout_seconds: float | None,
+        connections: int,
     ) -> None:
-        self._transport = transport
         self._origin = origin
-        self._urls: dict[str, httpx.URL] = {}
-        fixed = {**headers, "Content-Type": "application/json"}
-        self._headers = httpx.Headers(fixed, encoding="ascii").raw
-        self._extensions = {"timeout": timeout.as_dict()}
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=connections, ssl=tls_context(), keepalive_timeout=KEPT_SECONDS
+            ),
+            headers={**headers, "Content-Type": "application/json"},
+            timeout=aiohttp.ClientTimeout(
+                connect=connect_timeout_seconds,
+                sock_connect=connect_timeout_seconds,
+                sock_read=read_timeout_seconds,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._session.close()
 
     async def post(
-        self, path: str, body: bytes, headers: list[tuple[bytes, bytes]]
-    ) -> httpx.Response:
-        """The response to one POST, its body still to be read; it must be closed."""
-        url = self._urls.get(path) or self._urls.setdefault(path, httpx.URL(self._origin + path))
-        # Given as a stream, httpx leaves host and length to aiohttp, at half the cost.
-        request = httpx.Request(
-            "POST",
-            url,
-            headers=[*self._headers, *headers],
-            stream=httpx.ByteStream(body),
-            extensions=self._extensions,
-        )
-        request.headers.encoding = "ascii"
-        request.read()
-        return await self._transport.handle_async_request(request)
+        self, path: str, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> aiohttp.ClientResponse:
+        """Send one POST and return its response, the body still to be read; a context manager.
+
+        Raises:
+            Exception: one of `NO_ANSWER`.
+        """
+        url = self._origin + path
+        return await self._session.post(url, data=body, headers=headers, allow_redirects=False)
 
 
-async def head_of(response: httpx.Response) -> bytes:
-    """The first 64 KiB of a body, decoded; the rest is not read."""
-    head = b""
-    async for piece in response.aiter_bytes():
+async def head_of(response: aiohttp.ClientResponse) -> bytes:
+    """Read the first 64 KiB of a body, decoded; the rest is not read."""
+    head = bytearray()
+    async for piece in response.content.iter_any():
         head += piece
         if len(head) >= ERROR_BODY_LIMIT_BYTES:
             break
-    return head[:ERROR_BODY_LIMIT_BYTES]
+    return bytes(head[:ERROR_BODY_LIMIT_BYTES])
 
 
 def names_in(body: bytes) -> str:
-    """`code type` of an error body, for a reader; other text is only said to be so (protocol
-    §3).
+    """Return `code type` of an error body, for a reader; other text is only said to be so
+    (protocol §3).
     """
     try:
         return completions_api.error_names(orjson.loads(body))

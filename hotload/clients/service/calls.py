@@ -59,7 +59,9 @@ async def ask(
     try:
         async with (
             asyncio.timeout(timeout_seconds),
-            httpx.AsyncClient(verify=_tls(), timeout=timeout_seconds, headers=sent) as client,
+            httpx.AsyncClient(
+                verify=tls_context(), timeout=timeout_seconds, headers=sent
+            ) as client,
             client.stream(method, url, json=body) as response,
         ):
             status = response.status_code
@@ -89,8 +91,8 @@ async def _read(response: httpx.Response, limit_bytes: int) -> bytes:
 
 
 @cache
-def _tls() -> ssl.SSLContext:
-    """One context for all clients: making it costs more than a request."""
+def tls_context() -> ssl.SSLContext:
+    """Make the one context of all clients: making it costs more than a request."""
     return httpx.create_ssl_context()
 
 

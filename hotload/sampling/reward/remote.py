@@ -8,10 +8,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import urlsplit
 
-import httpx
-from httpx_aiohttp import AiohttpTransport
-
-from hotload.clients.inference.transport import NO_ANSWER, Wire
+from hotload.clients.inference.transport import NO_ANSWER, HttpTransport
 from hotload.errors import RewardError
 from hotload.reward.http_service import parse_rewards, read_reward_service, request_body
 from hotload.reward.outcome import RewardOutcome, Unscored
@@ -41,7 +38,7 @@ class RemoteReward:
         self._sleep = sleep
         self._uniform = uniform
         self._slots = asyncio.Semaphore(CALLS_AT_ONCE)
-        self._transport: AiohttpTransport | None = None
+        self._transport: HttpTransport | None = None
 
     async def start(self) -> None:
         """Read what is declared and the key; the service itself is not asked.
@@ -58,20 +55,18 @@ class RemoteReward:
             headers["Authorization"] = f"Bearer {key}"
         parts = urlsplit(self._service.url)
         self._path = parts.path or "/"
-        limits = httpx.Limits(max_connections=CALLS_AT_ONCE)
-        self._transport = AiohttpTransport(limits=limits)
-        # The call's own limit is what ends a read.
-        timeout = httpx.Timeout(CONNECT_TIMEOUT_SECONDS, read=None)
-        origin = f"{parts.scheme}://{parts.netloc}"
-        try:
-            self._wire = Wire(self._transport, origin, headers, timeout)
-        except httpx.InvalidURL as error:
-            raise RewardError(self._spec.name, f"`url`: {error}") from None
+        self._transport = HttpTransport(
+            f"{parts.scheme}://{parts.netloc}",
+            headers,
+            connect_timeout_seconds=CONNECT_TIMEOUT_SECONDS,
+            read_timeout_seconds=None,  # the call's own limit is what ends a read
+            connections=CALLS_AT_ONCE,
+        )
 
     async def stop(self) -> None:
         """Close the connections."""
         if self._transport is not None:
-            await self._transport.aclose()
+            await self._transport.close()
 
     async def score_samples(
         self, problem: Problem, samples: Sequence[Trajectory]
@@ -117,30 +112,26 @@ class RemoteReward:
         """Return the body of a good answer. Of another only the status is kept: it may repeat the
         key, or the answer it was asked about.
         """
+        assert self._transport is not None, "start() comes first"
         try:
-            response = await self._wire.post(self._path, body, [])
-            try:
-                if response.status_code != httpx.codes.OK:
+            async with await self._transport.post(self._path, body) as response:
+                if response.status != 200:
                     headers = response.headers
                     return fault_of_status(
-                        response.status_code,
+                        response.status,
                         "",
-                        f"HTTP {response.status_code}",
+                        f"HTTP {response.status}",
                         retry_after_seconds(headers.get("retry-after"), headers.get("date")),
                     )
                 data = bytearray()
-                async for piece in response.aiter_raw():
+                async for piece in response.content.iter_any():
                     data += piece
                     if len(data) > ANSWER_LIMIT_BYTES:
                         reason = f"an answer of more than {ANSWER_LIMIT_BYTES} bytes"
                         return Fault(Action.FAIL_SAMPLE, Cause.MALFORMED, 200, reason)
                 return bytes(data)
-            finally:
-                await response.aclose()
         except NO_ANSWER as error:
-            # The transport calls a refused connection a time-out; its cause has the right name.
-            name = type(error.__cause__ or error).__name__
-            return Fault(Action.RETRY, Cause.CONNECTION, None, name)
+            return Fault(Action.RETRY, Cause.CONNECTION, None, type(error).__name__)
 
 
 def _cause(fault: Fault) -> Cause:

@@ -1,0 +1,95 @@
+"""One attempt's answer, piece by piece and against the clock; and slots at the moment of a
+cancellation."""
+
+import asyncio
+
+import pytest
+
+from hotload.clients.inference.attempt import send_once
+from hotload.clients.inference.request_slots import RequestSlots
+from hotload.clients.inference.transport import HttpTransport
+from hotload.rollout.completions_api import Answer
+from hotload.rollout.failures import Cause
+from hotload.rollout.request import first_request
+from hotload.rollout.window import Attempt, Window
+from hotload.spec import Concurrency, Sampling
+from tests.blocks.scripted_inference import (
+    GOOD,
+    IDENTITY,
+    MODEL,
+    PROBLEM,
+    Script,
+    event,
+    http,
+    token,
+)
+
+PING = b"event: ping\ndata: {}\n\n"
+
+
+class Pieces(Script):
+    """Writes the next of these pieces when the one before was read, with the time."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        super().__init__(http(b"", length=sum(map(len, pieces))))
+        self.pieces = pieces
+        self.wanted = asyncio.Semaphore(0)
+        self.seconds = 0
+
+    def monotonic(self) -> float:
+        """A clock by which a second passes from one piece to the next."""
+        self.wanted.release()
+        self.seconds += 1
+        return float(self.seconds)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await super()._serve(reader, writer)
+        for piece in self.pieces:
+            await self.wanted.acquire()
+            writer.write(piece)
+
+
+async def answered(
+    monkeypatch: pytest.MonkeyPatch, *pieces: bytes, silence_seconds: float
+) -> tuple[Answer, Cause | None]:
+    async with Pieces(*pieces).running() as script:
+        monkeypatch.setattr("hotload.clients.inference.attempt.time", script)
+        origin = f"http://127.0.0.1:{script.port}"
+        async with HttpTransport(
+            origin, {}, connect_timeout_seconds=10, read_timeout_seconds=10, connections=1
+        ) as transport:
+            sampling = Sampling(sample_timeout=silence_seconds)
+            request = first_request(
+                PROBLEM, 0, sampling=sampling, identity=IDENTITY, policy_version=3
+            )
+            answer = Answer(sampling, None)
+            fault = await send_once(transport, request, b"{}", answer)
+        for _ in pieces:
+            script.wanted.release()
+    return answer, fault and fault.cause
+
+
+async def test_an_answer_may_take_long_as_long_as_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second passes with every piece, and three are the limit."""
+    slow = [piece for _ in range(20) for piece in (token(1, "a"), PING, PING)]
+    end = event({"model": MODEL, "choices": [{"index": 0, "text": "", "finish_reason": "stop"}]})
+    answer, cause = await answered(monkeypatch, *slow, end, silence_seconds=3)
+    assert len(answer.sampling_logprobs) == 20
+    assert cause is Cause.MISSING_TOKEN_IDS  # read to its end; its prompt was never told
+    _, cause = await answered(monkeypatch, token(1, "a"), *[PING] * 4, GOOD, silence_seconds=3)
+    assert cause is Cause.TIMEOUT
+
+
+async def test_a_slot_that_was_handed_over_to_somebody_who_left_is_free() -> None:
+    window = Window(Concurrency(mode="fixed", initial_window=1))
+    slots = RequestSlots(window)
+    await slots.acquire()
+    waiting = asyncio.create_task(slots.acquire())
+    await asyncio.sleep(0)
+    slots.release(Attempt(200))
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert window.in_flight == 0
+    await slots.acquire()
