@@ -27,7 +27,7 @@ class SnapshotKind(StrEnum):
 
 
 def check_identity(identity: str) -> str:
-    """The identity itself, if it is one path segment every receiver accepts (wire-format §8).
+    """Return the identity, if it is one path segment that every receiver accepts (wire-format §8).
 
     Raises:
         InvalidIdentityError: it has a slash, `@`, a reserved name, or is too long.
@@ -46,7 +46,7 @@ def is_identity(text: str) -> bool:
 
 
 def cycle_name(run_id: str, policy_version: int) -> str:
-    """`<run>-<version:06d>`: the name a trainer knows a checkpoint by, and the key of its cycle.
+    """Make `<run>-<version:06d>`: the trainer's name of a checkpoint, and the key of its cycle.
 
     Raises:
         InvalidIdentityError: the run id could not begin an identity.
@@ -66,8 +66,8 @@ def snapshot_identity(
     previous: str | None,
     attempt: int,
 ) -> str:
-    """`<run>-<version:06d>-<8 hex>`, the hex from content, kind, previous and attempt (wire-format
-    §8).
+    """Make `<run>-<version:06d>-<8 hex>`, the hex from content, kind, previous and attempt
+    (wire-format §8).
 
     The same for a resumed upload, another after any failure (`attempt` counts from 0).
 
@@ -80,8 +80,8 @@ def snapshot_identity(
 
 
 def version_of(identity: str, run_id: str | None = None) -> int | None:
-    """The policy version that an identity names, of this run or of any; `None` for what is no such
-    identity.
+    """Read the policy version that an identity names, of this run or of any; `None` for what is no
+    such identity.
     """
     run = ".+" if run_id is None else re.escape(run_id)
     found = re.fullmatch(rf"{run}-(\d{{6,9}})-[0-9a-f]{{8}}", identity)

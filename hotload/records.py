@@ -22,10 +22,10 @@ class Record(BaseModel):
 
     @classmethod
     def parse_stored(cls, data: bytes, path: str) -> Self:
-        """The record in `data`, which was read at `path`.
+        """Parse the record in `data`, which was read at `path`.
 
         Raises:
-            StoreError: it is none; names the first field that is wrong.
+            StoreError: it is no such record; names the first field that is wrong.
         """
         try:
             return cls.model_validate_json(data)

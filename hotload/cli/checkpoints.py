@@ -19,7 +19,7 @@ from hotload.cli.wording import count, size
 from hotload.delta.dialects import parse_index
 from hotload.delta.frame import content_size
 from hotload.delta.inspect_delta import Form, spec_forms
-from hotload.delta.rules import check_delta, check_payload, drift
+from hotload.delta.rules import check_delta, check_payload, delta_obstacle
 from hotload.directory.files import read_checkpoint
 from hotload.directory.inputs import open_delta
 from hotload.directory.relayout import relayout_directory
@@ -88,15 +88,15 @@ def _findings(
         yield from _check_delta(directory, checkpoint, previous)
     else:
         yield from check_full(checkpoint)
-        if previous is not None and (reason := _drift(previous, checkpoint)):
+        if previous is not None and (reason := _obstacle(previous, checkpoint)):
             expected = "the layout of previous; otherwise the next snapshot has to be a full one"
             yield Finding("drift", str(directory), None, reason, expected, severity="warning")
 
 
-def _drift(previous: Checkpoint, checkpoint: Checkpoint) -> str | None:
+def _obstacle(previous: Checkpoint, checkpoint: Checkpoint) -> str | None:
     if kind_of(previous) is not SnapshotKind.FULL:
         raise UsageError("--previous is no full checkpoint; give the one its deltas restore")
-    return drift(previous, checkpoint)
+    return delta_obstacle(previous, checkpoint)
 
 
 def _check_delta(

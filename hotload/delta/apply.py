@@ -17,7 +17,7 @@ from hotload.delta.checksums import start
 from hotload.delta.envelope import ARC_V2, Envelope
 from hotload.delta.frame import PIECE_BYTES, Array, is_zero_frame, read_frame
 from hotload.delta.ordered_threads import Turns, Workers, run_in_order
-from hotload.delta.rules import check_payload, shard_drift
+from hotload.delta.rules import check_payload, shard_obstacle
 from hotload.errors import ChecksumMismatchError, DeltaError, LayoutMismatchError
 
 
@@ -135,7 +135,7 @@ def verify_shard(
         DeltaError: the delta cannot be applied, or restores other bytes.
         ChecksumMismatchError: a tensor decodes to other bytes than were encoded.
     """
-    if reason := shard_drift(base_header, target_header):
+    if reason := shard_obstacle(base_header, target_header):
         raise LayoutMismatchError(reason)
     turns = Turns()
 

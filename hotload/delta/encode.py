@@ -25,7 +25,7 @@ from hotload.delta.frame import (
     writer_for,
 )
 from hotload.delta.ordered_threads import Turns, Workers, run_in_order
-from hotload.delta.rules import shard_drift
+from hotload.delta.rules import shard_obstacle
 from hotload.delta.shard_writer import DeltaFile
 from hotload.errors import LayoutMismatchError
 
@@ -132,7 +132,7 @@ def encode_shard(
     Raises:
         LayoutMismatchError: tensors, dtypes, shapes or their order differ.
     """
-    if reason := shard_drift(base_header, target_header):
+    if reason := shard_obstacle(base_header, target_header):
         raise LayoutMismatchError(reason)
     writer = writer or best_writer()
     reader = _Reader(base, base_header.data_start, target, target_header.data_start)

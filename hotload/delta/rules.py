@@ -67,8 +67,8 @@ def check_payload(delta: ShardHeader, tensor: TensorInfo, envelope: Envelope) ->
         yield _ours("checksum", delta.file, tensor.name, found, expected)
 
 
-def drift(previous: Checkpoint, target: Checkpoint) -> str | None:
-    """Why `target` cannot be a delta on `previous`; None when it can (wire-format §6, protocol
+def delta_obstacle(previous: Checkpoint, target: Checkpoint) -> str | None:
+    """Say why `target` cannot be a delta on `previous`; None when it can (wire-format §6, protocol
     §18).
 
     A delta needs the same shards holding the same tensors in the same order, and every other file
@@ -78,14 +78,14 @@ def drift(previous: Checkpoint, target: Checkpoint) -> str | None:
     if before.keys() != after.keys():
         return f"shard files changed: {first_names(before.keys() ^ after.keys())}"
     for file in sorted(before):
-        if reason := shard_drift(before[file], after[file]):
+        if reason := shard_obstacle(before[file], after[file]):
             return reason
     changed = _changed_side_files(previous, target)
     return f"files beside the shards changed: {first_names(changed)}" if changed else None
 
 
-def shard_drift(base: ShardHeader, target: ShardHeader) -> str | None:
-    """Why one shard cannot be a delta on another, or None when it can."""
+def shard_obstacle(base: ShardHeader, target: ShardHeader) -> str | None:
+    """Say why one shard cannot be a delta on another; None when it can."""
     if base.tensors == target.tensors:
         return None
     if base.by_name.keys() != target.by_name.keys():

@@ -44,6 +44,9 @@ from hotload.records import FileDigest
 DOCUMENTS = (CONFIG_FILE, INDEX_FILE, SPEC_FILE, ADAPTER_CONFIG_FILE)
 DOCUMENT_LIMIT_BYTES = 100_000_000
 COPY_BYTES = 4 << 20
+CLONE_BYTES = 1 << 30
+# What systems answer that cannot copy between these two files by themselves.
+CANNOT_CLONE = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM})
 # A trainer keeps these beside the model. They change with every step and no replica reads them:
 # published, they would force every snapshot to be full, and double its size.
 TRAINER_FILE = re.compile(
@@ -119,6 +122,17 @@ class OutFile:
         while written < len(view):
             written += os.pwrite(self._descriptor, view[written:], offset + written)
 
+    def fill_from(self, descriptor: int) -> None:
+        """Take over the bytes of an open file, without copying where the file system can share.
+
+        Raises:
+            OSError: the disk is full; or, as one of CANNOT_CLONE, the system cannot do that.
+        """
+        if not hasattr(os, "copy_file_range"):
+            raise OSError(errno.ENOSYS, "no copy_file_range", self.file)
+        while os.copy_file_range(descriptor, self._descriptor, CLONE_BYTES):
+            pass
+
     def truncate(self, size_bytes: int) -> None:
         """End the file there."""
         os.ftruncate(self._descriptor, size_bytes)
@@ -136,7 +150,7 @@ class _OpenDelta(OpenShard):
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[OpenShard]:
-    """The shard at `path`, open until the block ends.
+    """Open the shard at `path` until the block ends.
 
     Raises:
         InvalidCheckpointError: no such file, not readable, or its header breaks a rule.
@@ -146,7 +160,7 @@ def open_shard(path: Path) -> Iterator[OpenShard]:
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """The headers, documents and side files of a checkpoint directory; side files are digested.
+    """Read headers and documents of a checkpoint directory, and the digests of its other files.
 
     Which files there have to be is for `hotload.checkpoint.rules` to say.
 
@@ -178,12 +192,42 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file in hex.
+    """Return the SHA-256 of a file in hex.
 
     Raises:
         InvalidCheckpointError: no such file, or not readable.
     """
     return _sum(path)[1]
+
+
+class FileDigests:
+    """SHA-256 of files, each read once for as long as it stays as it is.
+
+    A file counts as unchanged while its inode, size and times of change are the same. Several
+    threads may ask at a time.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+    def of(self, path: Path) -> str:
+        """Return the SHA-256 of a file in hex.
+
+        Raises:
+            InvalidCheckpointError: no such file, or not readable.
+        """
+        if known := self.known(path):
+            return known
+        before = _state(path)
+        digest = sha256_file(path)
+        if before is not None and before == _state(path):
+            self._known[path] = before, digest
+        return digest
+
+    def known(self, path: Path) -> str | None:
+        """Return the digest of a file that was read before and has not changed since, or None."""
+        state, digest = self._known.get(path, (None, None))
+        return digest if state is not None and state == _state(path) else None
 
 
 def encode_file(
@@ -217,8 +261,8 @@ def encode_file(
 
 
 def apply_file(base: Path, delta: Path, out: Path, *, pool: Workers | None = None) -> str:
-    """Write the shard that `delta` makes of `base` at `out`, and tell its SHA-256; `out` may be
-    `base`.
+    """Write the shard that `delta` makes of `base` at `out`, and return its SHA-256; `out` may
+    be `base`.
 
     Raises:
         InvalidCheckpointError: the base cannot be read.
@@ -242,7 +286,7 @@ def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None =
 
 
 def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
-    """The payloads of an `arc_v2` delta shard: one for each tensor of its base, and no other.
+    """Read the payloads of an `arc_v2` delta shard: one for each tensor of its base, and no other.
 
     Raises:
         DeltaError: keys or payloads are not those of a delta on this base.
@@ -254,21 +298,19 @@ def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[OutFile]:
-    """A file that takes the place of `path` when the block ends, and vanishes when it raises."""
+    """Open a file that takes the place of `path` when the block ends, and vanishes if it raises."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         descriptor = os.open(partial, flags, 0o666)
         try:
             yield OutFile(descriptor, path.name)
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        partial.replace(path)
+        sync_and_replace(partial, path)
     except BaseException:  # an interrupt leaves no half file either
         partial.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -278,7 +320,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def copy_file(source: Path, destination: Path) -> str:
-    """Copy a file's bytes durably to `destination`, and tell their SHA-256.
+    """Copy a file's bytes durably to `destination`, and return their SHA-256.
 
     Raises:
         InvalidCheckpointError: the source cannot be read.
@@ -290,6 +332,21 @@ def copy_file(source: Path, destination: Path) -> str:
             file.write_at(end, piece)
             end += len(piece)
     return digest.hexdigest()
+
+
+def clone_file(source: Path, destination: Path) -> None:
+    """Copy a file's bytes durably; where the file system can, the two share them until one changes.
+
+    Raises:
+        InvalidCheckpointError: the source cannot be read.
+    """
+    try:
+        with _open_regular(source) as descriptor, writing(destination) as file:
+            file.fill_from(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_CLONE:
+            raise
+        copy_file(source, destination)
 
 
 def sync_and_replace(partial: Path, target: Path) -> None:
@@ -307,20 +364,6 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def replace_directory(staged: Path, final: Path) -> None:
-    """Put the directory `staged` in the place of `final`, on the same file system.
-
-    What was at `final` is moved away first and removed last. A kill in between leaves no `final`,
-    or leftovers whose names begin with a dot, but never a mixture of the two.
-    """
-    retired = final.with_name(f".{final.name}.{secrets.token_hex(4)}.retired")
-    if final.exists():
-        final.rename(retired)
-    staged.rename(final)
-    sync_directory(final.parent)
-    remove_tree(retired)
 
 
 def remove_tree(path: Path) -> None:
@@ -350,7 +393,7 @@ def _open_regular(path: Path) -> Iterator[int]:
 
 @contextmanager
 def open_delta(path: Path) -> Iterator[OpenShard]:
-    """The delta shard at `path`, open until the block ends.
+    """Open the delta shard at `path` until the block ends.
 
     Raises:
         DeltaError: no such file, not readable, or its header breaks a rule.
@@ -365,7 +408,7 @@ def open_delta(path: Path) -> Iterator[OpenShard]:
 
 
 def _files(directory: Path, findings: list[Finding]) -> list[Path]:
-    """The files of a checkpoint by name; what is no plain file becomes a finding."""
+    """List the files of a checkpoint by name; what is no plain file becomes a finding."""
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except FileNotFoundError:
@@ -398,6 +441,15 @@ def _read_document(path: Path) -> bytes:
             limit = f"at most {DOCUMENT_LIMIT_BYTES}"
             _refuse("document_size", path.name, f"{size_bytes} bytes", limit)
     return b"".join(_pieces(path))
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written to or replaced; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _sum(path: Path) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from hotload.delta.dialects import (
 from hotload.delta.fold import fold_shard
 from hotload.delta.frame import zero_frame_bytes
 from hotload.delta.ordered_threads import OnBytes, Progress, Workers, for_each_shard
-from hotload.delta.rules import drift
+from hotload.delta.rules import delta_obstacle
 from hotload.directory import files as local
 from hotload.directory.inputs import read_delta, read_whole
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError, LayoutMismatchError
@@ -88,7 +88,7 @@ def encode_directory(
     envelope = envelope_of(dialect, checksum)
     check_lineage(dialect, lineage)
     old, new = read_whole(base), read_whole(target)
-    _refuse_drift(old, new)
+    _refuse_obstacle(old, new)
 
     def encode(file: str, pool: Workers | None, on_bytes: OnBytes) -> DeltaStats:
         stats = local.encode_file(
@@ -185,7 +185,7 @@ def verify_directory(
         DeltaError: the delta cannot be applied to the base, or restores other bytes.
     """
     old, new, change = read_whole(base), read_whole(target), read_delta(delta)
-    _refuse_drift(old, new)
+    _refuse_obstacle(old, new)
     change.check_base(old)
 
     def verify(file: str, pool: Workers | None, on_bytes: OnBytes) -> None:
@@ -325,7 +325,7 @@ def fold_directory(
 
 @contextmanager
 def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
-    """A directory that becomes `out` when the block ends, and vanishes when it raises."""
+    """Make a directory that becomes `out` when the block ends, and vanishes if it raises."""
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise _taken(out)
@@ -346,7 +346,8 @@ def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
             raise
         local.sync_directory(out.parent)
     except BaseException:  # an interrupt leaves no half directory either
-        local.remove_tree(staged)
+        with suppress(OSError):  # a thread may still write there; what ended the block matters more
+            local.remove_tree(staged)
         raise
 
 
@@ -362,7 +363,7 @@ def _finish(
     *,
     side_files: tuple[Path, Checkpoint],
 ) -> None:
-    """What stands beside the shards of a delta: its index, or the files of its base.
+    """Write what stands beside the shards of a delta: its index, or the files of its base.
 
     `names` are the tensors by shard file, `side_files` where those files are.
     """
@@ -380,8 +381,8 @@ def _copy_side_files(directory: Path, checkpoint: Checkpoint, staged: Path) -> N
             raise InvalidCheckpointError((found,))
 
 
-def _refuse_drift(base: Checkpoint, target: Checkpoint) -> None:
-    if reason := drift(base, target):
+def _refuse_obstacle(base: Checkpoint, target: Checkpoint) -> None:
+    if reason := delta_obstacle(base, target):
         raise LayoutMismatchError(reason)
 
 

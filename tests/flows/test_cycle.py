@@ -27,8 +27,10 @@ from hotload.errors import (
 )
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotPlan
+from hotload.publish.workspace import Workspace
 from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
+from tasks.baseline import Baseline
 from tasks.lease import publisher_lease
 from tasks.plan import plan_snapshot
 from tasks.validate import validate_checkpoint
@@ -146,7 +148,10 @@ def edit_tokenizer(checkpoint: Path) -> None:
 async def plan_only(spec: CycleSpec) -> SnapshotPlan:
     service = await HotLoadService.load(spec.service)
     store = await CheckpointStore.load(spec.store)
-    return await plan_snapshot(spec, service, store, await validate_checkpoint(spec, service))
+    workspace = Workspace(Path(spec.work_dir), service.account_id, service.deployment_id)
+    baseline = Baseline(workspace, store, Path(spec.checkpoint))
+    content = await validate_checkpoint(spec, service, baseline.digests)
+    return await plan_snapshot(spec, service, baseline, content)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from hotload.checkpoint.relayout_plan import plan, select
 from hotload.checkpoint.rules import check_full
 from hotload.checkpoint.safetensors import DTYPE_BITS, SHARD_WARNING_BYTES, ShardHeader, TensorInfo
-from hotload.delta.rules import drift
+from hotload.delta.rules import delta_obstacle
 from hotload.directory.files import read_checkpoint
 from hotload.directory.relayout import relayout_directory
 from hotload.errors import InvalidCheckpointError
@@ -376,7 +376,7 @@ def test_two_saves_of_a_run_get_one_layout_and_a_second_pass_changes_nothing(
         relayout_directory(tmp_path / name, tmp_path / f"{name}-out")
     relayout_directory(tmp_path / "one-out", tmp_path / "again")
     first = read_checkpoint(tmp_path / "one-out")
-    assert drift(first, read_checkpoint(tmp_path / "two-out")) is None
+    assert delta_obstacle(first, read_checkpoint(tmp_path / "two-out")) is None
     for path in (tmp_path / "one-out").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 

@@ -10,7 +10,7 @@ import pytest
 from hotload.checkpoint.index_and_spec import TORCH_DTYPES, build_index, build_spec
 from hotload.checkpoint.rules import check_full, check_lora, refuse_errors
 from hotload.checkpoint.safetensors import DTYPE_BITS, Checkpoint, ShardHeader, TensorInfo
-from hotload.delta.rules import check_delta, drift
+from hotload.delta.rules import check_delta, delta_obstacle
 from hotload.errors import Finding, InvalidCheckpointError
 from hotload.records import FileDigest
 
@@ -583,7 +583,7 @@ def test_equal_layouts_do_not_drift_whatever_their_metadata() -> None:
     renamed = tuple(
         replace(shard, metadata={"step": "7"}, data_start=640) for shard in other.shards
     )
-    assert drift(checkpoint(), replace(other, shards=renamed)) is None
+    assert delta_obstacle(checkpoint(), replace(other, shards=renamed)) is None
 
 
 @pytest.mark.parametrize(
@@ -618,7 +618,7 @@ def test_equal_layouts_do_not_drift_whatever_their_metadata() -> None:
     ],
 )
 def test_a_changed_layout_forces_a_full_and_says_why(change: Callable, reason: str) -> None:
-    assert drift(checkpoint(), checkpoint(edited(TENSORS, change))) == reason
+    assert delta_obstacle(checkpoint(), checkpoint(edited(TENSORS, change))) == reason
 
 
 @pytest.mark.parametrize("document", ["config", "index", "spec"])
@@ -631,21 +631,23 @@ def test_a_changed_document_forces_a_full(document: str) -> None:
         "spec": "model.weight.spec.json",
     }
     other = checkpoint(**{document: values[names[document]]})
-    assert drift(checkpoint(), other) == f"files beside the shards changed: {names[document]}"
+    assert (
+        delta_obstacle(checkpoint(), other) == f"files beside the shards changed: {names[document]}"
+    )
 
 
 def test_a_changed_or_missing_tokenizer_forces_a_full() -> None:
     good = checkpoint()
     for sides in ((*good.side_files[:-1], side("tokenizer.json", b"[]")), good.side_files[:-1]):
         assert (
-            drift(good, replace(good, side_files=sides))
+            delta_obstacle(good, replace(good, side_files=sides))
             == "files beside the shards changed: tokenizer.json"
         )
 
 
 def test_long_lists_are_told_short() -> None:
     many = {f"m{i}.safetensors": {f"model.layers.{i}.a": ("U8", (1,))} for i in range(9)}
-    assert drift(checkpoint({}), checkpoint(many)) == (
+    assert delta_obstacle(checkpoint({}), checkpoint(many)) == (
         "shard files changed: m0.safetensors, m1.safetensors, m2.safetensors and 6 more"
     )
 
