@@ -27,10 +27,11 @@ from flows.rollouts import roll_out_and_score
 from hotload.clients.store import publisher_lease
 from hotload.errors import HotLoadError, NeedsFullSnapshotError
 from hotload.publish.publication import Publication
+from hotload.publish.workspace import Workspace
 from hotload.report.cycle_report import CycleReport
 from hotload.sampling.concurrently import both
 from hotload.spec import CycleSpec
-from tasks.baseline import keep_baseline
+from tasks.baseline import Baseline, keep_baseline
 from tasks.conclude import conclude_cycle, find_report, named
 from tasks.plan import plan_snapshot
 from tasks.preflight import preflight_service
@@ -57,19 +58,24 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
     started = monotonic()
     service = (await HotLoadService.load(spec.service)).open()
     store = (await CheckpointStore.load(spec.store)).open()
+    workspace = Workspace(Path(spec.work_dir), service.account_id, service.deployment_id)
+    baseline = Baseline(workspace, store, Path(spec.checkpoint))
     if report := await find_report(store, spec):
         return named("AlreadyDone", "this cycle has ended before", report)
     may_overlap = spec.sampling.max_head_offpolicy_versions > 0
-    publication = await find_publication(store, spec) if may_overlap else None
+    publication = None
+    if may_overlap:
+        publication = await find_publication(store, spec.name, baseline.checkpoint)
 
     async with AsyncExitStack() as held:
         if publication is None:
-            content = await validate_checkpoint(spec, service)
+            content = await validate_checkpoint(spec, service, baseline.digests)
             await validate_rollouts(spec)
             lease = await held.enter_async_context(publisher_lease(store, spec.name))
-            expected = await preflight_service(spec, service, store)
-            await wait_for_replicas(spec, service, expected)
-            plan = await plan_snapshot(spec, service, store, content)
+            declared = spec.readiness.replica_count
+            expected = await preflight_service(spec.name, service, store, declared)
+            await wait_for_replicas(spec.name, service, spec.readiness, expected)
+            plan = await plan_snapshot(spec, service, baseline, content)
             fallback = None
             try:
                 published = await publish_snapshot(spec, content, plan, lease, expected)
@@ -78,7 +84,7 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
                 published = await full_snapshot(spec, content, fallback, lease, expected)
             publication = Publication(content=content, snapshot=published, fallback=fallback)
             if may_overlap:
-                await keep_baseline(spec, service, store, published.identity)
+                await keep_baseline(baseline, published.identity)
                 await record_publication(store, spec.name, publication)
                 await held.aclose()  # the lease is given back: the next cycle may publish
 
@@ -87,8 +93,7 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport:
         if may_overlap:
             rollouts = await sampling
         else:
-            baseline = keep_baseline(spec, service, store, snapshot.identity)
-            rollouts, _ = await both(sampling, baseline)
+            rollouts, _ = await both(sampling, keep_baseline(baseline, snapshot.identity))
         report = CycleReport.of(spec, publication, rollouts, monotonic() - started)
         await conclude_cycle(store, spec, report)
     if report.fallback_reason:

@@ -13,14 +13,14 @@ from hotload.clients.store import Store
 from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
 from hotload.identity import SnapshotKind
 from hotload.publish.lease import Lease
-from hotload.publish.places import delta_dir, results_dir
-from hotload.publish.publication import Carried, Published
-from hotload.publish.snapshot import CheckpointContent, SnapshotPlan, batches
+from hotload.publish.publication import Published
+from hotload.publish.snapshot import CheckpointContent, ShardBatch, SnapshotPlan, batches
+from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
 from hotload.sampling.concurrently import overlap
 from hotload.spec import CycleSpec, LedgerReset
 from tasks.announce import hint_shards, reset_ledger, signal_snapshot
-from tasks.encode import EncodedBatch, encode_once
+from tasks.encode import DeltaEncoder, encode_once
 from tasks.plan import plan_fallback
 from tasks.progress import Progress
 from tasks.records import find_manifest
@@ -52,15 +52,18 @@ async def publish_snapshot(
     store = (await CheckpointStore.load(spec.store)).open()
     started, began_at = monotonic(), datetime.now(UTC)
     manifest = await find_manifest(store, plan.identity)
-    carried: list[Carried] = []
+    carried: list[ShardBatch] = []
     if manifest is None:
+        checkpoint = Path(spec.checkpoint)
+        workspace = Workspace(Path(spec.work_dir), service.account_id, service.deployment_id)
         progress = await Progress.start(f"{plan.kind.value} {plan.identity}", content.size_bytes)
-        carried = await overlap(
-            _carry(spec, service, store, plan, batch, progress)
-            for batch in batches(content.shards, BATCHES)
-        )
+        with DeltaEncoder(workspace, checkpoint, plan) as encoder:
+            carried = await overlap(
+                _carry(encoder, service, store, batch, progress)
+                for batch in batches(content.shards, BATCHES)
+            )
         shards = tuple(shard for batch in carried for shard in batch.shards)
-        manifest = await upload_manifests(spec, store, plan, content, shards)
+        manifest = await upload_manifests(store, checkpoint, plan, content, shards)
     published_at = monotonic()
     warnings = await signal_snapshot(service, store, manifest, lease)
     signalled_at = monotonic()
@@ -76,33 +79,22 @@ async def publish_snapshot(
 
 
 async def _carry(
-    spec: CycleSpec,
+    encoder: DeltaEncoder,
     service: HotLoadClient,
     store: Store,
-    plan: SnapshotPlan,
-    batch: tuple[FileDigest, ...],
+    files: tuple[FileDigest, ...],
     progress: Progress,
-) -> Carried:
+) -> ShardBatch:
     """Encode, upload and hint one batch, while other batches are at other steps."""
+    plan, directory = encoder.plan, encoder.checkpoint
+    batch = ShardBatch.as_written(files)
     if plan.kind is SnapshotKind.DELTA:
-        encoded = await encode_once(spec, service, plan, batch)
-        directory = delta_dir(spec, service) / plan.identity
-    else:
-        encoded = EncodedBatch.as_is(batch)
-        directory = Path(spec.checkpoint)
-    results = results_dir(spec, service)
-    uploaded = await upload_once(store, plan.identity, directory, encoded.shards, results)
-    hint_count = 0
+        batch, directory = await encode_once(encoder, files), encoder.directory
+    batch = await upload_once(store, plan.identity, directory, batch, encoder.workspace.results)
     if service.hint_body_template is not None:
-        hint_count = await hint_shards(service, store, plan, encoded.shards)
-    await progress.advance(sum(shard.size_bytes for shard in batch))
-    return Carried(
-        shards=encoded.shards,
-        encode_seconds=encoded.encode_seconds,
-        verify_seconds=encoded.verify_seconds,
-        upload_seconds=uploaded.seconds,
-        hint_count=hint_count,
-    )
+        batch = await hint_shards(service, store, plan, batch)
+    await progress.advance(sum(file.size_bytes for file in files))
+    return batch
 
 
 @flow(name="full-snapshot", flow_run_name="full-for-{spec.name}")
@@ -128,7 +120,7 @@ async def full_snapshot(
         store = (await CheckpointStore.load(spec.store)).open()
         if rung == FULLS_TRIED:
             await reset_ledger(service)
-        plan = await plan_fallback(spec, store, content, reason)
+        plan = await plan_fallback(store, content, reason, spec.run_id, spec.policy_version)
         try:
             return await publish_snapshot(spec, content, plan, lease, expected_replica_count)
         except NeedsFullSnapshotError as error:

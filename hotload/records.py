@@ -28,7 +28,7 @@ class Record(BaseModel):
         """Parse the record in `data`, which was read at `path`.
 
         Raises:
-            StoreError: it is none; names the first field that is wrong.
+            StoreError: it is no such record; names the first field that is wrong.
         """
         try:
             return cls.model_validate_json(data)

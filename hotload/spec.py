@@ -32,6 +32,8 @@ REFUSED_FIELDS = {
     "helm_args": "the service exists beforehand; hotload never creates one",
     "extra_args": "the service exists beforehand; hotload never creates one",
     "infra": "the service exists beforehand; hotload never creates one",
+    "compression_format": "deltas are always arc_v2; remove the field",
+    "checksum_format": "deltas always carry Adler-32; remove the field",
     "weight_sync": "its settings are fields of `cadence` and `readiness` here",
     "epochs": "one cycle samples one version; `prompt_groups_per_step` walks through the file",
     "learning_rate": TRAINER_OWNED,
@@ -98,12 +100,8 @@ class LedgerReset(StrEnum):
 
 
 class SnapshotOptions(Declared):
-    """How snapshots are encoded and checked."""
+    """How snapshots are checked, and what is tried when they fail."""
 
-    compression_format: Literal["arc_v2"] = "arc_v2"
-    """XOR and one zstd frame per tensor; the only format offered."""
-    checksum_format: Literal["alder32"] = "alder32"
-    """Adler-32 per tensor, in the spelling the service expects."""
     spec_dtype_style: Literal["torch", "safetensors"] = "torch"
     """Spelling of dtypes in model.weight.spec.json: `bfloat16` or `BF16`."""
     ledger_reset: LedgerReset = LedgerReset.NEVER
@@ -355,7 +353,7 @@ class CycleSpec(Declared):
     cadence: Cadence = Cadence()
     """When to publish, and when a full snapshot is due."""
     snapshot: SnapshotOptions = SnapshotOptions()
-    """How snapshots are encoded and checked."""
+    """How snapshots are checked, and what is tried when they fail."""
     readiness: ReadinessPolicy = ReadinessPolicy()
     """When a snapshot counts as served."""
     sampling: Sampling = Sampling()

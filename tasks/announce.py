@@ -11,17 +11,19 @@ from hotload.errors import LoadFailedError, ServiceRefusedError, SnapshotRejecte
 from hotload.identity import SnapshotKind
 from hotload.publish.chain import may_signal
 from hotload.publish.lease import Lease
-from hotload.publish.snapshot import Shard, SnapshotManifest, SnapshotPlan
+from hotload.publish.snapshot import ShardBatch, SnapshotManifest, SnapshotPlan
 from tasks.retrying import RETRIED
 
 
-@task(cache_policy=NO_CACHE, task_run_name="hint-{shards[0].file}")
+@task(cache_policy=NO_CACHE, task_run_name="hint-{batch.shards[0].file}")
 async def hint_shards(
-    service: HotLoadClient, store: Store, plan: SnapshotPlan, shards: tuple[Shard, ...]
-) -> int:
-    """How many of `shards` the service took early notice of. Best effort: never fails a cycle."""
+    service: HotLoadClient, store: Store, plan: SnapshotPlan, batch: ShardBatch
+) -> ShardBatch:
+    """Give the service early notice of shards and count those it took. Best effort: never fails a
+    cycle.
+    """
     taken = 0
-    for shard in shards:
+    for shard in batch.shards:
         taken += await service.hint(
             identity=plan.identity,
             file=shard.file,
@@ -30,14 +32,14 @@ async def hint_shards(
             kind=plan.kind,
             previous=plan.previous,
         )
-    return taken
+    return batch.model_copy(update={"hint_count": taken})
 
 
 @task(cache_policy=NO_CACHE, task_run_name="signal-{manifest.identity}", **RETRIED)
 async def signal_snapshot(
     service: HotLoadClient, store: Store, manifest: SnapshotManifest, lease: Lease
 ) -> tuple[str, ...]:
-    """Tell the service that the snapshot is whole; returns warnings.
+    """Tell the service that the snapshot is complete, and return its warnings.
 
     The status is read first, also on a retry after an unclear answer, so a snapshot that the
     service has accepted is not signalled twice (protocol §4). The lease is checked last of all.

@@ -8,6 +8,7 @@ _hotload/reports/<run>-<version>.json     last of all: the cycle has ended
 import asyncio
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import cast
 
 from polars.exceptions import PolarsError
@@ -46,7 +47,8 @@ async def find_report(store: Store, spec: CycleSpec) -> CycleReport | None:
     """
     report = await read_report(store, spec.name)
     if report is not None:
-        await require_content(spec, report.content_sha256, "ended with")
+        directory = Path(spec.checkpoint)
+        await require_content(spec.name, directory, report.content_sha256, "ended with")
     return report
 
 

@@ -6,13 +6,17 @@ from prefect.cache_policies import NO_CACHE
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
 from hotload.errors import ServiceRefusedError
-from hotload.spec import CycleSpec
 from tasks.retrying import RETRIED
 
 
-@task(cache_policy=NO_CACHE, task_run_name="preflight-{spec.name}", **RETRIED)
-async def preflight_service(spec: CycleSpec, service: HotLoadClient, store: Store) -> int | None:
-    """How many replicas must serve a snapshot; None if nobody knows (protocol §5, §8).
+@task(cache_policy=NO_CACHE, task_run_name="preflight-{name}", **RETRIED)
+async def preflight_service(
+    name: str, service: HotLoadClient, store: Store, replica_count: int | None
+) -> int | None:
+    """Check that the service reads from this store, and return how many replicas to expect.
+
+    `replica_count` is what the cycle declares, else the service's own description counts; None
+    where neither says (protocol §5, §8).
 
     Raises:
         ServiceRefusedError: the service cannot be hot-loaded from this store; says why.
@@ -26,7 +30,7 @@ async def preflight_service(spec: CycleSpec, service: HotLoadClient, store: Stor
             )
         if not line.ok:
             logger.warning("%s: %s. %s", line.name, line.found, line.advice)
-    expected = spec.readiness.replica_count or description.desired_replica_count
+    expected = replica_count or description.desired_replica_count
     if expected is None:
         logger.warning("how many replicas to expect is unknown: the list is believed complete")
     return expected

@@ -11,5 +11,5 @@ from tasks.retrying import RETRIED
 
 @task(cache_policy=NO_CACHE, task_run_name="manifest-{identity}", **RETRIED)
 async def find_manifest(store: Store, identity: str) -> SnapshotManifest | None:
-    """As `read_manifest`, tried again while the store does not answer."""
+    """Read a manifest as `read_manifest` does, again while the store does not answer."""
     return await read_manifest(store, identity)

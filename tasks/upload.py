@@ -15,11 +15,15 @@ from prefect.context import TaskRunContext
 from hotload.clients.store import Store
 from hotload.clients.store.records import write_manifest
 from hotload.directory.files import sha256_file
-from hotload.identity import SnapshotKind
-from hotload.publish.snapshot import CheckpointContent, Shard, SnapshotManifest, SnapshotPlan
+from hotload.publish.snapshot import (
+    CheckpointContent,
+    Shard,
+    ShardBatch,
+    SnapshotManifest,
+    SnapshotPlan,
+)
 from hotload.quantities import size
-from hotload.records import FileDigest, Record
-from hotload.spec import CycleSpec
+from hotload.records import FileDigest
 from tasks.retrying import RETRIED
 from tasks.validate import changed_since_validation
 
@@ -27,18 +31,11 @@ from tasks.validate import changed_since_validation
 MANIFESTS_LAST = ("config.json", "model.weight.spec.json", "model.safetensors.index.json")
 
 
-class UploadedBatch(Record):
-    """Shards that lie whole in the store."""
-
-    shards: tuple[Shard, ...]
-    seconds: float
-
-
 def upload_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Cache key: store, identity, and the digest of every file as stored."""
+    """Make the cache key: store, identity, and the digest of every file as stored."""
     facts = [
-        ["upload", 1, parameters["store"].url, parameters["identity"]],
-        [[shard.file, shard.sha256] for shard in parameters["shards"]],
+        ["upload", 2, parameters["store"].url, parameters["identity"]],
+        [[shard.file, shard.sha256] for shard in parameters["batch"].shards],
     ]
     return "upload-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -47,43 +44,42 @@ def upload_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     cache_key_fn=upload_key,
     persist_result=True,
     result_serializer="json",
-    task_run_name="upload-{shards[0].file}",
+    task_run_name="upload-{batch.shards[0].file}",
     **RETRIED,
 )
 async def upload_shards(
-    store: Store, identity: str, directory: str, shards: tuple[Shard, ...]
-) -> UploadedBatch:
-    """Put `shards` from `directory` under `identity`; each is whole in the store or not visible.
+    store: Store, identity: str, directory: str, batch: ShardBatch
+) -> ShardBatch:
+    """Put shards from `directory` under `identity`; a shard is complete in the store or not
+    visible.
 
     Raises:
         InvalidCheckpointError: a file is not what its digest says.
         StoreError: the store refuses.
     """
     start = monotonic()
-    for shard in shards:
+    for shard in batch.shards:
         await _put(store, identity, Path(directory), shard)
     seconds = monotonic() - start
-    sent = sum(shard.size_bytes for shard in shards)
-    get_run_logger().info("%s in %.1f s, %d shards", size(sent), seconds, len(shards))
-    return UploadedBatch(shards=shards, seconds=seconds)
+    sent = sum(shard.size_bytes for shard in batch.shards)
+    get_run_logger().info("%s in %.1f s, %d shards", size(sent), seconds, len(batch.shards))
+    return batch.model_copy(update={"upload_seconds": seconds})
 
 
 async def upload_once(
-    store: Store,
-    identity: str,
-    directory: Path,
-    shards: tuple[Shard, ...],
-    results: Path,
-) -> UploadedBatch:
-    """`upload_shards`, or its cached result where the store still holds files of these sizes."""
+    store: Store, identity: str, directory: Path, batch: ShardBatch, results: Path
+) -> ShardBatch:
+    """Run `upload_shards`, or take its cached result where the store still has files of these
+    sizes.
+    """
     upload = upload_shards.with_options(result_storage=results)
     # Prefect's types do not know that an asynchronous task's state is awaited, too.
-    state = await upload(store, identity, str(directory), shards, return_state=True)  # type: ignore[misc]
-    uploaded: UploadedBatch = await state.aresult()
-    if state.name == "Cached" and not await are_stored(store, identity, shards):
+    state = await upload(store, identity, str(directory), batch, return_state=True)  # type: ignore[misc]
+    uploaded: ShardBatch = await state.aresult()
+    if state.name == "Cached" and not await are_stored(store, identity, batch.shards):
         again = upload.with_options(refresh_cache=True)
-        uploaded = await again(store, identity, str(directory), shards)
-    return uploaded
+        uploaded = await again(store, identity, str(directory), batch)
+    return batch.model_copy(update={"upload_seconds": uploaded.upload_seconds})
 
 
 @task(cache_policy=NO_CACHE, task_run_name="stored-{shards[0].file}", **RETRIED)
@@ -95,13 +91,15 @@ async def are_stored(store: Store, identity: str, shards: tuple[Shard, ...]) -> 
 
 @task(cache_policy=NO_CACHE, task_run_name="manifests-{plan.identity}", **RETRIED)
 async def upload_manifests(
-    spec: CycleSpec,
     store: Store,
+    directory: Path,
     plan: SnapshotPlan,
     content: CheckpointContent,
     shards: tuple[Shard, ...],
 ) -> SnapshotManifest:
     """Put the files beside the shards, index last, then record the snapshot as published.
+
+    `directory` is the trainer's.
 
     Raises:
         InvalidCheckpointError: the trainer changed a file since it was validated.
@@ -109,25 +107,8 @@ async def upload_manifests(
     """
     order = {name: rank for rank, name in enumerate(MANIFESTS_LAST, start=1)}
     for side_file in sorted(content.side_files, key=lambda one: (order.get(one.file, 0), one.file)):
-        await _put(store, plan.identity, Path(spec.checkpoint), side_file)
-    is_delta = plan.kind is SnapshotKind.DELTA
-    manifest = SnapshotManifest(
-        identity=plan.identity,
-        run_id=spec.run_id,
-        policy_version=spec.policy_version,
-        kind=plan.kind,
-        previous=plan.previous,
-        anchor=plan.anchor,
-        chain_length=plan.chain_length,
-        attempt=plan.attempt,
-        reason=plan.reason,
-        content_sha256=content.sha256,
-        codec="arc_v2" if is_delta else "none",
-        checksum="adler32" if is_delta else "none",
-        shards=tuple(sorted(shards, key=lambda shard: shard.file)),
-        side_files=content.side_files,
-        created_at=datetime.now(UTC),
-    )
+        await _put(store, plan.identity, directory, side_file)
+    manifest = SnapshotManifest.of(plan, content, shards, created_at=datetime.now(UTC))
     await write_manifest(store, manifest)
     return manifest
 

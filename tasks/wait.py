@@ -16,12 +16,15 @@ from hotload.errors import (
 )
 from hotload.publish.readiness import Convergence, ServiceStatus, Verdict, assess
 from hotload.publish.snapshot import SnapshotManifest
-from hotload.spec import CycleSpec, ReadinessPolicy
+from hotload.spec import ReadinessPolicy
 
 
-@task(cache_policy=NO_CACHE, task_run_name="replicas-{spec.name}")
+@task(cache_policy=NO_CACHE, task_run_name="replicas-{name}")
 async def wait_for_replicas(
-    spec: CycleSpec, service: HotLoadClient, expected_replica_count: int | None
+    name: str,
+    service: HotLoadClient,
+    readiness: ReadinessPolicy,
+    expected_replica_count: int | None,
 ) -> None:
     """Return once every expected replica is listed and none is on its way to another snapshot.
 
@@ -31,12 +34,11 @@ async def wait_for_replicas(
     Raises:
         ServiceUnavailableError: not so until the deadline; the text says what was missing.
     """
-    readiness = spec.readiness
     deadline = monotonic() + readiness.scale_up_timeout_seconds
     while True:
         try:
             status = await service.observe()
-            detail = _what_is_missing(status, spec.name, max(1, expected_replica_count or 0))
+            detail = _what_is_missing(status, name, max(1, expected_replica_count or 0))
             if detail is None:
                 return
         except ServiceUnavailableError as error:
@@ -68,7 +70,7 @@ async def wait_until_ready(
     readiness: ReadinessPolicy,
     expected_replica_count: int | None,
 ) -> Convergence:
-    """How the replicas came to serve the snapshot, once every expected one does.
+    """Wait until every expected replica serves the snapshot, and record how many did when.
 
     A GET that fails is a warning: gateways do fail now and then (protocol §5).
 

@@ -15,7 +15,7 @@ from emulator.engine.weights import shard_names
 from emulator.replicas.bucket import MissingObjectError, SnapshotBucket
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
-from hotload.directory.files import apply_file, copy_file, replace_directory
+from hotload.directory.files import apply_file, copy_file, remove_tree
 from hotload.errors import DeltaError
 from hotload.identity import SnapshotKind
 
@@ -95,7 +95,8 @@ class Disk:
         """Make `arrived` what the replica holds under the identity; returns where it is now."""
         kept = self._directory / "held" / load.identity
         kept.parent.mkdir(exist_ok=True)
-        replace_directory(arrived, kept)
+        remove_tree(kept)
+        arrived.rename(kept)
         return kept
 
     def forget_others(self, *kept: Path | None) -> None:

@@ -90,12 +90,12 @@ def _findings(
         yield from _check_delta(directory, checkpoint, previous)
     else:
         yield from check_full(checkpoint)
-        if previous is not None and (reason := _drift(previous, checkpoint)):
+        if previous is not None and (reason := _obstacle(previous, checkpoint)):
             expected = "the layout of previous; otherwise the next snapshot has to be a full one"
             yield Finding("drift", str(directory), None, reason, expected, severity="warning")
 
 
-def _drift(previous: Checkpoint, checkpoint: Checkpoint) -> str | None:
+def _obstacle(previous: Checkpoint, checkpoint: Checkpoint) -> str | None:
     if kind_of(previous) is not SnapshotKind.FULL:
         raise UsageError("--previous is no full checkpoint; give the one its deltas restore")
     return delta_obstacle(previous, checkpoint)

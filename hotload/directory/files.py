@@ -44,6 +44,9 @@ from hotload.records import FileDigest
 DOCUMENTS = (CONFIG_FILE, INDEX_FILE, SPEC_FILE, ADAPTER_CONFIG_FILE)
 DOCUMENT_LIMIT_BYTES = 100_000_000
 COPY_BYTES = 4 << 20
+CLONE_BYTES = 1 << 30
+# What systems answer that cannot copy between these two files by themselves.
+CANNOT_CLONE = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM})
 # A trainer keeps these beside the model. They change with every step and no replica reads them:
 # published, they would force every snapshot to be full, and double its size.
 TRAINER_FILE = re.compile(
@@ -119,6 +122,17 @@ class OutFile:
         while written < len(view):
             written += os.pwrite(self._descriptor, view[written:], offset + written)
 
+    def fill_from(self, descriptor: int) -> None:
+        """Take over the bytes of an open file, without copying where the file system can share.
+
+        Raises:
+            OSError: the disk is full; or, as one of CANNOT_CLONE, the system cannot do that.
+        """
+        if not hasattr(os, "copy_file_range"):
+            raise OSError(errno.ENOSYS, "no copy_file_range", self.file)
+        while os.copy_file_range(descriptor, self._descriptor, CLONE_BYTES):
+            pass
+
     def truncate(self, size_bytes: int) -> None:
         """End the file there."""
         os.ftruncate(self._descriptor, size_bytes)
@@ -187,6 +201,36 @@ def sha256_file(path: Path) -> str:
     return _sum(path)[1]
 
 
+class FileDigests:
+    """SHA-256 of files, each read once for as long as it stays as it is.
+
+    A file counts as unchanged while its inode, size and times of change are the same. Several
+    threads may ask at a time.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+    def of(self, path: Path) -> str:
+        """Return the SHA-256 of a file in hex.
+
+        Raises:
+            InvalidCheckpointError: no such file, or not readable.
+        """
+        if known := self.known(path):
+            return known
+        before = _state(path)
+        digest = sha256_file(path)
+        if before is not None and before == _state(path):
+            self._known[path] = before, digest
+        return digest
+
+    def known(self, path: Path) -> str | None:
+        """Return the digest of a file that was read before and has not changed since, or None."""
+        state, digest = self._known.get(path, (None, None))
+        return digest if state is not None and state == _state(path) else None
+
+
 def encode_file(
     base: Path,
     target: Path,
@@ -218,8 +262,8 @@ def encode_file(
 
 
 def apply_file(base: Path, delta: Path, out: Path, *, pool: Workers | None = None) -> str:
-    """Write the shard that `delta` makes of `base` at `out`, and tell its SHA-256; `out` may be
-    `base`.
+    """Write the shard that `delta` makes of `base` at `out`, and return its SHA-256; `out` may
+    be `base`.
 
     Raises:
         InvalidCheckpointError: the base cannot be read.
@@ -262,14 +306,12 @@ def replacing_file(path: Path) -> Iterator[OutFile]:
         descriptor = os.open(partial, flags, 0o666)
         try:
             yield OutFile(descriptor, path.name)
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        partial.replace(path)
+        sync_and_replace(partial, path)
     except BaseException:  # an interrupt leaves no half file either
         partial.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -279,7 +321,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def copy_file(source: Path, destination: Path) -> str:
-    """Copy a file's bytes durably to `destination`, and tell their SHA-256.
+    """Copy a file's bytes durably to `destination`, and return their SHA-256.
 
     Raises:
         InvalidCheckpointError: the source cannot be read.
@@ -291,6 +333,21 @@ def copy_file(source: Path, destination: Path) -> str:
             file.write_at(end, piece)
             end += len(piece)
     return digest.hexdigest()
+
+
+def clone_file(source: Path, destination: Path) -> None:
+    """Copy a file's bytes durably; where the file system can, the two share them until one changes.
+
+    Raises:
+        InvalidCheckpointError: the source cannot be read.
+    """
+    try:
+        with _open_regular(source) as descriptor, replacing_file(destination) as file:
+            file.fill_from(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_CLONE:
+            raise
+        copy_file(source, destination)
 
 
 def sync_and_replace(partial: Path, target: Path) -> None:
@@ -308,20 +365,6 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def replace_directory(staged: Path, final: Path) -> None:
-    """Put the directory `staged` in the place of `final`, on the same file system.
-
-    What was at `final` is moved away first and removed last. A kill in between leaves no `final`,
-    or leftovers whose names begin with a dot, but never a mixture of the two.
-    """
-    retired = final.with_name(f".{final.name}.{secrets.token_hex(4)}.retired")
-    if final.exists():
-        final.rename(retired)
-    staged.rename(final)
-    sync_directory(final.parent)
-    remove_tree(retired)
 
 
 def remove_tree(path: Path) -> None:
@@ -366,7 +409,7 @@ def open_delta_shard(path: Path) -> Iterator[OpenShard]:
 
 
 def _files(directory: Path, findings: list[Finding]) -> list[Path]:
-    """The files of a checkpoint by name; what is no plain file becomes a finding."""
+    """List the files of a checkpoint by name; what is no plain file becomes a finding."""
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except FileNotFoundError:
@@ -399,6 +442,15 @@ def _read_document(path: Path) -> bytes:
             limit = f"at most {DOCUMENT_LIMIT_BYTES}"
             _refuse("document_size", path.name, f"{size_bytes} bytes", limit)
     return b"".join(_pieces(path))
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written to or replaced; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _sum(path: Path) -> tuple[int, str]:

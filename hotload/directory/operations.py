@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def encode_directory(
     envelope = envelope_of(dialect, checksum)
     check_lineage(dialect, lineage)
     old, new = read_full(base), read_full(target)
-    _refuse_drift(old, new)
+    _refuse_obstacle(old, new)
 
     def encode(file: str, pool: Workers | None, on_bytes: OnBytes) -> DeltaStats:
         stats = local.encode_file(
@@ -187,7 +187,7 @@ def verify_directory(
         DeltaError: the delta cannot be applied to the base, or restores other bytes.
     """
     old, new, change = read_full(base), read_full(target), read_delta(delta)
-    _refuse_drift(old, new)
+    _refuse_obstacle(old, new)
     change.check_base(old)
 
     def verify(file: str, pool: Workers | None, on_bytes: OnBytes) -> None:
@@ -350,7 +350,8 @@ def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
             raise
         local.sync_directory(out.parent)
     except BaseException:  # an interrupt leaves no half directory either
-        local.remove_tree(staged)
+        with suppress(OSError):  # a thread may still write there; what ended the block matters more
+            local.remove_tree(staged)
         raise
 
 
@@ -366,7 +367,7 @@ def _finish(
     *,
     side_files: tuple[Path, Checkpoint],
 ) -> None:
-    """What stands beside the shards of a delta: its index, or the files of its base.
+    """Write what stands beside the shards of a delta: its index, or the files of its base.
 
     `names` are the tensors by shard file, `side_files` where those files are.
     """
@@ -384,7 +385,7 @@ def _copy_side_files(directory: Path, checkpoint: Checkpoint, staged: Path) -> N
             raise InvalidCheckpointError((found,))
 
 
-def _refuse_drift(base: Checkpoint, target: Checkpoint) -> None:
+def _refuse_obstacle(base: Checkpoint, target: Checkpoint) -> None:
     if reason := delta_obstacle(base, target):
         raise LayoutMismatchError(reason)
 

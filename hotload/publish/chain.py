@@ -9,9 +9,8 @@ where TRANSITIONS has a step for it, so a delta cannot be signalled without a ch
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from hotload.errors import (
@@ -20,10 +19,10 @@ from hotload.errors import (
     InvalidIdentityError,
     LoadFailedError,
 )
-from hotload.identity import SnapshotKind, snapshot_identity
+from hotload.identity import SnapshotKind, cycle_name, snapshot_identity
 from hotload.publish.readiness import ServiceStatus
 from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
-from hotload.spec import CycleSpec
+from hotload.spec import Cadence
 
 
 class ChainState(StrEnum):
@@ -75,7 +74,7 @@ class Attempt:
 def read_chain(
     status: ServiceStatus, head: SnapshotManifest | None, attempts: Sequence[Attempt]
 ) -> Chain:
-    """The chain as the replicas and the store tell it, nothing remembered.
+    """Derive the chain from the replicas and the store, nothing remembered.
 
     Args:
         head: manifest of what every replica serves, if all serve one snapshot of ours.
@@ -90,7 +89,7 @@ def read_chain(
 
 
 def _what_became_of(identity: str, status: ServiceStatus) -> ChainEvent | None:
-    """What happened to a load that was begun; None while it goes on."""
+    """Tell how a load that was begun has ended; None while it goes on."""
     if status.failed(identity):
         return ChainEvent.FAILED
     if status.is_served_everywhere(identity):
@@ -101,59 +100,63 @@ def _what_became_of(identity: str, status: ServiceStatus) -> ChainEvent | None:
 def plan_next(
     chain: Chain,
     attempts: Sequence[Attempt],
-    spec: CycleSpec,
     content: CheckpointContent,
     *,
-    obstacle: str | None,
+    run_id: str,
+    policy_version: int,
+    cadence: Cadence,
 ) -> SnapshotPlan:
-    """What this cycle publishes next, full or delta, and why (protocol §18).
+    """Decide what this cycle publishes next, full or delta, and why (protocol §18).
 
     The same facts give the same plan, so a killed cycle resumes by planning again; after a failure
     the attempt number, and with it the identity, is another. A cycle that is not due plans the
-    snapshot that is served, which publishing then leaves as it is.
+    snapshot that is served, which publishing then leaves as it is. A new delta may still meet an
+    obstacle, which looking at the files shows: `full_instead` then takes its place.
 
     Args:
         attempts: what this cycle has published so far, oldest first.
-        obstacle: why a delta against the head cannot be encoded, if so.
 
     Raises:
         IdentityConflictError: this run and version was published with other content.
         InvalidIdentityError: the service already serves a later version of this run.
     """
     head = chain.head
-    _refuse_conflict(head, attempts, spec, content)
+    _refuse_conflict(head, attempts, content, run_id, policy_version)
+
+    def full(reason: str) -> SnapshotPlan:
+        return plan_full(
+            content, reason, run_id=run_id, policy_version=policy_version, attempt=len(attempts)
+        )
+
     if attempts:
-        last = attempts[-1]
-        doubt = _doubt_about(chain, last)
-        if doubt is None:
-            return resumed(last.manifest)
-        return plan_full(attempts, spec, content, doubt)
-    if head and not is_sync_due(spec):
-        reason = f"weight_sync_interval {spec.cadence.weight_sync_interval}: not due"
-        return replace(resumed(head), reason=reason)
+        doubt = _doubt_about(chain, attempts[-1])
+        return full(doubt) if doubt else attempts[-1].manifest.plan
+    if head and not _is_due(policy_version, cadence):
+        reason = f"weight_sync_interval {cadence.weight_sync_interval}: not due"
+        return head.plan.model_copy(update={"reason": reason})
     if content.kind is SnapshotKind.LORA:
-        return plan_full(attempts, spec, content, "an adapter is always published whole")
-    if spec.cadence.force_full:
-        return plan_full(attempts, spec, content, "force_full is set")
+        return full("an adapter is always published whole")
+    if cadence.force_full:
+        return full("force_full is set")
     if head is None:
-        return plan_full(attempts, spec, content, "not every replica serves one snapshot of ours")
-    if head.chain_length + 1 >= spec.cadence.full_every:
-        length = f"{head.chain_length} deltas since {head.anchor}"
-        reason = f"full_every {spec.cadence.full_every}: {length}"
-        return plan_full(attempts, spec, content, reason)
-    if obstacle:
-        return plan_full(attempts, spec, content, obstacle)
+        return full("not every replica serves one snapshot of ours")
+    if head.chain_length + 1 >= cadence.full_every:
+        return full(
+            f"full_every {cadence.full_every}: {head.chain_length} deltas since {head.anchor}"
+        )
     identity = snapshot_identity(
-        spec.run_id,
-        spec.policy_version,
+        run_id,
+        policy_version,
         content_sha256=content.sha256,
         kind=SnapshotKind.DELTA,
         previous=head.identity,
         attempt=0,
     )
     return SnapshotPlan(
-        SnapshotKind.DELTA,
-        identity,
+        identity=identity,
+        run_id=run_id,
+        policy_version=policy_version,
+        kind=SnapshotKind.DELTA,
         previous=head.identity,
         anchor=head.anchor,
         chain_length=head.chain_length + 1,
@@ -163,47 +166,43 @@ def plan_next(
 
 
 def plan_full(
-    attempts: Sequence[Attempt], spec: CycleSpec, content: CheckpointContent, reason: str
+    content: CheckpointContent, reason: str, *, run_id: str, policy_version: int, attempt: int
 ) -> SnapshotPlan:
-    """A full snapshot, or an adapter, under an identity no earlier attempt has had."""
+    """Plan a full snapshot, or an adapter; `attempt` counts what this cycle published before."""
     identity = snapshot_identity(
-        spec.run_id,
-        spec.policy_version,
+        run_id,
+        policy_version,
         content_sha256=content.sha256,
         kind=content.kind,
         previous=None,
-        attempt=len(attempts),
+        attempt=attempt,
     )
-    return SnapshotPlan(content.kind, identity, None, identity, 0, len(attempts), reason)
+    return SnapshotPlan(
+        identity=identity,
+        run_id=run_id,
+        policy_version=policy_version,
+        kind=content.kind,
+        previous=None,
+        anchor=identity,
+        chain_length=0,
+        attempt=attempt,
+        reason=reason,
+    )
 
 
-def resumed(manifest: SnapshotManifest) -> SnapshotPlan:
-    """The plan that `manifest` was made by."""
-    fields = (field.name for field in dataclasses.fields(SnapshotPlan))
-    return SnapshotPlan(**{name: getattr(manifest, name) for name in fields})
-
-
-def is_sync_due(spec: CycleSpec) -> bool:
-    """Whether this policy version is to be published although another snapshot is served."""
-    interval = spec.cadence.weight_sync_interval
-    return spec.cadence.force_full or (interval > 0 and spec.policy_version % interval == 0)
-
-
-def may_be_delta(chain: Chain, attempts: Sequence[Attempt], spec: CycleSpec) -> bool:
-    """Whether `plan_next` would choose a delta if there is no obstacle; looking costs time."""
-    return (
-        chain.state is ChainState.CHAINED
-        and chain.head is not None
-        and chain.head.kind is not SnapshotKind.LORA
-        and not attempts
-        and is_sync_due(spec)
-        and not spec.cadence.force_full
-        and chain.head.chain_length + 1 < spec.cadence.full_every
+def full_instead(plan: SnapshotPlan, content: CheckpointContent, obstacle: str) -> SnapshotPlan:
+    """Turn a planned delta that cannot be encoded into a full snapshot, the obstacle its reason."""
+    return plan_full(
+        content,
+        obstacle,
+        run_id=plan.run_id,
+        policy_version=plan.policy_version,
+        attempt=plan.attempt,
     )
 
 
 def may_signal(status: ServiceStatus, manifest: SnapshotManifest) -> bool:
-    """Whether to send the signal for `manifest` now; False where the service has it already.
+    """Decide whether to send the signal for `manifest`; False where the service has it already.
 
     Raises:
         LoadFailedError: a replica reports an error for it; it is never signalled again.
@@ -222,24 +221,32 @@ def may_signal(status: ServiceStatus, manifest: SnapshotManifest) -> bool:
     return True
 
 
+def _is_due(policy_version: int, cadence: Cadence) -> bool:
+    """Decide whether this version is published although another snapshot is served."""
+    interval = cadence.weight_sync_interval
+    return cadence.force_full or (interval > 0 and policy_version % interval == 0)
+
+
 def _refuse_conflict(
     head: SnapshotManifest | None,
     attempts: Sequence[Attempt],
-    spec: CycleSpec,
     content: CheckpointContent,
+    run_id: str,
+    policy_version: int,
 ) -> None:
+    name = cycle_name(run_id, policy_version)
     for manifest in (attempt.manifest for attempt in attempts):
         if manifest.content_sha256 != content.sha256:
             digests = f"{manifest.content_sha256[:12]}…, now {content.sha256[:12]}…"
             reason = f"published as {manifest.identity} with other content (sha256 {digests})"
-            raise IdentityConflictError(spec.name, reason)
-    if head and head.run_id == spec.run_id and head.policy_version > spec.policy_version:
+            raise IdentityConflictError(name, reason)
+    if head and head.run_id == run_id and head.policy_version > policy_version:
         reason = f"the service already serves version {head.policy_version} of this run"
-        raise InvalidIdentityError(spec.name, reason)
+        raise InvalidIdentityError(name, reason)
 
 
 def _doubt_about(chain: Chain, last: Attempt) -> str | None:
-    """Why an earlier attempt of this cycle cannot be carried on with, if so."""
+    """Say why this cycle cannot go on with its last attempt; None if it can."""
     identity = last.manifest.identity
     if chain.state is ChainState.NEED_FULL and last.signalled:
         return f"a replica reported an error for {identity}"

@@ -37,7 +37,7 @@ def service_lines(
     base_model: str | None,
     transition_type: str | None,
 ) -> list[CheckLine]:
-    """Every row of protocol §8 but the first, whether the service exists at all.
+    """Check every row of protocol §8 but the first, whether the service exists at all.
 
     Args:
         bucket_url: the store's url, without a trailing slash; None is not compared.

@@ -9,18 +9,8 @@ from pydantic import AwareDatetime, Field
 
 from hotload.identity import SnapshotKind
 from hotload.publish.readiness import Convergence
-from hotload.publish.snapshot import CheckpointContent, Shard, SnapshotManifest
+from hotload.publish.snapshot import CheckpointContent, ShardBatch, SnapshotManifest
 from hotload.records import Record
-
-
-class Carried(Record):
-    """One batch of shards that lies whole in the store, and what it took to get there."""
-
-    shards: tuple[Shard, ...]
-    encode_seconds: float
-    verify_seconds: float
-    upload_seconds: float
-    hint_count: int
 
 
 class Published(Record):
@@ -49,7 +39,7 @@ class Published(Record):
         cls,
         manifest: SnapshotManifest,
         reason: str,
-        carried: Sequence[Carried],
+        carried: Sequence[ShardBatch],
         convergence: Convergence,
         warnings: tuple[str, ...],
         wall_seconds: dict[str, float],

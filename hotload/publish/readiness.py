@@ -61,7 +61,7 @@ class ServiceStatus:
     replicas: tuple[ReplicaStatus, ...]
 
     def failed(self, identity: str) -> tuple[ReplicaStatus, ...]:
-        """The replicas that report an error about `identity`."""
+        """List the replicas that report an error about `identity`."""
         return tuple(replica for replica in self.replicas if replica.failed(identity))
 
     @property
@@ -84,7 +84,7 @@ class ServiceStatus:
         return any(replica.mentions(identity) for replica in self.replicas)
 
     def describe(self) -> str:
-        """What is served by how many replicas, in words."""
+        """Say in words what is served, and by how many replicas."""
         if not self.replicas:
             return "no replicas"
         counts = Counter(replica.current_identity or BASE_WEIGHTS for replica in self.replicas)
@@ -141,7 +141,8 @@ def assess(
     min_ready_fraction: float = 1.0,
     expected_replica_count: int | None = None,
 ) -> Assessment:
-    """Whether every expected replica, or the declared fraction, serves `identity` (protocol §5).
+    """Judge whether every expected replica, or the declared fraction, serves `identity` (protocol
+    §5).
 
     Args:
         min_ready_fraction: of the replicas listed or expected, whichever are more; in (0, 1].

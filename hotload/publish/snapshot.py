@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from math import ceil
 from typing import Literal, Self
@@ -36,11 +35,34 @@ class Shard(Record):
     content_sha256: Sha256
 
 
-class SnapshotManifest(Record):
-    """What was published under one identity: lineage, files, digests. Written last, never
-    changed."""
+class ShardBatch(Record):
+    """Shards that travel together, and the seconds spent on them so far, wherever that was done."""
 
-    schema_number: Literal[1] = 1
+    shards: tuple[Shard, ...]
+    encode_seconds: float = Field(0, ge=0)
+    verify_seconds: float = Field(0, ge=0)
+    upload_seconds: float = Field(0, ge=0)
+    hint_count: int = Field(0, ge=0)
+
+    @classmethod
+    def as_written(cls, files: Sequence[FileDigest]) -> ShardBatch:
+        """Make the batch of a full snapshot, whose shards are stored as the trainer wrote them."""
+        shards = (
+            Shard(
+                file=file.file,
+                size_bytes=file.size_bytes,
+                sha256=file.sha256,
+                content_size_bytes=file.size_bytes,
+                content_sha256=file.sha256,
+            )
+            for file in files
+        )
+        return cls(shards=tuple(shards))
+
+
+class SnapshotPlan(Record):
+    """What to publish, following what, and why."""
+
     identity: str
     run_id: str
     policy_version: int = Field(ge=0)
@@ -50,6 +72,23 @@ class SnapshotManifest(Record):
     chain_length: int = Field(ge=0)
     attempt: int = Field(ge=0)
     reason: str
+
+    @model_validator(mode="after")
+    def _lineage(self) -> Self:
+        for name in (self.identity, self.anchor, *([self.previous] if self.previous else [])):
+            check_identity(name)
+        is_delta = self.kind is SnapshotKind.DELTA
+        if is_delta != (self.previous is not None):
+            raise ValueError("a delta, and only a delta, has a previous identity")
+        if is_delta != (self.chain_length > 0) or (self.anchor == self.identity) == is_delta:
+            raise ValueError("an anchor is its own anchor at chain length 0; a delta follows one")
+        return self
+
+
+class SnapshotManifest(SnapshotPlan):
+    """A plan that was carried out, with its files and digests. Written last, never changed."""
+
+    schema_number: Literal[1] = 1
     content_sha256: Sha256
     codec: Literal["arc_v2", "none"]
     checksum: Literal["adler32", "none"]
@@ -58,15 +97,35 @@ class SnapshotManifest(Record):
     created_at: datetime
 
     @model_validator(mode="after")
-    def _lineage(self) -> Self:
-        for name in (self.identity, self.anchor, *([self.previous] if self.previous else [])):
-            check_identity(name)
-        is_delta = self.kind is SnapshotKind.DELTA
-        if is_delta != (self.previous is not None) or is_delta != (self.codec == "arc_v2"):
-            raise ValueError("a delta, and only a delta, has a previous identity and a codec")
-        if is_delta != (self.chain_length > 0) or (self.anchor == self.identity) == is_delta:
-            raise ValueError("an anchor is its own anchor at chain length 0; a delta follows one")
+    def _encoding(self) -> Self:
+        if (self.kind is SnapshotKind.DELTA) != (self.codec == "arc_v2"):
+            raise ValueError("a delta, and only a delta, has a codec")
         return self
+
+    @classmethod
+    def of(
+        cls,
+        plan: SnapshotPlan,
+        content: CheckpointContent,
+        shards: Sequence[Shard],
+        created_at: datetime,
+    ) -> SnapshotManifest:
+        """Record `plan` as carried out: these shards, and the other files of the checkpoint."""
+        is_delta = plan.kind is SnapshotKind.DELTA
+        return cls(
+            **dict(plan),
+            content_sha256=content.sha256,
+            codec="arc_v2" if is_delta else "none",
+            checksum="adler32" if is_delta else "none",
+            shards=tuple(sorted(shards, key=lambda shard: shard.file)),
+            side_files=content.side_files,
+            created_at=created_at,
+        )
+
+    @property
+    def plan(self) -> SnapshotPlan:
+        """The plan that was carried out."""
+        return SnapshotPlan(**{name: getattr(self, name) for name in SnapshotPlan.model_fields})
 
     @property
     def size_bytes(self) -> int:
@@ -81,12 +140,12 @@ class SnapshotManifest(Record):
         return sum(shard.content_size_bytes for shard in self.shards)
 
     def render(self) -> bytes:
-        """The manifest as JSON, stable field order; `parse` reads it back."""
+        """Write the manifest as JSON, stable field order; `parse` reads it back."""
         return self.model_dump_json(indent=1).encode()
 
     @classmethod
     def parse(cls, data: bytes, *, identity: str) -> SnapshotManifest:
-        """The manifest in `data`, which must be the one of `identity`.
+        """Parse the manifest in `data`, which must be the one of `identity`.
 
         Raises:
             StoreError: not a manifest, or that of another identity.
@@ -117,25 +176,12 @@ class CheckpointContent(Record):
         return sum(shard.size_bytes for shard in self.shards)
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotPlan:
-    """What to publish next and why; carried out by a task."""
-
-    kind: SnapshotKind
-    identity: str
-    previous: str | None
-    anchor: str
-    chain_length: int
-    attempt: int
-    reason: str
-
-
 def content_sha256(files: dict[str, str]) -> str:
-    """One digest over a checkpoint: SHA-256 of its sorted (file, SHA-256) pairs."""
+    """Make one digest over a checkpoint: SHA-256 of its sorted (file, SHA-256) pairs."""
     return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
 
 def batches(shards: Sequence[FileDigest], limit: int) -> list[tuple[FileDigest, ...]]:
-    """The shards in order, in at most `limit` batches of about equal count; none for no shards."""
+    """Split the shards, in order, into at most `limit` batches of about equal count."""
     size = max(1, ceil(len(shards) / limit))
     return [tuple(shards[start : start + size]) for start in range(0, len(shards), size)]

@@ -19,13 +19,11 @@ from typing import Any
 import yaml
 from prefect.results import ResultRecord
 
-from hotload.clients.service import HotLoadClient
 from hotload.directory.files import sha256_file
-from hotload.publish.places import delta_dir, results_dir
+from hotload.publish.snapshot import ShardBatch
+from hotload.publish.workspace import Workspace
 from hotload.spec import CycleSpec
-from tasks.encode import EncodedBatch
-from tasks.upload import UploadedBatch
-from tests.flows.fleet import API_KEY, NAMES, Fleet
+from tests.flows.fleet import NAMES, Fleet
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
@@ -140,17 +138,17 @@ class Standing:
     @classmethod
     def of(cls, fleet: Fleet, spec: CycleSpec) -> Standing:
         """Every readable result, the deltas and stored shards such a result names, every part."""
-        service = HotLoadClient(base_url=fleet.url, api_key=API_KEY, **NAMES)
-        deltas = delta_dir(spec, service)
+        workspace = Workspace(Path(spec.work_dir), NAMES["account_id"], NAMES["deployment_id"])
+        deltas = workspace.deltas
         stored = [path for path in fleet.bucket.glob("*/*") if not is_record(path)]
         kept: list[Path] = list(fleet.bucket.glob("_hotload/rollouts/*/part-*.parquet"))
         damaged: list[Path] = []
-        for path in sorted(results_dir(spec, service).glob("*")):
+        for path in sorted(workspace.results.glob("*")):
             result = read_result(path)
-            if isinstance(result, EncodedBatch):
-                kept += [path, *_named(result, deltas.glob(f"{spec.name}-*/*"))]
-            elif isinstance(result, UploadedBatch):
-                kept += [path, *_named(result, stored)]
+            if isinstance(result, ShardBatch):
+                encoded = deltas.glob(f"{spec.name}-*/*")
+                is_upload = result.upload_seconds > 0
+                kept += [path, *_named(result, stored if is_upload else encoded)]
             else:
                 damaged.append(path)
         return cls({path: facts(path) for path in kept}, tuple(damaged))
@@ -192,6 +190,6 @@ def facts(path: Path) -> tuple[int, int, str]:
     return stat.st_ino, stat.st_mtime_ns, sha256_file(path)
 
 
-def _named(result: EncodedBatch | UploadedBatch, among: Iterable[Path]) -> list[Path]:
+def _named(result: ShardBatch, among: Iterable[Path]) -> list[Path]:
     digests = {(shard.file, shard.sha256) for shard in result.shards}
     return [path for path in among if (path.name, sha256_file(path)) in digests]

@@ -28,8 +28,10 @@ from hotload.errors import (
 )
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotPlan
+from hotload.publish.workspace import Workspace
 from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
+from tasks.baseline import Baseline
 from tasks.plan import plan_snapshot
 from tasks.validate import validate_checkpoint
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
@@ -144,9 +146,12 @@ def edit_tokenizer(checkpoint: Path) -> None:
 
 @flow
 async def plan_only(spec: CycleSpec) -> SnapshotPlan:
-    service = (await HotLoadService.load(spec.service)).open()
-    store = (await CheckpointStore.load(spec.store)).open()
-    return await plan_snapshot(spec, service, store, await validate_checkpoint(spec, service))
+    service = await HotLoadService.load(spec.service)
+    store = await CheckpointStore.load(spec.store)
+    workspace = Workspace(Path(spec.work_dir), service.account_id, service.deployment_id)
+    baseline = Baseline(workspace, store, Path(spec.checkpoint))
+    content = await validate_checkpoint(spec, service, baseline.digests)
+    return await plan_snapshot(spec, service, baseline, content)
 
 
 @pytest.mark.parametrize(

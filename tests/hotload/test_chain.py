@@ -1,6 +1,5 @@
 """plan_next, read_chain, may_signal and the transition table."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -18,7 +17,7 @@ from hotload.publish.chain import (
     Chain,
     ChainEvent,
     ChainState,
-    may_be_delta,
+    full_instead,
     may_signal,
     plan_full,
     plan_next,
@@ -27,7 +26,7 @@ from hotload.publish.chain import (
 from hotload.publish.readiness import ReplicaStatus, ServiceStatus
 from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
 from hotload.records import FileDigest
-from hotload.spec import CycleSpec
+from hotload.spec import Cadence
 
 DIGEST = "ab" * 32
 CONTENT = CheckpointContent(
@@ -43,54 +42,36 @@ OTHER_CONTENT = CheckpointContent(
 ADAPTER = CheckpointContent(kind=SnapshotKind.LORA, shards=CONTENT.shards, side_files=())
 
 
-def spec(version: int = 5, **cadence: object) -> CycleSpec:
-    return CycleSpec.model_validate(
-        {
-            "checkpoint": "/c",
-            "run_id": "run",
-            "policy_version": version,
-            "work_dir": "/w",
-            "problems": {"dataset": "/p"},
-            "cadence": cadence,
-        }
-    )
+def manifest_of(plan: SnapshotPlan, content: CheckpointContent = CONTENT) -> SnapshotManifest:
+    return SnapshotManifest.of(plan, content, (), datetime(2026, 1, 1, tzinfo=UTC))
 
 
-def manifest_of(
-    plan: SnapshotPlan, version: int = 4, content: CheckpointContent = CONTENT
-) -> SnapshotManifest:
-    is_delta = plan.kind is SnapshotKind.DELTA
-    return SnapshotManifest(
-        identity=plan.identity,
-        run_id="run",
-        policy_version=version,
-        kind=plan.kind,
-        previous=plan.previous,
-        anchor=plan.anchor,
-        chain_length=plan.chain_length,
-        attempt=plan.attempt,
-        reason=plan.reason,
-        content_sha256=content.sha256,
-        codec="arc_v2" if is_delta else "none",
-        checksum="adler32" if is_delta else "none",
-        shards=(),
-        side_files=(),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
+def full_of(version: int = 5, content: CheckpointContent = CONTENT) -> SnapshotPlan:
+    return plan_full(content, "first", run_id="run", policy_version=version, attempt=0)
 
 
-HEAD = manifest_of(plan_full([], spec(4), CONTENT, "first"))
+HEAD = manifest_of(full_of(4))
 
 
 def serving(*identities: str | None, **fields: object) -> ServiceStatus:
     return ServiceStatus(tuple(ReplicaStatus(True, one, **fields) for one in identities))
 
 
-def plan(chain: Chain, attempts: list[Attempt] | None = None, **changes: object) -> SnapshotPlan:
-    declared = changes.pop("spec", spec())
-    content = changes.pop("content", CONTENT)
+def plan(
+    chain: Chain,
+    attempts: list[Attempt] | None = None,
+    *,
+    version: int = 5,
+    content: CheckpointContent = CONTENT,
+    **cadence: object,
+) -> SnapshotPlan:
     return plan_next(
-        chain, attempts or [], declared, content, obstacle=changes.pop("obstacle", None)
+        chain,
+        attempts or [],
+        content,
+        run_id="run",
+        policy_version=version,
+        cadence=Cadence.model_validate(cadence),
     )
 
 
@@ -123,61 +104,59 @@ def test_the_same_facts_give_the_same_plan() -> None:
 def test_the_cadence_forces_a_full(length: int, full_every: int, kind: str) -> None:
     head = HEAD if length == 0 else replace_chain(length)
     chain = Chain(ChainState.CHAINED, head)
-    declared = spec(full_every=full_every)
-    assert plan(chain, spec=declared).kind == kind
-    assert may_be_delta(chain, [], declared) == (kind == "delta")
+    assert plan(chain, full_every=full_every).kind == kind
 
 
 def replace_chain(length: int) -> SnapshotManifest:
-    return manifest_of(replace(DELTA, chain_length=length))
+    return manifest_of(DELTA.model_copy(update={"chain_length": length, "policy_version": 4}))
 
 
 def test_force_full_says_so() -> None:
-    forced = plan(CHAINED, spec=spec(force_full=True))
+    forced = plan(CHAINED, force_full=True)
     assert (forced.kind, forced.reason) == (SnapshotKind.FULL, "force_full is set")
 
 
-def test_an_obstacle_forces_a_full_and_is_the_reason() -> None:
-    forced = plan(CHAINED, obstacle="shard files changed: x")
-    assert (forced.kind, forced.reason) == (SnapshotKind.FULL, "shard files changed: x")
+def test_an_obstacle_turns_the_delta_into_a_full_and_is_the_reason() -> None:
+    obstacle = "shard files changed: x"
+    full = full_instead(DELTA, CONTENT, obstacle)
+    assert full == full_of().model_copy(update={"reason": obstacle})
 
 
 def test_an_adapter_is_never_a_delta_and_keeps_the_interval() -> None:
     assert plan(CHAINED, content=ADAPTER).kind is SnapshotKind.LORA
-    published = manifest_of(plan(CHAINED, content=ADAPTER), 4, ADAPTER)
+    published = manifest_of(plan(CHAINED, content=ADAPTER, version=4), ADAPTER)
     chain = Chain(ChainState.CHAINED, published)
-    declared = spec(5, weight_sync_interval=4)
-    assert plan(chain, content=ADAPTER, spec=declared).identity == published.identity
-    assert not may_be_delta(chain, [], spec())
+    assert plan(chain, content=ADAPTER).kind is SnapshotKind.LORA
+    assert plan(chain, content=ADAPTER, weight_sync_interval=4).identity == published.identity
 
 
 @pytest.mark.parametrize(("version", "due"), [(4, True), (5, False), (8, True)])
 def test_versions_between_the_interval_plan_what_is_served(version: int, due: bool) -> None:
     older = HEAD.model_copy(update={"policy_version": 0})
     chain = Chain(ChainState.CHAINED, older)
-    planned = plan(chain, spec=spec(version, weight_sync_interval=4))
+    planned = plan(chain, version=version, weight_sync_interval=4)
     assert (planned.identity != HEAD.identity) == due
 
 
 def test_interval_zero_still_publishes_the_first() -> None:
-    declared = spec(weight_sync_interval=0)
-    assert plan(Chain(ChainState.NEED_FULL), spec=declared).kind is SnapshotKind.FULL
-    assert plan(CHAINED, spec=declared).identity == HEAD.identity
+    first = plan(Chain(ChainState.NEED_FULL), weight_sync_interval=0)
+    assert first.kind is SnapshotKind.FULL
+    assert plan(CHAINED, weight_sync_interval=0).identity == HEAD.identity
 
 
 def test_an_older_version_of_the_run_is_refused() -> None:
     with pytest.raises(InvalidIdentityError, match="already serves version 4"):
-        plan(CHAINED, spec=spec(3))
+        plan(CHAINED, version=3)
 
 
 def test_other_content_under_the_same_version_is_refused() -> None:
-    published = manifest_of(DELTA, 5, OTHER_CONTENT)
+    published = manifest_of(DELTA, OTHER_CONTENT)
     with pytest.raises(IdentityConflictError, match="other content"):
         plan(CHAINED, [Attempt(published, signalled=False)])
 
 
 def attempt(signalled: bool, planned: SnapshotPlan = DELTA) -> list[Attempt]:
-    return [Attempt(manifest_of(planned, 5), signalled)]
+    return [Attempt(manifest_of(planned), signalled)]
 
 
 def test_an_unsignalled_delta_is_resumed_while_the_replicas_stay() -> None:
@@ -219,7 +198,7 @@ def test_a_delta_in_error_is_never_sent_again() -> None:
     status = serving(HEAD.identity, stage="error", target_identity=DELTA.identity)
     again = plan(read_chain(status, HEAD, attempts), attempts)
     assert (again.kind, again.attempt) == (SnapshotKind.FULL, 1)
-    assert again.identity != plan_full([], spec(), CONTENT, "").identity
+    assert again.identity != full_of().identity
 
 
 def test_a_delta_whose_signal_is_in_doubt_becomes_a_full() -> None:
@@ -230,7 +209,7 @@ def test_a_delta_whose_signal_is_in_doubt_becomes_a_full() -> None:
 
 
 def test_a_full_whose_signal_is_in_doubt_is_signalled_again() -> None:
-    full = plan_full([], spec(), CONTENT, "first")
+    full = full_of()
     attempts = attempt(signalled=True, planned=full)
     chain = read_chain(serving(None), None, attempts)
     assert chain.state is ChainState.UNCLEAR
@@ -243,7 +222,7 @@ def test_a_stale_error_about_another_identity_is_ignored() -> None:
 
 
 def test_a_delta_may_be_signalled_only_on_its_previous() -> None:
-    delta = manifest_of(DELTA, 5)
+    delta = manifest_of(DELTA)
     assert may_signal(serving(HEAD.identity, HEAD.identity), delta)
     assert not may_signal(serving(HEAD.identity, DELTA.identity), delta)
     with pytest.raises(ChainBrokenError, match="base weights on 1"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 import pytest
@@ -19,14 +20,15 @@ from hotload.checkpoint.index_and_spec import build_index, build_spec
 from hotload.checkpoint.rules import check_full
 from hotload.delta.rules import check_delta, delta_obstacle
 from hotload.directory.files import (
+    FileDigests,
     apply_file,
+    clone_file,
     copy_file,
     encode_file,
     open_delta_shard,
     open_shard,
     read_checkpoint,
     remove_tree,
-    replace_directory,
     sha256_file,
     verify_file,
     write_atomic,
@@ -345,17 +347,50 @@ def test_copies_carry_their_digest(tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == V0.read_bytes()
 
 
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_directory_takes_the_place_of_another(tmp_path: Path, existing: bool) -> None:
-    staged, final = tmp_path / "staged", tmp_path / "final"
-    staged.mkdir()
-    (staged / "new").write_bytes(b"1")
-    if existing:
-        final.mkdir()
-        (final / "old").write_bytes(b"0")
-    replace_directory(staged, final)
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-    assert [path.name for path in final.iterdir()] == ["new"]
+def test_clones_are_files_of_their_own(tmp_path: Path) -> None:
+    source, clone = tmp_path / "source", tmp_path / "clone"
+    source.write_bytes(V0.read_bytes())
+    clone.write_bytes(b"what was there")
+    clone_file(source, clone)
+    source.write_bytes(b"changed later")
+    assert clone.read_bytes() == V0.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clone", "source"]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is one file system")
+def test_a_clone_onto_another_file_system_is_a_copy(tmp_path: Path) -> None:
+    with NamedTemporaryFile(dir="/dev/shm") as source:
+        source.write(V0.read_bytes())
+        source.flush()
+        clone_file(Path(source.name), tmp_path / "clone")
+    assert (tmp_path / "clone").read_bytes() == V0.read_bytes()
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
+    path, digests = tmp_path / "file", FileDigests()
+    path.write_bytes(b"one")
+    assert digests.known(path) is None
+    first = digests.of(path)
+    assert first == digests.known(path) == hashlib.sha256(b"one").hexdigest()
+    other = tmp_path / "other"
+    other.write_bytes(b"two")
+    os.utime(other, ns=(0, path.stat().st_mtime_ns))
+    other.replace(path)
+    assert digests.known(path) is None
+    assert digests.of(path) == hashlib.sha256(b"two").hexdigest()
+    path.unlink()
+    assert digests.known(path) is None
+
+
+def test_a_change_in_place_is_seen_though_size_and_time_stay(tmp_path: Path) -> None:
+    path, digests = tmp_path / "file", FileDigests()
+    path.write_bytes(b"one")
+    os.utime(path, ns=(0, 0))
+    first, read_at = digests.of(path), path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == read_at:  # a file system's clock has ticks
+        path.write_bytes(b"two")
+        os.utime(path, ns=(0, 0))
+    assert digests.of(path) != first
 
 
 def test_remove_tree_takes_files_directories_links_and_nothing(tmp_path: Path) -> None:

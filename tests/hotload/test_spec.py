@@ -25,7 +25,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert spec.readiness.min_ready_fraction == 1.0
     assert (spec.sampling.completions_per_prompt, spec.sampling.max_completion_tokens) == (4, 1024)
     assert (spec.sampling.temperature, spec.sampling.top_p, spec.sampling.top_k) == (1, 1, 0)
-    assert spec.snapshot.checksum_format == "alder32"
+    assert spec.snapshot.spec_dtype_style == "torch"
     assert spec.sampling.concurrency.prefill_queue_target == 0.5
 
 
@@ -54,7 +54,7 @@ def test_a_field_without_meaning_here_is_refused_with_the_reason(field: str) -> 
         {"sampling": {"completions_per_prompt": 0}},
         {"sampling": {"temperature": 2.1}},
         {"sampling": {"concurrency": {"min_window": 9, "max_window": 8}}},
-        {"snapshot": {"compression_format": "arc_v3"}},
+        {"snapshot": {"compression_format": "arc_v2"}},
         {"reward": {"name": "os.system('x')"}},
         {"reward": {"name": "../module:function"}},
     ],

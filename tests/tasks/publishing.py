@@ -16,19 +16,20 @@ from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store, publisher_lease
 from hotload.directory.files import read_checkpoint, sha256_file
 from hotload.identity import SnapshotKind
-from hotload.publish.places import baseline_dir, delta_dir, results_dir
 from hotload.publish.snapshot import (
     CheckpointContent,
     Shard,
+    ShardBatch,
     SnapshotManifest,
     SnapshotPlan,
     batches,
 )
+from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
 from hotload.spec import CycleSpec, ReadinessPolicy
 from tasks.announce import signal_snapshot
-from tasks.baseline import keep_baseline
-from tasks.encode import EncodedBatch, encode_shards
+from tasks.baseline import Baseline, keep_baseline
+from tasks.encode import DeltaEncoder, encode_shards
 from tasks.plan import plan_snapshot
 from tasks.upload import upload_manifests, upload_shards
 from tasks.wait import wait_until_ready
@@ -55,6 +56,19 @@ class Publisher:
     def spec(self, version: int, **changes: Any) -> CycleSpec:
         """The cycle of one policy version."""
         return self.fleet.spec(version, work_dir=str(self.work), **changes)
+
+    @property
+    def workspace(self) -> Workspace:
+        """This machine's own files for the service."""
+        return Workspace(self.work, self.service.account_id, self.service.deployment_id)
+
+    def baseline(self, version: int) -> Baseline:
+        """The baseline as a new process opens it for the cycle of one version."""
+        return Baseline(self.workspace, self.store, self.fleet.checkpoints[version])
+
+    def encoder(self, version: int, plan: SnapshotPlan) -> DeltaEncoder:
+        """What encodes the deltas of a plan."""
+        return DeltaEncoder(self.workspace, self.fleet.checkpoints[version], plan)
 
     def elsewhere(self, work: Path) -> Publisher:
         """Another machine: it knows the store and the service only."""
@@ -83,20 +97,20 @@ class Publisher:
     async def plan(self, version: int) -> SnapshotPlan:
         """What is published next."""
         spec, content = self.spec(version), self.content(version)
-        return await plan_snapshot.fn(spec, self.service, self.store, content)
+        return await plan_snapshot.fn(spec, self.service, self.baseline(version), content)
 
     async def carry(self, version: int, plan: SnapshotPlan) -> SnapshotManifest:
         """Encode and upload everything; nothing is signalled."""
-        spec, content = self.spec(version), self.content(version)
+        content, checkpoint = self.content(version), self.fleet.checkpoints[version]
         shards: list[Shard] = []
-        for batch in batches(content.shards, 25):
-            encoded, directory = EncodedBatch.as_is(batch), Path(spec.checkpoint)
-            if plan.kind is SnapshotKind.DELTA:
-                encoded = await encode_shards.fn(spec, self.service, plan, batch)
-                directory = self.deltas / plan.identity
-            await upload_shards.fn(self.store, plan.identity, str(directory), encoded.shards)
-            shards += encoded.shards
-        return await upload_manifests.fn(spec, self.store, plan, content, tuple(shards))
+        with self.encoder(version, plan) as encoder:
+            for files in batches(content.shards, 25):
+                batch, directory = ShardBatch.as_written(files), checkpoint
+                if plan.kind is SnapshotKind.DELTA:
+                    batch, directory = await encode_shards.fn(encoder, files), encoder.directory
+                await upload_shards.fn(self.store, plan.identity, str(directory), batch)
+                shards += batch.shards
+        return await upload_manifests.fn(self.store, checkpoint, plan, content, tuple(shards))
 
     async def signal(self, manifest: SnapshotManifest) -> tuple[str, ...]:
         """Signal it as the holder of the lease."""
@@ -123,23 +137,8 @@ class Publisher:
     async def publish(self, version: int) -> SnapshotManifest:
         """`serve`, and move the baseline on."""
         manifest = await self.serve(version)
-        await keep_baseline.fn(self.spec(version), self.service, self.store, manifest.identity)
+        await keep_baseline.fn(self.baseline(version), manifest.identity)
         return manifest
-
-    @property
-    def baselines(self) -> Path:
-        """Parent of the baselines on this machine."""
-        return baseline_dir(self.spec(0), self.service)
-
-    @property
-    def deltas(self) -> Path:
-        """Parent of the encoded deltas on this machine."""
-        return delta_dir(self.spec(0), self.service)
-
-    @property
-    def results(self) -> Path:
-        """Cached results on this machine."""
-        return results_dir(self.spec(0), self.service)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -16,10 +16,9 @@ from hotload.errors import (
 )
 from hotload.identity import SnapshotKind
 from hotload.publish.lease import Lease, Process
-from hotload.publish.snapshot import SnapshotManifest
+from hotload.publish.snapshot import ShardBatch, SnapshotManifest
 from hotload.spec import ReadinessPolicy
 from tasks.announce import hint_shards, reset_ledger, signal_snapshot
-from tasks.encode import EncodedBatch
 from tasks.wait import wait_until_ready
 from tests.flows.fleet import API_KEY, NAMES, REPLICAS
 from tests.tasks.publishing import Publisher
@@ -183,9 +182,10 @@ def hinting(publisher: Publisher) -> HotLoadClient:
 
 
 async def test_every_file_is_hinted(publisher: Publisher) -> None:
-    plan, shards = await publisher.plan(1), EncodedBatch.as_is(publisher.content(1).shards).shards
-    taken = await hint_shards.fn(hinting(publisher), publisher.store, plan, shards)
-    assert taken == len(shards)
+    plan, batch = await publisher.plan(1), ShardBatch.as_written(publisher.content(1).shards)
+    shards = batch.shards
+    hinted_batch = await hint_shards.fn(hinting(publisher), publisher.store, plan, batch)
+    assert hinted_batch.hint_count == len(shards)
     hinted = [note["body"] for note in publisher.fleet.log()["hints"]]
     assert hinted[0]["uri"] == f"{publisher.store.url}/{plan.identity}/{shards[0].file}"
     assert [body["file"] for body in hinted] == [shard.file for shard in shards]
@@ -193,7 +193,8 @@ async def test_every_file_is_hinted(publisher: Publisher) -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 404, 500, 503])
 async def test_a_hint_that_fails_fails_nothing(publisher: Publisher, status: int) -> None:
-    plan, shards = await publisher.plan(1), EncodedBatch.as_is(publisher.content(1).shards).shards
+    plan, batch = await publisher.plan(1), ShardBatch.as_written(publisher.content(1).shards)
     publisher.respond("hint", status)
-    assert await hint_shards.fn(hinting(publisher), publisher.store, plan, shards) == 0
-    assert publisher.struck() == (1 if status < 500 else len(shards))
+    hinted = await hint_shards.fn(hinting(publisher), publisher.store, plan, batch)
+    assert hinted.hint_count == 0
+    assert publisher.struck() == (1 if status < 500 else len(batch.shards))

@@ -6,9 +6,9 @@ import pytest
 
 from hotload.directory.files import apply_file, sha256_file
 from hotload.errors import InvalidCheckpointError
-from hotload.publish.snapshot import SnapshotPlan
+from hotload.publish.snapshot import ShardBatch, SnapshotPlan
 from hotload.records import FileDigest
-from tasks.encode import EncodedBatch, encode_once, encode_shards
+from tasks.encode import encode_once, encode_shards
 from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte, stamps
 
 Batch = tuple[FileDigest, ...]
@@ -20,21 +20,23 @@ async def planned(publisher: Publisher) -> tuple[SnapshotPlan, Batch]:
     return await publisher.plan(2), publisher.content(2).shards
 
 
-async def encode(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> EncodedBatch:
-    return await encode_shards.fn(publisher.spec(2), publisher.service, plan, batch)
+async def encode(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> ShardBatch:
+    with publisher.encoder(2, plan) as encoder:
+        return await encode_shards.fn(encoder, batch)
 
 
-async def encode_cached(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> EncodedBatch:
-    return await encode_once(publisher.spec(2), publisher.service, plan, batch)
+async def encode_cached(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> ShardBatch:
+    with publisher.encoder(2, plan) as encoder:
+        return await encode_once(encoder, batch)
 
 
 async def test_every_delta_restores_its_shard(publisher: Publisher, tmp_path: Path) -> None:
     plan, batch = await planned(publisher)
     encoded = await encode(publisher, plan, batch)
-    baseline = publisher.baselines / str(plan.previous)
+    baseline = publisher.workspace.baseline(str(plan.previous))
     assert [shard.file for shard in encoded.shards] == [shard.file for shard in batch]
     for shard, content in zip(encoded.shards, batch, strict=True):
-        delta = publisher.deltas / plan.identity / shard.file
+        delta = publisher.workspace.delta(plan.identity) / shard.file
         assert (delta.stat().st_size, sha256_file(delta)) == (shard.size_bytes, shard.sha256)
         restored = apply_file(baseline / shard.file, delta, tmp_path / "restored")
         assert restored == shard.content_sha256 == content.sha256
@@ -64,7 +66,7 @@ async def test_a_checkpoint_removed_since_validation_is_refused(publisher: Publi
 
 async def test_a_full_disk_leaves_nothing_half_written(publisher: Publisher) -> None:
     plan, batch = await planned(publisher)
-    directory = publisher.deltas / plan.identity
+    directory = publisher.workspace.delta(plan.identity)
     with pytest.raises(OSError, match="File too large"), disk_full_after(4096):
         await encode(publisher, plan, batch)
     whole = stamps(directory)
@@ -83,9 +85,15 @@ class TestCached:
     async def test_once(self, publisher: Publisher) -> None:
         plan, batch = await planned(publisher)
         first = await encode_cached(publisher, plan, batch)
-        written = stamps(publisher.deltas / plan.identity), stamps(publisher.results)
+        written = (
+            stamps(publisher.workspace.delta(plan.identity)),
+            stamps(publisher.workspace.results),
+        )
         assert await encode_cached(publisher, plan, batch) == first
-        assert (stamps(publisher.deltas / plan.identity), stamps(publisher.results)) == written
+        assert (
+            stamps(publisher.workspace.delta(plan.identity)),
+            stamps(publisher.workspace.results),
+        ) == written
 
     @pytest.mark.parametrize("harm", ["gone", "changed"])
     async def test_a_delta_that_is_not_what_it_was_is_encoded_again(
@@ -93,7 +101,7 @@ class TestCached:
     ) -> None:
         plan, batch = await planned(publisher)
         first = await encode_cached(publisher, plan, batch)
-        delta = publisher.deltas / plan.identity / batch[3].file
+        delta = publisher.workspace.delta(plan.identity) / batch[3].file
         if harm == "gone":
             delta.unlink()
         else:
@@ -108,16 +116,16 @@ class TestCached:
     ) -> None:
         plan, batch = await planned(publisher)
         first = await encode_cached(publisher, plan, batch)
-        [result] = publisher.results.iterdir()
+        [result] = publisher.workspace.results.iterdir()
         data = result.read_bytes()
         result.write_bytes(data[: int(kept * len(data))])
-        written = stamps(publisher.deltas / plan.identity)
+        written = stamps(publisher.workspace.delta(plan.identity))
         again = await encode_cached(publisher, plan, batch)
         assert again.shards == first.shards
-        assert stamps(publisher.deltas / plan.identity) != written
-        written = stamps(publisher.deltas / plan.identity)
+        assert stamps(publisher.workspace.delta(plan.identity)) != written
+        written = stamps(publisher.workspace.delta(plan.identity))
         assert await encode_cached(publisher, plan, batch) == again
-        assert stamps(publisher.deltas / plan.identity) == written
+        assert stamps(publisher.workspace.delta(plan.identity)) == written
 
     @pytest.mark.parametrize("garbage", [b"\x00\xff" * 40, b"{}", b"null", b'{"metadata": 3}'])
     async def test_a_result_that_is_something_else_is_a_miss(
@@ -125,14 +133,14 @@ class TestCached:
     ) -> None:
         plan, batch = await planned(publisher)
         first = await encode_cached(publisher, plan, batch)
-        [result] = publisher.results.iterdir()
+        [result] = publisher.workspace.results.iterdir()
         result.write_bytes(garbage)
         assert (await encode_cached(publisher, plan, batch)).shards == first.shards
 
     async def test_a_result_of_another_schema_is_a_miss(self, publisher: Publisher) -> None:
         plan, batch = await planned(publisher)
         first = await encode_cached(publisher, plan, batch)
-        [result] = publisher.results.iterdir()
+        [result] = publisher.workspace.results.iterdir()
         result.write_bytes(result.read_bytes().replace(b"verify_seconds", b"seconds_of_checking"))
         assert (await encode_cached(publisher, plan, batch)).shards == first.shards
 

@@ -1,7 +1,5 @@
 """Uploading: what is whole becomes visible, in its order, once; a changed checkpoint is refused."""
 
-from pathlib import Path
-
 import pytest
 
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
@@ -9,26 +7,27 @@ from hotload.clients.store import Store
 from hotload.clients.store.records import read_manifest
 from hotload.errors import InvalidCheckpointError, StoreError, StoreUnavailableError
 from hotload.identity import SnapshotKind
-from hotload.publish.snapshot import Shard, SnapshotManifest, SnapshotPlan
-from tasks.encode import EncodedBatch
+from hotload.publish.snapshot import Shard, ShardBatch, SnapshotManifest, SnapshotPlan
+from tasks.baseline import Baseline
 from tasks.plan import plan_snapshot
 from tasks.upload import upload_manifests, upload_once, upload_shards
 from tests.blocks.peers import answering, http
 from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte, stamps
 
 
-def shards_of(publisher: Publisher, version: int = 1) -> tuple[Shard, ...]:
-    return EncodedBatch.as_is(publisher.content(version).shards).shards
+def shards_of(publisher: Publisher) -> tuple[Shard, ...]:
+    return ShardBatch.as_written(publisher.content(1).shards).shards
 
 
 async def upload(publisher: Publisher, plan: SnapshotPlan, shards: tuple[Shard, ...]) -> None:
     directory = str(publisher.fleet.checkpoints[1])
-    await upload_shards.fn(publisher.store, plan.identity, directory, shards)
+    await upload_shards.fn(publisher.store, plan.identity, directory, ShardBatch(shards=shards))
 
 
 async def finish(publisher: Publisher, plan: SnapshotPlan) -> SnapshotManifest:
-    spec, content = publisher.spec(1), publisher.content(1)
-    return await upload_manifests.fn(spec, publisher.store, plan, content, shards_of(publisher))
+    checkpoint, content = publisher.fleet.checkpoints[1], publisher.content(1)
+    shards = shards_of(publisher)
+    return await upload_manifests.fn(publisher.store, checkpoint, plan, content, shards)
 
 
 async def test_shards_then_the_files_beside_them_then_our_manifest(publisher: Publisher) -> None:
@@ -80,7 +79,7 @@ async def test_a_side_file_changed_since_validation_is_never_announced(
     else:
         (checkpoint / file).unlink()
     with pytest.raises((InvalidCheckpointError, StoreError), match=file):
-        await upload_manifests.fn(publisher.spec(1), publisher.store, plan, content, shards)
+        await upload_manifests.fn(publisher.store, checkpoint, plan, content, shards)
     assert await read_manifest(publisher.store, plan.identity) is None
     assert publisher.fleet.log()["signals"] == []
 
@@ -92,7 +91,8 @@ async def test_what_the_store_lost_is_uploaded_again(publisher: Publisher, harm:
     checkpoint = publisher.fleet.checkpoints[1]
 
     async def upload_cached() -> None:
-        await upload_once(publisher.store, plan.identity, checkpoint, shards, publisher.results)
+        batch, results = ShardBatch(shards=shards), publisher.workspace.results
+        await upload_once(publisher.store, plan.identity, checkpoint, batch, results)
 
     await upload_cached()
     stored = publisher.fleet.bucket / plan.identity / shards[4].file
@@ -111,9 +111,8 @@ async def test_what_s3_lost_is_uploaded_again(s3_publisher: Publisher) -> None:
     plan, shards = await s3_publisher.plan(1), shards_of(s3_publisher)
     checkpoint, lost = s3_publisher.fleet.checkpoints[1], f"{plan.identity}/{shards[4].file}"
     for _ in range(2):
-        await upload_once(
-            s3_publisher.store, plan.identity, checkpoint, shards, s3_publisher.results
-        )
+        batch, results = ShardBatch(shards=shards), s3_publisher.workspace.results
+        await upload_once(s3_publisher.store, plan.identity, checkpoint, batch, results)
         assert await s3_publisher.store.size(lost) == shards[4].size_bytes
         await s3_publisher.store.delete_file(lost)
 
@@ -121,11 +120,12 @@ async def test_what_s3_lost_is_uploaded_again(s3_publisher: Publisher) -> None:
 async def refused_by(publisher: Publisher, store: Store) -> StoreError:
     """What planning and uploading say of a store that does not work; both stop, nothing retries."""
     plan, content = await publisher.plan(1), publisher.content(1)
+    baseline = Baseline(publisher.workspace, store, publisher.fleet.checkpoints[1])
     with pytest.raises(StoreError) as caught:
-        await plan_snapshot.fn(publisher.spec(1), publisher.service, store, content)
+        await plan_snapshot.fn(publisher.spec(1), publisher.service, baseline, content)
     directory, shards = str(publisher.fleet.checkpoints[1]), shards_of(publisher)
     with pytest.raises(StoreError) as again:
-        await upload_shards.fn(store, plan.identity, directory, shards)
+        await upload_shards.fn(store, plan.identity, directory, ShardBatch(shards=shards))
     assert not isinstance(caught.value, StoreUnavailableError)
     assert not isinstance(again.value, StoreUnavailableError)
     return again.value
@@ -169,7 +169,6 @@ async def test_a_store_without_room_shows_nothing_half(publisher: Publisher) -> 
 
 async def test_a_local_file_that_vanished_is_named(publisher: Publisher) -> None:
     plan, shards = await publisher.plan(1), shards_of(publisher)
+    nowhere, batch = str(publisher.work / "nowhere"), ShardBatch(shards=shards)
     with pytest.raises(StoreError, match=shards[0].file):
-        await upload_shards.fn(
-            publisher.store, plan.identity, str(Path(publisher.work) / "nowhere"), shards
-        )
+        await upload_shards.fn(publisher.store, plan.identity, nowhere, batch)

@@ -13,7 +13,6 @@ from hotload.errors import (
     ServiceUnavailableError,
 )
 from hotload.publish.snapshot import SnapshotManifest
-from hotload.spec import CycleSpec
 from tasks.wait import wait_for_replicas, wait_until_ready
 from tests.flows.fleet import API_KEY, NAMES, REPLICAS
 from tests.tasks.publishing import IMPATIENT, Publisher
@@ -34,23 +33,19 @@ async def ready(
     return seen.ready_count
 
 
-def impatient(publisher: Publisher, version: int = 1) -> CycleSpec:
-    return publisher.spec(version, readiness=IMPATIENT.model_dump())
-
-
 # Before the first signal
 
 
 async def test_the_first_replica_ends_the_wait(publisher: Publisher) -> None:
     publisher.fleet.fault(fault="empty_replicas", count=2)
     publisher.respond("status", 503, count=1)
-    await wait_for_replicas.fn(impatient(publisher), publisher.service, REPLICAS)
+    await wait_for_replicas.fn("run-000001", publisher.service, IMPATIENT, REPLICAS)
     assert publisher.fleet.orders() == []
 
 
 async def test_a_list_that_is_too_short_is_waited_out(publisher: Publisher) -> None:
     with pytest.raises(ServiceUnavailableError, match=f"{REPLICAS} of {REPLICAS + 1} replicas"):
-        await wait_for_replicas.fn(impatient(publisher), publisher.service, REPLICAS + 1)
+        await wait_for_replicas.fn("run-000001", publisher.service, IMPATIENT, REPLICAS + 1)
 
 
 async def test_what_another_cycle_signalled_is_waited_out(
@@ -59,9 +54,9 @@ async def test_what_another_cycle_signalled_is_waited_out(
     publisher.fleet.fault(fault="lagging_replica", replica="replica-0")
     await publisher.service.signal(manifest)
     with pytest.raises(ServiceUnavailableError, match=f"loading {manifest.identity}"):
-        await wait_for_replicas.fn(impatient(publisher, 2), publisher.service, REPLICAS)
+        await wait_for_replicas.fn("run-000002", publisher.service, IMPATIENT, REPLICAS)
     # Its own cycle is let through: the plan judges what it signalled before it was killed.
-    await wait_for_replicas.fn(impatient(publisher, 1), publisher.service, REPLICAS)
+    await wait_for_replicas.fn("run-000001", publisher.service, IMPATIENT, REPLICAS)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +75,7 @@ async def test_no_replica_until_the_deadline(
 ) -> None:
     publisher.fleet.fault(**fault)
     with pytest.raises(ServiceUnavailableError, match=words) as caught:
-        await wait_for_replicas.fn(impatient(publisher), publisher.service, REPLICAS)
+        await wait_for_replicas.fn("run-000001", publisher.service, IMPATIENT, REPLICAS)
     assert "waited 0.2 s" in str(caught.value)
     assert publisher.fleet.log()["signals"] == []
 
@@ -91,7 +86,7 @@ async def test_a_refusal_ends_the_cycle_before_a_signal_and_is_waited_out_after_
 ) -> None:
     publisher.respond("status", status)
     with pytest.raises(ServiceRefusedError, match=f"HTTP {status}"):
-        await wait_for_replicas.fn(impatient(publisher), publisher.service, REPLICAS)
+        await wait_for_replicas.fn("run-000001", publisher.service, IMPATIENT, REPLICAS)
     with pytest.raises(ReadinessTimeoutError, match=f"HTTP {status}"):
         await ready(publisher, manifest)
 
@@ -107,7 +102,7 @@ async def test_another_form_is_not_waited_out(
 async def test_nobody_at_home(publisher: Publisher) -> None:
     nobody = HotLoadClient(base_url="http://127.0.0.1:9", api_key=API_KEY, **NAMES)
     with pytest.raises(ServiceUnavailableError, match="ConnectError"):
-        await wait_for_replicas.fn(impatient(publisher), nobody, REPLICAS)
+        await wait_for_replicas.fn("run-000001", nobody, IMPATIENT, REPLICAS)
 
 
 # After the signal

@@ -24,7 +24,7 @@ READ_CONCURRENCY = 16
 
 
 async def read_manifest(store: Store, identity: str) -> SnapshotManifest | None:
-    """The manifest of `identity`, or None if this store never published it whole."""
+    """Read the manifest of `identity`; None if this store has no complete snapshot of it."""
     path = f"{SNAPSHOTS}/{identity}.json"
     if await store.size(path) is None:
         return None
@@ -44,7 +44,7 @@ async def mark_signalled(store: Store, identity: str) -> None:
 
 
 async def read_attempts(store: Store, name: str) -> list[Attempt]:
-    """What the cycle `name` has published so far, oldest first."""
+    """Read what the cycle `name` has published so far, oldest first."""
     of_this_cycle = re.compile(re.escape(name) + r"-[0-9a-f]{8}\.json")
     listed = [file for file in await store.names(SNAPSHOTS) if of_this_cycle.fullmatch(file)]
     gate = asyncio.Semaphore(READ_CONCURRENCY)
@@ -61,7 +61,7 @@ async def read_attempts(store: Store, name: str) -> list[Attempt]:
 
 
 async def read_report(store: Store, name: str) -> CycleReport | None:
-    """The report of a cycle that has ended, or None.
+    """Read the report of a cycle that has ended, or None.
 
     Raises:
         StoreError: there is one, and it cannot be read.
