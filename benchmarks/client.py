@@ -71,7 +71,11 @@ async def ours(url: str, options: argparse.Namespace, count: int) -> Sampled:
             *(sampler.sample(problem_of(number), 0) for number in range(count))
         )
     assert not any(sample.failure for sample in samples)
-    return [(sample.token_ids_T, sample.sampling_logprobs_T) for sample in samples]
+    return [
+        (segment.token_ids_T, segment.sampling_logprobs_T)
+        for sample in samples
+        for segment in sample.segments
+    ]
 
 
 async def _in_flight(options: argparse.Namespace, count: int, send: Any) -> Sampled:

@@ -12,8 +12,7 @@ from blocks.rollout_client import RolloutClient
 from examples.tiny_trainer import TinyTrainer
 from flows.cycle import checkpoint_to_rollout
 from hotload.quantities import size
-from hotload.report.cycle_report import CycleReport
-from hotload.rollout.counts import counts
+from hotload.report.cycle_report import CycleReport, join_counts
 from hotload.spec import CycleSpec
 
 CYCLES = 5
@@ -112,7 +111,7 @@ def table(reports: list[CycleReport]) -> str:
     for report, row in zip(reports, rows, strict=True):
         rollouts = report.rollouts
         lines += [_row(row, widths), f"    why      {report.snapshot.reason}"]
-        lines += [f"    samples  {counts(rollouts.samples_by_identity)}"]
+        lines += [f"    samples  {join_counts(rollouts.samples_by_identity)}"]
     return "\n".join(
         [*lines, "", "Times in seconds; encode and upload are summed over shards.", ""]
     )

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
-from polars.exceptions import PolarsError
 from prefect import get_run_logger, task
 from prefect.artifacts import acreate_link_artifact, acreate_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -27,7 +26,7 @@ from hotload.errors import StoreError, StoreUnavailableError
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines
 from hotload.report.page import render_report
-from hotload.report.sample_statistics import Figures
+from hotload.report.sample_statistics import SampleStatistics
 from hotload.spec import CycleSpec
 from tasks.retrying import RETRIED
 from tasks.validate import require_content
@@ -59,16 +58,16 @@ async def conclude_cycle(store: Store, spec: CycleSpec, report: CycleReport) -> 
     Raises:
         StoreError: the store refuses.
     """
-    figures, rollouts_ended_at = await _read_rollouts(store, report)
+    statistics, rollouts_ended_at = await _read_rollouts(store, report)
     trained = await _read_trained(store, spec)
     ended_at = datetime.now(UTC)
-    metrics = cycle_metrics(report, figures, trained)
+    metrics = cycle_metrics(report, statistics, trained)
     lines = json_lines(report, metrics, rollouts_ended_at=rollouts_ended_at or ended_at)
     await store.put_bytes(lines, f"{METRICS}/{report.name}.jsonl")
     page = await asyncio.to_thread(
         render_report,
         report,
-        figures,
+        statistics,
         ended_at=ended_at,
         rollouts_ended_at=rollouts_ended_at,
         trained=trained,
@@ -80,28 +79,33 @@ async def conclude_cycle(store: Store, spec: CycleSpec, report: CycleReport) -> 
     await _show(report, f"{store.url}/{page_path}")
 
 
-async def _read_rollouts(store: Store, report: CycleReport) -> tuple[Figures, datetime | None]:
-    """What the rows come to, and when they were handed back.
+async def _read_rollouts(
+    store: Store, report: CycleReport
+) -> tuple[SampleStatistics | None, datetime | None]:
+    """Read the manifest: the statistics of the samples, and when they were handed back.
 
-    They only inform: where the data is damaged or was moved, the report does without.
+    They only inform: without a manifest, or with parts whose samples an earlier version of hotload
+    did not count, the report does without.
     """
-    figures = Figures(report.run_id)
     identity, version = report.rollouts.identity, report.policy_version
-    directory = path = rollout_directory(identity, report.run_id, version)
+    directory = rollout_directory(identity, report.run_id, version)
+    logger = get_run_logger()
     try:
         manifest = await read_manifest(store, directory)
         if manifest is None:
             raise StoreError(directory, "has no manifest")
-        for part in manifest.parts:
-            path = f"{directory}/{part.file}"
-            data = await store.read_bytes(path, limit_bytes=part.size_bytes)
-            await asyncio.to_thread(figures.add, data)
     except StoreUnavailableError:
         raise
-    except (StoreError, PolarsError) as error:
-        get_run_logger().warning("the page shows only some of the samples: %s: %s", path, error)
-        return figures, None
-    return figures, manifest.created_at
+    except StoreError as error:
+        logger.warning("the report is without statistics of the samples: %s", error)
+        return None, None
+    statistics = SampleStatistics.of(manifest)
+    if statistics is None:
+        logger.warning(
+            "the report is without statistics of the samples: an earlier version of hotload wrote "
+            "some of them and did not count them"
+        )
+    return statistics, manifest.created_at
 
 
 async def _read_trained(store: Store, spec: CycleSpec) -> TrainedAgainst | None:

@@ -1,5 +1,4 @@
-"""How numbers such as a cycle's rewards are distributed, and how far the trainer's
-log-probabilities lie from the sampler's on the same tokens.
+"""How far the trainer's log-probabilities lie from the sampler's on the same tokens.
 
 Tokens the policy did not sample are left out. Log-probabilities are natural, so divergence is in
 nats.
@@ -36,20 +35,6 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """A histogram of `count` numbers: `counts` between `edges`, one more than counts, the last bin
-    closed. `std` is that of the population."""
-
-    count: int
-    mean: float
-    std: float
-    least: float
-    greatest: float
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-
-
 class LogprobDrift(Record):
     """Trainer's against sampler's log-probabilities over `token_count` sampled tokens, in nats.
 
@@ -82,33 +67,7 @@ class TrainedAgainst:
     drift: LogprobDrift
 
 
-def distribution(values: ArrayLike, *, bin_count: int = 20) -> Distribution | None:
-    """The distribution of finite `values`; `None` where there are none.
-
-    Values that are all the same make one bin of width 0.
-    """
-    numbers = np.asarray(values, dtype=np.float64).ravel()
-    if numbers.size == 0:
-        return None
-    least, greatest = float(numbers.min()), float(numbers.max())
-    if least == greatest:
-        same = (least, greatest)
-        return Distribution(numbers.size, least, 0.0, least, greatest, same, (numbers.size,))
-    # Numbers that hardly differ leave no room for so many edges.
-    edges = np.unique(np.linspace(least, greatest, bin_count + 1))
-    counts, _ = np.histogram(numbers, edges)
-    return Distribution(
-        numbers.size,
-        float(numbers.mean()),
-        float(numbers.std()),
-        least,
-        greatest,
-        tuple(edges.tolist()),
-        tuple(counts.tolist()),
-    )
-
-
-def logprob_drift(
+def measure_drift(
     trainer_logprobs_T: ArrayLike, sampling_logprobs_T: ArrayLike, loss_mask_T: ArrayLike
 ) -> LogprobDrift | None:
     """How far the trainer's log-probabilities are from the sampler's, over tokens where the mask is
@@ -224,7 +183,7 @@ def _drift(rows: list[NDArray[np.float64] | None], frame: pl.DataFrame) -> Logpr
     given = frame.filter(pl.Series(has_tokens, dtype=pl.Boolean))
     if given.is_empty():
         return None
-    return logprob_drift(
+    return measure_drift(
         np.concatenate([row for row in rows if row is not None]),
         given["sampling_logprobs"].explode().to_numpy(),
         given["loss_mask"].explode().to_numpy(),

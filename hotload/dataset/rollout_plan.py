@@ -16,9 +16,10 @@ from typing import Literal
 
 from pydantic import AwareDatetime, Field
 
+from hotload.dataset.sample_extracts import SampleExtract
 from hotload.identity import version_of
 from hotload.records import FileName, Record, Sha256
-from hotload.rollout.counts import GroupCounts, RolloutSummary, added
+from hotload.rollout.counts import RolloutCounts, RolloutSummary
 from hotload.rollout.trajectory import Problem, chunk, problems_for
 from hotload.spec import CycleSpec
 
@@ -87,28 +88,26 @@ class RolloutPlan:
         return f"{self.directory}/{file}"
 
 
-class RolloutPart(Record):
-    """One part file and what is in it."""
+class RolloutPart(RolloutCounts):
+    """One part file and the counts of what is in it."""
 
     file: FileName
     size_bytes: int = Field(ge=0)
     sha256: Sha256
     digest: Sha256
-    group_count: int = Field(ge=0)
-    sample_count: int = Field(ge=0)
-    failed_samples: dict[str, int]
-    samples_by_identity: dict[str, int]
-    reward_count: int = Field(ge=0)
-    reward_sum: float
-    completion_token_count: int = Field(ge=0)
-    groups: GroupCounts = GroupCounts()
 
 
-class PartNotes(Record):
-    """What a part file carries beside its rows: groups that left no row, and what the rules did."""
+class PartNotes(RolloutCounts):
+    """What a part file carries beside its rows: groups that left no row, its counts, and samples to
+    show. A file without counts of its samples was written by an earlier version of hotload."""
 
     dropped_problem_ids: tuple[str, ...] = ()
-    groups: GroupCounts = GroupCounts()
+    extracts: tuple[SampleExtract, ...] = ()
+
+    def part(self, *, file: str, size_bytes: int, sha256: str, digest: str) -> RolloutPart:
+        """Make the manifest's entry of this file."""
+        counts = {name: getattr(self, name) for name in RolloutCounts.model_fields}
+        return RolloutPart(file=file, size_bytes=size_bytes, sha256=sha256, digest=digest, **counts)
 
 
 class RolloutManifest(Record):
@@ -125,6 +124,8 @@ class RolloutManifest(Record):
     """Whether the cycle has ended; before, more parts may come."""
     planned_group_count: int = Field(0, ge=0)
     """Groups there will be, less those that are dropped without another in their place."""
+    extracts: tuple[SampleExtract, ...] = ()
+    """Samples to show, once it is complete."""
     created_at: AwareDatetime
 
     def render(self) -> bytes:
@@ -203,25 +204,24 @@ def summarize(
     found: Iterable[RolloutPart] = (),
     window_trace: Iterable[tuple[float, int, int]] = (),
 ) -> RolloutSummary:
-    """What these parts of one rollout came to; the mean is over the samples that have a reward.
+    """Add up the parts of one rollout; the mean is over the samples that have a reward.
 
     Args:
         found: those of them that were there before the `seconds` began.
     """
-    parts, found = tuple(parts), tuple(found)
-    rewarded = sum(part.reward_count for part in parts)
+    total, earlier = RolloutCounts.total(parts), RolloutCounts.total(found)
     return RolloutSummary(
         identity=identity,
-        group_count=sum(part.group_count for part in parts),
-        sample_count=sum(part.sample_count for part in parts),
-        failed_samples=added(part.failed_samples for part in parts),
-        samples_by_identity=added(part.samples_by_identity for part in parts),
-        mean_reward=sum(part.reward_sum for part in parts) / rewarded if rewarded else None,
-        completion_token_count=sum(part.completion_token_count for part in parts),
-        found_sample_count=sum(part.sample_count for part in found),
-        found_token_count=sum(part.completion_token_count for part in found),
+        group_count=total.group_count,
+        sample_count=total.sample_count,
+        failed_samples=total.failed_samples,
+        samples_by_identity=total.samples_by_identity,
+        mean_reward=total.reward_sum / total.reward_count if total.reward_count else None,
+        completion_token_count=total.completion_token_count,
+        found_sample_count=earlier.sample_count,
+        found_token_count=earlier.completion_token_count,
         parts_uri=parts_uri,
         seconds=seconds,
-        groups=GroupCounts.total(part.groups for part in parts),
+        groups=total.groups,
         window_trace=tuple(window_trace),
     )

@@ -1,66 +1,25 @@
-"""Schemas of tables: rollouts, as a cycle hands them back; the tensors of a snapshot and the
-ledger of publications, for whoever analyses them.
+"""The table of rollouts, as a cycle hands them back.
 
-Each `…_frame` makes a table from values, each `check_…` returns it if it keeps its schema.
 Importing this brings pandera and polars, so `hotload` itself does not.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
 
 import pandera.polars as pa
 import polars as pl
 from pandera.api.polars.types import PolarsData
 
-from hotload.dataset.rollout_plan import RolloutPart
-from hotload.identity import SnapshotKind, version_of
-from hotload.publish.snapshot import SnapshotManifest
+from hotload.identity import version_of
 from hotload.rollout.trajectory import Problem, ScoredGroup, Segment, Trajectory, Weights
-
-if TYPE_CHECKING:
-    from hotload.checkpoint.safetensors import ShardHeader
-
-UtcMoment = Annotated[pl.Datetime, "us", "UTC"]
 
 IDENTITY_RUN = {"start": pl.Int32, "identity": pl.String}
 REWARD_PART = {"name": pl.String, "value": pl.Float64}
 
 
-class _Table(pa.DataFrameModel):
-    """Columns are exactly those named, of exactly their types."""
-
-    class Config:
-        strict = True
-        ordered = True
-        coerce = False
-
-
-class Tensors(_Table):
-    """One row per tensor of a snapshot; offsets in bytes from the end of the shard's header, end
-    exclusive.
-    """
-
-    file: pl.String
-    tensor: pl.String
-    dtype: pl.String
-    shape: pl.List(pl.Int64)  # type: ignore[valid-type]
-    start: pl.Int64 = pa.Field(ge=0)
-    end: pl.Int64 = pa.Field(ge=0)
-
-    @pa.dataframe_check(error="end lies before start")
-    def _in_order(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805 - pandera binds the class
-        return data.lazyframe.select(pl.col("end") >= pl.col("start"))
-
-    @pa.dataframe_check(error="a tensor is named twice")
-    def _once(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
-        return data.lazyframe.select(~pl.col("tensor").is_duplicated())
-
-
-class Rollouts(_Table):
+class Rollouts(pa.DataFrameModel):
     """One row per segment of a sample, failed samples included: tokens, reward, advantage, and
     which weights made them.
 
@@ -117,6 +76,12 @@ class Rollouts(_Table):
     cached_prompt_token_count: pl.Int64 = pa.Field(ge=0)
     completion_token_count: pl.Int64 = pa.Field(ge=0)
 
+    class Config:
+        # Exactly these columns, of exactly these types.
+        strict = True
+        ordered = True
+        coerce = False
+
     @pa.dataframe_check(error="token_ids, loss_mask and sampling_logprobs differ in length")
     def _same_length(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
         tokens = pl.col("token_ids").list.len()
@@ -145,48 +110,6 @@ class Rollouts(_Table):
         return data.lazyframe.select(~row.is_duplicated())
 
 
-class Ledger(_Table):
-    """One row per published snapshot, oldest first; sizes in bytes."""
-
-    identity: pl.String = pa.Field(unique=True)
-    policy_version: pl.Int64 = pa.Field(ge=0)
-    kind: pl.String = pa.Field(isin=[each.value for each in SnapshotKind])
-    previous: pl.String = pa.Field(nullable=True)
-    anchor: pl.String
-    chain_length: pl.Int64 = pa.Field(ge=0)
-    reason: pl.String
-    content_sha256: pl.String
-    size_bytes: pl.Int64 = pa.Field(ge=0)
-    content_size_bytes: pl.Int64 = pa.Field(ge=0)
-    created_at: UtcMoment
-
-    @pa.dataframe_check(error="a delta, and only a delta, has a previous identity")
-    def _lineage(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
-        is_delta = pl.col("kind") == SnapshotKind.DELTA.value
-        return data.lazyframe.select(is_delta == pl.col("previous").is_not_null())
-
-
-def _frame(schema: type[_Table], columns: dict[str, list[object]]) -> pl.DataFrame:
-    types = {name: column.dtype.type for name, column in schema.to_schema().columns.items()}
-    return pl.DataFrame(columns, schema=types)
-
-
-def tensors_frame(shards: Iterable[ShardHeader]) -> pl.DataFrame:
-    """The tensors of a snapshot, in the order of shards and offsets; keeps `Tensors`."""
-    rows = [(shard.file, tensor) for shard in shards for tensor in shard.tensors]
-    return _frame(
-        Tensors,
-        {
-            "file": [file for file, _ in rows],
-            "tensor": [tensor.name for _, tensor in rows],
-            "dtype": [tensor.dtype for _, tensor in rows],
-            "shape": [list(tensor.shape) for _, tensor in rows],
-            "start": [tensor.start for _, tensor in rows],
-            "end": [tensor.end for _, tensor in rows],
-        },
-    )
-
-
 def rollouts_frame(
     groups: Sequence[ScoredGroup], *, run_id: str, policy_version: int
 ) -> pl.DataFrame:
@@ -195,7 +118,8 @@ def rollouts_frame(
     Args:
         policy_version: the cycle's, for samples whose identity names no version of `run_id`.
     """
-    columns: dict[str, list[object]] = {name: [] for name in Rollouts.to_schema().columns}
+    types = {name: column.dtype.type for name, column in Rollouts.to_schema().columns.items()}
+    columns: dict[str, list[object]] = {name: [] for name in types}
     for group in groups:
         parts_G = group.reward_parts_G or ({},) * len(group.trajectories_G)
         scored = zip(
@@ -209,7 +133,7 @@ def rollouts_frame(
                 "policy_version": policy_version if confirmed is None else confirmed,
                 "problem_id": sample.problem_id,
                 "sample_number": sample.sample_number,
-                "segment_count": 1 + len(sample.further),
+                "segment_count": len(sample.segments),
                 "turn_count": sample.turn_count,
                 "seed": sample.seed,
                 "text": sample.text,
@@ -238,7 +162,7 @@ def rollouts_frame(
             for own in _segment_columns(group.problem, sample):
                 for name, value in (shared | own).items():
                     columns[name].append(value)
-    return _frame(Rollouts, columns)
+    return pl.DataFrame(columns, schema=types)
 
 
 def _segment_columns(problem: Problem, sample: Trajectory) -> Iterable[dict[str, object]]:
@@ -286,80 +210,8 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=plain)
 
 
-def ledger_frame(manifests: Iterable[SnapshotManifest]) -> pl.DataFrame:
-    """What was published, oldest first; keeps `Ledger`."""
-    ordered = sorted(manifests, key=lambda manifest: manifest.created_at)
-    return _frame(
-        Ledger,
-        {
-            "identity": [each.identity for each in ordered],
-            "policy_version": [each.policy_version for each in ordered],
-            "kind": [each.kind.value for each in ordered],
-            "previous": [each.previous for each in ordered],
-            "anchor": [each.anchor for each in ordered],
-            "chain_length": [each.chain_length for each in ordered],
-            "reason": [each.reason for each in ordered],
-            "content_sha256": [each.content_sha256 for each in ordered],
-            "size_bytes": [each.size_bytes for each in ordered],
-            "content_size_bytes": [each.content_size_bytes for each in ordered],
-            "created_at": [each.created_at for each in ordered],
-        },
-    )
-
-
-def check_tensors(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame itself, if it keeps `Tensors`; otherwise pandera's SchemaErrors, naming every
-    breach.
-    """
-    return Tensors.validate(frame, lazy=True)
-
-
 def check_rollouts(frame: pl.DataFrame) -> pl.DataFrame:
     """The frame itself, if it keeps `Rollouts`; otherwise pandera's SchemaErrors, naming every
     breach.
     """
     return Rollouts.validate(frame, lazy=True)
-
-
-def check_ledger(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame itself, if it keeps `Ledger`; otherwise pandera's SchemaErrors, naming every
-    breach.
-    """
-    return Ledger.validate(frame, lazy=True)
-
-
-def weights_told(weights: str, identity: str, identities: Sequence[str]) -> str | None:
-    """The weights that made a sample, in its columns' words: `first → … → last` where it straddles
-    a swap, `… (assumed)` where its answer did not tell; `None` without tokens.
-    """
-    if weights == Weights.NONE.value:
-        return None
-    return f"{identity} (assumed)" if weights == Weights.ASSUMED.value else " → ".join(identities)
-
-
-def samples_by_weights(samples: pl.DataFrame) -> Counter[str]:
-    """Samples, given by one row of `Rollouts` each, by the weights that made them."""
-    told = samples.select("weights", "identity", "identities").iter_rows()
-    return Counter(made for row in told if (made := weights_told(*row)) is not None)
-
-
-def part_facts(
-    frame: pl.DataFrame, *, file: str, size_bytes: int, sha256: str, digest: str
-) -> RolloutPart:
-    """What a part's rows come to."""
-    samples = frame.filter(pl.col("segment_number") == 0)
-    failures = Counter(failure for failure in samples["failure"] if failure is not None)
-    rewards = samples["reward"].drop_nulls()
-    return RolloutPart(
-        file=file,
-        size_bytes=size_bytes,
-        sha256=sha256,
-        digest=digest,
-        group_count=samples["problem_id"].n_unique(),
-        sample_count=samples.height,
-        failed_samples=dict(failures),
-        samples_by_identity=dict(samples_by_weights(samples)),
-        reward_count=len(rewards),
-        reward_sum=float(rewards.sum()),
-        completion_token_count=int(samples["completion_token_count"].sum()),
-    )

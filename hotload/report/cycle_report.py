@@ -13,7 +13,7 @@ from pydantic import Field
 from hotload.publish.publication import Publication, Published
 from hotload.quantities import size
 from hotload.records import Record
-from hotload.rollout.counts import RolloutSummary, _told, counts
+from hotload.rollout.counts import RolloutSummary, _told
 from hotload.spec import CycleSpec
 
 
@@ -83,11 +83,16 @@ class CycleReport(Record):
             **{f"… {stage}": f"{spent:.2f}" for stage, spent in self.seconds_by_stage.items()},
             "… rollouts": f"{rollouts.seconds:.2f}",
             "groups": f"{rollouts.group_count} ({rollouts.sample_count} samples)",
-            "samples without reward": counts(rollouts.failed_samples),
+            "samples without reward": join_counts(rollouts.failed_samples),
             **_told(rollouts.groups),
             "mean reward": "" if mean is None else f"{mean:.3f}",
-            "samples by identity": counts(rollouts.samples_by_identity),
+            "samples by identity": join_counts(rollouts.samples_by_identity),
             "warnings": "; ".join(snapshot.warnings),
             "data": rollouts.parts_uri,
         }
         return [{"what": what, "value": value} for what, value in facts.items() if value]
+
+
+def join_counts(numbers: dict[str, int]) -> str:
+    """`{a: 3, b: 1}` as `a 3, b 1`."""
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())

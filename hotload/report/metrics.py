@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.report.cycle_report import CycleReport
-from hotload.report.sample_statistics import Figures
+from hotload.report.sample_statistics import SampleStatistics
 from hotload.rollout.failures import is_recoverable
 from hotload.rollout.group_rules import usable_count
 
@@ -24,63 +24,67 @@ PERCENTILES = (50, 90, 99)
 
 
 def cycle_metrics(
-    report: CycleReport, figures: Figures, trained: TrainedAgainst | None = None
+    report: CycleReport,
+    statistics: SampleStatistics | None,
+    trained: TrainedAgainst | None = None,
 ) -> dict[str, float]:
     """All numbers of an ended cycle: seconds, bytes, tokens, samples, nats; ratios in [0, 1].
 
     Args:
-        figures: of all parts of its rollouts.
+        statistics: of its samples; `None` leaves out what rests on them.
         trained: what the trainer told of the samples it acknowledged last.
     """
     return {
-        **_rollout(report, figures),
-        **_async(report, figures),
+        **_rollout(report),
+        **(_samples(report, statistics) if statistics else {}),
+        **_window(report),
         **_performance(report),
         **_publish(report),
         **(_trained(trained) if trained else {}),
     }
 
 
-def _rollout(report: CycleReport, figures: Figures) -> dict[str, float]:
+def _rollout(report: CycleReport) -> dict[str, float]:
     rollouts, did = report.rollouts, report.rollouts.groups
-    raw = did.raw_samples or rollouts.sample_count
-    used = len(figures.advantages)
     found: dict[str, float | None] = {
-        "raw_reward": (
-            did.raw_reward_sum / did.raw_reward_count
-            if did.raw_reward_count
-            else rollouts.mean_reward
-        ),
-        "filtered_reward": _mean_of(figures.filtered_reward_sum, used),
-        "raw_samples": raw,
-        "filtered_samples": used,
-        "filter_ratio": _mean_of(used, raw),
-        "entropy": figures.entropy_nats,
-        "uniform_group_ratio": _mean_of(*figures.uniform_groups(did)),
+        "raw_reward": _mean_of(did.raw_reward_sum, did.raw_reward_count),
+        "raw_samples": did.raw_samples,
         "failed_samples": sum(rollouts.failed_samples.values()),
-        "cached_prompt_ratio": _mean_of(
-            figures.cached_prompt_token_count, figures.prompt_token_count
-        ),
     }
-    if tokens := figures.trainable_token_counts:
-        found["trainable_tokens_total"] = sum(tokens)
-        found["trainable_tokens_mean"] = sum(tokens) / len(tokens)
-        found["trainable_tokens_max"] = max(tokens)
-        found["trainable_tokens_min"] = min(tokens)
-    for percent in PERCENTILES:
-        found[f"latency_s_p{percent}"] = figures.percentile_seconds(percent)
     for cause, count in rollouts.failed_samples.items():
         found[f"failed_samples_{cause}"] = count
     return _named("rollout", found)
 
 
-def _async(report: CycleReport, figures: Figures) -> dict[str, float]:
+def _samples(report: CycleReport, statistics: SampleStatistics) -> dict[str, float]:
+    counts, did = statistics.counts, report.rollouts.groups
+    tokens, ahead = counts.trained_tokens, counts.versions_ahead
+    found: dict[str, float | None] = {
+        "filtered_reward": _mean_of(counts.trained_reward_sum, counts.trained_count),
+        "filtered_samples": counts.trained_count,
+        "filter_ratio": _mean_of(counts.trained_count, did.raw_samples),
+        "entropy": statistics.entropy_nats,
+        "uniform_group_ratio": _mean_of(*statistics.uniform_groups(did)),
+        "cached_prompt_ratio": _mean_of(
+            counts.cached_prompt_token_count, counts.prompt_token_count
+        ),
+        "trainable_tokens_total": tokens.value_sum if tokens.count else None,
+        "trainable_tokens_mean": tokens.mean,
+        "trainable_tokens_max": tokens.greatest,
+        "trainable_tokens_min": tokens.least,
+    }
+    for percent in PERCENTILES:
+        found[f"latency_s_p{percent}"] = statistics.latency_percentile(percent)
+    offsets = {
+        "version_offset_mean": ahead.mean,
+        "version_offset_max": ahead.greatest,
+        "version_offset_min": ahead.least,
+    }
+    return {**_named("rollout", found), **_named("async", offsets)}
+
+
+def _window(report: CycleReport) -> dict[str, float]:
     found: dict[str, float | None] = {}
-    if ahead := figures.versions_ahead:
-        total = sum(offset * count for offset, count in ahead.items())
-        found["version_offset_mean"] = total / sum(ahead.values())
-        found["version_offset_max"] = max(ahead)
-        found["version_offset_min"] = min(ahead)
     if means := _time_means(report.rollouts.window_trace):
         found["in_flight_samples_mean"], found["concurrency_capacity_samples_mean"] = means
     return _named("async", found)

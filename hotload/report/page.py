@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from datetime import datetime
 
-import numpy as np
-
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.identity import SnapshotKind
 from hotload.quantities import duration, number, percent, plural, size
@@ -36,14 +34,14 @@ from hotload.report.page_sections import (
     window_section,
 )
 from hotload.report.page_style import STYLE
-from hotload.report.sample_statistics import Figures
+from hotload.report.sample_statistics import SampleStatistics
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render_report(
     report: CycleReport,
-    figures: Figures,
+    statistics: SampleStatistics | None,
     *,
     ended_at: datetime,
     rollouts_ended_at: datetime | None = None,
@@ -52,7 +50,7 @@ def render_report(
     """The page of one cycle, as the text of an HTML file.
 
     Args:
-        figures: of all parts of the cycle's rollouts.
+        statistics: of the cycle's samples; `None` where they are not known.
         ended_at: when the cycle ended; its stages are placed before that.
         rollouts_ended_at: when the last group was handed back; `None` leaves the rollouts out of
             the timeline.
@@ -60,25 +58,23 @@ def render_report(
     """
     run_id, version = report.run_id, report.policy_version
     title = f"{run_id}, version {version}"
-    samples = figures.three()
+    samples = statistics.shown if statistics else ()
     body = [
         '<p class="over">hotload · one cycle</p>',
         f'<h1>{safe(run_id)} <span class="of">·</span> version {version}</h1>',
         f'<p class="lead">{_lead(report)}</p>',
-        _facts(report, figures),
+        _facts(report, statistics),
         _warnings(report),
         timeline_section(report, ended_at, rollouts_ended_at),
         '<div class="grid">',
         bytes_section(report),
         convergence_section(report),
         window_section(report),
-        throughput_section(report, figures),
-        latency_section(figures),
-        lengths_section(figures),
-        rewards_section(report, figures),
-        versions_section(figures),
+        throughput_section(report, statistics),
+        *_sample_sections(report, statistics),
+        versions_section(report),
         drift_section(trained),
-        failures_section(report, figures),
+        failures_section(report),
         rules_section(report),
         "</div>",
         section(
@@ -133,13 +129,25 @@ def _lead(report: CycleReport) -> str:
     return f"{first} {then}."
 
 
-def _facts(report: CycleReport, figures: Figures) -> str:
+def _sample_sections(report: CycleReport, statistics: SampleStatistics | None) -> list[str]:
+    if statistics is None:
+        told = "Not known: an earlier version of hotload wrote them, or their manifest is gone."
+        return [section("Latency, tokens and rewards of a sample", "", nothing(told))]
+    return [
+        latency_section(statistics),
+        lengths_section(statistics),
+        rewards_section(report, statistics),
+    ]
+
+
+def _facts(report: CycleReport, statistics: SampleStatistics | None) -> str:
     snapshot, rollouts = report.snapshot, report.rollouts
     failed = sum(rollouts.failed_samples.values())
     is_delta = snapshot.kind is SnapshotKind.DELTA
     ratio = f"1 : {number(snapshot.ratio)}" if is_delta else snapshot.kind.value
     mean = rollouts.mean_reward
-    spread = f"± {number(float(np.std(figures.rewards)))}" if figures.rewards else ""
+    std = statistics.counts.rewards.std if statistics else None
+    spread = "" if std is None else f"± {number(std)}"
     converged = _unit(duration(snapshot.seconds_by_stage.get("converge", 0.0)))
     published = [
         ("sent", _unit(size(snapshot.size_bytes)), ratio, ""),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
 import numpy as np
 
-from hotload.dataset.logprob_drift import TrainedAgainst, distribution
+from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.identity import SnapshotKind
 from hotload.quantities import duration, number, percent, plural, size
 from hotload.report.charts import Bar, bars, columns, histogram, stack, steps, timeline
-from hotload.report.cycle_report import CycleReport
+from hotload.report.cycle_report import CycleReport, join_counts
 from hotload.report.markup import safe
-from hotload.report.sample_statistics import Figures
-from hotload.rollout.counts import counts, in_words
+from hotload.report.sample_statistics import SampleStatistics
+from hotload.rollout.counts import in_words
 
 TONES = ("main", "second", "third", "fourth", "fifth")
 DISTINCT_REWARDS = 12
@@ -148,40 +147,39 @@ def _inline_key(entries: Iterable[tuple[str, str]]) -> str:
     return f'<ul class="inline-key">{items}</ul>'
 
 
-def throughput_section(report: CycleReport, figures: Figures) -> str:
+def throughput_section(report: CycleReport, statistics: SampleStatistics | None) -> str:
     """Rates and sizes."""
     seconds, rollouts = report.rollouts.seconds, report.rollouts
-    attempts = rollouts.groups.attempts or figures.attempts
-    samples = rollouts.groups.raw_samples or figures.sample_count
+    attempts, samples = rollouts.groups.attempts, rollouts.groups.raw_samples
     rows = {
         "samples per second": known(rollouts.samples_per_second),
         "completion tokens per second": known(rollouts.tokens_per_second),
         "completion tokens": f"{rollouts.completion_token_count:,}",
         "requests per sample": number(attempts / samples) if samples else "–",
-        "prompt tokens from the cache": percent(
-            figures.cached_prompt_token_count, figures.prompt_token_count
-        ),
-        "entropy per token": (
-            "–" if figures.entropy_nats is None else f"{number(figures.entropy_nats)} nats"
-        ),
     }
-    if (turns := figures.turn_counts) and max(turns) > 1:
-        mean = sum(turn * count for turn, count in turns.items()) / sum(turns.values())
-        rows["turns per sample, mean and most"] = f"{number(mean)} and {max(turns)}"
+    if statistics is not None:
+        found, entropy = statistics.counts, statistics.entropy_nats
+        rows["prompt tokens from the cache"] = percent(
+            found.cached_prompt_token_count, found.prompt_token_count
+        )
+        rows["entropy per token"] = "–" if entropy is None else f"{number(entropy)} nats"
+        if (most := found.turns.greatest or 0) > 1:
+            turns = f"{known(found.turns.mean)} and {most:.0f}"
+            rows["turns per sample, mean and most"] = turns
     why = f"Over {duration(seconds)} of sampling and scoring"
-    if found := rollouts.found_sample_count:
-        why += f"; {plural(found, 'sample')} of an earlier run are not in the rates"
+    if earlier := rollouts.found_sample_count:
+        why += f"; {plural(earlier, 'sample')} of an earlier run are not in the rates"
     return section("Throughput", why, table(rows))
 
 
-def latency_section(figures: Figures) -> str:
+def latency_section(statistics: SampleStatistics) -> str:
     """Seconds per sample, with percentiles."""
-    taken = figures.latency_seconds
+    taken = statistics.counts.latency_seconds.values
     heading = "Latency of a sample"
     if not taken:
         return section(heading, "", nothing("No answered sample was handed back."))
     p50, p90, p99 = (float(each) for each in np.percentile(taken, (50, 90, 99)))
-    longest = max(taken)
+    longest = taken[-1]
     # A few stragglers must not squeeze all others into one bin.
     high = longest if longest <= 2 * p99 else p99 * 1.25
     inside = [each for each in taken if each <= high]
@@ -204,15 +202,15 @@ def latency_section(figures: Figures) -> str:
     return section(heading, why, drawn)
 
 
-def lengths_section(figures: Figures) -> str:
+def lengths_section(statistics: SampleStatistics) -> str:
     """Completion tokens per sample."""
-    lengths = figures.token_counts
+    lengths = statistics.counts.completion_tokens.values
     heading = "Tokens of a sample"
     if not lengths:
         return section(heading, "", nothing("No answered sample was handed back."))
-    cut = figures.finish_reasons["length"]
+    cut = statistics.counts.length_limited_count
     why = f"Completion tokens of all turns; {percent(cut, len(lengths))} ended at the limit"
-    median, longest = float(np.median(lengths)), max(lengths)
+    median, longest = float(np.median(lengths)), int(lengths[-1])
     found, edges = np.histogram(lengths, bins=min(28, longest), range=(0, longest))
     drawn = histogram(
         edges.tolist(),
@@ -225,38 +223,37 @@ def lengths_section(figures: Figures) -> str:
     return section(heading, why, drawn)
 
 
-def rewards_section(report: CycleReport, figures: Figures) -> str:
+def rewards_section(report: CycleReport, statistics: SampleStatistics) -> str:
     """The distribution of rewards."""
-    rewards = figures.rewards
+    rewards = statistics.counts.rewards
     heading = "Rewards"
-    if not rewards:
+    if not rewards.count:
         return section(heading, "", nothing("No sample with a reward was handed back."))
-    uniform = percent(*figures.uniform_groups(report.rollouts.groups))
-    why = f"{plural(len(rewards), 'sample')}; in {uniform} of the groups all are equal"
-    distinct = Counter(rewards)
+    uniform = percent(*statistics.uniform_groups(report.rollouts.groups))
+    why = f"{plural(rewards.count, 'sample')}; in {uniform} of the groups all are equal"
+    distinct = rewards.by_value
     if len(distinct) <= DISTINCT_REWARDS:
         drawn = columns(
-            [
-                Bar(f"{value:.3g}", 0, distinct[value], f"{distinct[value]:,}")
-                for value in sorted(distinct)
-            ],
+            [Bar(f"{value:.3g}", 0, distinct[value], f"{distinct[value]:,}") for value in distinct],
             "Samples by reward",
         )
         return section(heading, why, drawn)
-    found = distribution(rewards, bin_count=28)
-    assert found is not None
-    mean = (found.mean, f"mean {number(found.mean)}")
-    return section(
-        heading,
-        why,
-        histogram(found.edges, found.counts, "Samples by reward", number, marks=[mean]),
+    found, edges = np.histogram(rewards.values, bins=28)
+    mean = rewards.value_sum / rewards.count
+    drawn = histogram(
+        edges.tolist(),
+        found.tolist(),
+        "Samples by reward",
+        number,
+        marks=[(mean, f"mean {number(mean)}")],
     )
+    return section(heading, why, drawn)
 
 
-def versions_section(figures: Figures) -> str:
+def versions_section(report: CycleReport) -> str:
     """Samples by the weights that made them."""
     heading, why = "Weights behind the samples", "As each answer named them itself"
-    counted = figures.versions.most_common()
+    counted = [*report.rollouts.samples_by_identity.items()]
     if not counted:
         return section(heading, why, nothing("No answered sample was handed back."))
     if len(counted) > len(TONES):
@@ -308,16 +305,17 @@ def drift_section(trained: TrainedAgainst | None) -> str:
     )
 
 
-def failures_section(report: CycleReport, figures: Figures) -> str:
+def failures_section(report: CycleReport) -> str:
     """Samples that failed, by cause, and requests that did, by what they met."""
     heading, why = "Samples without a reward", "By cause, with the share of all samples"
-    causes = {cause.replace("_", " "): count for cause, count in figures.failures.most_common()}
+    rollouts = report.rollouts
+    causes = {cause.replace("_", " "): count for cause, count in rollouts.failed_samples.items()}
     if causes:
-        body = _failures(causes, figures.sample_count, "Failures", "warn-fill")
+        body = _failures(causes, rollouts.sample_count, "Failures", "warn-fill")
     else:
-        told = "Every sample has a reward." if figures.sample_count else "No sample is there."
+        told = "Every sample has a reward." if rollouts.sample_count else "No sample is there."
         why, body = "By cause", nothing(told)
-    did = report.rollouts.groups
+    did = rollouts.groups
     if met := in_words(did.failed_attempts):
         sent = plural(did.attempts, "request")
         told = f"Requests that met these were sent again or given up; share of {sent}"
@@ -342,10 +340,10 @@ def rules_section(report: CycleReport) -> str:
     """What the rules for groups did, each with its count (protocol §16)."""
     did = report.rollouts.groups
     rows = {
-        "groups marked": counts(did.groups_by_mark),
-        "groups dropped": counts(did.dropped_groups),
+        "groups marked": join_counts(did.groups_by_mark),
+        "groups dropped": join_counts(did.dropped_groups),
         "groups sampled in their place": f"{did.refilled_groups or ''}",
-        "samples asked for again": counts(did.asked_again),
+        "samples asked for again": join_counts(did.asked_again),
         "samples hedged": f"{did.hedges}, {did.hedges_won} won" if did.hedges else "",
         "requests cut off": f"{did.cut_off or ''}",
         "samples of two versions": f"{did.straddling_samples or ''}",

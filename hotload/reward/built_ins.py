@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from hotload.reward.final_number import DASHES, final_number, one_number
 from hotload.reward.math_answer import is_same_answer
-from hotload.rollout.trajectory import Problem, Provenance, Trajectory
+from hotload.rollout.trajectory import Problem, Provenance, Segment, Trajectory
 
 ANSWER_GROUP = "answer"
 # Punctuation that means something: a sign, within a number, or behind a name (C++, F#).
@@ -165,9 +165,8 @@ def check_built_in(name: str, arguments: Mapping[str, Any]) -> None:
     if name == "json_schema" and arguments.get("schema") is None:
         return  # the problems have it
     origin = Provenance("", "", "", 1)
-    sample = Trajectory(
-        "", 0, 0, origin, 0.0, (), (0,), (-1.0,), (True,), "1", completion_token_count=1
-    )
+    segments = (Segment((), (0,), (-1.0,), (True,)),)
+    sample = Trajectory("", 0, 0, origin, 0.0, segments, "1", completion_token_count=1)
     try:
         BUILT_INS[name](Problem("", "1", answer="1"), sample, **arguments)
     except Exception as error:  # noqa: BLE001 - whatever it is, no sample fares better

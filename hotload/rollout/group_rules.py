@@ -58,11 +58,20 @@ class Mark(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """A scored group as it is handed on, and whether it is dropped instead."""
+class JudgedGroup:
+    """A scored group with its mark, and whether it is dropped for that instead of kept."""
 
     group: ScoredGroup
     is_dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SettledGroup:
+    """A group that has ended; its counts and its name are all that is written of a dropped one."""
+
+    group: ScoredGroup
+    counts: GroupCounts
+    is_dropped: bool
 
 
 def draw_number(position: int, round_number: int, group_size: int) -> int:
@@ -102,8 +111,8 @@ def seconds_to_hedge(
     return max(0.0, rules.hedge_after_seconds - alone_seconds)
 
 
-def judge(group: ScoredGroup, rules: Groups) -> Verdict:
-    """What becomes of a scored group.
+def judge_group(group: ScoredGroup, rules: Groups) -> JudgedGroup:
+    """Decide what becomes of a scored group.
 
     Short of samples it is `incomplete`, without advantages, or `partial` where the rules accept
     that and it has its quorum. With one distinct reward it is `uniform`: kept, or dropped. A group
@@ -114,13 +123,13 @@ def judge(group: ScoredGroup, rules: Groups) -> Verdict:
     if len(rewards) < size:
         has_quorum = len(rewards) >= rules.min_group_size
         if rules.on_incomplete != "accept_partial" or not has_quorum:
-            return Verdict(_unused(group, Mark.INCOMPLETE))
+            return JudgedGroup(_unused(group, Mark.INCOMPLETE))
     if size > 1 and len(set(rewards)) <= 1:
         is_dropped = rules.on_uniform != "keep"
-        return Verdict(replace(group, mark=Mark.UNIFORM.value), is_dropped)
+        return JudgedGroup(replace(group, mark=Mark.UNIFORM.value), is_dropped)
     if len(rewards) < size:
-        return Verdict(replace(group, mark=Mark.PARTIAL.value))
-    return Verdict(group)
+        return JudgedGroup(replace(group, mark=Mark.PARTIAL.value))
+    return JudgedGroup(group)
 
 
 def usable_count(summary: RolloutSummary) -> int:
@@ -185,11 +194,6 @@ def _is_outage(sample: Trajectory) -> bool:
     return sample.failure in OUTAGES
 
 
-def causes(samples_G: Sequence[Trajectory]) -> Counter[str]:
-    """Failed samples by cause."""
-    return Counter(sample.failure for sample in samples_G if sample.failure is not None)
-
-
 class Sent(Protocol):
     """Requests that were sent for one draw, and what those met that got no usable answer."""
 
@@ -200,7 +204,7 @@ class Sent(Protocol):
 
 
 @dataclass(slots=True)
-class Tally:
+class GroupTally:
     """What the rules did in one group, while it is sampled."""
 
     asked_again: Counter[str] = field(default_factory=Counter)
@@ -224,13 +228,13 @@ class Tally:
         self.attempts += sent.attempts
         self.failed_attempts.update(sent.failed_attempts)
 
-    def counts(self, verdict: Verdict, rules: Groups, *, is_refill: bool) -> GroupCounts:
-        """All that is to be told of one settled group.
+    def settle(self, judged: JudgedGroup, rules: Groups, *, is_refill: bool) -> SettledGroup:
+        """Count one group that has ended.
 
         Args:
             is_refill: it was sampled in place of a dropped one.
         """
-        group, is_dropped = verdict.group, verdict.is_dropped
+        group, is_dropped = judged.group, judged.is_dropped
         samples_G = group.trajectories_G
         straddling = [sample for sample in samples_G if sample.weights is Weights.STRADDLING]
         is_masking = rules.on_straddling == "mask_from_change"
@@ -238,7 +242,7 @@ class Tally:
         failed = self.failed_attempts.copy()
         for sample in samples_G:
             failed.update(sample.provenance.failed_attempts)
-        return GroupCounts(
+        counts = GroupCounts(
             groups_by_mark={group.mark: 1} if group.mark and not is_dropped else {},
             dropped_groups={group.mark: 1} if group.mark and is_dropped else {},
             refilled_groups=int(is_refill),
@@ -254,3 +258,4 @@ class Tally:
             straddling_samples=len(straddling),
             tokens_masked=sum(map(masked_count, straddling)) if is_masking else 0,
         )
+        return SettledGroup(group, counts, is_dropped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 
 from hotload.rollout.completions_api import Answer
-from hotload.rollout.trajectory import Segment
+from hotload.rollout.trajectory import EMPTY_SEGMENT, Segment
 
 
 class Turns:
@@ -28,7 +28,7 @@ class Turns:
         self.response_id: str | None = None
         self.runs: tuple[tuple[int, str], ...] = ()
         self._done: tuple[Segment, ...] = ()
-        self._open = Segment((), (), (), ())
+        self._open = EMPTY_SEGMENT
         self._routing: bytes | None = None
         self._first_routing: bytes | None = None
 

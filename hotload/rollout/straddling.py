@@ -38,17 +38,13 @@ def settle_weights(trajectory: Trajectory, policy: OnStraddling) -> Trajectory:
     if policy == "accept":
         return trajectory
     left = change_of(trajectory)
-    masks: list[tuple[bool, ...]] = []
+    segments = []
     for segment in trajectory.segments:
         kept = segment.loss_mask_T[:left]
-        masks.append(kept + (False,) * (len(segment.loss_mask_T) - len(kept)))
-        left = max(0, left - len(segment.loss_mask_T))
-    further = zip(trajectory.further, masks[1:], strict=True)
-    return replace(
-        trajectory,
-        loss_mask_T=masks[0],
-        further=tuple(replace(segment, loss_mask_T=mask) for segment, mask in further),
-    )
+        mask = kept + (False,) * (len(segment.loss_mask_T) - len(kept))
+        segments.append(replace(segment, loss_mask_T=mask))
+        left = max(0, left - len(mask))
+    return replace(trajectory, segments=tuple(segments))
 
 
 def masked_count(trajectory: Trajectory) -> int:

@@ -101,18 +101,21 @@ class Segment:
     loss_mask_T: tuple[bool, ...]
 
 
+EMPTY_SEGMENT = Segment((), (), (), ())
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One sampled answer, of one turn or several. `token_ids_T`, `sampling_logprobs_T` and
-    `loss_mask_T` have the same length.
+    """One sampled answer, of one turn or several.
 
     Log-probabilities are natural, under the distribution really sampled. `failure` is the cause of
     a failed sample, with `detail` for a reader; a failed sample may have kept its tokens. Latency
     in seconds runs from the first attempt to the end, waits included.
 
-    Turns whose prompt repeats the tokens so far are one sequence; where one does not (a chat
-    template rewrote what was said), a new sequence begins: `further` holds those after the first.
-    `routing_matrix` is the base64 text of `uint8[T, layers, experts]` of the first sequence.
+    Turns whose prompt repeats the tokens so far are one segment; where one does not (a chat
+    template rewrote what was said), a new segment begins. There is at least one; a sample without
+    an answer has an empty one. `routing_matrix` is the base64 text of `uint8[T, layers, experts]`
+    of the first segment.
     `prompt_token_count` counts the prompts of all turns, each as it was sent, and
     `completion_token_count` the tokens that were sampled.
     """
@@ -122,10 +125,7 @@ class Trajectory:
     seed: int
     provenance: Provenance
     latency_seconds: float
-    prompt_token_ids: tuple[int, ...] = ()
-    token_ids_T: tuple[int, ...] = ()
-    sampling_logprobs_T: tuple[float, ...] = ()
-    loss_mask_T: tuple[bool, ...] = ()
+    segments: tuple[Segment, ...] = (EMPTY_SEGMENT,)
     text: str = ""
     finish_reason: str | None = None
     prompt_token_count: int = 0
@@ -134,21 +134,18 @@ class Trajectory:
     failure: str | None = None
     detail: str = ""
     turn_count: int = 1
-    further: tuple[Segment, ...] = ()
     transcript: tuple[Mapping[str, Any], ...] = ()
     routing_matrix: str | None = None
     is_hedge: bool = False
 
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Every sequence to train on, in order."""
-        arrays = (self.token_ids_T, self.sampling_logprobs_T, self.loss_mask_T)
-        return (Segment(self.prompt_token_ids, *arrays), *self.further)
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise ValueError("a trajectory has at least one segment")
 
     @property
     def weights(self) -> Weights:
         """What is known about the weights that made the tokens."""
-        has_answer = self.failure is None or self.token_ids_T
+        has_answer = self.failure is None or any(segment.token_ids_T for segment in self.segments)
         return self.provenance.weights if has_answer else Weights.NONE
 
 

@@ -7,29 +7,20 @@ cycle has written is found, and what is left to do follows from it.
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from hotload.clients.store import Store
 from hotload.dataset.part_progress import PartProgress
-from hotload.dataset.rollout_plan import PartNotes, PartPlan, RolloutPart, RolloutPlan
+from hotload.dataset.rollout_plan import PartPlan, RolloutPart, RolloutPlan
+from hotload.dataset.sample_extracts import SampleExtract, merge_extracts
 from hotload.errors import StoreUnavailableError
-from hotload.rollout.counts import GroupCounts
-from hotload.rollout.group_rules import causes, is_unanswered, token_count
-from hotload.rollout.trajectory import Problem, ScoredGroup
-from hotload.sampling.part_files import read_parts, write_part
+from hotload.rollout.counts import count_failures
+from hotload.rollout.group_rules import SettledGroup, is_unanswered
+from hotload.rollout.trajectory import Problem
+from hotload.sampling.part_files import PartFile, read_parts, write_part
 
 # About 20 MB of Python objects.
 FULL_TOKENS = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A group that has ended; a dropped one leaves its counts and its name."""
-
-    group: ScoredGroup
-    counts: GroupCounts
-    is_dropped: bool
 
 
 class PartWriter:
@@ -41,35 +32,37 @@ class PartWriter:
         """The files there are."""
         self.found: tuple[RolloutPart, ...] = ()
         """Those of them that an earlier run wrote."""
+        self.extracts: tuple[SampleExtract, ...] = ()
+        """Samples of them to show."""
         self.is_read = False
         """Whether what an earlier run wrote is known."""
         self.progress = PartProgress(part)
         self._store, self._plan = store, plan
         self._left_out: Counter[str] = Counter()
-        self._unwritten: list[Settled] = []
+        self._unwritten: list[SettledGroup] = []
         self._tried_count = 0
-        self._unanswered: list[Settled] = []
+        self._unanswered: list[SettledGroup] = []
         self._unwritten_tokens = 0
         self._is_refused = False
         self._oldest_at = 0.0
         self._one_at_a_time = asyncio.Lock()
 
-    async def find(self, names: Sequence[str], told: Set[str]) -> None:
+    async def find(self, names: Sequence[str], named: Mapping[str, RolloutPart]) -> None:
         """Look for what an earlier run has written among the files `names`, once.
 
         Args:
-            told: files that a manifest names: a reader may have their groups already.
+            named: entries of a manifest by file: a reader may have their groups already.
         """
         if self.is_read:
             return
-        read = await read_parts(self._store, self._plan, self.part, names)
-        for found in sorted(read, key=lambda found: found.part.file not in told):
+        read = await read_parts(self._store, self._plan, self.part, names, named)
+        for found in sorted(read, key=lambda found: found.part.file not in named):
             if self.progress.find(found.problem_ids, found.dropped_problem_ids):
-                self.parts.append(found.part)
+                self._add(found)
         self.found = tuple(self.parts)
         self.is_read = True
 
-    def take(self, settled: Settled) -> Problem | None:
+    def take(self, settled: SettledGroup) -> Problem | None:
         """Keep a group that has ended; the row to sample in its place, if it was dropped and there
         is one.
         """
@@ -107,7 +100,7 @@ class PartWriter:
     @property
     def missing(self) -> Counter[str]:
         """Samples that are not recorded, by cause: left out, or held back without an answer."""
-        held_back = (causes(each.group.trajectories_G) for each in self._unanswered)
+        held_back = (count_failures(each.group.trajectories_G) for each in self._unanswered)
         return sum(held_back, Counter[str]()) + self._left_out
 
     @property
@@ -157,23 +150,22 @@ class PartWriter:
         settled = self._unwritten[:count]
         files = {each.file for each in self.parts}
         piece = next(n for n in itertools.count() if self.part.file(n) not in files)
-        notes = PartNotes(
-            dropped_problem_ids=tuple(s.group.problem.id for s in settled if s.is_dropped),
-            groups=GroupCounts.total(each.counts for each in settled),
-        )
-        groups = [each.group for each in settled if not each.is_dropped]
         try:
-            written = await write_part(self._store, self._plan, self.part, piece, groups, notes)
+            written = await write_part(self._store, self._plan, self.part, piece, settled)
         except StoreUnavailableError:
             self._is_refused = True
             raise
         self._is_refused, self._tried_count = False, 0
-        self.parts.append(written)
+        self._add(written)
         # Groups that ended in the meantime are behind those that were written.
         del self._unwritten[:count]
         self._unwritten_tokens = sum(map(_tokens, self._unwritten))
         self._oldest_at = _now()
         return count
+
+    def _add(self, file: PartFile) -> None:
+        self.parts.append(file.part)
+        self.extracts = merge_extracts((*self.extracts, *file.extracts))
 
     @property
     def is_answered(self) -> bool:
@@ -181,13 +173,14 @@ class PartWriter:
         return bool(self.parts or self._unwritten)
 
 
-def _tokens(settled: Settled) -> int:
+def _tokens(settled: SettledGroup) -> int:
     """Tokens to be written of a group, prompts included."""
     if settled.is_dropped:
         return 0
     return sum(
-        len(sample.prompt_token_ids) + token_count(sample)
+        len(segment.prompt_token_ids) + len(segment.token_ids_T)
         for sample in settled.group.trajectories_G
+        for segment in sample.segments
     )
 
 

@@ -5,7 +5,7 @@ chunks share one window, one gate and one breaker.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from time import monotonic
@@ -21,11 +21,18 @@ from hotload.rollout.admission import Admission
 from hotload.rollout.breaker import Breaker
 from hotload.rollout.counts import in_words
 from hotload.rollout.failures import Cause
-from hotload.rollout.group_rules import Tally, Verdict, is_outage, judge, stale_group
+from hotload.rollout.group_rules import (
+    GroupTally,
+    JudgedGroup,
+    SettledGroup,
+    is_outage,
+    judge_group,
+    stale_group,
+)
 from hotload.rollout.trajectory import Problem, TrajectoryGroup
 from hotload.sampling.draw import Drawing
-from hotload.sampling.part_files import named_files, sum_up
-from hotload.sampling.part_writer import PartWriter, Settled
+from hotload.sampling.part_files import named_parts, sum_up
+from hotload.sampling.part_writer import PartWriter
 from hotload.sampling.reward.scorer import Scorer, open_scorer
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.sample_group import GroupSampler
@@ -81,7 +88,7 @@ class Rollout:
         self._ended: set[int] = set()
         self._told = 0
         self._names: list[str] | None = None
-        self._named: Set[str] = frozenset()
+        self._named: Mapping[str, RolloutPart] = {}
         self._looking = asyncio.Lock()
         self._telling = asyncio.Lock()
 
@@ -147,7 +154,7 @@ class Rollout:
         async with self._looking:
             if self._names is None:
                 self._names = await self._store.names(self.plan.directory)
-                self._named = await named_files(self._store, self.plan)
+                self._named = await named_parts(self._store, self.plan)
             await writer.find(self._names, self._named)
 
     async def _carry_row(self, writer: PartWriter, problem: Problem) -> None:
@@ -179,13 +186,14 @@ class Rollout:
             self.gate.leave(is_kept=is_kept)
         return instead
 
-    async def _settle(self, writer: PartWriter, group: TrajectoryGroup, tally: Tally) -> Settled:
-        verdict = judge(await self._scorer.score_group(group), self._rules)
+    async def _settle(
+        self, writer: PartWriter, group: TrajectoryGroup, tally: GroupTally
+    ) -> SettledGroup:
+        judged = judge_group(await self._scorer.score_group(group), self._rules)
         is_refill = writer.progress.is_refill(group.problem)
-        counts = tally.counts(verdict, self._rules, is_refill=is_refill)
-        return Settled(verdict.group, counts, verdict.is_dropped)
+        return tally.settle(judged, self._rules, is_refill=is_refill)
 
-    def _stale(self, problem: Problem) -> Settled:
+    def _stale(self, problem: Problem) -> SettledGroup:
         group = stale_group(
             problem,
             self.plan.group_size,
@@ -193,8 +201,7 @@ class Rollout:
             policy_version=self.plan.policy_version,
             run_seed=self._sampler.sampling.seed,
         )
-        counts = Tally().counts(Verdict(group), self._rules, is_refill=False)
-        return Settled(group, counts, is_dropped=False)
+        return GroupTally().settle(JudgedGroup(group), self._rules, is_refill=False)
 
     async def tell_along(self) -> None:
         """Log how far the rollout is; never ends."""
@@ -259,6 +266,7 @@ class Rollout:
             (point.seconds - self._started, point.size, point.in_flight)
             for point in self._sampler.trace()
         ]
+        extracts = [extract for writer in self._writers for extract in writer.extracts]
         return sum_up(
             self._store,
             self.plan,
@@ -266,7 +274,8 @@ class Rollout:
             self.seconds,
             is_complete=is_complete,
             found=[part for writer in self._writers for part in writer.found],
-            window_trace=trace if is_complete else (),
+            extracts=extracts,
+            window_trace=trace,
         )
 
     def log_window(self) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from hotload.rollout.failures import Cause
-from hotload.rollout.group_rules import Tally, draw_number, seconds_to_hedge, to_ask_again
+from hotload.rollout.group_rules import GroupTally, draw_number, seconds_to_hedge, to_ask_again
 from hotload.rollout.trajectory import Problem, Trajectory, TrajectoryGroup
 from hotload.sampling.draw import Draw, Drawing
 from hotload.sampling.row_gate import Gate
@@ -32,7 +32,7 @@ class GroupSampler:
         self._gate = gate
         self._may_ask_again = may_ask_again
 
-    async def sample(self, problem: Problem) -> tuple[TrajectoryGroup, Tally]:
+    async def sample(self, problem: Problem) -> tuple[TrajectoryGroup, GroupTally]:
         """The group, failed samples included, and what the rules did to get it.
 
         Raises:
@@ -43,8 +43,8 @@ class GroupSampler:
         finally:
             self._gate.end_row()
 
-    async def _sample(self, problem: Problem) -> tuple[TrajectoryGroup, Tally]:
-        tally = Tally()
+    async def _sample(self, problem: Problem) -> tuple[TrajectoryGroup, GroupTally]:
+        tally = GroupTally()
         deadline = self._rules.deadline_seconds
         ends_at = None if deadline is None else _now() + deadline
         numbers = {position: position for position in range(self._size)}
@@ -74,7 +74,7 @@ class _Round:
         problem: Problem,
         numbers: Mapping[int, int],
         ends_at: float | None,
-        tally: Tally,
+        tally: GroupTally,
     ) -> None:
         self._drawing, self._rules, self._gate = sampler._drawing, sampler._rules, sampler._gate
         self._problem = problem

@@ -42,7 +42,7 @@ async def test_streams_cut_at_every_byte_are_asked_for_again() -> None:
         for cut in range(len(GOOD)):
             for is_whole in (False, cut >= whole_at):
                 sample = await sampler.sample(PROBLEM, 0)
-                assert (sample.failure, sample.token_ids_T) == (None, (1, 2)), cut
+                assert (sample.failure, sample.segments[0].token_ids_T) == (None, (1, 2)), cut
                 assert sample.provenance.attempts == (1 if is_whole else 2), cut
                 attempts[sample.provenance.attempts] += 1
     assert len(script.requests) == len(replies)
@@ -54,7 +54,7 @@ async def test_streams_written_in_other_ways(newline: bytes) -> None:
     stream = GOOD.replace(b"\n", newline)
     for body in (stream, b": hello" + newline * 2 + stream, b"event: chunk" + newline + stream):
         sample = await sample_once(http(body))
-        assert (sample.failure, sample.token_ids_T) == (None, (1, 2)), body
+        assert (sample.failure, sample.segments[0].token_ids_T) == (None, (1, 2)), body
 
 
 async def test_a_storm_of_425_ends_with_every_sample() -> None:
@@ -127,16 +127,20 @@ async def test_an_identity_that_changes_in_mid_stream(
     policy: str, failure: str | None, mask: tuple[bool, ...]
 ) -> None:
     sample = await sample_once(http(CHANGING + DONE), groups={"on_straddling": policy})
-    assert (sample.failure, sample.loss_mask_T) == (failure, mask)
+    assert (sample.failure, sample.segments[0].loss_mask_T) == (failure, mask)
     assert sample.weights is Weights.STRADDLING
     assert sample.provenance.runs == ((0, IDENTITY), (1, "run-000004-0badf00d"))
-    assert sample.token_ids_T == (1, 2, 3)
+    assert sample.segments[0].token_ids_T == (1, 2, 3)
 
 
 async def test_an_answer_longer_than_asked_fails_once() -> None:
     many = b"".join(token(i, "x") for i in range(9)) + last(list(range(9))) + DONE
     sample = await sample_once(http(many))
-    assert (sample.failure, sample.provenance.attempts, sample.token_ids_T) == ("too_long", 1, ())
+    assert (sample.failure, sample.provenance.attempts, sample.segments[0].token_ids_T) == (
+        "too_long",
+        1,
+        (),
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,11 @@ async def test_a_connection_reset_in_mid_stream_is_asked_for_again() -> None:
         ) as sampler,
     ):
         sample = await sampler.sample(PROBLEM, 0)
-    assert (sample.failure, sample.token_ids_T, sample.provenance.attempts) == (None, (1, 2), 2)
+    assert (sample.failure, sample.segments[0].token_ids_T, sample.provenance.attempts) == (
+        None,
+        (1, 2),
+        2,
+    )
 
 
 async def test_missing_ids_and_logprobs_fail_one_sample_each() -> None:

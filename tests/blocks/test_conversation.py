@@ -107,7 +107,7 @@ async def test_a_failed_turn_marks_the_sample_and_keeps_the_turns_before() -> No
     assert "secret" not in str(caught.value)
     again = pickle.loads(pickle.dumps(caught.value))
     assert again.fault == caught.value.fault
-    assert (sample.failure, sample.token_ids_T) == ("refused", (2,))
+    assert (sample.failure, sample.segments[0].token_ids_T) == ("refused", (2,))
     assert sample.detail == "HTTP 400 at attempt 1: an empty body"
     assert (sample.turn_count, sample.provenance.attempts) == (2, 2)
 
@@ -214,7 +214,7 @@ async def test_turns_by_two_versions_straddle() -> None:
             conversation = sampler.converse(PROBLEM, 0)
             await conversation.sample([1])
             await conversation.sample([1, 2, 3])
-        assert conversation.trajectory().loss_mask_T == mask
+        assert conversation.trajectory().segments[0].loss_mask_T == mask
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ async def test_a_turn_that_fills_the_sequence_fails_but_keeps_its_tokens() -> No
         with pytest.raises(TurnFailedError):
             await conversation.sample([1, 2, 3, 4])
     sample = conversation.trajectory()
-    assert (sample.failure, sample.token_ids_T) == ("too_long", (2, 3, 4))
+    assert (sample.failure, sample.segments[0].token_ids_T) == ("too_long", (2, 3, 4))
     assert sample.provenance.attempts == 2
 
 

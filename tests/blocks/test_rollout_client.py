@@ -36,10 +36,10 @@ async def test_a_good_answer_carries_tokens_and_provenance() -> None:
         sample = await sampler.sample(PROBLEM, 2)
     assert sample.failure is None
     assert sample.text == "ab"
-    assert sample.token_ids_T == (1, 2)
-    assert sample.sampling_logprobs_T == (-1.5, -2.5)
-    assert sample.loss_mask_T == (True, True)
-    assert sample.prompt_token_ids == (7, 8)
+    assert sample.segments[0].token_ids_T == (1, 2)
+    assert sample.segments[0].sampling_logprobs_T == (-1.5, -2.5)
+    assert sample.segments[0].loss_mask_T == (True, True)
+    assert sample.segments[0].prompt_token_ids == (7, 8)
     assert sample.cached_prompt_token_count == 1
     assert sample.weights is Weights.EXPECTED
     assert sample.provenance.replica == "replica-2"
@@ -104,7 +104,7 @@ async def test_numbers_of_any_size_in_messages() -> None:
 async def test_an_empty_answer_is_an_answer() -> None:
     empty = event({"model": MODEL, "choices": [{"text": "", "finish_reason": "stop"}]})
     sample = await sample_once(http(empty + DONE))
-    assert (sample.failure, sample.token_ids_T) == (None, ())
+    assert (sample.failure, sample.segments[0].token_ids_T) == (None, ())
     assert sample.weights is Weights.EXPECTED
 
 
@@ -119,7 +119,7 @@ async def test_a_plain_response_is_read_too() -> None:
     }
     body = json.dumps({"model": MODEL, "choices": [choice]}).encode()
     sample = await sample_once(http(body, content_type="application/json; charset=utf-8"))
-    assert (sample.token_ids_T, sample.finish_reason) == ((4,), "length")
+    assert (sample.segments[0].token_ids_T, sample.finish_reason) == ((4,), "length")
 
 
 async def test_swap_codes_wait_on_a_budget_of_their_own() -> None:
@@ -310,14 +310,14 @@ async def test_ids_and_logprobs_are_never_made_up() -> None:
     sample = await sample_once(http(bare + DONE))
     assert sample.failure == "missing_token_ids"
     with_stop_token = token(1, "a") + last([1, 9]) + DONE
-    assert (await sample_once(http(with_stop_token))).token_ids_T == (1,)
+    assert (await sample_once(http(with_stop_token))).segments[0].token_ids_T == (1,)
     for ids in ([2], [2, 1], []):
         wrong = await sample_once(http(token(1, "a") + last(ids) + DONE))
         assert (wrong.failure is None) == (not ids), ids
     raw_only = bare.replace(
         b'"finish_reason"', b'"raw_output": {"completion_token_ids": [5]}, "finish_reason"'
     )
-    assert (await sample_once(http(raw_only + DONE))).token_ids_T == (5,)
+    assert (await sample_once(http(raw_only + DONE))).segments[0].token_ids_T == (5,)
     for bad in (b"[5.0]", b"[true]", b"[-1]", b'["5"]', b"[5, 6]"):
         sample = await sample_once(http(raw_only.replace(b"[5]", bad) + DONE))
         assert sample.failure == "missing_token_ids", bad
@@ -328,7 +328,7 @@ async def test_ids_and_logprobs_are_never_made_up() -> None:
 async def test_a_raw_logprob_stands_in_only_for_plain_sampling() -> None:
     chunk = token(1, "a", sampling_logprob=None) + last([1]) + DONE
     plain = await sample_once(http(chunk))
-    assert plain.sampling_logprobs_T == (-0.25,)
+    assert plain.segments[0].sampling_logprobs_T == (-0.25,)
     tempered = await sample_once(http(chunk), temperature=0.7)
     assert tempered.failure == "missing_logprobs"
 
@@ -337,7 +337,7 @@ async def test_longer_than_asked_or_than_the_sequence() -> None:
     many = b"".join(token(i, "x") for i in range(9)) + last(list(range(9))) + DONE
     assert (await sample_once(http(many))).failure == "too_long"
     kept = await sample_once(http(GOOD), max_seq_len=3)
-    assert (kept.failure, kept.token_ids_T) == ("too_long", (1, 2))
+    assert (kept.failure, kept.segments[0].token_ids_T) == ("too_long", (1, 2))
     async with sampling(http(GOOD), max_seq_len=2) as (sampler, script):
         unsent = await sampler.sample(Problem("p", prompt=(7, 8)), 0)
     assert (unsent.failure, script.requests) == ("too_long", [])

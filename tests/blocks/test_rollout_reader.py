@@ -22,12 +22,13 @@ from hotload.clients.handoff.directory import version_before
 from hotload.clients.store import Store
 from hotload.dataset.claims import claims_path
 from hotload.dataset.parquet import render_rollouts
-from hotload.dataset.rollout_plan import PARTS, RolloutManifest, RolloutPart, summarize
-from hotload.dataset.table import Rollouts, part_facts, rollouts_frame
+from hotload.dataset.rollout_plan import PARTS, PartNotes, RolloutManifest, RolloutPart, summarize
+from hotload.dataset.table import Rollouts, rollouts_frame
 from hotload.dataset.trainer_batch import make_batch
 from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
 from hotload.reward.advantages import advantages
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.rollout.counts import GroupCounts, count_groups
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from tests.blocks.conftest import make_store
 
 IDENTITY = "run-000003-0123abcd"
@@ -43,10 +44,7 @@ def scored(problem_id: str) -> ScoredGroup:
             seed=number,
             provenance=Provenance(IDENTITY, "r", "s", 1, (IDENTITY,), IDENTITY),
             latency_seconds=0.5,
-            prompt_token_ids=(1,),
-            token_ids_T=(5, 6 + number),
-            sampling_logprobs_T=(-0.5, -0.25),
-            loss_mask_T=(True, True),
+            segments=(Segment((1,), (5, 6 + number), (-0.5, -0.25), (True, True)),),
             text="ab",
             finish_reason="stop",
         )
@@ -85,9 +83,8 @@ class Cycle:
         file = f"part-{len(self.parts):05d}.parquet"
         await self.store.put_bytes(data, f"{self.directory}/{file}")
         digest = hashlib.sha256(data).hexdigest()
-        self.parts.append(
-            part_facts(frame, file=file, size_bytes=len(data), sha256=digest, digest=SHA)
-        )
+        notes = PartNotes(**dict(count_groups(groups, GroupCounts(), run_id="run")))
+        self.parts.append(notes.part(file=file, size_bytes=len(data), sha256=digest, digest=SHA))
         await self.tell(is_complete=False)
 
     async def tell(self, *, is_complete: bool) -> None:

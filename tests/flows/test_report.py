@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
@@ -15,6 +18,9 @@ from flows.cycle import checkpoint_to_rollout
 from hotload.clients.handoff.reader import RolloutReader
 from hotload.clients.store import Store
 from hotload.dataset.trainer_batch import make_batch
+from hotload.report.cycle_report import CycleReport
+from hotload.spec import CycleSpec
+from tasks.conclude import conclude_cycle
 from tests.flows.fleet import Fleet
 
 pytestmark = [
@@ -58,12 +64,71 @@ async def test_a_cycle_leaves_a_page_metrics_and_groups(fleet: Fleet) -> None:
                for each in found)  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class CountingStore(Store):
+    """A store that notes which files were read."""
+
+    read: list[str] = field(default_factory=list)
+
+    async def read_bytes(self, path: str, *, limit_bytes: int) -> bytes:
+        self.read.append(path)
+        return await super().read_bytes(path, limit_bytes=limit_bytes)
+
+
+async def test_a_report_reads_no_part(fleet: Fleet) -> None:
+    """All figures are in the manifest: it is the same report though the parts are gone."""
+    spec = fleet.spec(1)
+    report = await checkpoint_to_rollout(spec)
+    metrics = fleet.bucket / "_hotload/metrics/run-000001.jsonl"
+    page = fleet.bucket / "_hotload/reports/run-000001.html"
+    written = metrics.read_text(), without_end(page.read_text())
+    store = CountingStore(url=fleet.bucket.as_uri())
+    await conclude(store, spec, report)
+    assert [path for path in store.read if path.endswith(".parquet")] == []
+    assert any(path.endswith("manifest.json") for path in store.read)
+    for part in (fleet.bucket / "_hotload/rollouts").rglob("*.parquet"):
+        part.unlink()
+    await conclude(store, spec, report)
+    assert (metrics.read_text(), without_end(page.read_text())) == written
+
+
+async def test_without_a_manifest_the_report_says_that_samples_are_not_known(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = fleet.spec(1)
+    report = await checkpoint_to_rollout(spec)
+    for manifest in (fleet.bucket / "_hotload/rollouts").rglob("manifest.json"):
+        manifest.unlink()
+    with caplog.at_level(logging.WARNING):
+        await conclude(Store(url=fleet.bucket.as_uri()), spec, report)
+    assert "the report is without statistics of the samples" in caplog.text
+    page = (fleet.bucket / "_hotload/reports/run-000001.html").read_text()
+    assert "Not known" in page
+    lines = (fleet.bucket / "_hotload/metrics/run-000001.jsonl").read_text().splitlines()
+    assert "rollout/raw_samples" in lines[-1]
+    assert "rollout/filtered_samples" not in lines[-1]
+
+
+async def conclude(store: Store, spec: CycleSpec, report: CycleReport) -> None:
+    """Conclude a cycle once more, in a flow of its own."""
+
+    @flow
+    async def concluding() -> None:
+        await conclude_cycle(store, spec, report)
+
+    await concluding()
+
+
+def without_end(page: str) -> str:
+    """The page without what depends on the moment at which it was written."""
+    page = re.sub(r"<td>ended</td><td>[^<]*</td>", "", page)
+    return re.sub(r"<svg.*?</svg>", "", page, count=1, flags=re.DOTALL)  # the timeline
+
+
 async def test_what_only_informs_fails_no_cycle(
     fleet: Fleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await checkpoint_to_rollout(fleet.spec(1))
-    (part, *_) = (fleet.bucket / "_hotload/rollouts").rglob("*.parquet")
-    part.write_bytes(b"x" * part.stat().st_size)
     (fleet.bucket / "_hotload/reports/run-000001.json").unlink()  # as if killed just before
     # Found to be not installed, whether it is or not.
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -71,7 +136,6 @@ async def test_what_only_informs_fails_no_cycle(
     with caplog.at_level(logging.WARNING):
         again = await checkpoint_to_rollout(spec)
     assert again.rollouts == first.rollouts
-    assert "the page shows only some of the samples" in caplog.text
     assert "the Prometheus file was not written" in caplog.text
     assert "the package wandb is not installed" in caplog.text
     assert fleet.reports() == [again]

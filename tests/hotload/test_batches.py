@@ -14,9 +14,10 @@ import pytest
 
 from hotload.dataset.logprob_drift import drifts_of
 from hotload.dataset.parquet import parse_rollouts, render_rollouts
-from hotload.dataset.table import check_rollouts, part_facts, rollouts_frame
+from hotload.dataset.table import check_rollouts, rollouts_frame
 from hotload.dataset.trainer_batch import make_batch, slime_batch, to_tensors, trl_batch, verl_batch
 from hotload.errors import StoreError
+from hotload.rollout.counts import GroupCounts, count_groups
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 
 SHA = "0" * 64
@@ -30,10 +31,14 @@ def sample(number: int, tokens: int = 2, *, failure: str | None = None) -> Traje
         seed=number,
         provenance=Provenance("now", f"r{number}", "s", 1, ("now",), "now"),
         latency_seconds=0.5,
-        prompt_token_ids=(1, 2, 3)[: number + 1],
-        token_ids_T=tuple(range(10, 10 + tokens)),
-        sampling_logprobs_T=(-0.5,) * tokens,
-        loss_mask_T=(True,) * tokens,
+        segments=(
+            Segment(
+                (1, 2, 3)[: number + 1],
+                tuple(range(10, 10 + tokens)),
+                (-0.5,) * tokens,
+                (True,) * tokens,
+            ),
+        ),
         text="ab",
         finish_reason="length" if number else "stop",
         completion_token_count=tokens,
@@ -45,14 +50,15 @@ def sample(number: int, tokens: int = 2, *, failure: str | None = None) -> Traje
 # versions of the weights: tokens 0-3 and 4 by "old", 5 and 6 by "now".
 TURNS = replace(
     sample(1, 4),
-    loss_mask_T=(True, False, False, True),
-    sampling_logprobs_T=(-0.5, 0.0, 0.0, -0.25),
+    segments=(
+        Segment((1, 2), (10, 11, 12, 13), (-0.5, 0.0, 0.0, -0.25), (True, False, False, True)),
+        Segment((7, 8), (20, 21, 22), (-1.0, -2.0, -3.0), (True, True, False)),
+    ),
     provenance=Provenance(
         "old", "r1", "s", 2, ("old", "now"), "now", runs=((0, "old"), (5, "now"))
     ),
     turn_count=3,
     completion_token_count=5,
-    further=(Segment((7, 8), (20, 21, 22), (-1.0, -2.0, -3.0), (True, True, False)),),
     transcript=({"role": "user", "content": "2 + 2 – ?"}, {"role": "tool", "content": "4"}),
     routing_matrix="AAE=",
     is_hedge=True,
@@ -99,7 +105,7 @@ def test_a_row_per_segment() -> None:
 
 
 def test_what_a_part_holds_counts_samples_and_not_segments() -> None:
-    facts = part_facts(FRAME, file="part-00000.parquet", size_bytes=1, sha256=SHA, digest=SHA)
+    facts = count_groups([GROUP, UNUSED], GroupCounts(), run_id="run")
     assert (facts.group_count, facts.sample_count, facts.reward_count) == (2, 4, 3)
     assert (facts.reward_sum, facts.completion_token_count) == (6.0, 2 + 2 + 3 + 2)
     assert facts.samples_by_identity == {"now": 2, "old → now": 1}

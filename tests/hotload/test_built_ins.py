@@ -5,18 +5,14 @@ from typing import Any
 import pytest
 
 from hotload.reward.built_ins import BUILT_INS, check_built_in
-from hotload.rollout.trajectory import Problem, Provenance, Trajectory
+from hotload.rollout.trajectory import Problem, Provenance, Segment, Trajectory
 
 ORIGIN = Provenance("i", "r", "s", 1)
 
 
 def sample(text: str, tokens: int = 1) -> Trajectory:
-    arrays: dict[str, Any] = {
-        "token_ids_T": (5,) * tokens,
-        "sampling_logprobs_T": (-0.5,) * tokens,
-        "loss_mask_T": (True,) * tokens,
-    }
-    return Trajectory("p", 0, 1, ORIGIN, 0.0, text=text, completion_token_count=tokens, **arrays)
+    segment = Segment((), (5,) * tokens, (-0.5,) * tokens, (True,) * tokens)
+    return Trajectory("p", 0, 1, ORIGIN, 0.0, (segment,), text, completion_token_count=tokens)
 
 
 def score(name: str, answer: object, text: str, tokens: int = 1, **arguments: object) -> float:

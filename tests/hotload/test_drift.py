@@ -1,4 +1,4 @@
-"""Distributions and drift, against numbers worked out by hand and against the definition."""
+"""Drift, against numbers worked out by hand and against the definition."""
 
 import math
 
@@ -7,43 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotload.dataset.logprob_drift import LogprobDrift, distribution, logprob_drift, merged_drift
-
-
-def test_a_distribution() -> None:
-    found = distribution([0, 0, 0.25, 0.5, 1, 1, 1, 1], bin_count=4)
-    assert found is not None
-    assert (found.count, found.least, found.greatest) == (8, 0, 1)
-    assert found.edges == (0, 0.25, 0.5, 0.75, 1)
-    assert found.counts == (2, 1, 1, 4)
-    assert found.mean == pytest.approx(0.59375)
-    assert found.std == pytest.approx(0.43188, abs=1e-5)
-
-
-@given(st.lists(st.floats(-1e30, 1e30), min_size=1))
-def test_every_number_is_in_one_bin(values: list[float]) -> None:
-    found = distribution(values)
-    assert found is not None
-    assert sum(found.counts) == found.count == len(values)
-    assert len(found.edges) == len(found.counts) + 1
-    assert (found.edges[0], found.edges[-1]) == (min(values), max(values))
-
-
-def test_numbers_that_hardly_differ() -> None:
-    found = distribution([1.0, math.nextafter(1.0, 2.0)])
-    assert found is not None
-    assert sum(found.counts) == 2
-
-
-def test_nothing_has_no_distribution() -> None:
-    assert distribution([]) is None
-    same = distribution([0.5, 0.5])
-    assert same is not None
-    assert (same.edges, same.counts, same.std) == ((0.5, 0.5), (2,), 0)
+from hotload.dataset.logprob_drift import LogprobDrift, measure_drift, merged_drift
 
 
 def test_drift_by_hand() -> None:
-    found = logprob_drift([-1.0, -2.0, -9.0], [-1.5, -1.0, 0.0], [True, True, False])
+    found = measure_drift([-1.0, -2.0, -9.0], [-1.5, -1.0, 0.0], [True, True, False])
     assert found is not None
     assert (found.token_count, found.not_finite_count) == (2, 0)
     assert found.k1 == pytest.approx(0.25)  # differences are 0.5 and -1
@@ -56,7 +24,7 @@ def test_both_estimates_come_to_the_divergence() -> None:
     sampler, trainer = np.array([0.7, 0.2, 0.1]), np.array([0.6, 0.3, 0.1])
     drawn = np.random.default_rng(7).choice(3, 50_000, p=sampler)
     true = float((sampler * np.log(sampler / trainer)).sum())
-    found = logprob_drift(np.log(trainer)[drawn], np.log(sampler)[drawn], np.ones(50_000))
+    found = measure_drift(np.log(trainer)[drawn], np.log(sampler)[drawn], np.ones(50_000))
     assert found is not None
     assert found.k1 == pytest.approx(true, abs=0.003)
     assert found.k3 == pytest.approx(true, abs=0.001)
@@ -65,26 +33,26 @@ def test_both_estimates_come_to_the_divergence() -> None:
 @given(st.lists(st.tuples(st.floats(-50, 0), st.floats(-50, 0)), min_size=1))
 def test_k3_is_never_negative(pairs: list[tuple[float, float]]) -> None:
     trainer, sampler = zip(*pairs, strict=True)
-    found = logprob_drift(trainer, sampler, [True] * len(pairs))
+    found = measure_drift(trainer, sampler, [True] * len(pairs))
     assert found is not None
     assert 0 <= found.k3 < math.inf
-    assert logprob_drift(sampler, sampler, [True] * len(pairs)).max_abs == 0  # type: ignore[union-attr]
+    assert measure_drift(sampler, sampler, [True] * len(pairs)).max_abs == 0  # type: ignore[union-attr]
 
 
 def test_tokens_without_a_number_are_counted_and_left_out() -> None:
     trainer = [-1, math.nan, -math.inf, -1, -3.4e38, -1e308]
-    found = logprob_drift(trainer, [-1, -1, -1, -math.inf, -1, 1e308], [True] * 6)
+    found = measure_drift(trainer, [-1, -1, -1, -math.inf, -1, 1e308], [True] * 6)
     assert found is not None
     assert (found.token_count, found.not_finite_count, found.k1) == (1, 5, 0)
-    found = logprob_drift([math.nan, -1], [-1, -1], [True, False])
+    found = measure_drift([math.nan, -1], [-1, -1], [True, False])
     assert found == LogprobDrift(token_count=0, not_finite_count=1)
 
 
 def test_what_does_not_line_up_is_refused() -> None:
     with pytest.raises(ValueError, match="2, 3 and 3"):
-        logprob_drift([-1, -1], [-1, -1, -1], [True] * 3)
-    assert logprob_drift([], [], []) is None
-    assert logprob_drift([-1], [-2], [False]) is None
+        measure_drift([-1, -1], [-1, -1, -1], [True] * 3)
+    assert measure_drift([], [], []) is None
+    assert measure_drift([-1], [-2], [False]) is None
 
 
 LOGPROBS = st.floats(-60, 0) | st.sampled_from([math.nan, -math.inf])
@@ -99,7 +67,7 @@ def test_merged_drifts_are_the_drift_of_all_tokens(
 ) -> None:
     def drift(tokens: list[tuple[float, float, bool]]) -> LogprobDrift | None:
         trainer, sampler, mask = zip(*tokens, strict=True) if tokens else ((), (), ())
-        return logprob_drift(trainer, sampler, mask)
+        return measure_drift(trainer, sampler, mask)
 
     found = merged_drift(each for each in map(drift, batches) if each is not None)
     whole = drift([token for batch in batches for token in batch])

@@ -9,19 +9,26 @@ import pytest
 from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts, RolloutSummary
 from hotload.rollout.group_rules import (
-    Tally,
-    Verdict,
+    GroupTally,
+    JudgedGroup,
     draw_number,
     is_outage,
     is_unanswered,
-    judge,
+    judge_group,
     seconds_to_hedge,
     stale_group,
     to_ask_again,
     usable_count,
 )
 from hotload.rollout.straddling import settle_weights
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory, sample_seed
+from hotload.rollout.trajectory import (
+    Problem,
+    Provenance,
+    ScoredGroup,
+    Segment,
+    Trajectory,
+    sample_seed,
+)
 from hotload.spec import Groups
 
 PROBLEM = Problem("p", "x")
@@ -142,10 +149,10 @@ def test_what_becomes_of_a_group(
     is_dropped: bool,
     is_used: bool,
 ) -> None:
-    verdict = judge(scored(*rewards), Groups(**rules))
-    assert (verdict.group.mark, verdict.is_dropped) == (mark, is_dropped)
-    assert any(each is not None for each in verdict.group.advantages_G) is is_used
-    assert verdict.group.rewards_G == rewards
+    judged = judge_group(scored(*rewards), Groups(**rules))
+    assert (judged.group.mark, judged.is_dropped) == (mark, is_dropped)
+    assert any(each is not None for each in judged.group.advantages_G) is is_used
+    assert judged.group.rewards_G == rewards
 
 
 def test_a_stale_group_was_never_asked_for() -> None:
@@ -191,17 +198,15 @@ def test_every_rule_s_effect_is_counted() -> None:
     )
     straddling = sample(
         1,
-        token_ids_T=(5, 6, 7),
-        sampling_logprobs_T=(-1.0,) * 3,
-        loss_mask_T=(True, False, False),
+        segments=(Segment((), (5, 6, 7), (-1.0,) * 3, (True, False, False)),),
     )
     drawn = (sample(0), replace(straddling, provenance=origin), sample(2, "timeout"))
     rewards = (0.0, 1.0, None)
-    tally = Tally(hedges=2, hedges_won=1, cut_off=2)
+    tally = GroupTally(hedges=2, hedges_won=1, cut_off=2)
     tally.leave_out(replace(origin, attempts=4, failed_attempts=("503", "429", "cancelled")))
     tally.replace(sample(9, "truncated"))
-    verdict = judge(ScoredGroup(PROBLEM, drawn, rewards, advantages(rewards)), rules)
-    kept = tally.counts(verdict, rules, is_refill=True)
+    judged = judge_group(ScoredGroup(PROBLEM, drawn, rewards, advantages(rewards)), rules)
+    kept = tally.settle(judged, rules, is_refill=True).counts
     assert kept == GroupCounts(
         groups_by_mark={"partial": 1},
         refilled_groups=1,
@@ -217,9 +222,8 @@ def test_every_rule_s_effect_is_counted() -> None:
         attempts=4 + 1 + 1 + 3 + 1,
         failed_attempts={"503": 1, "429": 2, "cancelled": 1, "truncated": 2, "timeout": 1},
     )
-    dropped = Tally().counts(
-        Verdict(judge(scored(1.0, 1.0), rules).group, True), rules, is_refill=False
-    )
+    uniform = JudgedGroup(judge_group(scored(1.0, 1.0), rules).group, is_dropped=True)
+    dropped = GroupTally().settle(uniform, rules, is_refill=False).counts
     assert (dropped.dropped_groups, dropped.groups_by_mark) == ({"uniform": 1}, {})
     total = GroupCounts.total([kept, dropped, kept])
     assert total.asked_again == {"truncated": 2}
@@ -240,13 +244,13 @@ def test_every_rule_s_effect_is_counted() -> None:
 def test_what_failed_before_was_not_masked() -> None:
     """Its tokens are as they came, so none of them was taken out of the loss."""
     origin = Provenance("a", "r", "s", 1, observed=("a", "b"), runs=((0, "a"), (1, "b")))
-    tokens = sample(token_ids_T=(5, 6, 7), sampling_logprobs_T=(-1.0,) * 3, loss_mask_T=(True,) * 3)
+    tokens = sample(segments=(Segment((), (5, 6, 7), (-1.0,) * 3, (True,) * 3),))
     said = replace(tokens, provenance=origin)
     failed = replace(said, sample_number=1, failure="turn_timeout")
     settled = tuple(settle_weights(each, "mask_from_change") for each in (said, failed))
     group = ScoredGroup(PROBLEM, settled, (1.0, None), advantages((1.0, None)))
     rules = Groups(on_straddling="mask_from_change")
-    counts = Tally().counts(Verdict(group), rules, is_refill=False)
+    counts = GroupTally().settle(JudgedGroup(group), rules, is_refill=False).counts
     assert (counts.straddling_samples, counts.tokens_masked) == (2, 2)
 
 
@@ -260,7 +264,8 @@ def test_counts_that_were_written_before_failed_attempts_were_counted() -> None:
 
 @pytest.mark.parametrize("cause", ["deadline", "trajectory_timeout"])
 def test_time_that_was_up_counts_where_nothing_was_said(cause: str) -> None:
-    silent, spoke = sample(0, cause), sample(1, cause, token_ids_T=(5,))
+    silent = sample(0, cause)
+    spoke = sample(1, cause, segments=(Segment((), (5,), (-1.0,), (True,)),))
     assert is_outage((silent, sample(1, "timeout")))
     assert is_unanswered((silent, sample(1, "timeout")))
     assert not is_outage((silent, sample(1)))  # a tight deadline

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -15,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.dataset.logprob_drift import LogprobDrift, TrainedAgainst
-from hotload.dataset.parquet import render_rollouts
-from hotload.dataset.rollout_plan import RolloutPart, summarize
-from hotload.dataset.table import part_facts, rollouts_frame
+from hotload.dataset.rollout_plan import PartNotes, RolloutManifest, RolloutPart, summarize
+from hotload.dataset.sample_extracts import choose_extracts
 from hotload.identity import SnapshotKind
 from hotload.publish.publication import Published
 from hotload.quantities import duration, number, percent, size
@@ -25,10 +26,10 @@ from hotload.report.charts import Bar, bars, columns, histogram, nice_ticks, sta
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines, prometheus_text
 from hotload.report.page import render_report
-from hotload.report.sample_statistics import Figures
+from hotload.report.sample_statistics import SampleStatistics
 from hotload.reward.advantages import advantages
-from hotload.rollout.counts import GroupCounts
-from hotload.rollout.group_rules import judge
+from hotload.rollout.counts import GroupCounts, SampleCounts, count_groups
+from hotload.rollout.group_rules import judge_group
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.spec import Groups
 
@@ -38,6 +39,10 @@ EVIL = "</pre><script>alert('x')</script><img src=http://evil.example/x.png>\x1b
 ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
+def segment(tokens: int) -> Segment:
+    return Segment((1, 2), tuple(range(tokens)), (-0.5,) * tokens, (True,) * tokens)
+
+
 def sample(number: int, tokens: int = 2, **changes: Any) -> Trajectory:
     made = Trajectory(
         problem_id="p",
@@ -45,10 +50,7 @@ def sample(number: int, tokens: int = 2, **changes: Any) -> Trajectory:
         seed=number,
         provenance=Provenance(NOW, f"r{number}", "s", 1, (NOW,), NOW, "replica-0"),
         latency_seconds=1.0 + number,
-        prompt_token_ids=(1, 2),
-        token_ids_T=tuple(range(tokens)),
-        sampling_logprobs_T=(-0.5,) * tokens,
-        loss_mask_T=(True,) * tokens,
+        segments=(segment(tokens),),
         text="four",
         finish_reason="stop" if number else "length",
         prompt_token_count=4,
@@ -68,7 +70,7 @@ SAMPLES = (
         turn_count=2,
         completion_token_count=3,
         transcript=CHAT,
-        further=(Segment((3,), (4, 5), (-1.5, 0.0), (True, False)),),
+        segments=(segment(2), Segment((3,), (4, 5), (-1.5, 0.0), (True, False))),
     ),
     sample(2, 0, text="", failure="timeout", detail=EVIL),
 )
@@ -86,18 +88,38 @@ GROUPS = [
     group(SAMPLES, (1.0, 0.0, None)),
     replace(group(UNIFORM, (1.0, 1.0)), mark="uniform"),
 ]
-FRAME = rollouts_frame(GROUPS, run_id="run", policy_version=3)
-PART = part_facts(FRAME, file="part-00000.parquet", size_bytes=9, sha256=SHA, digest=SHA)
 
 
-def figures(*groups: ScoredGroup) -> Figures:
-    found = Figures("run")
-    frame = rollouts_frame(groups or GROUPS, run_id="run", policy_version=3)
-    found.add(render_rollouts(frame, digest=SHA))
+def part_of(*groups: ScoredGroup) -> RolloutPart:
+    marks = Counter(one.mark for one in groups if one.mark)
+    rules = GroupCounts(groups_by_mark=marks, raw_samples=5)
+    notes = PartNotes(**dict(count_groups(groups, rules, run_id="run")))
+    return notes.part(file="part-00000-00.parquet", size_bytes=9, sha256=SHA, digest=SHA)
+
+
+PART = part_of(*GROUPS)
+
+
+def manifest_of(*parts: RolloutPart, groups: Sequence[ScoredGroup] = ()) -> RolloutManifest:
+    return RolloutManifest(
+        identity=NOW,
+        policy_version=3,
+        digest=SHA,
+        parts=parts,
+        summary=summarize(NOW, parts, parts_uri="", seconds=10.0),
+        extracts=choose_extracts(groups),
+        created_at=ENDED,
+    )
+
+
+def statistics(*groups: ScoredGroup) -> SampleStatistics:
+    groups = groups or tuple(GROUPS)
+    found = SampleStatistics.of(manifest_of(part_of(*groups), groups=groups))
+    assert found is not None
     return found
 
 
-def report(**changes: Any) -> CycleReport:
+def report(*groups: ScoredGroup, **changes: Any) -> CycleReport:
     snapshot = Published(
         identity=NOW,
         policy_version=3,
@@ -114,14 +136,14 @@ def report(**changes: Any) -> CycleReport:
     )
     rollouts = summarize(
         NOW,
-        [PART],
+        [part_of(*groups) if groups else PART],
         parts_uri="file:///bucket/_hotload/rollouts/x",
         seconds=10.0,
         window_trace=((0.0, 8, 8), (5.0, 4, 3), (10.0, 6, 5)),
     ).model_copy(
         update={
             "groups": GroupCounts(
-                groups_by_mark={"partial": 1},
+                groups_by_mark={"partial": 1, "uniform": 1},
                 dropped_groups={"uniform": 2},
                 asked_again={"timeout": 3},
                 failed_attempts={"truncated": 1, "429": 3, "404": 1, "cancelled": 1},
@@ -181,9 +203,9 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def page(made: CycleReport | None = None, found: Figures | None = None) -> str:
+def page(made: CycleReport | None = None, found: SampleStatistics | None = None) -> str:
     return render_report(
-        made or report(), found or figures(), ended_at=ENDED, rollouts_ended_at=ENDED
+        made or report(), found or statistics(), ended_at=ENDED, rollouts_ended_at=ENDED
     )
 
 
@@ -249,7 +271,7 @@ def test_a_page_of_nothing() -> None:
         outcome="not due",
         seconds=0.0,
     )
-    read = Page(render_report(empty, Figures("run"), ended_at=ENDED))
+    read = Page(render_report(empty, SampleStatistics(SampleCounts()), ended_at=ENDED))
     assert read.open == []
     assert "version 2 was sampled again on 0 replicas" in read.text
     assert "No sample with a reward was handed back" in read.text
@@ -274,31 +296,52 @@ def test_a_fallback_is_told() -> None:
 
 
 def test_figures() -> None:
-    found = figures()
-    assert (found.scored_group_count, found.sample_count) == (2, 5)
-    assert found.uniform_groups(GroupCounts()) == (1, 2)
-    assert found.latency_seconds == [1.0, 2.0, 1.0, 2.0]
-    assert found.token_counts == [2, 3, 2, 2]  # of its four tokens a tool said one
-    assert (found.prompt_token_count, found.cached_prompt_token_count) == (5 * 4, 5)
-    assert found.trainable_token_counts == [2, 3, 2, 2]
-    assert found.turn_counts == {1: 4, 2: 1}
-    assert found.versions == {NOW: 3, f"{NOW} → {NEXT}": 1}
-    assert found.versions_ahead == {0: 3, 1: 1}
-    assert found.failures == {"timeout": 1}
+    found, total = statistics(), report().rollouts
+    counts = found.counts
+    assert (counts.scored_group_count, total.sample_count) == (2, 5)
+    assert found.uniform_groups(PART.groups) == (1, 2)
+    assert counts.latency_seconds.values == [1.0, 1.0, 2.0, 2.0]
+    assert counts.completion_tokens.values == [2, 2, 2, 3]  # of its four tokens a tool said one
+    assert (counts.prompt_token_count, counts.cached_prompt_token_count) == (5 * 4, 5)
+    assert counts.trained_tokens.values == [2, 2, 2, 3]
+    assert counts.turns.by_value == {1: 4, 2: 1}
+    assert total.samples_by_identity == {NOW: 3, f"{NOW} → {NEXT}": 1}
+    assert counts.versions_ahead.by_value == {0: 3, 1: 1}
+    assert total.failed_samples == {"timeout": 1}
     assert found.entropy_nats == pytest.approx((8 * 0.5 + 1.5) / 9)
-    assert found.percentile_seconds(50) == 1.5
-    three = [(each.why, each.facts["sample_number"]) for each in found.three()]
+    assert found.latency_percentile(50) == 1.5
+    three = [(each.reasons, each.extract.sample_number) for each in found.shown]
     assert three == [
         (("highest reward",), 1),
         (("lowest reward", "two versions of the weights", "most turns"), 1),
         (("failed",), 2),
     ]
-    found.add(render_rollouts(FRAME, digest=SHA))
-    assert found.sample_count == 10
+
+
+def test_statistics_that_an_earlier_version_did_not_count_are_not_made_up() -> None:
+    """Its manifest is read; the page says that they are not known, and the metrics leave out what
+    rests on them.
+    """
+    earlier = PART.model_copy(update={"samples": None})
+    told = json.loads(manifest_of(earlier, PART).render())
+    del told["parts"][0]["samples"], told["extracts"]
+    manifest = RolloutManifest.parse(json.dumps(told).encode(), path="p")
+    assert SampleStatistics.of(manifest) is None
+    made = report(rollouts=manifest.summary)
+    read = Page(render_report(made, None, ended_at=ENDED))
+    assert read.open == []
+    assert "10 samples of 4 problems" in read.text
+    assert "Not known: an earlier version of hotload wrote them" in read.text
+    known, unknown = cycle_metrics(made, statistics()), cycle_metrics(made, None)
+    assert {name.partition("_")[0] for name in known.keys() - unknown.keys()} == {
+        "rollout/filtered", "rollout/filter", "rollout/entropy", "rollout/uniform",
+        "rollout/cached", "rollout/trainable", "rollout/latency", "async/version",
+    }  # fmt: skip
+    assert unknown.items() <= known.items()
 
 
 def test_metrics_by_their_names() -> None:
-    metrics = cycle_metrics(report(), figures())
+    metrics = cycle_metrics(report(), statistics())
     assert metrics["rollout/raw_reward"] == 0.0  # with the dropped groups
     assert metrics["rollout/filtered_reward"] == 0.75
     assert (metrics["rollout/raw_samples"], metrics["rollout/filtered_samples"]) == (9, 4)
@@ -318,7 +361,7 @@ def test_metrics_by_their_names() -> None:
 def test_a_version_that_was_not_due_sent_nothing() -> None:
     """Its snapshot is an earlier one: what that took was told by the cycle that published it."""
     told = report(outcome="not due")
-    metrics = cycle_metrics(told, figures())
+    metrics = cycle_metrics(told, statistics())
     assert not [name for name in metrics if "weight" in name or name.startswith("publish/")]
     assert metrics["perf/step_samples_per_s"] == 0.5
     read = Page(page(told))
@@ -337,7 +380,7 @@ def test_a_version_that_was_not_due_sent_nothing() -> None:
 def test_stages_that_did_not_happen_are_left_out() -> None:
     whole = report()
     bare = whole.snapshot.model_copy(update={"seconds_by_stage": {"publish": 2.0}})
-    metrics = cycle_metrics(report(snapshot=bare), figures())
+    metrics = cycle_metrics(report(snapshot=bare), statistics())
     names = {name for name in metrics if name.startswith("publish/") or name.endswith("_time")}
     assert names == {
         "perf/step_time", "perf/rollout_batch_wall_time", "publish/save_time_s",
@@ -353,7 +396,7 @@ def resumed(*found: RolloutPart) -> CycleReport:
 
 def test_rates_are_those_of_what_this_run_sampled() -> None:
     half = resumed(PART)
-    metrics = cycle_metrics(half, figures())
+    metrics = cycle_metrics(half, statistics())
     assert metrics["perf/step_samples_per_s"] == 0.5
     assert metrics["perf/step_tokens_per_s"] == 0.9
     text = Page(page(half)).text
@@ -362,12 +405,12 @@ def test_rates_are_those_of_what_this_run_sampled() -> None:
     assert "tokens per second 0.900 0.500 samples per second" in text
     assert "10 s of sampling and scoring; 5 samples of an earlier run are not in the rates" in text
     assert "samples per second 0.500 completion tokens per second 0.900" in text
-    assert cycle_metrics(resumed(), figures())["perf/step_samples_per_s"] == 1.0
+    assert cycle_metrics(resumed(), statistics())["perf/step_samples_per_s"] == 1.0
 
 
 def test_a_run_that_sampled_nothing_has_no_rate() -> None:
     everything = resumed(PART, PART)
-    assert not [name for name in cycle_metrics(everything, figures()) if name.endswith("per_s")]
+    assert not [name for name in cycle_metrics(everything, statistics()) if name.endswith("per_s")]
     text = Page(page(everything)).text
     assert "10 samples of 4 problems came back in an earlier run of this cycle, with" in text
     assert "tokens per second – – samples per second" in text
@@ -376,7 +419,7 @@ def test_a_run_that_sampled_nothing_has_no_rate() -> None:
 def test_free_slots_are_none_while_the_window_is_overdrawn() -> None:
     trace = ((0.0, 10, 0), (5.0, 1, 10), (10.0, 1, 10))
     rollouts = report().rollouts.model_copy(update={"window_trace": trace})
-    metrics = cycle_metrics(report(rollouts=rollouts), figures())
+    metrics = cycle_metrics(report(rollouts=rollouts), statistics())
     assert metrics["async/in_flight_samples_mean"] == 5.0
     assert metrics["async/concurrency_capacity_samples_mean"] == 5.0  # 10 and 0, half the time each
 
@@ -389,7 +432,7 @@ def test_uniform_groups_are_those_that_were_judged_so() -> None:
             replace(sample(i, failure=None if reward is not None else "timeout"), problem_id=name)
             for i, reward in enumerate(rewards)
         )
-        return judge(group(made, rewards), Groups()).group
+        return judge_group(group(made, rewards), Groups()).group
 
     groups = [
         named("equal", (1.0, 1.0)),
@@ -398,30 +441,34 @@ def test_uniform_groups_are_those_that_were_judged_so() -> None:
         named("short", (1.0, None)),
         named("failed", (None, None)),
     ]
-    found = figures(*groups)
-    assert found.uniform_groups(GroupCounts()) == (1, 4)
-    assert found.uniform_groups(GroupCounts(dropped_groups={"uniform": 3})) == (4, 7)
+    found = statistics(*groups)
+    rules = part_of(*groups).groups
+    assert found.uniform_groups(rules) == (1, 4)
+    dropped = rules.model_copy(update={"dropped_groups": {"uniform": 3}})
+    assert found.uniform_groups(dropped) == (4, 7)
 
 
 def test_no_more_samples_end_at_the_limit_than_have_an_answer() -> None:
     silent = tuple(sample(i, 0, text="", finish_reason="length") for i in (0, 1, 2))
-    found = figures(group((*silent, sample(3)), (0.0, 0.0, 0.0, 1.0)))
+    found = statistics(group((*silent, sample(3)), (0.0, 0.0, 0.0, 1.0)))
     assert "Completion tokens of all turns; 0 % ended at the limit" in Page(page(found=found)).text
-    assert found.finish_reasons == {"stop": 1}
+    assert found.counts.length_limited_count == 0
 
 
 def test_another_run_s_identity_counts_as_no_version() -> None:
     origin = Provenance(NOW, "r", "s", 1, ("other-000900-0123abcd",))
-    found = figures(group((sample(0, provenance=origin), sample(1)), (0.0, 1.0)))
-    assert found.versions == {"other-000900-0123abcd": 1, NOW: 1}
-    assert found.versions_ahead == {0: 1}
+    part = part_of(group((sample(0, provenance=origin), sample(1)), (0.0, 1.0)))
+    assert part.samples_by_identity == {"other-000900-0123abcd": 1, NOW: 1}
+    assert part.samples is not None
+    assert part.samples.versions_ahead.by_value == {0: 1}
 
 
 def test_weights_that_were_assumed_or_none_are_told_as_such() -> None:
     half_told = Provenance(NOW, "r", "s", 1, (NOW,))
     assumed = sample(0, provenance=replace(half_told, observed=()))
     silent = sample(1, 0, failure="timeout", provenance=replace(half_told, observed=()))
-    text = Page(page(found=figures(group((assumed, silent), (1.0, None))))).text
+    made = group((assumed, silent), (1.0, None))
+    text = Page(page(report(made), statistics(made))).text
     assert f"{NOW} (assumed) 1 · 100 %" in text
     assert text.count("(assumed)") == 3  # in bar and key, and with the sample itself
 
@@ -433,14 +480,14 @@ DRIFT = LogprobDrift(
 
 def test_what_the_trainer_told() -> None:
     told = TrainedAgainst(2, DRIFT)
-    read = Page(render_report(report(), figures(), ended_at=ENDED, trained=told))
+    read = Page(render_report(report(), statistics(), ended_at=ENDED, trained=told))
     assert read.open == []
     assert "Trainer against sampler" in read.text
     assert "acknowledged last: samples of version 2" in read.text
     assert "k1 −0.00042 nats k3 0.001 nats mean of |d| 0.02 nats largest |d| 1.5 nats" in read.text
     assert "tokens compared 1,200 tokens without a number 3" in read.text
-    metrics = cycle_metrics(report(), figures(), told)
-    without = cycle_metrics(report(), figures())
+    metrics = cycle_metrics(report(), statistics(), told)
+    without = cycle_metrics(report(), statistics())
     assert {name: metrics[name] for name in metrics.keys() - without.keys()} == {
         "async/trained_against_version": 2,
         "rollout/trainer_drift_k1": -0.00042,
@@ -454,16 +501,16 @@ def test_what_the_trainer_told() -> None:
 def test_a_trainer_that_told_nothing_or_no_number() -> None:
     assert "Trainer against sampler" not in page()
     told = TrainedAgainst(2, LogprobDrift(token_count=0, not_finite_count=7))
-    read = Page(render_report(report(), figures(), ended_at=ENDED, trained=told))
+    read = Page(render_report(report(), statistics(), ended_at=ENDED, trained=told))
     assert "tokens compared 0 tokens without a number 7" in read.text
-    metrics = cycle_metrics(report(), figures(), told)
+    metrics = cycle_metrics(report(), statistics(), told)
     assert [name for name in metrics if "trainer_drift" in name] == ["rollout/trainer_drift_tokens"]
 
 
 def test_what_is_not_trained_on_is_not_counted_as_filtered_or_accepted() -> None:
     """A group that is incomplete has rewards, and no advantages."""
     unused = replace(GROUPS[0], advantages_G=(None,) * 3, mark="incomplete")
-    found = figures(unused, GROUPS[1])
+    found = statistics(unused, GROUPS[1])
     told = report()
     counts = told.rollouts.groups.model_copy(update={"groups_by_mark": {"incomplete": 1}})
     told = report(rollouts=told.rollouts.model_copy(update={"groups": counts}))
@@ -475,7 +522,7 @@ def test_what_is_not_trained_on_is_not_counted_as_filtered_or_accepted() -> None
 
 
 def test_json_lines() -> None:
-    metrics = cycle_metrics(report(), figures())
+    metrics = cycle_metrics(report(), statistics())
     lines = [
         json.loads(line)
         for line in json_lines(report(), metrics, rollouts_ended_at=ENDED).splitlines()

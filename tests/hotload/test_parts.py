@@ -1,5 +1,6 @@
 """Tables keep their schemas, and a rollout's plan says what a part holds."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -7,22 +8,18 @@ import polars as pl
 import pytest
 from pandera.errors import SchemaErrors
 
-from hotload.checkpoint.safetensors import ShardHeader, TensorInfo
-from hotload.dataset.rollout_plan import RolloutManifest, RolloutPart, plan_rollout, summarize
-from hotload.dataset.table import (
-    check_ledger,
-    check_rollouts,
-    check_tensors,
-    ledger_frame,
-    part_facts,
-    rollouts_frame,
-    tensors_frame,
+from hotload.dataset.rollout_plan import (
+    PartNotes,
+    RolloutManifest,
+    RolloutPart,
+    plan_rollout,
+    summarize,
 )
+from hotload.dataset.table import check_rollouts, rollouts_frame
 from hotload.errors import StoreError
-from hotload.identity import SnapshotKind
-from hotload.publish.snapshot import SnapshotManifest
 from hotload.reward.advantages import advantages
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.rollout.counts import GroupCounts, count_groups
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.spec import CycleSpec
 
 SHA = "0" * 64
@@ -37,10 +34,7 @@ def sample(number: int, *observed: str, failure: str | None = None) -> Trajector
         seed=number,
         provenance=origin,
         latency_seconds=0.5,
-        prompt_token_ids=(1,),
-        token_ids_T=tokens,
-        sampling_logprobs_T=(-0.5,) * len(tokens),
-        loss_mask_T=(True,) * len(tokens),
+        segments=(Segment((1,), tokens, (-0.5,) * len(tokens), (True,) * len(tokens)),),
         text="ab",
         finish_reason="stop",
         completion_token_count=len(tokens),
@@ -60,8 +54,9 @@ GROUPS = [
 ]
 
 
-def facts(frame: pl.DataFrame) -> RolloutPart:
-    return part_facts(frame, file="part-00000.parquet", size_bytes=9, sha256=SHA, digest=SHA)
+def part_of(groups: Sequence[ScoredGroup]) -> RolloutPart:
+    notes = PartNotes(**dict(count_groups(groups, GroupCounts(), run_id="run")))
+    return notes.part(file="part-00000-00.parquet", size_bytes=9, sha256=SHA, digest=SHA)
 
 
 def test_rollouts_and_what_they_come_to() -> None:
@@ -69,7 +64,7 @@ def test_rollouts_and_what_they_come_to() -> None:
     assert frame["reward"].to_list() == [0.0, 1.0, None, 0.0, 1.0]
     assert frame["token_ids"].to_list() == [[5, 6], [5, 6], [], [5, 6], [5, 6]]
     assert frame["weights"].to_list() == ["expected", "straddling", "none", "assumed", "other"]
-    part = facts(frame)
+    part = part_of(GROUPS)
     assert part.failed_samples == {"timeout": 1}
     assert part.samples_by_identity == {
         "now": 1,
@@ -97,7 +92,7 @@ def test_a_row_names_the_version_that_was_confirmed_when_it_was_sent() -> None:
 
 def test_an_empty_part_keeps_the_schema() -> None:
     frame = check_rollouts(rollouts_frame([], run_id="run", policy_version=0))
-    assert facts(frame).reward_sum == 0
+    assert frame.height == part_of([]).sample_count == part_of([]).reward_sum == 0
 
 
 @pytest.mark.parametrize(
@@ -117,44 +112,6 @@ def test_rollouts_that_break_the_schema(change: pl.Expr, told: str) -> None:
     frame = rollouts_frame(GROUPS, run_id="run", policy_version=4).with_columns(change)
     with pytest.raises(SchemaErrors, match=told):
         check_rollouts(frame)
-
-
-def test_tensors() -> None:
-    tensors = (TensorInfo("a", "BF16", (2, 3), 0, 12), TensorInfo("b", "F32", (), 12, 16))
-    frame = tensors_frame([ShardHeader("x.safetensors", tensors, {}, 100, 116)])
-    assert check_tensors(frame)["shape"].to_list() == [[2, 3], []]
-    with pytest.raises(SchemaErrors, match="twice"):
-        check_tensors(pl.concat([frame, frame]))
-    with pytest.raises(SchemaErrors, match="before start"):
-        check_tensors(frame.with_columns(end=pl.lit(0, pl.Int64), start=pl.lit(1, pl.Int64)))
-
-
-def test_ledger() -> None:
-    def manifest(version: int) -> SnapshotManifest:
-        return SnapshotManifest(
-            identity=f"run-{version:06d}-00000000",
-            run_id="run",
-            policy_version=version,
-            kind=SnapshotKind.FULL,
-            previous=None,
-            anchor=f"run-{version:06d}-00000000",
-            chain_length=0,
-            attempt=0,
-            reason="start",
-            content_sha256=SHA,
-            codec="none",
-            checksum="none",
-            shards=(),
-            side_files=(),
-            created_at=datetime(2026, 1, 1 + version, tzinfo=UTC),
-        )
-
-    frame = check_ledger(ledger_frame([manifest(2), manifest(1)]))
-    assert frame["policy_version"].to_list() == [1, 2]
-    with pytest.raises(SchemaErrors, match="identity"):
-        check_ledger(ledger_frame([manifest(1), manifest(1)]))
-    with pytest.raises(SchemaErrors, match="only a delta"):
-        check_ledger(frame.with_columns(kind=pl.lit("delta")))
 
 
 def spec(**changes: object) -> CycleSpec:
@@ -229,7 +186,7 @@ def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
 
 
 def test_the_manifest_there_and_back() -> None:
-    part = facts(rollouts_frame(GROUPS, run_id="run", policy_version=4))
+    part = part_of(GROUPS)
     manifest = RolloutManifest(
         identity="now",
         policy_version=4,

@@ -9,7 +9,7 @@ from hotload.errors import RewardError
 from hotload.reward.http_service import parse_rewards, read_reward_service, request_body
 from hotload.reward.outcome import RewardOutcome, Score
 from hotload.rollout.failures import Cause
-from hotload.rollout.trajectory import Problem, Provenance, Trajectory
+from hotload.rollout.trajectory import Problem, Provenance, Segment, Trajectory
 from hotload.spec import RewardSpec
 
 URL = "https://judge.example/v1/score"
@@ -24,10 +24,7 @@ def test_a_request() -> None:
         9,
         Provenance("run-000001-0badf00d", "request", "session", 1),
         0.5,
-        (1, 2),
-        (3, 4),
-        (-0.5, -0.25),
-        (True, True),
+        (Segment((1, 2), (3, 4), (-0.5, -0.25), (True, True)),),
         "four",
         "stop",
         completion_token_count=2,

@@ -10,6 +10,7 @@ from hotload.errors import InvalidProblemsError
 from hotload.rollout.trajectory import (
     Problem,
     Provenance,
+    Segment,
     Trajectory,
     Weights,
     chunk,
@@ -104,7 +105,9 @@ def sample(
 ) -> Trajectory:
     last = observed[-1] if observed else None
     origin = Provenance("now", "r", "s", 1, observed, last, runs=runs)
-    return Trajectory("p", 0, 1, origin, 0.0, token_ids_T=token_ids)
+    count = len(token_ids)
+    segment = Segment((), token_ids, (-0.5,) * count, (True,) * count)
+    return Trajectory("p", 0, 1, origin, 0.0, (segment,))
 
 
 def test_weights_in_words() -> None:

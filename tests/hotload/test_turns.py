@@ -127,7 +127,7 @@ def test_routing_of_a_real_models_form() -> None:
 
 
 def trajectory(runs: tuple[tuple[int, str], ...], *lengths: int, **fields: Any) -> Trajectory:
-    first, *further = (
+    segments = tuple(
         Segment((7,), (1,) * length, (-1.0,) * length, (True,) * length) for length in lengths
     )
     observed = tuple(dict.fromkeys(identity for _, identity in runs if identity))
@@ -137,11 +137,7 @@ def trajectory(runs: tuple[tuple[int, str], ...], *lengths: int, **fields: Any) 
         0,
         Provenance("a", "r", "s", 1, observed=fields.pop("observed", observed), runs=runs),
         0.0,
-        first.prompt_token_ids,
-        first.token_ids_T,
-        first.sampling_logprobs_T,
-        first.loss_mask_T,
-        further=tuple(further),
+        segments,
         **fields,
     )
 
@@ -168,7 +164,7 @@ def test_weights_that_are_no_version_of_the_run_fail_a_sample(
     sample = replace(made, provenance=replace(made.provenance, identity=NOW))
     settled = settle_weights(sample, "accept")
     assert settled.failure == failure
-    assert settled.token_ids_T == sample.token_ids_T
+    assert settled.segments == sample.segments
     if failure:
         assert settled.detail == f"made by {observed[-1]!r}, sent to {NOW!r}"
 
@@ -196,7 +192,7 @@ def test_what_is_dropped_and_what_is_left_alone() -> None:
     assert settle_weights(straddling, "accept") == straddling
     dropped = settle_weights(straddling, "drop")
     assert dropped.failure == "straddling"
-    assert dropped.token_ids_T == straddling.token_ids_T
+    assert dropped.segments == straddling.segments
     single, failed = trajectory(((0, "b"),), 3), trajectory(((0, "a"),), 3, failure="too_long")
     for policy in ("drop", "mask_from_change"):
         assert settle_weights(single, policy) == single

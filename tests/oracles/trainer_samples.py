@@ -72,9 +72,7 @@ def frame() -> pl.DataFrame:
         kept = np.where(mask, np.minimum(sampled, 0.0), 0.0)
         return Segment(prompt, tokens, tuple(kept.tolist()), mask)
 
-    def sample(
-        problem_id: str, first: Segment, *further: Segment, change: int | None = None
-    ) -> Trajectory:
+    def sample(problem_id: str, *segments: Segment, change: int | None = None) -> Trajectory:
         """An answer; `change` is the token from which on newer weights made it."""
         number = next(numbers)
         runs = ((0, "old"),) if change is None else ((0, "old"), (change, "new"))
@@ -87,12 +85,8 @@ def frame() -> pl.DataFrame:
                 seed=number,
                 provenance=told,
                 latency_seconds=0.1,
-                prompt_token_ids=first.prompt_token_ids,
-                token_ids_T=first.token_ids_T,
-                sampling_logprobs_T=first.sampling_logprobs_T,
-                loss_mask_T=first.loss_mask_T,
+                segments=segments,
                 finish_reason="length" if number % 2 else "stop",
-                further=further,
             ),
             "mask_from_change",
         )

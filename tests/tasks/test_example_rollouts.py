@@ -63,7 +63,7 @@ async def test_a_shipped_rollout_can_be_trained_on(game: object, tmp_path: Path)
             assert all(own)
         parts = game.reward(problem, trajectory)  # type: ignore[attr-defined]
         assert 0 <= sum(parts.values()) <= 1.7
-    assert len({trajectory.token_ids_T for _, trajectory in played}) > 1
+    assert len({trajectory.segments for _, trajectory in played}) > 1
 
 
 async def test_a_whole_game_is_one_sequence(tmp_path: Path) -> None:

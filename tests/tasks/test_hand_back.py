@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from hotload.clients.store import Store
-from hotload.dataset.rollout_plan import PartNotes, RolloutPart, RolloutPlan
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.dataset.rollout_plan import RolloutPart, RolloutPlan
+from hotload.rollout.counts import GroupCounts
+from hotload.rollout.group_rules import SettledGroup
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.sampling.part_files import read_parts, write_part
 from hotload.sampling.problems import plan_rollouts
 from hotload.spec import CycleSpec
@@ -46,10 +48,7 @@ def group(problem_id: str, text: str, identity: str = IDENTITY) -> ScoredGroup:
         seed=0,
         provenance=Provenance(identity, "r", "s", 1, (identity,), identity),
         latency_seconds=0.5,
-        prompt_token_ids=(1,),
-        token_ids_T=(5,),
-        sampling_logprobs_T=(-0.5,),
-        loss_mask_T=(True,),
+        segments=(Segment((1,), (5,), (-0.5,), (True,)),),
         text=text,
         finish_reason="stop",
     )
@@ -59,7 +58,8 @@ def group(problem_id: str, text: str, identity: str = IDENTITY) -> ScoredGroup:
 async def write(
     store: Store, plan: RolloutPlan, *groups: ScoredGroup, piece: int = 0
 ) -> RolloutPart:
-    return await write_part(store, plan, plan.parts[0], piece, groups, PartNotes())
+    settled = [SettledGroup(group, GroupCounts(), is_dropped=False) for group in groups]
+    return (await write_part(store, plan, plan.parts[0], piece, settled)).part
 
 
 async def sha256(store: Store, path: str) -> str:
@@ -73,7 +73,7 @@ async def test_runs_at_once_take_files_of_their_own(store: Store, plan: RolloutP
     assert sorted(part.file for part in written) == files
     for part in written:
         assert await sha256(store, plan.path(part.file)) == part.sha256
-    found = await read_parts(store, plan, plan.parts[0], files)
+    found = await read_parts(store, plan, plan.parts[0], files, {})
     assert sorted((each.part for each in found), key=lambda part: part.file) == sorted(
         written, key=lambda part: part.file
     )

@@ -1,17 +1,22 @@
 """What waits to be written, counted while the store writes and other groups end."""
 
 import asyncio
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from hotload.clients.store import Store
-from hotload.dataset.rollout_plan import PartPlan, RolloutPlan
+from hotload.dataset.parquet import render_rollouts
+from hotload.dataset.rollout_plan import PartPlan, RolloutPart, RolloutPlan
+from hotload.dataset.sample_extracts import merge_extracts
+from hotload.dataset.table import rollouts_frame
 from hotload.errors import StoreUnavailableError
-from hotload.rollout.group_rules import Tally, Verdict
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
-from hotload.sampling.part_writer import FULL_TOKENS, PartWriter, Settled
+from hotload.rollout.counts import RolloutCounts
+from hotload.rollout.group_rules import GroupTally, JudgedGroup, SettledGroup
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.sampling.part_writer import FULL_TOKENS, PartWriter
 from hotload.spec import Groups
 
 IDENTITY = "run-000003-0badf00d"
@@ -40,14 +45,13 @@ class WaitingStore(Store):
 begun, may_end = asyncio.Event(), asyncio.Event()
 
 
-def settled(problem: Problem, text: str = "a", *, is_dropped: bool = False) -> Settled:
+def settled(problem: Problem, text: str = "a", *, is_dropped: bool = False) -> SettledGroup:
     """A group of one sample that fills a file."""
     origin = Provenance(IDENTITY, "r", "s", 1, (IDENTITY,), IDENTITY)
-    prompt = (7,) * FULL_TOKENS
-    sample = Trajectory(problem.id, 0, 0, origin, 0.1, prompt, (2,), (-0.5,), (True,), text, "stop")
+    segment = Segment((7,) * FULL_TOKENS, (2,), (-0.5,), (True,))
+    sample = Trajectory(problem.id, 0, 0, origin, 0.1, (segment,), text, "stop")
     group = ScoredGroup(problem, (sample,), (1.0,), (0.0,), mark="uniform" if is_dropped else None)
-    counts = Tally().counts(Verdict(group, is_dropped), Groups(), is_refill=False)
-    return Settled(group, counts, is_dropped)
+    return GroupTally().settle(JudgedGroup(group, is_dropped), Groups(), is_refill=False)
 
 
 async def test_groups_that_end_during_a_write_still_count(tmp_path: Path) -> None:
@@ -68,15 +72,17 @@ async def test_of_what_two_runs_wrote_the_file_that_a_reader_may_have_counts(
     tmp_path: Path,
 ) -> None:
     store = Store(url=f"file://{tmp_path}")
+    written = []
     for text in ("one run", "another"):
         writer = PartWriter(store, PLAN, PLAN.parts[0])
         writer.take(settled(PROBLEMS[0], text))
         await writer.write()
+        written += writer.parts
     names = await store.names(PLAN.directory)
     assert names == ["part-00000-00.parquet", "part-00000-01.parquet"]
-    for told, kept in ((frozenset(), names[0]), (frozenset(names[1:]), names[1])):
+    for named, kept in (({}, names[0]), ({names[1]: written[1]}, names[1])):
         resumed = PartWriter(store, PLAN, PLAN.parts[0])
-        await resumed.find(names, told)
+        await resumed.find(names, named)
         assert [part.file for part in resumed.parts] == [kept]
 
 
@@ -113,17 +119,63 @@ async def test_a_dropped_group_that_two_files_have_counts_once(tmp_path: Path) -
     part = replace(PLAN.parts[0], reserve=(Problem("r0", "x"), Problem("r1", "x")))
     plan = replace(PLAN, parts=(part,))
     store = Store(url=f"file://{tmp_path}")
+    written = []
     for other in (PROBLEMS[1], part.reserve[0]):
         writer = PartWriter(store, plan, part)
         writer.take(settled(PROBLEMS[0], is_dropped=True))
         writer.take(settled(other))
         await writer.write()
+        written += writer.parts
     names = await store.names(plan.directory)
-    for told, kept, left in (
-        (frozenset(), names[0], "r0"),
-        (frozenset(names[1:]), names[1], PROBLEMS[1].id),
+    for named, kept, left in (
+        ({}, names[0], "r0"),
+        ({names[1]: written[1]}, names[1], PROBLEMS[1].id),
     ):
         resumed = PartWriter(store, plan, part)
-        await resumed.find(names, told)
+        await resumed.find(names, named)
         assert [each.file for each in resumed.parts] == [kept]
         assert [problem.id for problem in resumed.progress.to_do()] == [left]
+
+
+async def test_the_counts_that_are_read_back_are_those_that_were_written(tmp_path: Path) -> None:
+    """However the groups were split into files, and whoever reads them, they add up to the same."""
+    store = Store(url=f"file://{tmp_path}")
+    together, first, second = (PartWriter(store, PLAN, PLAN.parts[0]) for _ in range(3))
+    groups = [settled(PROBLEMS[0], "ab"), settled(PROBLEMS[1], "x" * 5000)]
+    for writer, some in ((first, groups[:1]), (second, groups[1:])):
+        for group in some:
+            writer.take(group)
+        await writer.write()
+    resumed = PartWriter(store, PLAN, PLAN.parts[0])
+    await resumed.find(await store.names(PLAN.directory), {})
+    assert resumed.parts == [*first.parts, *second.parts]
+    assert resumed.extracts == merge_extracts((*first.extracts, *second.extracts))
+    for group in groups:
+        together.take(group)
+    await together.write()
+    assert RolloutCounts.total(resumed.parts) == RolloutCounts.total(together.parts)
+    assert RolloutCounts.total(resumed.parts).samples is not None
+
+
+async def test_a_file_without_counts_has_those_that_its_manifest_names(tmp_path: Path) -> None:
+    """An earlier version of hotload wrote it; without a manifest's entry it is sampled again."""
+    store = Store(url=f"file://{tmp_path}")
+    group = settled(PROBLEMS[0]).group
+    frame = rollouts_frame([group], run_id="run", policy_version=3)
+    data = render_rollouts(frame, digest=DIGEST, notes='{"groups": {"raw_samples": 1}}')
+    file = PLAN.parts[0].file(0)
+    await store.put_bytes(data, PLAN.path(file))
+    entry = RolloutPart(
+        file=file,
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        digest=DIGEST,
+        group_count=1,
+        sample_count=1,
+    )
+    damaged = entry.model_copy(update={"sha256": DIGEST})
+    for named, expected in (({file: entry}, [entry]), ({file: damaged}, []), ({}, [])):
+        resumed = PartWriter(store, PLAN, PLAN.parts[0])
+        await resumed.find([file], named)
+        assert resumed.parts == expected
+        assert len(resumed.progress.to_do()) == 2 - len(expected)

@@ -208,7 +208,8 @@ async def test_the_manifest_never_names_less_than_before(bench: Bench) -> None:
     await bench.store.put_bytes(b"damaged", path)
     async with bench.rollout(spec, replying(right_and_wrong)) as (rollout, _):
         await roll_out_chunk.fn(rollout, 0)
-    assert (await bench.published()).parts == before.parts
+    named = [(part.file, part.sha256) for part in (await bench.published()).parts]
+    assert named == [(part.file, part.sha256) for part in before.parts]
     again, idle = await bench.run(spec, replying(right_and_wrong))
     assert idle.asked == []
     assert [part.file for part in again.parts] == ["part-00000-01.parquet", before.parts[1].file]

@@ -241,7 +241,6 @@ class Conversation:
         fault = fault or self._fault
         turns, request = self._turns, self._request
         is_own = segments is not None and not _are_same_tokens(segments, turns.segments)
-        first, *further = segments or turns.segments
         now = time.monotonic()
         trajectory = Trajectory(
             problem_id=request.problem.id,
@@ -260,10 +259,7 @@ class Conversation:
                 runs=() if is_own else turns.runs,
             ),
             latency_seconds=now - (self._first_sent_at or now),
-            prompt_token_ids=first.prompt_token_ids,
-            token_ids_T=first.token_ids_T,
-            sampling_logprobs_T=first.sampling_logprobs_T,
-            loss_mask_T=first.loss_mask_T,
+            segments=tuple(segments or turns.segments),
             text=turns.text,
             finish_reason=turns.finish_reason,
             prompt_token_count=turns.prompt_token_count,
@@ -272,7 +268,6 @@ class Conversation:
             failure=None if fault is None else fault.cause.value,
             detail="" if fault is None else fault.detail,
             turn_count=max(1, self._turn_count),
-            further=tuple(further),
             transcript=tuple(self._transcript),
             routing_matrix=None if is_own else turns.routing_matrix,
             is_hedge=request.is_hedge,
