@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
+from hotload.http_status import MAY_PASS, StatusMeaning, meaning_of
+
 TRANSIENT_ATTEMPTS = 7
 FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 30.0
@@ -50,9 +52,13 @@ class Cause(StrEnum):
     REWARD_UNAVAILABLE = "reward_unavailable"  # its service failed, or could not be reached
 
 
-# As protocol §16 lists them, with those causes that stand for a network error or for a 5xx.
+# As protocol §16 lists them: 408, 425, 429 and 5xx, with the causes that stand for a network error
+# or for a 5xx.
 RECOVERABLE = frozenset(
-    {"408", "425", "429", Cause.CONNECTION, Cause.TIMEOUT, Cause.TRUNCATED, Cause.SERVER_ERROR}
+    {
+        *(str(code) for code in range(400, 600) if meaning_of(code) in MAY_PASS),
+        *(Cause.CONNECTION, Cause.TIMEOUT, Cause.TRUNCATED, Cause.SERVER_ERROR),
+    }
 )
 
 
@@ -63,6 +69,17 @@ class Action(Enum):
     WAIT_FOR_SWAP = "wait for swap"
     FAIL_SAMPLE = "fail the sample"
     STOP_RUN = "stop the run"
+
+
+# What any other status asks for is to stop: no sample can succeed.
+FAULTS = {
+    StatusMeaning.BAD_REQUEST: (Action.FAIL_SAMPLE, Cause.REFUSED),
+    StatusMeaning.NOT_FOUND: (Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT),
+    StatusMeaning.TOO_EARLY: (Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT),
+    StatusMeaning.TIMEOUT: (Action.RETRY, Cause.TIMEOUT),
+    StatusMeaning.BUSY: (Action.RETRY, Cause.OVERLOADED),
+    StatusMeaning.SERVER_ERROR: (Action.RETRY, Cause.SERVER_ERROR),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +103,7 @@ class Fault:
 
 def is_recoverable(label: str) -> bool:
     """Tell whether protocol §16 calls such a fault recoverable."""
-    return label in RECOVERABLE or label.startswith("5")
+    return label in RECOVERABLE
 
 
 def fault_of_status(
@@ -98,17 +115,7 @@ def fault_of_status(
         text: the head of the body, searched for the signs of a swap.
         detail: what of it may be shown.
     """
-    action, cause = Action.STOP_RUN, Cause.REFUSED
-    if status_code in (400, 413, 422):
-        action = Action.FAIL_SAMPLE
-    elif status_code in (404, 425):
-        action, cause = Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT
-    elif status_code in (408, 504):
-        action, cause = Action.RETRY, Cause.TIMEOUT
-    elif status_code in (429, 503):
-        action, cause = Action.RETRY, Cause.OVERLOADED
-    elif status_code >= 500:
-        action, cause = Action.RETRY, Cause.SERVER_ERROR
+    action, cause = FAULTS.get(meaning_of(status_code), (Action.STOP_RUN, Cause.REFUSED))
     if status_code == 503 and any(sign in text.casefold() for sign in SWAP_TEXTS):
         action, cause = Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT
     return Fault(action, cause, status_code, detail, retry_after_seconds)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hotload.http_status import StatusMeaning, meaning_of
 from hotload.spec import Concurrency
 
 WINDOW_PER_REPLICA = 8
@@ -26,7 +27,6 @@ ADDITIVE_STEP = 1.0
 MULTIPLICATIVE_FACTOR = 0.5
 EMA_ALPHA = 0.3
 SHRINK_COOLDOWN_SECONDS = 1.0
-CONGESTION_CODES = frozenset({429, 503})
 DEEP_SHRINK = 4  # one halving is the ordinary saw tooth
 CALM_RUN = 16
 RECOVERIES = 3
@@ -52,9 +52,14 @@ class Attempt:
     @property
     def is_congestion(self) -> bool:
         """Whether the answer says that the service has too much to do."""
-        return not self.is_swap and (
-            self.status_code is None or self.status_code in CONGESTION_CODES
-        )
+        if self.is_swap:
+            return False
+        return self.status_code is None or meaning_of(self.status_code) is StatusMeaning.BUSY
+
+    @property
+    def is_success(self) -> bool:
+        """Whether there was a good answer."""
+        return self.status_code is not None and meaning_of(self.status_code) is StatusMeaning.GOOD
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +236,7 @@ class Window:
         elif attempt.is_congestion:
             self._congestions += 1
             self._shrink_at_once(attempt.number, now)
-        elif attempt.status_code is not None and 200 <= attempt.status_code < 300:
+        elif attempt.is_success:
             self._successes += 1
         self._recover(attempt, now)
         self._completed += 1
@@ -279,10 +284,9 @@ class Window:
 
     def _recover(self, attempt: Attempt, now: float) -> None:
         queued = attempt.prefill_queue_seconds or 0.0
-        is_success = attempt.status_code is not None and 200 <= attempt.status_code < 300
         if attempt.is_congestion or queued > self._spec.prefill_queue_target:
             self._memory.note_load(now)
-        elif is_success:
+        elif attempt.is_success:
             self._memory.note_calm(now - attempt.seconds)
             width = self._memory.wider(self._width)
             if width is not None:

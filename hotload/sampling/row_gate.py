@@ -1,11 +1,9 @@
 """The gate: rows wait here until they may be begun (protocol §16). `rollout.admission` decides."""
 
-import asyncio
-import heapq
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hotload.clients.inference.waiters import Waiters
 from hotload.rollout.admission import Admission
 
 
@@ -19,9 +17,8 @@ class Gate:
     def __init__(self, admission: Admission, limit: Callable[[], int]) -> None:
         self._admission = admission
         self._limit = limit
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiters = Waiters(self._begin_row, lambda: self.turn_back(is_kept=False))
         self._beginning: set[int] = set()
-        self._tickets = itertools.count()
 
     @property
     def in_flight(self) -> int:
@@ -41,19 +38,11 @@ class Gate:
             yield
         finally:
             self._beginning.remove(part_number)
-            self._wake()
+            self._waiters.wake()
 
     async def enter(self, part_number: int) -> None:
         """Wait until a row may be begun, and begin it."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (part_number, next(self._tickets), turn))
-        self._wake()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was let in just before
-                self.turn_back(is_kept=False)
-            raise
+        await self._waiters.wait(part_number)
 
     def turn_back(self, *, is_kept: bool) -> None:
         """A row that was let in is settled without a draw."""
@@ -68,7 +57,7 @@ class Gate:
     def end(self) -> None:
         """A draw ended."""
         self._admission.end_draws()
-        self._wake()
+        self._waiters.wake()
 
     def end_row(self) -> None:
         """The last draw of a row ended; it waits to be settled."""
@@ -77,25 +66,19 @@ class Gate:
     def leave(self, *, is_kept: bool) -> None:
         """A row that has ended is settled."""
         self._admission.settle_row(is_kept=is_kept)
-        self._wake()
+        self._waiters.wake()
 
     def publish(self, version: int) -> bool:
         """Whether the version that every replica serves now is a newer one."""
         is_newer = self._admission.publish(version)
-        self._wake()
+        self._waiters.wake()
         return is_newer
 
-    def _wake(self) -> None:
-        first = min(self._beginning, default=None)
-        while self._waiting:
-            part_number, _, turn = self._waiting[0]
-            if turn.done():  # cancelled while it waited
-                heapq.heappop(self._waiting)
-            elif first is not None and part_number > first:
-                return
-            elif self._admission.is_stale or self._admission.admits(self._limit()):
-                heapq.heappop(self._waiting)
-                self._admission.begin_row()
-                turn.set_result(None)
-            else:
-                return
+    def _begin_row(self, part_number: int) -> bool:
+        """Begin a row of this part, if one may be begun."""
+        if part_number > min(self._beginning, default=part_number):
+            return False
+        if not (self._admission.is_stale or self._admission.admits(self._limit())):
+            return False
+        self._admission.begin_row()
+        return True

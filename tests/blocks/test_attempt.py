@@ -2,6 +2,7 @@
 cancellation."""
 
 import asyncio
+import zlib
 
 import pytest
 
@@ -19,8 +20,10 @@ from tests.blocks.scripted_inference import (
     MODEL,
     PROBLEM,
     Script,
+    client,
     event,
     http,
+    sample_once,
     token,
 )
 
@@ -80,6 +83,34 @@ async def test_an_answer_may_take_long_as_long_as_it_goes_on(
     assert cause is Cause.MISSING_TOKEN_IDS  # read to its end; its prompt was never told
     _, cause = await answered(monkeypatch, token(1, "a"), *[PING] * 4, GOOD, silence_seconds=3)
     assert cause is Cause.TIMEOUT
+
+
+async def test_headers_of_any_bytes_are_text_a_file_can_hold() -> None:
+    reply = http(GOOD, x_request_id="id-?").replace(b"id-?", b"id-\xff")
+    sample = await sample_once(reply)
+    assert sample.provenance.response_id == "id-\xff"
+
+
+async def test_nothing_is_sent_but_what_we_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cookie could send every session to one replica; a proxy could read the key."""
+    for name, value in (("http_proxy", "http://127.0.0.1:1"), ("no_proxy", "")):
+        monkeypatch.setenv(name, value)
+        monkeypatch.delenv(name.upper(), raising=False)
+    async with Script(http(GOOD, set_cookie="replica=1; Path=/")).running() as script:
+        # No jar keeps the cookie of a bare address.
+        named = client(script.port, base_url=f"http://localhost:{script.port}")
+        async with named.session(Sampling(), identity=IDENTITY, policy_version=3) as sampler:
+            for number in range(2):
+                assert (await sampler.sample(PROBLEM, number)).failure is None
+    first, second = ({*headers} for headers, _ in script.requests)
+    assert first == second
+    assert "cookie" not in first
+
+
+async def test_an_encoded_answer_is_decoded() -> None:
+    body = zlib.compress(GOOD)
+    sample = await sample_once(http(body, content_encoding="deflate"))
+    assert (sample.failure, sample.text) == (None, "ab")
 
 
 async def test_a_slot_that_was_handed_over_to_somebody_who_left_is_free() -> None:

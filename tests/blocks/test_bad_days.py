@@ -29,6 +29,7 @@ from tests.blocks.scripted_inference import (
 OTHER = MODEL.replace("000003", "000004")
 
 
+@pytest.mark.timeout(120)  # some 2,000 requests
 async def test_streams_cut_at_every_byte_are_asked_for_again() -> None:
     # Up to the blank line after the last chunk there is no whole answer; after it, only the closing
     # event is missing, which a connection that ends properly may leave out.

@@ -19,6 +19,7 @@ from hotload.clients.inference.sampler import Sampler, Sleep
 from hotload.clients.inference.transport import NO_ANSWER, HttpTransport, head_of, names_in
 from hotload.clients.service.calls import key_of, origin_of
 from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
+from hotload.http_status import StatusMeaning, meaning_of
 from hotload.publish import fireworks_api
 from hotload.publish.preflight import CheckLine
 from hotload.rollout import completions_api
@@ -30,6 +31,7 @@ CONNECTIONS = 256
 WARM_UP_WAIT_SECONDS = 10.0
 WARM_UP_TIMEOUT_SECONDS = 30.0
 CHECK_TIMEOUT_SECONDS = 10.0
+REFUSALS = (StatusMeaning.NO_ACCESS, StatusMeaning.NOT_FOUND, StatusMeaning.NOT_LOADABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class InferenceClient:
         if status == 200:
             return
         detail = names_in(head)
-        if status in (401, 402, 403, 404, 412):
+        if meaning_of(status) in REFUSALS:
             raise ServiceRefusedError("warm-up", status, detail)
         raise ServiceUnavailableError("warm-up", status, detail)
 

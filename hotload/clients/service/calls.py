@@ -23,6 +23,7 @@ from hotload.errors import (
     ServiceRefusedError,
     ServiceUnavailableError,
 )
+from hotload.http_status import StatusMeaning, meaning_of
 from hotload.publish import fireworks_api
 
 ERROR_LIMIT_BYTES = 64 << 10
@@ -102,16 +103,18 @@ def raise_for(status: int, operation: str, text: str, other: type[ServiceError])
     Raises:
         ServiceError: one of its subclasses, with the first 2 KiB of the answer.
     """
-    if 200 <= status < 300:
-        return
     detail = " ".join(text[:DETAIL_CHARS].split()) or "empty answer"
-    if status in (408, 429) or status >= 500:
-        raise ServiceUnavailableError(operation, status, detail)
-    if status in (401, 402, 403, 404):
-        raise ServiceRefusedError(operation, status, detail)
-    if status < 400:
-        raise ProtocolError(operation, status, "a redirect: set base_url to where it leads")
-    raise other(operation, status, detail)
+    match meaning_of(status):
+        case StatusMeaning.GOOD:
+            return
+        case StatusMeaning.TIMEOUT | StatusMeaning.BUSY | StatusMeaning.SERVER_ERROR:
+            raise ServiceUnavailableError(operation, status, detail)
+        case StatusMeaning.NO_ACCESS | StatusMeaning.NOT_FOUND:
+            raise ServiceRefusedError(operation, status, detail)
+        case StatusMeaning.REDIRECT:
+            raise ProtocolError(operation, status, "a redirect: set base_url to where it leads")
+        case _:
+            raise other(operation, status, detail)
 
 
 def parse_json(operation: str, text: str, key: str, error: type[ServiceError]) -> Any:

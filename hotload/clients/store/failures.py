@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 
 from hotload.clients.redaction import redact
 from hotload.errors import StoreError, StoreUnavailableError
+from hotload.http_status import MAY_PASS, meaning_of
 
-RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
 RETRYABLE_CODES = frozenset({"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable"})
 RETRYABLE_ERRNO = frozenset(
     {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET}
@@ -86,7 +86,8 @@ def is_missing(error: BaseException) -> bool:
 
 def _may_pass(error: BaseException, status: int | None, code: str) -> bool:
     if status is not None:
-        return status in RETRYABLE_STATUS or status >= 500 or code in RETRYABLE_CODES
+        may_pass = status == 409 or meaning_of(status) in MAY_PASS
+        return may_pass or code in RETRYABLE_CODES
     names = set(_names(error))
     if names & CREDENTIAL_ERRORS and not names & TRANSPORT_ERRORS:
         return False

@@ -10,7 +10,12 @@ from urllib.parse import urlsplit
 
 from hotload.clients.inference.transport import NO_ANSWER, HttpTransport
 from hotload.errors import RewardError
-from hotload.reward.http_service import parse_rewards, read_reward_service, request_body
+from hotload.http_status import StatusMeaning, meaning_of
+from hotload.reward.http_service import (
+    parse_rewards,
+    read_reward_service,
+    request_body,
+)
 from hotload.reward.outcome import RewardOutcome, Unscored
 from hotload.rollout.failures import Action, Cause, Fault, RetryBudget, fault_of_status
 from hotload.rollout.retry_after import retry_after_seconds
@@ -21,8 +26,6 @@ from hotload.spec import RewardSpec
 CALLS_AT_ONCE = 64
 CONNECT_TIMEOUT_SECONDS = 10.0
 ANSWER_LIMIT_BYTES = 1 << 20
-# No key, no money, no rights: no sample's fault, and nothing that passes by itself.
-NOT_FOR_US = frozenset({401, 402, 403})
 
 
 class RemoteReward:
@@ -93,7 +96,7 @@ class RemoteReward:
                         if isinstance(answer, bytes):
                             return parse_rewards(answer, len(samples))
                         last = answer.detail
-                        if answer.status_code in NOT_FOR_US:
+                        if _is_refused(answer):
                             raise RewardError(self._spec.name, self._refused(last))
                         wait = budget.wait_seconds(answer)
                         if wait is None or clock() + wait >= ends_at:
@@ -132,6 +135,12 @@ class RemoteReward:
                 return bytes(data)
         except NO_ANSWER as error:
             return Fault(Action.RETRY, Cause.CONNECTION, None, type(error).__name__)
+
+
+def _is_refused(fault: Fault) -> bool:
+    """No key, no money, no rights: no sample's fault, and nothing that passes by itself."""
+    code = fault.status_code
+    return code is not None and meaning_of(code) is StatusMeaning.NO_ACCESS
 
 
 def _cause(fault: Fault) -> Cause:
