@@ -12,7 +12,8 @@ from blocks.rollout_client import RolloutClient
 from examples.tiny_trainer import TinyTrainer
 from flows.cycle import checkpoint_to_rollout
 from hotload.quantities import size
-from hotload.report.cycle_report import CycleReport, join_counts
+from hotload.report.cycle_report import CycleReport
+from hotload.rollout.counts import join_counts
 from hotload.spec import CycleSpec
 
 CYCLES = 5

@@ -13,7 +13,7 @@ from pydantic import Field
 from hotload.publish.publication import Publication, Published
 from hotload.quantities import size
 from hotload.records import Record
-from hotload.rollout.counts import RolloutSummary, _told
+from hotload.rollout.counts import RolloutSummary, _told, join_counts
 from hotload.spec import CycleSpec
 
 
@@ -91,8 +91,3 @@ class CycleReport(Record):
             "data": rollouts.parts_uri,
         }
         return [{"what": what, "value": value} for what, value in facts.items() if value]
-
-
-def join_counts(numbers: dict[str, int]) -> str:
-    """`{a: 3, b: 1}` as `a 3, b 1`."""
-    return ", ".join(f"{name} {number}" for name, number in numbers.items())

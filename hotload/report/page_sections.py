@@ -11,10 +11,10 @@ from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.identity import SnapshotKind
 from hotload.quantities import duration, number, percent, plural, size
 from hotload.report.charts import Bar, bars, columns, histogram, stack, steps, timeline
-from hotload.report.cycle_report import CycleReport, join_counts
+from hotload.report.cycle_report import CycleReport
 from hotload.report.markup import safe
 from hotload.report.sample_statistics import SampleStatistics
-from hotload.rollout.counts import in_words
+from hotload.rollout.counts import in_words, join_counts
 
 TONES = ("main", "second", "third", "fourth", "fifth")
 DISTINCT_REWARDS = 12

@@ -15,7 +15,6 @@ from pydantic import Field
 
 from hotload.identity import version_of
 from hotload.records import Record
-from hotload.report.cycle_report import join_counts
 from hotload.rollout.trajectory import ScoredGroup, Trajectory, Weights
 
 
@@ -351,3 +350,8 @@ def in_words(failed_attempts: dict[str, int]) -> dict[str, int]:
     return {
         f"HTTP {met}" if met.isdigit() else met.replace("_", " "): number for met, number in counted
     }
+
+
+def join_counts(numbers: dict[str, int]) -> str:
+    """`{a: 3, b: 1}` as `a 3, b 1`."""
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
