@@ -49,7 +49,7 @@ async def read_content(
         InvalidCheckpointError: a file cannot be read.
     """
     total = sum(shard.size_bytes for shard in checkpoint.shards)
-    progress = await Progress.start(f"reading {spec.name}", total)
+    progress = Progress(f"reading {spec.name}", total)
     shards = []
     for shard in checkpoint.shards:
         digest = await asyncio.to_thread(sha256_file, Path(spec.checkpoint) / shard.file)
