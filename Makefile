@@ -46,6 +46,7 @@ bench: install  ## the measured promises: codec (`make oracles` first adds its p
 	$(PY) -m benchmarks.fan_out
 	$(PY) -m benchmarks.rollout_memory
 	$(PY) -m benchmarks.cycle_overhead
+	$(PY) -m benchmarks.trigger_latency
 
 swaps: install  ## a run over three policy versions with swaps and faults: the report against the emulator's own log
 	$(PY) -m benchmarks.swaps --mode ASYNC

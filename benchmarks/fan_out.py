@@ -93,18 +93,24 @@ async def without_prefect(spec: Any, url: str, root: Path) -> Any:
 
 
 async def measure(options: argparse.Namespace, url: str, root: Path) -> tuple[float, float]:
-    """The median ratios over the turns: to the plain calls, to the loop."""
+    """The median ratios over the turns: to the plain calls, to the faster loop."""
+    from prefect import flow
+
     from blocks.checkpoint_store import CheckpointStore
     from blocks.rollout_client import RolloutClient
-    from flows.rollouts import roll_out_and_score
+    from flows.sampling import roll_out
     from hotload.sampling.problems import read_problems
     from hotload.spec import CycleSpec
 
     dataset = root / "problems.jsonl"
     rows = ({"id": i, "prompt": f"{i}: say ab", "answer": "ab"} for i in range(options.problems))
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    await RolloutClient(base_url=url, api_key="bench", **NAMES).save("bench", overwrite=True)
-    await CheckpointStore(url=(root / "bucket").as_uri()).save("bench", overwrite=True)
+    client = RolloutClient(base_url=url, api_key="bench", **NAMES)
+    store = CheckpointStore(url=(root / "bucket").as_uri())
+
+    @flow(name="roll-out")
+    async def with_prefect(spec: CycleSpec) -> Any:
+        return await roll_out(spec, client, store, IDENTITY)
 
     def spec_of(version: int) -> CycleSpec:
         return CycleSpec.model_validate(
@@ -140,15 +146,16 @@ async def measure(options: argparse.Namespace, url: str, root: Path) -> tuple[fl
     print("  turn" + "".join(f"{name:>21}" for name in names) + "  ratio  to loop")
     for turn in range(options.turns):
         spec = spec_of(2 * turn)
-        loop = await timed(by_hand(url, spec, problems))
+        loop = await timed(by_hand(url, spec, problems, is_bare=False))
+        bare = await timed(by_hand(url, spec, problems, is_bare=True))
         plain = await timed(without_prefect(spec_of(2 * turn + 1), url, root))
-        flow = await timed(roll_out_and_score(spec, IDENTITY))
-        tokens = (plain[0].completion_token_count, flow[0].completion_token_count)
-        if flow[0].failed_samples or set(tokens) != {loop[0]}:
-            raise SystemExit(f"the sides did not do the same work: {loop[0]}, {flow[0]}")
-        ratios.append(flow[1] / plain[1])
-        loop_ratios.append(flow[1] / loop[1])
-        sides = [f"{wall:8.2f} s {cpu:5.2f} CPU" for _, wall, cpu in (loop, plain, flow)]
+        engine = await timed(with_prefect(spec))
+        tokens = (plain[0].completion_token_count, engine[0].completion_token_count)
+        if engine[0].failed_samples or {loop[0], bare[0], *tokens} != {loop[0]}:
+            raise SystemExit(f"the sides did not do the same work: {loop[0]}, {engine[0]}")
+        ratios.append(engine[1] / plain[1])
+        loop_ratios.append(engine[1] / min(loop[1], bare[1]))
+        sides = [f"{wall:8.2f} s {cpu:5.2f} CPU" for _, wall, cpu in (loop, bare, plain, engine)]
         told = "".join(f"{side:>21}" for side in sides)
         print(f"{turn + 1:6}{told} {ratios[-1]:6.2f} {loop_ratios[-1]:8.2f}", flush=True)
     return statistics.median(ratios), statistics.median(loop_ratios)

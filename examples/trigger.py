@@ -19,8 +19,8 @@ from prefect.deployments import arun_deployment
 from flows.cycle_file import load_cycle_file
 from hotload.spec import CycleSpec
 
-DEPLOYMENT = "checkpoint-to-rollout/process"
-POLL_SECONDS = 1.0
+DEPLOYMENT = "checkpoint-to-rollout/served"
+POLL_SECONDS = 0.5
 
 
 async def trigger(spec: CycleSpec, deployment: str, attempt: int) -> FlowRun:

@@ -247,6 +247,11 @@ class Sampling(Declared):
     include_routing_matrix: bool = False
     """Ask for the experts each token was routed to (mixture-of-experts models)."""
 
+    @property
+    def may_overlap(self) -> bool:
+        """Whether the next cycle may publish while this one samples."""
+        return self.max_head_offpolicy_versions > 0
+
     @model_validator(mode="after")
     def _has_room_for_its_quorum(self) -> Self:
         if self.groups.min_group_size > self.completions_per_prompt:

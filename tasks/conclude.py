@@ -6,13 +6,11 @@ _hotload/reports/<run>-<version>.json     last of all: the cycle has ended
 """
 
 import asyncio
-import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
+from time import monotonic
 
-from prefect import get_run_logger, task
-from prefect.artifacts import acreate_link_artifact, acreate_table_artifact
+from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
@@ -23,10 +21,12 @@ from hotload.clients.store.records import REPORTS, read_report, write_report
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.dataset.rollout_plan import rollout_directory
 from hotload.errors import StoreError, StoreUnavailableError
+from hotload.publish.publication import Publication
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines
 from hotload.report.page import render_report
 from hotload.report.sample_statistics import SampleStatistics
+from hotload.rollout.counts import RolloutSummary
 from hotload.spec import CycleSpec
 from tasks.retrying import RETRIED
 from tasks.validate import require_content
@@ -51,13 +51,23 @@ async def find_report(store: Store, spec: CycleSpec) -> CycleReport | None:
     return report
 
 
-@task(cache_policy=NO_CACHE, task_run_name="conclude-{report.name}", **RETRIED)
-async def conclude_cycle(store: Store, spec: CycleSpec, report: CycleReport) -> None:
-    """Leave metrics and a page to look at, record that the cycle has ended, show it as artifacts.
+@task(cache_policy=NO_CACHE, task_run_name="conclude-{spec.name}", **RETRIED)
+async def conclude_cycle(
+    store: Store,
+    spec: CycleSpec,
+    publication: Publication,
+    rollouts: RolloutSummary,
+    began: float,
+) -> CycleReport:
+    """Leave metrics and a page to look at, record that the cycle has ended; returns its report.
+
+    Args:
+        began: when the cycle did, by the monotonic clock.
 
     Raises:
         StoreError: the store refuses.
     """
+    report = CycleReport.of(spec, publication, rollouts, monotonic() - began)
     statistics, rollouts_ended_at = await _read_rollouts(store, report)
     trained = await _read_trained(store, spec)
     ended_at = datetime.now(UTC)
@@ -72,11 +82,10 @@ async def conclude_cycle(store: Store, spec: CycleSpec, report: CycleReport) -> 
         rollouts_ended_at=rollouts_ended_at,
         trained=trained,
     )
-    page_path = f"{REPORTS}/{report.name}.html"
-    await store.put_bytes(page.encode(), page_path)
+    await store.put_bytes(page.encode(), page_path(report.name))
     await send_metrics(spec, report, metrics, get_run_logger())
     await write_report(store, report)
-    await _show(report, f"{store.url}/{page_path}")
+    return report
 
 
 async def _read_rollouts(
@@ -129,27 +138,18 @@ async def _read_trained(store: Store, spec: CycleSpec) -> TrainedAgainst | None:
     return TrainedAgainst(version, drift) if drift is not None else None
 
 
-async def _show(report: CycleReport, page: str) -> None:
-    key = re.sub(r"[^a-z0-9]+", "-", f"cycle-{report.name}".lower())
-    snapshot, rollouts = report.snapshot, report.rollouts
-    await acreate_table_artifact(
-        report.rows(), key=key, description=f"**{snapshot.kind.value}** – {snapshot.reason}"
-    )
-    await acreate_link_artifact(
-        page,
-        key=f"{key}-page",
-        link_text=page,
-        description=f"Version {report.policy_version} as a page to look at, in any browser",
-    )
-    await acreate_link_artifact(
-        rollouts.parts_uri,
-        key=f"{key}-data",
-        link_text=rollouts.parts_uri,
-        description=f"{rollouts.group_count} scored groups of `{snapshot.identity}`, as Parquet",
-    )
+def page_path(name: str) -> str:
+    """Where the page of the cycle `name` lies in its store."""
+    return f"{REPORTS}/{name}.html"
 
 
-def named(name: str, message: str, report: CycleReport) -> CycleReport:
-    """What a flow returns to end under a name of its own; its caller gets the report."""
-    # Prefect takes a returned state as the flow run's own and hands its data to the caller.
-    return cast(CycleReport, Completed(name=name, message=message, data=report))
+def already_done(report: CycleReport) -> State[CycleReport]:
+    """The state of a flow run that found its cycle ended before."""
+    return Completed(name="AlreadyDone", message="this cycle has ended before", data=report)
+
+
+def completed(report: CycleReport) -> CycleReport | State[CycleReport]:
+    """What the flow returns: its report, or a state of its own name where it fell back."""
+    if report.fallback_reason is None:
+        return report
+    return Completed(name="CompletedByFallback", message=report.fallback_reason, data=report)

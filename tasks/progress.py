@@ -10,43 +10,44 @@ import httpx
 from prefect import get_run_logger
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 
+SECONDS_BEFORE_THE_FIRST = 5.0
 SECONDS_BETWEEN_UPDATES = 1.0
 
 
 @contextmanager
 def best_effort() -> Iterator[None]:
-    """What only informs a person never fails a cycle: an error is logged and that is all."""
+    """Log an error of the Prefect server: what only informs a person never fails a cycle."""
     try:
         yield
     except httpx.HTTPError as error:
-        get_run_logger().warning("progress is not shown: %s", error)
+        get_run_logger().warning("not shown in Prefect: %s", error)
 
 
 class Progress:
-    """A bar over `total` of anything; at most one call to the server a second, and the last."""
+    """A bar over `total` of anything, for a step that takes longer than 5 s; a shorter one makes no
+    call to the server. At most one call a second, and the last."""
 
-    def __init__(self, artifact_id: UUID | None, total: int) -> None:
-        self._artifact_id, self._total, self._done = artifact_id, max(total, 1), 0
+    def __init__(self, description: str, total: int) -> None:
+        self._description, self._total, self._done = description, max(total, 1), 0
+        self._artifact_id: UUID | None = None
         self._in_order = asyncio.Lock()
-        self._shown_at = monotonic()
-
-    @classmethod
-    async def start(cls, description: str, total: int) -> "Progress":
-        """Show the bar at zero."""
-        made = None
-        with best_effort():
-            made = await acreate_progress_artifact(0.0, description=description)
-        return cls(made if isinstance(made, UUID) else None, total)
+        self._due_at = monotonic() + SECONDS_BEFORE_THE_FIRST
 
     async def advance(self, done: int) -> None:
         """Move the bar by `done`."""
         self._done += done
-        if self._done < self._total and monotonic() - self._shown_at < SECONDS_BETWEEN_UPDATES:
+        is_last = self._artifact_id is not None and self._done >= self._total
+        if monotonic() < self._due_at and not is_last:
             return
-        self._shown_at = monotonic()
+        self._due_at = monotonic() + SECONDS_BETWEEN_UPDATES
         # Batches end side by side; an older update that arrived last would stay on the bar.
         async with self._in_order:
-            if self._artifact_id is None:
-                return
             with best_effort():
-                await aupdate_progress_artifact(self._artifact_id, 100.0 * self._done / self._total)
+                await self._show(100.0 * self._done / self._total)
+
+    async def _show(self, percent: float) -> None:
+        if self._artifact_id is not None:
+            await aupdate_progress_artifact(self._artifact_id, percent)
+            return
+        made = await acreate_progress_artifact(percent, description=self._description)
+        self._artifact_id = made if isinstance(made, UUID) else None

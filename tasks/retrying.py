@@ -1,6 +1,7 @@
 """The one retry rule: what may pass is tried again, everything else is somebody's to mend.
 
-protocol §4 and §13: 2^n seconds, capped at 30, about 300 seconds in all.
+protocol §4 and §13: 2^n seconds, capped at 30, about 300 seconds in all. Every delay varies by up
+to 30 %, so that tasks which failed together do not come back together.
 """
 
 from typing import Any
@@ -27,5 +28,6 @@ async def is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
 RETRIED: dict[str, Any] = {
     "retries": len(DELAYS_SECONDS),
     "retry_delay_seconds": DELAYS_SECONDS,
+    "retry_jitter_factor": 0.3,
     "retry_condition_fn": is_transient,
 }

@@ -62,9 +62,7 @@ async def _read_content(
     Raises:
         InvalidCheckpointError: a file cannot be read.
     """
-    progress = await Progress.start(
-        f"reading {name}", sum(shard.size_bytes for shard in checkpoint.shards)
-    )
+    progress = Progress(f"reading {name}", sum(shard.size_bytes for shard in checkpoint.shards))
     loop = asyncio.get_running_loop()
     pool = ThreadPoolExecutor(os.cpu_count(), "digest")
 

@@ -63,13 +63,23 @@ def test_no_stem_shadows_the_standard_library_or_an_installed_package(path: Path
 
 @pytest.mark.parametrize("path", modules("flows"), ids=named)
 def test_flows_define_no_class_and_catch_one_error(path: Path) -> None:
+    is_command_line = path.name in {"__main__.py", "cycle_file.py", "serve.py"}
     for part in tree(path).body:
-        is_command_line = isinstance(part, ast.FunctionDef) and part.name == "main"
         for node in ast.walk(part):
             assert not isinstance(node, ast.ClassDef), f"line {node.lineno}: a class"
             if isinstance(node, ast.ExceptHandler) and not is_command_line:
                 caught = "" if node.type is None else ast.unparse(node.type)
                 assert caught == "NeedsFullSnapshotError", f"line {node.lineno}: catches {caught}"
+
+
+def test_the_cycle_is_one_page_that_decides_one_thing() -> None:
+    path = ROOT / "flows/cycle.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 80
+    nodes = list(ast.walk(tree(path)))
+    assert sum(isinstance(node, ast.If | ast.IfExp | ast.Match) for node in nodes) == 1
+    assert not [node for node in nodes if isinstance(node, ast.Try | ast.While)]
+    operators = [node.op for node in nodes if isinstance(node, ast.BinOp)]
+    assert all(isinstance(operator, ast.BitOr) for operator in operators)  # of types
 
 
 @pytest.mark.parametrize("path", modules(*PACKAGES), ids=named)

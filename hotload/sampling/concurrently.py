@@ -1,28 +1,41 @@
 """Overlap: several steps at once, all of them or none."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
 
+logger = logging.getLogger(__name__)
+
 
 async def overlap(steps: Iterable[Coroutine[Any, Any, A]]) -> list[A]:
-    """The results of all steps in order; when one fails, the others are ended and it is raised."""
+    """Run all steps at once; returns their results in order.
+
+    When one fails, the others are ended and its error is raised; what else failed is logged.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(step) for step in steps]
     except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+        _raise_first(failed)
     return [task.result() for task in running]
 
 
 async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
-    """The results of two steps that run at once; fails as `overlap` does."""
+    """Run two steps at once; returns both results, and fails as `overlap` does."""
     try:
         async with asyncio.TaskGroup() as group:
             one, other = group.create_task(first), group.create_task(second)
     except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+        _raise_first(failed)
     return one.result(), other.result()
+
+
+def _raise_first(failed: BaseExceptionGroup[BaseException]) -> NoReturn:
+    first, *others = failed.exceptions
+    for other in others:
+        logger.error("failed as well: %s: %s", type(other).__name__, other)
+    raise first from None

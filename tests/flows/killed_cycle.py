@@ -1,4 +1,4 @@
-"""Cycles as processes that are killed: `python -m flows.cycle`, and what stood when one died."""
+"""Cycles as processes that are killed: `python -m flows`, and what stood when one died."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FINISHED = re.compile(r"Task run '([^']+)' - Finished in state (\w+)")
 
 
 class CycleProcess:
-    """One run of `python -m flows.cycle` in a process group of its own, and its log so far."""
+    """One run of `python -m flows` in a process group of its own, and its log so far."""
 
     def __init__(self, fleet: Fleet, spec: CycleSpec) -> None:
         file = fleet.root / f"{spec.name}.yaml"
@@ -48,7 +48,7 @@ class CycleProcess:
             "PYTHONPATH": str(ROOT),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cycle", str(file)],
+            [sys.executable, "-m", "flows", str(file)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,

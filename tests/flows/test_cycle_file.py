@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.cycle import main
+from flows.__main__ import main
 from flows.cycle_file import load_cycle_file
 from hotload.spec import CycleSpec
 
@@ -66,7 +66,7 @@ def test_the_local_command_explains_itself(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == code
-    assert "python -m flows.cycle" in "".join(capsys.readouterr())
+    assert "python -m flows" in "".join(capsys.readouterr())
 
 
 def test_the_example_cycle_file_shows_every_default() -> None:
@@ -81,7 +81,7 @@ def test_a_prefect_server_that_is_down_is_one_line(tmp_path: Path) -> None:
     path.write_text(GOOD)
     environment = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
     ended = subprocess.run(
-        [sys.executable, "-m", "flows.cycle", str(path)],
+        [sys.executable, "-m", "flows", str(path)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

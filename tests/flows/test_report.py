@@ -13,6 +13,8 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventFilter, EventNameFilter
 
 from flows.cycle import checkpoint_to_rollout
 from hotload.clients.handoff.reader import RolloutReader
@@ -24,7 +26,7 @@ from tasks.conclude import conclude_cycle
 from tests.flows.fleet import Fleet
 
 pytestmark = [
-    pytest.mark.timeout(90),
+    pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
@@ -57,11 +59,37 @@ async def test_a_cycle_leaves_a_page_metrics_and_groups(fleet: Fleet) -> None:
         ]  # fmt: skip
         assert sum(len(make_batch(each.frame)) for each in deliveries) == 8
 
-    key = ArtifactFilter(key=ArtifactFilterKey(any_=["cycle-run-000001-page"]))
+
+async def test_a_run_has_one_artifact_with_a_version_for_every_cycle(fleet: Fleet) -> None:
+    for version in (1, 2, 3):
+        await checkpoint_to_rollout(fleet.spec(version, run_id=fleet.name))
+    key = ArtifactFilter(key=ArtifactFilterKey(any_=[f"hotload-{fleet.name}"]))
     async with get_client() as client:
         found = await client.read_artifacts(artifact_filter=key)
-    assert any(f"{fleet.bucket.as_uri()}/_hotload/reports/run-000001.html" in str(each.data)
-               for each in found)  # fmt: skip
+    assert [each.type for each in found] == ["markdown"] * 3
+    shown = max((str(each.data) for each in found), key=len)
+    first, second, third = (line for line in shown.splitlines() if re.match(r"\| [123] ", line))
+    assert first.startswith("| 1 | full ")
+    assert f"delta {fleet.name}-000003-" in third
+    assert second.split()[4] in third  # the delta follows it
+    assert "| mean reward |" in shown
+    assert "](" not in shown
+
+
+async def test_events_say_what_is_served_and_how_a_cycle_ended(fleet: Fleet) -> None:
+    await checkpoint_to_rollout(fleet.spec(1, run_id=fleet.name))
+    async with get_events_subscriber(EventFilter(event=EventNameFilter(prefix=["hotload."]))) as on:
+        fleet.fault(fault="torn_apply", replica="replica-1", count=1)
+        report = await checkpoint_to_rollout(fleet.spec(2, run_id=fleet.name))
+        events = {}
+        async for event in on:
+            if event.resource.id == f"hotload.run.{fleet.name}":
+                events[event.event] = event.payload
+                if event.payload.get("outcome") == "fell back":
+                    break
+    assert events["hotload.cycle.fell-back"]["reason"] == report.fallback_reason
+    assert events["hotload.snapshot.served"]["identity"] == report.snapshot.identity
+    assert events["hotload.cycle.ended"]["parts_uri"] == report.rollouts.parts_uri
 
 
 @dataclass(frozen=True, eq=False)

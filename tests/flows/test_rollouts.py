@@ -5,11 +5,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from prefect import flow
 
 from blocks.checkpoint_store import CheckpointStore
-from flows.rollouts import roll_out_and_score
+from flows.sampling import roll_out
 from hotload.dataset.table import check_rollouts
 from hotload.errors import ServiceRefusedError
+from hotload.rollout.counts import RolloutSummary
 from hotload.spec import CycleSpec
 from tests.blocks.scripted_inference import GOOD, IDENTITY, Script, client, http
 
@@ -40,18 +42,22 @@ def spec_in(directory: Path, *, is_warm: bool = False) -> CycleSpec:
     )
 
 
-async def save_blocks(directory: Path, port: int) -> None:
-    (directory / "store").mkdir(exist_ok=True)
-    await client(port).save("scripted", overwrite=True)
-    await CheckpointStore(url=f"file://{directory}/store").save("scripted", overwrite=True)
+def store_in(directory: Path) -> str:
+    (directory / "store").mkdir()
+    return (directory / "store").as_uri()
+
+
+@flow
+async def rolled_out(spec: CycleSpec, url: str, port: int) -> RolloutSummary:
+    return await roll_out(spec, client(port), CheckpointStore(url=url), IDENTITY, 3)
 
 
 async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:
+    url = store_in(tmp_path)
     async with Script(http(b"{}", content_type="application/json"), http(GOOD)).running() as script:
-        await save_blocks(tmp_path, script.port)
-        summary = await roll_out_and_score(spec_in(tmp_path), IDENTITY, 3)
+        summary = await rolled_out(spec_in(tmp_path), url, script.port)
         assert len(script.requests) == 1 + 10  # the warm-up goes first
-        assert await roll_out_and_score(spec_in(tmp_path), IDENTITY, 3) == summary
+        assert await rolled_out(spec_in(tmp_path), url, script.port) == summary
         assert len(script.requests) == 1 + 10
     assert (summary.group_count, summary.sample_count, summary.mean_reward) == (5, 10, 1.0)
     directory = summary.parts_uri.removeprefix("file://")
@@ -60,8 +66,8 @@ async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:
 
 
 async def test_a_refused_key_stops_the_flow(tmp_path: Path) -> None:
+    url = store_in(tmp_path)
     async with Script(http(b"", 401)).running() as script:
-        await save_blocks(tmp_path, script.port)
         with pytest.raises(ServiceRefusedError):
-            await roll_out_and_score(spec_in(tmp_path, is_warm=True), IDENTITY)
+            await rolled_out(spec_in(tmp_path, is_warm=True), url, script.port)
     assert not (tmp_path / "store" / "_hotload").exists()

@@ -6,6 +6,7 @@ Everything is real: a server, `make deploy`, a process worker, the emulator behi
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,10 +29,11 @@ from tests.servers import LoopbackServer
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "checkpoint-to-rollout/process"
-END_SECONDS = 90
+SERVED = "checkpoint-to-rollout/served"
+END_SECONDS = 300
 
 pytestmark = [
-    pytest.mark.timeout(150),  # the first test waits for `make deploy` and the worker
+    pytest.mark.timeout(900),  # the first test waits for `make deploy` and the worker
     # Prefect leaves its own connections to its API to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -79,10 +81,24 @@ def worker(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def served(prefect_api: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m flows.serve`, once its deployment is there."""
+    server = subprocess.Popen([sys.executable, "-m", "flows.serve"], cwd=ROOT)
+    deadline = time.monotonic() + END_SECONDS
+    while httpx.get(f"{prefect_api}/deployments/name/{SERVED}", timeout=60).status_code != 200:
+        assert server.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    yield server
+    server.terminate()
+    server.wait(timeout=60)
+
+
 @pytest.fixture
 async def http(prefect_api: str) -> AsyncIterator[httpx.AsyncClient]:
     """A trainer without Prefect's package."""
-    async with httpx.AsyncClient(base_url=prefect_api) as client:
+    async with httpx.AsyncClient(base_url=prefect_api, timeout=60) as client:
         yield client
 
 
@@ -92,7 +108,9 @@ async def slow_fleet(
 ) -> AsyncIterator[Fleet]:
     """A fleet whose replicas take an hour for every step of a load."""
     name = f"slow-{uuid.uuid4().hex[:12]}"
-    with running_fleet(name, tmp_path, checkpoints, seconds_per_state=3600.0) as running:
+    root = tmp_path / "slow"
+    root.mkdir()
+    with running_fleet(name, root, checkpoints, seconds_per_state=3600.0) as running:
         await save_blocks(running)
         yield running
 
@@ -219,7 +237,7 @@ async def test_the_api_refuses_parameters_that_are_no_cycle(
 
 async def test_a_trainer_triggers_in_python(fleet: Fleet, worker: None) -> None:
     file = cycle_file(fleet, 1)
-    first = python("examples.trigger", file)
+    first = python("examples.trigger", file, "--deployment", DEPLOYMENT)
     assert first.returncode == 0, first.stderr
     spec = fleet.spec(1, run_id=fleet.name)
     again = await trigger(spec, DEPLOYMENT, 1)
@@ -227,6 +245,35 @@ async def test_a_trainer_triggers_in_python(fleet: Fleet, worker: None) -> None:
     assert is_served(fleet)
     with pytest.raises(ValueError, match="triggered with other parameters"):
         await trigger(spec.model_copy(update={"policy_version": 1, "store": "x"}), DEPLOYMENT, 1)
+
+
+async def test_a_served_flow_runs_cycles_in_processes_that_may_be_killed(
+    slow_fleet: Fleet,
+    fleet: Fleet,
+    served: subprocess.Popen[bytes],
+    prefect_api: str,
+    http: httpx.AsyncClient,
+) -> None:
+    deployment = found(prefect_api, SERVED)
+    before = set(psutil.Process(served.pid).children(recursive=True))
+    body = {"parameters": {"spec": declared(slow_fleet, 1)}}
+    killed = await post(http, f"{deployment}/create_flow_run", body)
+    while not slow_fleet.log()["signals"]:  # noqa: ASYNC110 - another process's doing
+        await asyncio.sleep(0.05)
+    # Forked by the warm process, which lives on.
+    cycle, *_ = set(psutil.Process(served.pid).children(recursive=True)) - before
+    cycle.kill()
+    ended = await wait_for_flow_run(killed.json()["id"], timeout=END_SECONDS)
+    assert ended.state is not None
+    assert ended.state.name == "Crashed"
+
+    body = {"parameters": {"spec": declared(fleet, 1)}}
+    made = await post(http, f"{deployment}/create_flow_run", body)
+    ended = await wait_for_flow_run(made.json()["id"], timeout=END_SECONDS)
+    assert ended.state is not None
+    assert ended.state.name == "Completed"
+    assert is_served(fleet)
+    assert before <= set(psutil.Process(served.pid).children(recursive=True))
 
 
 def test_a_person_runs_the_deployment_from_the_command_line(fleet: Fleet, worker: None) -> None:
@@ -255,7 +302,7 @@ def test_a_developer_runs_a_cycle_file_with_blocks_of_its_own(fleet: Fleet) -> N
     blocks = {"service": service, "store": {"url": fleet.bucket.as_uri()}, "rollouts": service}
     file = fleet.root / "cycle.yaml"
     file.write_text(yaml.safe_dump({"blocks": blocks, "cycle": declared(fleet, 1)}))
-    done = python("flows.cycle", str(file), FIREWORKS_API_KEY=API_KEY)
+    done = python("flows", str(file), FIREWORKS_API_KEY=API_KEY)
     assert done.returncode == 0, done.stderr
     assert is_served(fleet)
     assert f"identity  {fleet.reports()[0].snapshot.identity}" in done.stdout
@@ -267,7 +314,7 @@ def test_a_cycle_that_cannot_succeed_exits_1_and_says_why(fleet: Fleet) -> None:
     shutil.copytree(fleet.checkpoints[1], torn)
     shard = sorted(torn.glob("*.safetensors"))[2]
     os.truncate(shard, shard.stat().st_size - 1)
-    refused = python("flows.cycle", cycle_file(fleet, 1, checkpoint=str(torn)))
+    refused = python("flows", cycle_file(fleet, 1, checkpoint=str(torn)))
     assert refused.returncode == 1
     assert shard.name in said(refused)
     assert not fleet.log()["signals"]
@@ -275,7 +322,7 @@ def test_a_cycle_that_cannot_succeed_exits_1_and_says_why(fleet: Fleet) -> None:
 
 def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:
     holder = subprocess.Popen(
-        [sys.executable, "-m", "flows.cycle", cycle_file(slow_fleet, 1, "first.yaml")],
+        [sys.executable, "-m", "flows", cycle_file(slow_fleet, 1, "first.yaml")],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -285,7 +332,7 @@ def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:
         while not slow_fleet.log()["signals"]:
             assert holder.poll() is None
             time.sleep(0.05)
-        second = python("flows.cycle", cycle_file(slow_fleet, 2, "second.yaml"))
+        second = python("flows", cycle_file(slow_fleet, 2, "second.yaml"))
         assert second.returncode == 1
         assert f"{slow_fleet.name}-000001" in said(second)
 
@@ -333,7 +380,7 @@ async def test_a_worker_runs_the_code_of_the_clone_and_not_what_is_installed(
     assert ended.state is not None
     assert ended.state.name == "Completed"
     assert is_served(fleet)
-    key = {"artifacts": {"key": {"any_": [f"cycle-{fleet.name}-000001"]}}}
-    (table,) = (await post(http, "/artifacts/filter", key)).json()
-    (library,) = (row["value"] for row in json.loads(table["data"]) if row["what"] == "library")
+    key = {"artifacts": {"key": {"any_": [f"hotload-{fleet.name}"]}}}
+    (shown,) = (await post(http, "/artifacts/filter", key)).json()
+    (library,) = re.findall(r"\| library \| (\S+) \|", shown["data"].replace("\\", ""))
     assert not Path(library).is_relative_to(ROOT)
