@@ -70,7 +70,10 @@ async def ours(url: str, options: argparse.Namespace, count: int) -> Sampled:
             *(sampler.sample(problem_of(number), 0) for number in range(count))
         )
     assert not any(sample.failure for sample in samples)
-    return [(sample.token_ids_T, sample.sampling_logprobs_T) for sample in samples]
+    return [
+        (sample.segments[0].token_ids_T, sample.segments[0].sampling_logprobs_T)
+        for sample in samples
+    ]
 
 
 async def _in_flight(options: argparse.Namespace, count: int, send: Any) -> Sampled:
@@ -242,7 +245,7 @@ def storm(url: str, options: argparse.Namespace) -> bool:
     """Print how ten bad seconds went; whether the bars are met."""
     started = time.monotonic()
     ended, failed, trace = asyncio.run(_through(url, options))
-    with urlopen(url, timeout=5) as told:
+    with urlopen(url, timeout=60) as told:
         seen = json.load(told)
     bad_from, bad_until = started + options.slow_at, started + options.slow_at + 10
     before = sum(bad_from - 2 <= at < bad_from for at in ended) / 2

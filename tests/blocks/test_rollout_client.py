@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -19,15 +20,14 @@ from tests.blocks.scripted_inference import (
     MODEL,
     PROBLEM,
     Naps,
-    Script,
     client,
     event,
-    http,
     last,
     sample_once,
     sampling,
     token,
 )
+from tests.scripted_server import Request, ScriptedServer, http, never
 
 
 async def test_a_good_answer_carries_tokens_and_provenance() -> None:
@@ -35,10 +35,10 @@ async def test_a_good_answer_carries_tokens_and_provenance() -> None:
         sample = await sampler.sample(PROBLEM, 2)
     assert sample.failure is None
     assert sample.text == "ab"
-    assert sample.token_ids_T == (1, 2)
-    assert sample.sampling_logprobs_T == (-1.5, -2.5)
-    assert sample.loss_mask_T == (True, True)
-    assert sample.prompt_token_ids == (7, 8)
+    assert sample.segments[0].token_ids_T == (1, 2)
+    assert sample.segments[0].sampling_logprobs_T == (-1.5, -2.5)
+    assert sample.segments[0].loss_mask_T == (True, True)
+    assert sample.segments[0].prompt_token_ids == (7, 8)
     assert sample.cached_prompt_token_count == 1
     assert sample.weights is Weights.EXPECTED
     assert sample.provenance.replica == "replica-2"
@@ -50,7 +50,7 @@ async def test_defaults_are_sent_and_ids_stay_over_retries() -> None:
     async with sampling(http(b"", 500), http(b"", 425), http(GOOD)) as (sampler, script):
         sample = await sampler.sample(PROBLEM, 0)
         other = await sampler.sample(PROBLEM, 1)
-    body = script.requests[0][1]
+    body = script.requests[0].body
     assert body == {
         "model": "accounts/a/models/m",
         "prompt": "the secret prompt",
@@ -66,8 +66,8 @@ async def test_defaults_are_sent_and_ids_stay_over_retries() -> None:
         "context_length_exceeded_behavior": "error",
         "seed": sample.seed,
     }
-    headers = [request[0] for request in script.requests]
-    assert headers[0]["authorization"] == f"bearer {KEY}"
+    headers = [request.headers for request in script.requests]
+    assert headers[0]["authorization"] == f"Bearer {KEY}"
     assert headers[0]["fireworks-model"] == "accounts/a/models/m"
     assert headers[0]["fireworks-deployment"] == "accounts/a/deployments/d"
     for name in ("x-request-id", "x-multi-turn-session-id", "x-session-affinity"):
@@ -76,7 +76,7 @@ async def test_defaults_are_sent_and_ids_stay_over_retries() -> None:
     assert headers[0]["x-session-affinity"] == headers[0]["x-multi-turn-session-id"]
     assert sample.provenance.attempts == 3
     assert sample.seed != other.seed
-    assert script.paths[0] == "/inference/v1/completions"
+    assert script.requests[0].path == "/inference/v1/completions"
 
 
 async def test_a_chat_goes_to_the_chat_endpoint() -> None:
@@ -89,21 +89,21 @@ async def test_a_chat_goes_to_the_chat_endpoint() -> None:
     async with sampling(http(event(chunk) + last([1]) + DONE)) as (sampler, script):
         sample = await sampler.sample(problem, 0)
     assert (sample.failure, sample.text) == (None, "a")
-    assert script.paths == ["/inference/v1/chat/completions"]
-    assert script.requests[0][1]["messages"] == [{"role": "user", "content": "hi"}]
+    assert [request.path for request in script.requests] == ["/inference/v1/chat/completions"]
+    assert script.requests[0].body["messages"] == [{"role": "user", "content": "hi"}]
 
 
 async def test_numbers_of_any_size_in_messages() -> None:
     problem = Problem("p", messages=({"role": "user", "content": "hi", "n": 2**70},))
     async with sampling(http(GOOD)) as (sampler, script):
         await sampler.sample(problem, 0)
-    assert script.requests[0][1]["messages"][0]["n"] == 2**70
+    assert script.requests[0].body["messages"][0]["n"] == 2**70
 
 
 async def test_an_empty_answer_is_an_answer() -> None:
     empty = event({"model": MODEL, "choices": [{"text": "", "finish_reason": "stop"}]})
     sample = await sample_once(http(empty + DONE))
-    assert (sample.failure, sample.token_ids_T) == (None, ())
+    assert (sample.failure, sample.segments[0].token_ids_T) == (None, ())
     assert sample.weights is Weights.EXPECTED
 
 
@@ -118,7 +118,7 @@ async def test_a_plain_response_is_read_too() -> None:
     }
     body = json.dumps({"model": MODEL, "choices": [choice]}).encode()
     sample = await sample_once(http(body, content_type="application/json; charset=utf-8"))
-    assert (sample.token_ids_T, sample.finish_reason) == ((4,), "length")
+    assert (sample.segments[0].token_ids_T, sample.finish_reason) == ((4,), "length")
 
 
 async def test_swap_codes_wait_on_a_budget_of_their_own() -> None:
@@ -276,14 +276,12 @@ async def test_nobody_listens_and_garbage_answers() -> None:
 async def test_a_server_that_hangs_is_a_timeout() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n"
 
-    class Hanging(Script):
-        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(head)
-            await writer.drain()
-            await reader.read()  # until the client goes
+    async def hanging(request: Request) -> AsyncIterator[bytes]:
+        yield head
+        await never()
 
     async with (
-        Hanging().running() as script,
+        ScriptedServer(hanging).running() as script,
         client(script.port).session(
             Sampling(sample_timeout=0.01), identity=IDENTITY, policy_version=0, sleep=Naps()
         ) as sampler,
@@ -309,14 +307,14 @@ async def test_ids_and_logprobs_are_never_made_up() -> None:
     sample = await sample_once(http(bare + DONE))
     assert sample.failure == "missing_token_ids"
     with_stop_token = token(1, "a") + last([1, 9]) + DONE
-    assert (await sample_once(http(with_stop_token))).token_ids_T == (1,)
+    assert (await sample_once(http(with_stop_token))).segments[0].token_ids_T == (1,)
     for ids in ([2], [2, 1], []):
         wrong = await sample_once(http(token(1, "a") + last(ids) + DONE))
         assert (wrong.failure is None) == (not ids), ids
     raw_only = bare.replace(
         b'"finish_reason"', b'"raw_output": {"completion_token_ids": [5]}, "finish_reason"'
     )
-    assert (await sample_once(http(raw_only + DONE))).token_ids_T == (5,)
+    assert (await sample_once(http(raw_only + DONE))).segments[0].token_ids_T == (5,)
     for bad in (b"[5.0]", b"[true]", b"[-1]", b'["5"]', b"[5, 6]"):
         sample = await sample_once(http(raw_only.replace(b"[5]", bad) + DONE))
         assert sample.failure == "missing_token_ids", bad
@@ -327,7 +325,7 @@ async def test_ids_and_logprobs_are_never_made_up() -> None:
 async def test_a_raw_logprob_stands_in_only_for_plain_sampling() -> None:
     chunk = token(1, "a", sampling_logprob=None) + last([1]) + DONE
     plain = await sample_once(http(chunk))
-    assert plain.sampling_logprobs_T == (-0.25,)
+    assert plain.segments[0].sampling_logprobs_T == (-0.25,)
     tempered = await sample_once(http(chunk), temperature=0.7)
     assert tempered.failure == "missing_logprobs"
 
@@ -336,7 +334,7 @@ async def test_longer_than_asked_or_than_the_sequence() -> None:
     many = b"".join(token(i, "x") for i in range(9)) + last(list(range(9))) + DONE
     assert (await sample_once(http(many))).failure == "too_long"
     kept = await sample_once(http(GOOD), max_seq_len=3)
-    assert (kept.failure, kept.token_ids_T) == ("too_long", (1, 2))
+    assert (kept.failure, kept.segments[0].token_ids_T) == ("too_long", (1, 2))
     async with sampling(http(GOOD), max_seq_len=2) as (sampler, script):
         unsent = await sampler.sample(Problem("p", prompt=(7, 8)), 0)
     assert (unsent.failure, script.requests) == ("too_long", [])
@@ -368,18 +366,19 @@ async def test_weights_are_told_from_the_stream() -> None:
 
 async def test_attempts_hold_a_slot_and_waits_do_not() -> None:
     in_flight: list[int] = []
-    async with sampling(
-        http(b"", 500), http(GOOD), concurrency={"mode": "fixed", "initial_window": 1}
-    ) as (sampler, script):
-        script.on_request = lambda: in_flight.append(sampler._slots.window.in_flight)
-        waiting = asyncio.Event()
-        second_done = asyncio.Event()
 
-        async def nap(seconds: float) -> None:
-            waiting.set()
-            await second_done.wait()
+    async def counted(request: Request) -> bytes:
+        in_flight.append(sampler.in_flight)
+        return http(b"", 500) if request.number == 0 else http(GOOD)
 
-        sampler._sleep = nap
+    waiting, second_done = asyncio.Event(), asyncio.Event()
+
+    async def nap(seconds: float) -> None:
+        waiting.set()
+        await second_done.wait()
+
+    one_slot = {"mode": "fixed", "initial_window": 1}
+    async with sampling(counted, naps=nap, concurrency=one_slot) as (sampler, _):
         first = asyncio.create_task(sampler.sample(PROBLEM, 0))
         await waiting.wait()
         assert (await sampler.sample(PROBLEM, 1)).failure is None  # its slot is free meanwhile
@@ -389,12 +388,13 @@ async def test_attempts_hold_a_slot_and_waits_do_not() -> None:
 
 
 async def test_a_cancelled_sample_gives_its_slot_back() -> None:
-    async with sampling(http(GOOD), concurrency={"mode": "fixed", "initial_window": 1}) as (
-        sampler,
-        script,
-    ):
-        entered = asyncio.Event()
-        script.on_request = entered.set
+    entered = asyncio.Event()
+
+    async def good(request: Request) -> bytes:
+        entered.set()
+        return http(GOOD)
+
+    async with sampling(good, concurrency={"mode": "fixed", "initial_window": 1}) as (sampler, _):
         first = asyncio.create_task(sampler.sample(PROBLEM, 0))
         queued = asyncio.create_task(sampler.sample(PROBLEM, 1))
         await entered.wait()
@@ -402,15 +402,17 @@ async def test_a_cancelled_sample_gives_its_slot_back() -> None:
         first.cancel()
         await asyncio.gather(first, queued, return_exceptions=True)
         assert (await sampler.sample(PROBLEM, 2)).failure is None
-        assert sampler._slots.window.in_flight == 0
+        assert sampler.in_flight == 0
 
 
 async def test_the_probe_of_check_and_warm_up() -> None:
     naps = Naps()
-    async with Script(http(b"", 503), http(b"{}", 200, "application/json")).running() as script:
+    async with ScriptedServer(
+        http(b"", 503), http(b"{}", 200, "application/json")
+    ).running() as script:
         assert await client(script.port).warm_up(retries=10, sleep=naps)
         assert naps.seconds == [10.0]
-        assert script.requests[0][1] == {
+        assert script.requests[0].body == {
             "model": "accounts/a/models/m",
             "prompt": [1, 2],
             "max_tokens": 4,
@@ -418,14 +420,14 @@ async def test_the_probe_of_check_and_warm_up() -> None:
         }
         [line] = await client(script.port).check()
         assert line.ok
-    async with Script(http(b"", 503)).running() as script:
+    async with ScriptedServer(http(b"", 503)).running() as script:
         assert not await client(script.port).warm_up(retries=3, sleep=Naps())
         assert len(script.requests) == 3
-    async with Script(http(b"", 404), http(b"", 401)).running() as script:
+    async with ScriptedServer(http(b"", 404), http(b"", 401)).running() as script:
         assert not await client(script.port).warm_up(retries=9, sleep=Naps())
         assert len(script.requests) == 2
     for status in (401, 404):
-        async with Script(http(b"<html>", status, "text/html")).running() as script:
+        async with ScriptedServer(http(b"<html>", status, "text/html")).running() as script:
             [line] = await client(script.port).check()
             assert not line.ok
             assert str(status) in line.found

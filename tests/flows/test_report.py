@@ -18,7 +18,6 @@ from hotload.dataset.trainer_batch import make_batch
 from tests.flows.fleet import Fleet
 
 pytestmark = [
-    pytest.mark.timeout(90),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 

@@ -1,7 +1,6 @@
 """plan_next, read_chain, may_signal and the transition table."""
 
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import pytest
 
@@ -28,6 +27,7 @@ from hotload.publish.readiness import ReplicaStatus, ServiceStatus
 from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
 from hotload.records import FileDigest
 from hotload.spec import CycleSpec
+from tests.factories import cycle_spec, snapshot_manifest
 
 DIGEST = "ab" * 32
 CONTENT = CheckpointContent(
@@ -44,25 +44,14 @@ ADAPTER = CheckpointContent(kind=SnapshotKind.LORA, shards=CONTENT.shards, side_
 
 
 def spec(version: int = 5, **cadence: object) -> CycleSpec:
-    return CycleSpec.model_validate(
-        {
-            "checkpoint": "/c",
-            "run_id": "run",
-            "policy_version": version,
-            "work_dir": "/w",
-            "problems": {"dataset": "/p"},
-            "cadence": cadence,
-        }
-    )
+    return cycle_spec(policy_version=version, cadence=cadence)
 
 
 def manifest_of(
     plan: SnapshotPlan, version: int = 4, content: CheckpointContent = CONTENT
 ) -> SnapshotManifest:
-    is_delta = plan.kind is SnapshotKind.DELTA
-    return SnapshotManifest(
-        identity=plan.identity,
-        run_id="run",
+    return snapshot_manifest(
+        plan.identity,
         policy_version=version,
         kind=plan.kind,
         previous=plan.previous,
@@ -71,11 +60,6 @@ def manifest_of(
         attempt=plan.attempt,
         reason=plan.reason,
         content_sha256=content.sha256,
-        codec="arc_v2" if is_delta else "none",
-        checksum="adler32" if is_delta else "none",
-        shards=(),
-        side_files=(),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
     )
 
 

@@ -53,6 +53,7 @@ def changes(draw: st.DrawFn) -> np.ndarray:
     return difference
 
 
+@pytest.mark.slow
 @given(changes(), st.sampled_from(Writer))
 @example(np.zeros(BLOCK_BYTES, np.uint8), Writer.SEQUENCES)
 @example(np.ones(PIECE_BYTES, np.uint8), Writer.SEQUENCES)

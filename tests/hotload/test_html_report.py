@@ -26,11 +26,11 @@ from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines, prometheus_text
 from hotload.report.page import render_report
 from hotload.report.sample_statistics import Figures
-from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts
 from hotload.rollout.group_rules import judge
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import Problem, ScoredGroup, Segment, Trajectory
 from hotload.spec import Groups
+from tests.factories import provenance, scored_group, segment, trajectory
 
 SHA = "0" * 64
 NOW, NEXT = "run-000003-0123abcd", "run-000004-0123abcd"
@@ -38,48 +38,42 @@ EVIL = "</pre><script>alert('x')</script><img src=http://evil.example/x.png>\x1b
 ENDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-def sample(number: int, tokens: int = 2, **changes: Any) -> Trajectory:
-    made = Trajectory(
-        problem_id="p",
-        sample_number=number,
-        seed=number,
-        provenance=Provenance(NOW, f"r{number}", "s", 1, (NOW,), NOW, "replica-0"),
-        latency_seconds=1.0 + number,
-        prompt_token_ids=(1, 2),
-        token_ids_T=tuple(range(tokens)),
-        sampling_logprobs_T=(-0.5,) * tokens,
-        loss_mask_T=(True,) * tokens,
-        text="four",
-        finish_reason="stop" if number else "length",
-        prompt_token_count=4,
-        cached_prompt_token_count=1,
-        completion_token_count=tokens,
-    )
-    return replace(made, **changes)
+def sample(number: int, tokens: int = 2, *further: Segment, **changes: Any) -> Trajectory:
+    fields: dict[str, Any] = {
+        "number": number,
+        "provenance": provenance(NOW, request_id=f"r{number}", replica="replica-0"),
+        "latency_seconds": 1.0 + number,
+        "text": "four",
+        "finish_reason": "stop" if number else "length",
+        "prompt_token_count": 4,
+        "cached_prompt_token_count": 1,
+        "completion_token_count": tokens,
+    }
+    return trajectory(segment(range(tokens), prompt=(1, 2)), *further, **fields | changes)
 
 
-SWAPPED = Provenance(NOW, "r1", "s", 2, (NOW, NEXT), NEXT)
+SWAPPED = provenance(NOW, NEXT, request_id="r1", attempts=2)
 CHAT = ({"role": "user", "content": EVIL}, {"role": "assistant", "content": ["part"], "tool": 1})
 SAMPLES = (
     sample(0, text=EVIL),
     sample(
         1,
+        2,
+        segment((4, 5), prompt=(3,), logprobs=(-1.5, 0.0), mask=(True, False)),
         provenance=SWAPPED,
         turn_count=2,
         completion_token_count=3,
         transcript=CHAT,
-        further=(Segment((3,), (4, 5), (-1.5, 0.0), (True, False)),),
     ),
     sample(2, 0, text="", failure="timeout", detail=EVIL),
 )
-UNIFORM = tuple(replace(sample(number), problem_id="q") for number in range(2))
+UNIFORM = tuple(sample(number, problem_id="q") for number in range(2))
 
 
 def group(samples: tuple[Trajectory, ...], rewards: tuple[float | None, ...]) -> ScoredGroup:
-    name = samples[0].problem_id
     mark = None if all(reward is not None for reward in rewards) else "partial"
-    problem = Problem(name, EVIL, answer=EVIL)
-    return ScoredGroup(problem, samples, rewards, advantages(rewards), mark=mark)
+    problem = Problem(samples[0].problem_id, EVIL, answer=EVIL)
+    return scored_group(*samples, rewards=rewards, problem=problem, mark=mark)
 
 
 GROUPS = [
@@ -386,7 +380,7 @@ def test_uniform_groups_are_those_that_were_judged_so() -> None:
 
     def named(name: str, rewards: tuple[float | None, ...]) -> ScoredGroup:
         made = tuple(
-            replace(sample(i, failure=None if reward is not None else "timeout"), problem_id=name)
+            sample(i, failure=None if reward is not None else "timeout", problem_id=name)
             for i, reward in enumerate(rewards)
         )
         return judge(group(made, rewards), Groups()).group
@@ -411,16 +405,15 @@ def test_no_more_samples_end_at_the_limit_than_have_an_answer() -> None:
 
 
 def test_another_run_s_identity_counts_as_no_version() -> None:
-    origin = Provenance(NOW, "r", "s", 1, ("other-000900-0123abcd",))
+    origin = provenance("other-000900-0123abcd", identity=NOW)
     found = figures(group((sample(0, provenance=origin), sample(1)), (0.0, 1.0)))
     assert found.versions == {"other-000900-0123abcd": 1, NOW: 1}
     assert found.versions_ahead == {0: 1}
 
 
 def test_weights_that_were_assumed_or_none_are_told_as_such() -> None:
-    half_told = Provenance(NOW, "r", "s", 1, (NOW,))
-    assumed = sample(0, provenance=replace(half_told, observed=()))
-    silent = sample(1, 0, failure="timeout", provenance=replace(half_told, observed=()))
+    assumed = sample(0, provenance=provenance(identity=NOW))
+    silent = sample(1, 0, failure="timeout", provenance=provenance(identity=NOW))
     text = Page(page(found=figures(group((assumed, silent), (1.0, None))))).text
     assert f"{NOW} (assumed) 1 · 100 %" in text
     assert text.count("(assumed)") == 3  # in bar and key, and with the sample itself

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import polars as pl
 import pytest
@@ -19,39 +20,30 @@ from hotload.dataset.table import (
     tensors_frame,
 )
 from hotload.errors import StoreError
-from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest
-from hotload.reward.advantages import advantages
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.rollout.trajectory import Problem, ScoredGroup, Trajectory
 from hotload.spec import CycleSpec
+from tests.factories import (
+    cycle_spec,
+    provenance,
+    rollout_manifest,
+    scored_group,
+    segment,
+    snapshot_manifest,
+    trajectory,
+)
 
 SHA = "0" * 64
 
 
-def sample(number: int, *observed: str, failure: str | None = None) -> Trajectory:
-    origin = Provenance("now", f"r{number}", "s", 1, observed, observed[-1] if observed else None)
-    tokens = () if failure else (5, 6)
-    return Trajectory(
-        problem_id="p",
-        sample_number=number,
-        seed=number,
-        provenance=origin,
-        latency_seconds=0.5,
-        prompt_token_ids=(1,),
-        token_ids_T=tokens,
-        sampling_logprobs_T=(-0.5,) * len(tokens),
-        loss_mask_T=(True,) * len(tokens),
-        text="ab",
-        finish_reason="stop",
-        completion_token_count=len(tokens),
-        failure=failure,
-    )
+def sample(number: int, *observed: str, **fields: Any) -> Trajectory:
+    tokens = () if fields.get("failure") else (5, 6)
+    origin = provenance(*observed, identity="now")
+    return trajectory(segment(tokens), number=number, provenance=origin, **fields)
 
 
 def group(*samples: Trajectory, problem_id: str = "p") -> ScoredGroup:
-    rewards = tuple(None if each.failure else float(each.sample_number) for each in samples)
-    samples = tuple(replace(each, problem_id=problem_id) for each in samples)
-    return ScoredGroup(Problem(problem_id, "x"), samples, rewards, advantages(rewards))
+    return scored_group(*(replace(each, problem_id=problem_id) for each in samples))
 
 
 GROUPS = [
@@ -131,23 +123,8 @@ def test_tensors() -> None:
 
 def test_ledger() -> None:
     def manifest(version: int) -> SnapshotManifest:
-        return SnapshotManifest(
-            identity=f"run-{version:06d}-00000000",
-            run_id="run",
-            policy_version=version,
-            kind=SnapshotKind.FULL,
-            previous=None,
-            anchor=f"run-{version:06d}-00000000",
-            chain_length=0,
-            attempt=0,
-            reason="start",
-            content_sha256=SHA,
-            codec="none",
-            checksum="none",
-            shards=(),
-            side_files=(),
-            created_at=datetime(2026, 1, 1 + version, tzinfo=UTC),
-        )
+        created_at = datetime(2026, 1, 1 + version, tzinfo=UTC)
+        return snapshot_manifest(f"run-{version:06d}-00000000", created_at=created_at)
 
     frame = check_ledger(ledger_frame([manifest(2), manifest(1)]))
     assert frame["policy_version"].to_list() == [1, 2]
@@ -157,16 +134,12 @@ def test_ledger() -> None:
         check_ledger(frame.with_columns(kind=pl.lit("delta")))
 
 
-def spec(**changes: object) -> CycleSpec:
-    fields: dict[str, object] = {
-        "checkpoint": "/c",
-        "work_dir": "/w",
-        "run_id": "run",
-        "policy_version": 3,
+def spec(**changes: Any) -> CycleSpec:
+    fields: dict[str, Any] = {
         "problems": {"dataset": "/d", "prompt_groups_per_step": 4},
         "sampling": {"problems_per_task": 3},
     }
-    return CycleSpec.model_validate(fields | changes)
+    return cycle_spec(**fields | changes)
 
 
 PROBLEMS = [Problem(str(i), "x") for i in range(10)]
@@ -230,14 +203,7 @@ def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
 
 def test_the_manifest_there_and_back() -> None:
     part = facts(rollouts_frame(GROUPS, run_id="run", policy_version=4))
-    manifest = RolloutManifest(
-        identity="now",
-        policy_version=4,
-        digest=SHA,
-        parts=(part,),
-        summary=summarize("now", [part], parts_uri="file:///x", seconds=1.0),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
+    manifest = rollout_manifest("now", [part])
     assert RolloutManifest.parse(manifest.render(), path="p") == manifest
     for data in (
         b"",

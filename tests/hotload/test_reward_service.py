@@ -9,8 +9,9 @@ from hotload.errors import RewardError
 from hotload.reward.http_service import parse_rewards, read_service, request_body
 from hotload.reward.outcome import Outcome, Score
 from hotload.rollout.failures import Cause
-from hotload.rollout.trajectory import Problem, Provenance, Trajectory
+from hotload.rollout.trajectory import Problem
 from hotload.spec import RewardSpec
+from tests.factories import segment, trajectory
 
 URL = "https://judge.example/v1/score"
 
@@ -18,22 +19,7 @@ URL = "https://judge.example/v1/score"
 def test_a_request() -> None:
     problem = Problem("p-1", None, ({"role": "user", "content": "hi"},), 4, {"level": "easy"})
     said = ({"role": "assistant", "content": "\ud800"},)
-    sample = Trajectory(
-        "p-1",
-        3,
-        9,
-        Provenance("run-000001-0badf00d", "request", "session", 1),
-        0.5,
-        (1, 2),
-        (3, 4),
-        (-0.5, -0.25),
-        (True, True),
-        "four",
-        "stop",
-        completion_token_count=2,
-        turn_count=2,
-        transcript=said,
-    )
+    sample = trajectory(segment((3, 4)), number=3, text="four", turn_count=2, transcript=said)
     assert json.loads(request_body(problem, [sample], {"rubric": "tone"})) == {
         "problem": {
             "id": "p-1",

@@ -11,12 +11,13 @@ from itertools import count
 import numpy as np
 import polars as pl
 import torch
+from factories import provenance, trajectory
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotload.dataset.table import rollouts_frame
 from hotload.rollout.straddling import settle_weights
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import Problem, ScoredGroup, Segment, Trajectory
 
 VOCABULARY = 512
 TEMPERATURE = 0.7
@@ -79,23 +80,16 @@ def frame() -> pl.DataFrame:
         number = next(numbers)
         runs = ((0, "old"),) if change is None else ((0, "old"), (change, "new"))
         observed = tuple(identity for _, identity in runs)
-        told = Provenance("old", f"r{number}", "s", 1, observed, observed[-1], runs=runs)
-        return settle_weights(
-            Trajectory(
-                problem_id=problem_id,
-                sample_number=number,
-                seed=number,
-                provenance=told,
-                latency_seconds=0.1,
-                prompt_token_ids=first.prompt_token_ids,
-                token_ids_T=first.token_ids_T,
-                sampling_logprobs_T=first.sampling_logprobs_T,
-                loss_mask_T=first.loss_mask_T,
-                finish_reason="length" if number % 2 else "stop",
-                further=further,
-            ),
-            "mask_from_change",
+        reason = "length" if number % 2 else "stop"
+        made = trajectory(
+            first,
+            *further,
+            number=number,
+            problem_id=problem_id,
+            provenance=provenance(*observed, runs=runs),
+            finish_reason=reason,
         )
+        return settle_weights(made, "mask_from_change")
 
     def failed(problem_id: str) -> Trajectory:
         return replace(sample(problem_id, Segment((), (), (), ())), failure="timeout")

@@ -10,9 +10,10 @@ from blocks.checkpoint_store import CheckpointStore
 from hotload.dataset.rollout_plan import PartPlan, RolloutPlan
 from hotload.errors import StoreUnavailableError
 from hotload.rollout.group_rules import Tally, Verdict
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.rollout.trajectory import Problem
 from hotload.sampling.part_writer import FULL_TOKENS, PartWriter, Settled
 from hotload.spec import Groups
+from tests.factories import scored_group, segment, trajectory
 
 IDENTITY = "run-000003-0badf00d"
 PROBLEMS = tuple(Problem(str(number), "x") for number in range(2))
@@ -44,10 +45,10 @@ begun, may_end = asyncio.Event(), asyncio.Event()
 
 def settled(problem: Problem, text: str = "a", *, is_dropped: bool = False) -> Settled:
     """A group of one sample that fills a file."""
-    origin = Provenance(IDENTITY, "r", "s", 1, (IDENTITY,), IDENTITY)
-    prompt = (7,) * FULL_TOKENS
-    sample = Trajectory(problem.id, 0, 0, origin, 0.1, prompt, (2,), (-0.5,), (True,), text, "stop")
-    group = ScoredGroup(problem, (sample,), (1.0,), (0.0,), mark="uniform" if is_dropped else None)
+    sample = trajectory(segment((2,), prompt=(7,) * FULL_TOKENS), problem_id=problem.id, text=text)
+    group = scored_group(
+        sample, problem=problem, rewards=(1.0,), mark="uniform" if is_dropped else None
+    )
     counts = Tally().counts(Verdict(group, is_dropped), Groups(), is_refill=False)
     return Settled(group, counts, is_dropped)
 
