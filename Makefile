@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test check bench swaps test-stores oracles conformance fuzz lock golden deploy wheel clean
+.PHONY: help install demo ui test test-fast check bench swaps test-stores oracles conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -30,6 +30,9 @@ ui: install  ## the flow runs of the last demo, in a browser
 
 test: install  ## the whole suite; starts its own servers on loopback
 	$(PY) -m pytest
+
+test-fast: install  ## what needs no server and little time: under a minute on two quiet cores
+	$(PY) -m pytest -m 'not server and not slow'
 
 check: install  ## ruff, format, mypy, the floors of the house
 	$(PY) -m ruff check .
@@ -100,7 +103,7 @@ wheel: install  ## build the library and test it alone, without Prefect, outside
 	sed -n 's/^\([a-z].*\) \\$$/\1/p' requirements.lock > build/versions.txt
 	build/venv/bin/python -m pip install --quiet --constraint build/versions.txt dist/*.whl \
 		hypothesis pytest pytest-asyncio pytest-timeout safetensors
-	mkdir -p build/alone/tests && cp -R tests/hotload tests/golden build/alone/tests/
+	mkdir -p build/alone/tests && cp -R tests/factories.py tests/signals.py tests/hotload tests/golden build/alone/tests/
 	cd build/alone && ../venv/bin/python -m pytest -c ../../pyproject.toml -o pythonpath= tests/hotload
 
 clean:  ## remove what was built, measured and cached; the environments stay

@@ -182,8 +182,8 @@ async def run_cycles(options: argparse.Namespace, root: Path, url: str) -> "list
         cycles.append(cycle)
         # The next begins by what the bucket holds, as another machine's trainer would see it.
         parts = partial(part_files, root, version)
-        while not cycle.done() and len(parts()) < PARTS_BEFORE_THE_NEXT:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
+        while not cycle.done() and len(parts()) < PARTS_BEFORE_THE_NEXT:
+            await asyncio.wait([cycle], timeout=0.1)
     return await asyncio.gather(*cycles)
 
 
@@ -320,12 +320,16 @@ def main() -> int:
             with emulator(bucket, base, root / "emulator.log", fleet) as url:
                 orders = storms(len(VERSIONS) * options.problems * options.samples)
                 body = {"faults": [*orders, *SLOW_REPLICA]}
-                httpx.post(f"{url}/emulator/faults", json=body).raise_for_status()
+                httpx.post(f"{url}/emulator/faults", json=body, timeout=60).raise_for_status()
                 began = time.perf_counter()
                 reports = asyncio.run(run_cycles(options, root, url))
                 seconds = time.perf_counter() - began
                 log = httpx.get(f"{url}/emulator/log", timeout=60).raise_for_status().json()
-                faults = httpx.get(f"{url}/emulator/faults").raise_for_status().json()["faults"]
+                faults = (
+                    httpx.get(f"{url}/emulator/faults", timeout=60)
+                    .raise_for_status()
+                    .json()["faults"]
+                )
         frames = [pl.read_parquet(part_files(root, version)) for version in VERSIONS]
     what = f"{options.problems} x {options.samples} samples x {len(VERSIONS)} versions"
     print(f"swaps under {options.mode}, {what}: {seconds:.0f} s")

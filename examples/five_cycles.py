@@ -93,7 +93,7 @@ def problem_lines(count: int) -> list[str]:
 async def break_next_merge(service_url: str) -> None:
     """Ask the emulator to let one replica fail its next merge."""
     fault = {"fault": "torn_apply", "replica": "replica-1", "count": 1}
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         (await client.post(f"{service_url}/emulator/faults", json=fault)).raise_for_status()
 
 

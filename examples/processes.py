@@ -93,7 +93,7 @@ def _wait_for(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and child.poll() is None:
         try:
-            with urlopen(url, timeout=5):
+            with urlopen(url, timeout=START_SECONDS):
                 return
         except (URLError, OSError):
             time.sleep(0.1)

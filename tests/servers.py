@@ -20,11 +20,17 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from examples.processes import IN_BATCHES
 
+if TYPE_CHECKING:
+    from emulator.control.settings import EmulatorConfig
+    from emulator.server import RunningEmulator
+
+ROOT = Path(__file__).parents[1]
 START_SECONDS = 120.0
 BUCKET = "hotload-test"
 # The group ends when the pipe to us closes, so a killed pytest leaves nothing behind.
@@ -59,6 +65,7 @@ class LoopbackServer:
         """Start the process once; does not wait."""
         if self._process is not None:
             return
+        refuse_unmarked(self._name)
         self._reserved.close()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -76,7 +83,7 @@ class LoopbackServer:
         deadline = time.monotonic() + START_SECONDS
         while self._process.poll() is None and time.monotonic() < deadline:
             try:
-                opener.open(self.address, timeout=5).close()
+                opener.open(self.address, timeout=START_SECONDS).close()
             except urllib.error.HTTPError:
                 return
             except OSError:
@@ -114,8 +121,10 @@ def _gcs(port: int) -> list[str]:
 
 
 COMMANDS = {"prefect_api": _prefect, "s3_server": _moto, "gcs_server": _gcs}
+SLOW = ("tests/conformance", "tests/fuzz", "tests/test_benchmarks.py", "tests/test_packaging.py")
 SERVERS = pytest.StashKey[dict[str, LoopbackServer]]()
 DIRECTORY = pytest.StashKey[Path]()
+_unmarked: str | None = None  # the running test, if it may start no server
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -148,6 +157,29 @@ def pytest_configure(config: pytest.Config) -> None:
     }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out: what asks for a server, and whole folders."""
+    for item in items:
+        if any(item.path.is_relative_to(ROOT / each) for each in SLOW):
+            item.add_marker("slow")
+        if {*COMMANDS, "emulators"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let servers start from here on if the test is marked."""
+    global _unmarked
+    _unmarked = None if item.get_closest_marker("server") else item.nodeid
+
+
+def refuse_unmarked(name: str) -> None:
+    """Fail a test that starts a server without the mark, or `make test-fast` would start it."""
+    if _unmarked is not None:
+        pytest.fail(f"{_unmarked} starts {name}: mark it with pytest.mark.server")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start what the collected tests ask for, all at once, and wait until it answers."""
@@ -177,6 +209,20 @@ def _running(config: pytest.Config, name: str) -> str:
     server.start()  # for a fixture asked for by getfixturevalue, which collection does not see
     server.wait()
     return server.address
+
+
+def serve(config: EmulatorConfig) -> RunningEmulator:
+    """Start an emulator in a thread; a context manager that stops it."""
+    from emulator import server
+
+    refuse_unmarked("an emulator")
+    return server.serve(config)
+
+
+@pytest.fixture(scope="session")
+def emulators() -> Callable[[EmulatorConfig], RunningEmulator]:
+    """Start emulators; marks the test as one with a server."""
+    return serve
 
 
 @pytest.fixture(scope="session")

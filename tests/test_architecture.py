@@ -240,6 +240,8 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     listed = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
     found = []
     for path in [*listed, *ROOT.glob("*"), *ROOT.glob(".ci/*")]:
+        if path.name == ".git":  # in a second working tree a file that names the first
+            continue
         if path.is_file() and path.suffix in {"", ".py", ".md", ".toml", ".yaml", ".yml", ".lock"}:
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
                 if machine.search(line):

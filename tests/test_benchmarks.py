@@ -72,7 +72,6 @@ def test_peers_restore_what_they_encoded(way: type[Plain] | type[Sparse]) -> Non
         assert tensor.tobytes() == change.new.tobytes()
 
 
-@pytest.mark.timeout(60)
 def test_the_quick_benchmark_prints_every_bar() -> None:
     command = [sys.executable, "-m", "benchmarks.codec", "--quick", "--repetitions", "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -87,7 +86,6 @@ def test_the_quick_benchmark_prints_every_bar() -> None:
     assert [len(_rows(one)) for one in disk] == [4, 1, 9]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["whole_path", "rollout_memory"])
 def test_benchmarks_of_rollouts_run(name: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--problems", "6", "--samples", "2"]

@@ -93,6 +93,11 @@ class Rollout:
         self._telling = asyncio.Lock()
 
     @property
+    def requests_in_flight(self) -> int:
+        """Requests that are in flight now."""
+        return self._sampler.in_flight
+
+    @property
     def seconds(self) -> float:
         """Wall seconds since sampling could begin."""
         return monotonic() - self._started

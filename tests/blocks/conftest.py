@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.blocks.peers import RawServer, answering
+from tests.scripted_server import ScriptedServer
 
 if TYPE_CHECKING:
     # Importing Prefect reads the environment, which tests/servers.py sets only after this file.
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 # Where `make test-stores` says which store it started; every test run removes AWS_ variables.
 GIVEN_URL, GIVEN_OPTIONS = "HOTLOAD_TEST_STORE_URL", "HOTLOAD_TEST_STORE_OPTIONS"
-GIVEN = [pytest.param("given", marks=pytest.mark.stores)] if GIVEN_URL in os.environ else []
+GIVEN = (
+    [pytest.param("given", marks=[pytest.mark.stores, pytest.mark.server])]
+    if GIVEN_URL in os.environ
+    else []
+)
+
+S3, GS = (pytest.param(kind, marks=pytest.mark.server) for kind in ("s3", "gs"))
 
 
 def _bucket(kind: str, request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
@@ -43,22 +49,22 @@ def make_store(kind: str, request: pytest.FixtureRequest) -> Store:
     return Store(url=url, options=options)
 
 
-@pytest.fixture(params=["file", "memory", "s3", "gs", *GIVEN])
+@pytest.fixture(params=["file", "memory", S3, GS, *GIVEN])
 def store(request: pytest.FixtureRequest) -> Store:
     """The contract suite runs once per kind of store."""
     return make_store(request.param, request)
 
 
-@pytest.fixture(params=["s3", *GIVEN])
+@pytest.fixture(params=[S3, *GIVEN])
 def s3_store(request: pytest.FixtureRequest) -> Store:
     """A store that speaks S3."""
     return make_store(request.param, request)
 
 
-@pytest.fixture
+@pytest.fixture(params=[GS])
 def gs_store(request: pytest.FixtureRequest) -> Store:
     """A store that speaks GCS."""
-    return make_store("gs", request)
+    return make_store(request.param, request)
 
 
 @pytest.fixture
@@ -68,7 +74,7 @@ def file_store(request: pytest.FixtureRequest) -> Store:
 
 
 @pytest.fixture
-async def raw_server() -> AsyncIterator[RawServer]:
+async def raw_server() -> AsyncIterator[ScriptedServer]:
     """A hand-written HTTP server for answers no proper server gives."""
-    async with answering() as raw:
+    async with ScriptedServer().running() as raw:
         yield raw

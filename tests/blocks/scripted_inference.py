@@ -1,9 +1,9 @@
-"""An inference server that answers byte for byte as a script says, and good bytes for it."""
+"""What an inference server may say, and samples by one that says it."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from blocks.rollout_client import RolloutClient
@@ -11,6 +11,7 @@ from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.sampler import Sampler
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.spec import Sampling
+from tests.scripted_server import Reply, ScriptedServer, http
 
 KEY = "sk-very-secret"
 IDENTITY = "run-000003-0badf00d"
@@ -48,58 +49,17 @@ DONE = b"data: [DONE]\n\n"
 GOOD = token(1, "a") + token(2, "b") + last([1, 2]) + DONE
 
 
-def http(
-    body: bytes,
-    status: int = 200,
-    content_type: str = "text/event-stream",
-    length: int | None = None,
-    **headers: str,
-) -> bytes:
-    lines = [f"HTTP/1.1 {status} X", f"Content-Type: {content_type}"]
-    lines += [f"Content-Length: {len(body) if length is None else length}", "Connection: close"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+def saying(text: str, *models: str) -> bytes:
+    """A good answer, one token a character; from `models`, one after the other."""
+    served = models or (MODEL,)
+    pieces = [
+        token(number, each, served[min(number, len(served) - 1)])
+        for number, each in enumerate(text)
+    ]
+    return http(b"".join(pieces) + last(list(range(len(text))), served[-1]) + DONE)
 
 
-class Script:
-    """Answers the n-th request with the n-th reply, at last for ever; keeps what it was sent."""
-
-    def __init__(self, *replies: bytes) -> None:
-        self.replies = list(replies)
-        self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
-        self.paths: list[str] = []
-        self.port = 0
-        self.on_request: Callable[[], Any] = lambda: None
-        self._connections: set[asyncio.Task[None]] = set()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.add(asyncio.current_task())  # type: ignore[arg-type]
-        try:
-            await self._serve(reader, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-            with suppress(ConnectionError):
-                await writer.wait_closed()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
-        body = json.loads(await reader.readexactly(int(headers["content-length"])))
-        self.paths.append(head[0].split()[1])
-        self.requests.append((headers, body))
-        self.on_request()
-        writer.write(self.replies[min(len(self.requests), len(self.replies)) - 1])
-        await writer.drain()
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator["Script"]:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        self.port = server.sockets[0].getsockname()[1]
-        async with server:
-            yield self
-            await asyncio.gather(*self._connections)
+NO_IDS = http(token(1, "a", token_id=None) + last([]) + DONE)  # fails for good, at once
 
 
 class Naps:
@@ -123,14 +83,13 @@ PROBLEM = Problem("p1", prompt="the secret prompt", answer="ab")
 
 @asynccontextmanager
 async def sampling(
-    *replies: bytes,
-    naps: Naps | None = None,
+    *replies: Reply,
+    naps: Callable[[float], Awaitable[None]] | None = None,
     swap: float = 600,
-    script: Script | None = None,
     **fields: Any,
-) -> AsyncIterator[tuple[Sampler, Script]]:
+) -> AsyncIterator[tuple[Sampler, ScriptedServer]]:
     async with (
-        (script or Script(*replies)).running() as script,
+        ScriptedServer(*replies).running() as script,
         client(script.port).session(
             Sampling(max_completion_tokens=8, **fields),
             identity=IDENTITY,
@@ -142,6 +101,6 @@ async def sampling(
         yield sampler, script
 
 
-async def sample_once(*replies: bytes, problem: Problem = PROBLEM, **fields: Any) -> Trajectory:
+async def sample_once(*replies: Reply, problem: Problem = PROBLEM, **fields: Any) -> Trajectory:
     async with sampling(*replies, **fields) as (sampler, _):
         return await sampler.sample(problem, 0)

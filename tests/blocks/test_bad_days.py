@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -16,20 +17,19 @@ from tests.blocks.scripted_inference import (
     MODEL,
     PROBLEM,
     Naps,
-    Script,
     client,
     event,
-    http,
     last,
     sample_once,
     sampling,
     token,
 )
+from tests.scripted_server import Request, ScriptedServer, http, never
 
 OTHER = MODEL.replace("000003", "000004")
 
 
-@pytest.mark.timeout(120)  # some 2,000 requests
+@pytest.mark.slow
 async def test_streams_cut_at_every_byte_are_asked_for_again() -> None:
     # Up to the blank line after the last chunk there is no whole answer; after it, only the closing
     # event is missing, which a connection that ends properly may leave out.
@@ -73,13 +73,12 @@ async def test_a_storm_of_425_ends_with_every_sample() -> None:
 async def test_a_drain_that_holds_requests_uses_up_the_swap_budget() -> None:
     release = asyncio.Event()
 
-    class Holding(Script):
-        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await asyncio.wait_for(release.wait(), 10)
-            await super()._serve(reader, writer)
+    async def held(request: Request) -> bytes:
+        await release.wait()
+        return http(b"{}", 425)
 
     async with (
-        Holding(http(b"{}", 425)).running() as script,
+        ScriptedServer(held).running() as script,
         client(script.port).session(
             Sampling(),
             identity=IDENTITY,
@@ -180,23 +179,6 @@ async def test_malformed_plain_bodies() -> None:
         assert (sample.failure, sample.provenance.attempts) == ("malformed", 7), body
 
 
-class Hanging(Script):
-    """Writes how an answer begins, and then the same again until the client goes."""
-
-    def __init__(self, begin: bytes, more: bytes) -> None:
-        super().__init__(begin)
-        self.more = more
-        self.count = 0
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.count += 1
-        writer.write(self.replies[0])
-        while not reader.at_eof():
-            writer.write(self.more)
-            await writer.drain()
-            await asyncio.wait([asyncio.ensure_future(reader.read(1 << 16))], timeout=0.005)
-
-
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999999\r\n\r\n"
 
 
@@ -211,8 +193,14 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9
     ],
 )
 async def test_a_replica_that_hangs_for_ever_is_a_timeout(begin: bytes, more: bytes) -> None:
+    async def hanging(request: Request) -> AsyncIterator[bytes]:
+        yield begin
+        while more:
+            yield more
+        await never()
+
     async with (
-        Hanging(begin, more).running() as script,
+        ScriptedServer(hanging).running() as script,
         client(script.port).session(
             Sampling(sample_timeout=0.02), identity=IDENTITY, policy_version=0, sleep=Naps()
         ) as sampler,
@@ -220,7 +208,7 @@ async def test_a_replica_that_hangs_for_ever_is_a_timeout(begin: bytes, more: by
         sample = await sampler.sample(PROBLEM, 0)
         report = sampler.end_step()
     assert (sample.failure, sample.provenance.attempts) == ("timeout", 7)
-    assert script.count == report.requests == 7
+    assert report.requests == 7
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "127.0.0.1:1", "a..b", "[::1]:1"])
@@ -236,15 +224,12 @@ async def test_nobody_is_there(host: str) -> None:
 
 
 async def test_a_connection_reset_in_mid_stream_is_asked_for_again() -> None:
-    class Resetting(Script):
-        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await super()._serve(reader, writer)
-            if len(self.requests) == 1:
-                writer.transport.abort()
+    async def reset(request: Request) -> AsyncIterator[bytes]:
+        yield http(token(1, "a"), length=len(GOOD))
+        raise ConnectionResetError
 
-    broken = http(token(1, "a"), length=len(GOOD))
     async with (
-        Resetting(broken, http(GOOD)).running() as script,
+        ScriptedServer(reset, http(GOOD)).running() as script,
         client(script.port).session(
             Sampling(), identity=IDENTITY, policy_version=3, sleep=Naps()
         ) as sampler,

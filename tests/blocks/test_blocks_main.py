@@ -9,9 +9,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from blocks.__main__ import main
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
-from tests.blocks.peers import RawServer, http
+from tests.scripted_server import JSON, ScriptedServer, http
 
-pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.usefixtures("prefect_api")
 NAMES = {"account_id": "local", "model_id": "policy", "deployment_id": "rollouts"}
 SECRET = "s3cr3tNobodyMaySee"
 DESCRIPTION = b"""{"name": "x", "state": "READY", "enableHotLoad": true, "minReplicaCount": 1,
@@ -32,16 +32,16 @@ async def test_a_store_that_works_exits_0_and_one_that_does_not_1(
 
 
 async def test_a_service_is_compared_with_its_store(
-    raw_server: RawServer, capsys: pytest.CaptureFixture[str]
+    raw_server: ScriptedServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = [http("200 OK", b'{"replicas": []}'), http("200 OK", DESCRIPTION)]
+    answers = [http(b'{"replicas": []}', 200, JSON), http(DESCRIPTION, 200, JSON)]
     service = HotLoadService(base_url=raw_server.address, api_key=SECRET, **NAMES)
     await service.asave("service", overwrite=True)
     await CheckpointStore(url="s3://bucket/x").asave("same", overwrite=True)
     await CheckpointStore(url="s3://bucket/y").asave("other", overwrite=True)
-    raw_server.answers = list(answers)
+    raw_server.replies = list(answers)
     assert await asyncio.to_thread(main, ["check", "service", "service", "--store", "same"]) == 0
-    raw_server.answers = list(answers)
+    raw_server.replies = list(answers)
     assert await asyncio.to_thread(main, ["check", "service", "service", "--store", "other"]) == 1
     told = capsys.readouterr().out
     assert "the service reads s3://bucket/x, the store writes s3://bucket/y" in told

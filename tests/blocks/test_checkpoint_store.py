@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from blocks.checkpoint_store import CheckpointStore
 from hotload.clients.store import Store
 from hotload.errors import StoreError, StoreUnavailableError
-from tests.blocks.peers import Proxy, RawServer, http, proxying
+from tests.blocks.conftest import GS, S3
+from tests.blocks.proxy import Proxy, proxying
+from tests.scripted_server import ScriptedServer, http, never
 
 SECRET = "s3cr3tAccessKeyForTests"
 # gcsfs hands aiohttp pieces of 16 MiB as bytes, on an event loop of its own.
@@ -205,7 +207,7 @@ async def test_an_open_store_travels_and_opens_again(store: Store) -> None:
     assert await copy.read_bytes("a/x", limit_bytes=10) == b"x"
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs"])
+@pytest.mark.parametrize("kind", [S3, GS])
 async def test_a_missing_bucket_is_said_to_be_missing(
     kind: str, request: pytest.FixtureRequest, file: Path
 ) -> None:
@@ -360,26 +362,26 @@ async def test_a_cancelled_local_copy_leaves_nothing(file_store: Store, tmp_path
     assert await file_store.size("id-1/large") is None
 
 
-def _remote(raw: RawServer) -> Store:
+def _remote(raw: ScriptedServer) -> Store:
     options = {"endpoint_url": raw.address, "key": "AKIAFORTESTS", "secret": SECRET}
     return Store(url="s3://bucket/x", options=options)
 
 
 async def test_a_black_hole_holds_nobody_beyond_the_deadline(
-    raw_server: RawServer, file: Path
+    raw_server: ScriptedServer, file: Path
 ) -> None:
-    raw_server.silent = True
+    raw_server.replies = [never]
     with pytest.raises(StoreUnavailableError, match=r"not finished within 0\.5 s"):
         await _remote(raw_server).put_file(file, "a", timeout_seconds=0.5)
 
 
 async def test_a_store_that_asks_for_patience_is_unavailable(
-    raw_server: RawServer, file: Path
+    raw_server: ScriptedServer, file: Path
 ) -> None:
     body = (
         b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
     )
-    raw_server.answers = [http("503 Slow Down", body, "application/xml")]
+    raw_server.replies = [http(body, 503, "application/xml")]
     with pytest.raises(StoreUnavailableError, match="HTTP 503 SlowDown"):
         await _remote(raw_server).put_file(file, "a")
     assert len(raw_server.requests) == 1  # repeating is the task's business
@@ -392,9 +394,9 @@ async def test_a_store_that_asks_for_patience_is_unavailable(
     "",
 ], ids=["message", "code", "html", "nothing"])  # fmt: skip
 async def test_a_refusing_store_is_an_error_without_the_secret(
-    raw_server: RawServer, file: Path, body: str
+    raw_server: ScriptedServer, file: Path, body: str
 ) -> None:
-    raw_server.answers = [http("403 Forbidden", body.encode(), "application/xml")]
+    raw_server.replies = [http(body.encode(), 403, "application/xml")]
     store = _remote(raw_server)
     for call in (
         store.put_file(file, "a"),
@@ -411,7 +413,7 @@ async def test_a_refusing_store_is_an_error_without_the_secret(
     assert SECRET not in " ".join(map(str, await store.check()))
 
 
-async def test_options_the_client_does_not_know_are_an_error(raw_server: RawServer) -> None:
+async def test_options_the_client_does_not_know_are_an_error(raw_server: ScriptedServer) -> None:
     store = Store(url="s3://bucket", options={"config_kwargs": {"nonsense": SECRET}})
     with pytest.raises(StoreError) as caught:
         await store.size("a")

@@ -16,13 +16,12 @@ from tests.blocks.scripted_inference import (
     IDENTITY,
     MODEL,
     PROBLEM,
-    Script,
     event,
-    http,
     last,
     sampling,
     token,
 )
+from tests.scripted_server import ScriptedServer, http, never
 
 
 def spoken(prompt: list[int], ids: list[int], text: str = "ok", model: str = MODEL) -> bytes:
@@ -38,8 +37,8 @@ def spoken(prompt: list[int], ids: list[int], text: str = "ok", model: str = MOD
     return http(event({"model": model, "choices": [choice]}) + DONE)
 
 
-def headers(script: Script, name: str) -> list[str]:
-    return [request[0][name] for request in script.requests]
+def headers(script: ScriptedServer, name: str) -> list[str]:
+    return [request.headers[name] for request in script.requests]
 
 
 async def test_turns_share_a_session_and_are_named_each() -> None:
@@ -56,7 +55,7 @@ async def test_turns_share_a_session_and_are_named_each() -> None:
     assert len(set(names)) == 2
     assert names[1] == names[2] == names[3] == f"{names[0]}-1"
     assert names[4] == names[0]  # the same facts, the same request
-    seeds = [request[1]["seed"] for request in script.requests]
+    seeds = [request.body["seed"] for request in script.requests]
     assert seeds[1:4] == [seeds[0] + 1] * 3
     assert (first.message, second.token_ids) == ({"role": "assistant", "content": "ok"}, (4,))
     assert sample.segments == (Segment((1,), (2, 3, 4), (-1.0, 0.0, -1.0), (True, False, True)),)
@@ -80,10 +79,10 @@ async def test_a_chat_is_told_and_merged_where_its_template_repeats_it() -> None
     assert [len(segment.token_ids_T) for segment in sample.segments] == [3, 1]
     assert sample.text == "end"
     assert list(sample.transcript) == messages
-    body = script.requests[1][1]
+    body = script.requests[1].body
     assert (body["max_tokens"], body["stop"]) == (4, ["."])
     assert body["messages"] == messages[:3]
-    assert set(script.paths) == {"/inference/v1/chat/completions"}
+    assert {request.path for request in script.requests} == {"/inference/v1/chat/completions"}
 
 
 async def test_text_and_ids_are_told_line_by_line() -> None:
@@ -135,25 +134,19 @@ async def test_what_stops_the_run_cannot_be_swallowed() -> None:
 
 
 async def test_a_turn_has_its_time() -> None:
-    class Silent(Script):
-        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.read(1 << 16)
-            self.requests.append(({}, {}))
-            await reader.read()
-
-    async with sampling(script=Silent()) as (sampler, script):
+    async with sampling(never) as (sampler, script):
         conversation = sampler.converse(PROBLEM, 0, turn_timeout_seconds=0.05)
         with pytest.raises(TurnFailedError) as caught:
             await conversation.sample([1])
-        report, window = sampler.end_step(), sampler._slots.window
+        report = sampler.end_step()
     assert caught.value.fault.cause is Cause.TURN_TIMEOUT
-    assert window.in_flight == 0
+    assert sampler.in_flight == 0
     sample = conversation.trajectory()
     assert (sample.failure, sample.provenance.attempts) == ("turn_timeout", 1)
     assert sample.provenance.failed_attempts == ("cancelled",)
     assert sample.detail == "no answer at attempt 1: turn 1 took more than 0.05 s"
     assert report.requests == 0
-    assert len(script.requests) == 1
+    assert len(script.requests) <= 1  # a busy machine may not even have read it
 
 
 async def test_an_ended_conversation_sends_nothing() -> None:
@@ -171,18 +164,22 @@ async def test_an_ended_conversation_sends_nothing() -> None:
         sampler._slots.abandon()
         with pytest.raises(RuntimeError, match="has ended"):
             await turn
-        assert sampler._slots.window.in_flight == 0
+        assert sampler.in_flight == 0
     assert len(script.requests) == ended.attempts == 1
     assert waiting.attempts == 0
 
 
 async def test_a_deadline_outside_is_not_taken_for_the_turns() -> None:
-    async with sampling(http(b"", 425)) as (sampler, _):
-        stuck = asyncio.Event()
-        sampler._sleep = lambda seconds: stuck.wait()
+    deadline = asyncio.timeout(None)
+
+    async def nap(seconds: float) -> None:
+        deadline.reschedule(asyncio.get_running_loop().time())
+        await never()
+
+    async with sampling(http(b"", 425), naps=nap) as (sampler, _):
         conversation = sampler.converse(PROBLEM, 0, turn_timeout_seconds=60)
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
+            async with deadline:
                 await conversation.sample([1])
     fault = Fault(Action.FAIL_SAMPLE, Cause.TRAJECTORY_TIMEOUT, None, "too slow")
     sample = conversation.trajectory(fault)
@@ -256,7 +253,7 @@ async def test_a_hedge_is_another_request_with_the_same_seed() -> None:
     assert (first.is_hedge, second.is_hedge) == (False, True)
     for name in ("x-request-id", "x-session-affinity"):
         assert len(set(headers(script, name))) == 2
-    assert script.requests[0][1] == script.requests[1][1]
+    assert script.requests[0].body == script.requests[1].body
 
 
 async def test_a_trajectory_has_a_segment() -> None:

@@ -1,14 +1,10 @@
 """The service's client over HTTP: against the emulator, and answers no service should give."""
 
-# ruff: noqa: ASYNC110 - the service says nothing by itself, it must be asked again
-
-import asyncio
 import json
 import logging
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from pydantic import ValidationError
 
 from blocks.hot_load_service import HotLoadService
 from emulator.control.settings import EmulatorConfig
-from emulator.server import RunningEmulator, serve
+from emulator.server import RunningEmulator
 from hotload.checkpoint.index_and_spec import build_index, build_spec
 from hotload.checkpoint.names import INDEX_FILE, SPEC_FILE
 from hotload.clients.service import HotLoadClient
@@ -31,8 +27,9 @@ from hotload.errors import (
 )
 from hotload.identity import SnapshotKind
 from hotload.publish.readiness import ServiceDescription
-from hotload.publish.snapshot import SnapshotManifest
-from tests.blocks.peers import RawServer, http
+from tests.factories import snapshot_manifest
+from tests.scripted_server import JSON, Request, ScriptedServer, http, never
+from tests.waiting import until
 
 KEY = "fw_s3cr3tServiceKeyForTests"
 MODEL = Path(__file__).parents[1] / "emulator" / "fixtures" / "llama"
@@ -45,28 +42,10 @@ def client(address: str, **fields: Any) -> HotLoadClient:
     return HotLoadClient(base_url=address, api_key=KEY, **NAMES, **fields)
 
 
-def manifest(identity: str, *, previous: str | None = None) -> SnapshotManifest:
-    return SnapshotManifest(
-        identity=identity,
-        run_id="run",
-        policy_version=1,
-        kind=SnapshotKind.DELTA if previous else SnapshotKind.FULL,
-        previous=previous,
-        anchor=previous or identity,
-        chain_length=1 if previous else 0,
-        attempt=0,
-        reason="test",
-        content_sha256="0" * 64,
-        codec="arc_v2" if previous else "none",
-        checksum="adler32" if previous else "none",
-        shards=(),
-        side_files=(),
-        created_at=datetime(2026, 8, 1, tzinfo=UTC),
-    )
-
-
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., RunningEmulator]]:
+def start(
+    tmp_path: Path, emulators: Callable[[EmulatorConfig], RunningEmulator]
+) -> Iterator[Callable[..., RunningEmulator]]:
     """Starts an emulator over a bucket that holds the base model as snapshot id-1."""
     bucket = tmp_path / "bucket"
     shutil.copytree(MODEL, bucket / "id-1")
@@ -81,7 +60,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RunningEmulator]]:
             base_model=MODEL,
             **{"engine": "stub", "replica_count": 1, "api_key": KEY, **settings},
         )
-        running.append(serve(config))
+        running.append(emulators(config))
         return running[-1]
 
     yield begin
@@ -92,19 +71,24 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RunningEmulator]]:
 async def test_a_signalled_snapshot_is_served(start: Callable[..., RunningEmulator]) -> None:
     service = client(start().url)
     assert (await service.observe()).describe() == "base weights on 1"
-    assert await service.signal(manifest("id-1")) == ()
-    while not (await service.observe()).is_served_everywhere("id-1"):
-        await asyncio.sleep(0.01)
+    assert await service.signal(snapshot_manifest("id-1")) == ()
+
+    async def is_served() -> bool:
+        return (await service.observe()).is_served_everywhere("id-1")
+
+    async def is_gone() -> bool:
+        return not await is_served()
+
+    await until(is_served)
     await service.reset_ledger()
-    while (await service.observe()).is_served_everywhere("id-1"):
-        await asyncio.sleep(0.01)
+    await until(is_gone)
 
 
 async def test_a_delta_on_what_is_not_served_is_rejected_with_the_text(
     start: Callable[..., RunningEmulator],
 ) -> None:
     with pytest.raises(SnapshotRejectedError) as caught:
-        await client(start().url).signal(manifest("id-1", previous="id-0"))
+        await client(start().url).signal(snapshot_manifest("id-1", previous="id-0"))
     assert caught.value.status_code == 400
     assert "id-0" in caught.value.detail
 
@@ -113,19 +97,19 @@ async def test_an_unknown_cache_field_is_dropped_once_and_remembered(
     start: Callable[..., RunningEmulator],
 ) -> None:
     service = client(start(reject_reset_prompt_cache=True).url, reset_prompt_cache="none")
-    warnings = await service.signal(manifest("id-1"))
+    warnings = await service.signal(snapshot_manifest("id-1"))
     assert warnings == (
         "the service does not know reset_prompt_cache: "
         "its default, all, is in force instead of none",
     )
-    assert await service.signal(manifest("id-1")) == warnings
+    assert await service.signal(snapshot_manifest("id-1")) == warnings
 
 
 async def test_the_cache_policy_is_sent_where_it_is_known(
     start: Callable[..., RunningEmulator],
 ) -> None:
     service = client(start().url, reset_prompt_cache="new_session", extra_fields_ignore=["x"])
-    assert await service.signal(manifest("id-1")) == ()
+    assert await service.signal(snapshot_manifest("id-1")) == ()
 
 
 async def test_the_description_is_that_of_the_emulator(
@@ -151,7 +135,7 @@ async def test_hints_go_out_until_the_first_4xx(
     assert KEY not in caplog.text
 
 
-async def test_no_template_sends_no_hint(raw_server: RawServer) -> None:
+async def test_no_template_sends_no_hint(raw_server: ScriptedServer) -> None:
     assert not await client(raw_server.address).hint(**HINT)
     assert raw_server.requests == []
 
@@ -160,7 +144,7 @@ async def test_a_wrong_key_stops(start: Callable[..., RunningEmulator]) -> None:
     service = HotLoadClient(base_url=start().url, api_key="another-key", **NAMES)
     for call in (
         service.observe(),
-        service.signal(manifest("id-1")),
+        service.signal(snapshot_manifest("id-1")),
         service.describe(),
         service.reset_ledger(),
     ):
@@ -251,51 +235,51 @@ def test_preflight_rows(changed: dict[str, Any], name: str | None, stops: bool) 
     assert all(line.advice for line in lines if not line.ok)
 
 
-async def test_a_service_being_created_is_probed(raw_server: RawServer) -> None:
+async def test_a_service_being_created_is_probed(raw_server: ScriptedServer) -> None:
     created = {"name": "x", "state": "CREATING", "enableHotLoad": True, "minReplicaCount": 1}
-    raw_server.answers = [
-        http("200 OK", b'{"replicas": []}'),
-        http("200 OK", json.dumps(created).encode()),
-        http("503 Service Unavailable"),
+    raw_server.replies = [
+        http(b'{"replicas": []}', 200, JSON),
+        http(json.dumps(created).encode(), 200, JSON),
+        http(b"", 503, JSON),
     ]
     lines = {line.name: line for line in await client(raw_server.address).check()}
     assert not lines["state"].ok
     assert not lines["state"].stops
     assert not lines["inference"].ok
-    assert b'"prompt":[1,2]' in raw_server.requests[-1]
+    assert b'"prompt":[1,2]' in raw_server.requests[-1].content
 
 
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (http("200 OK", b"<html>gateway</html>", "text/html"), ServiceUnavailableError),
-        (http("200 OK", b""), ServiceUnavailableError),
-        (http("200 OK", b"\xff\xfe"), ServiceUnavailableError),
-        (http("200 OK", b"[" * 100_000), ServiceUnavailableError),
+        (http(b"<html>gateway</html>", 200, "text/html"), ServiceUnavailableError),
+        (http(b"", 200, JSON), ServiceUnavailableError),
+        (http(b"\xff\xfe", 200, JSON), ServiceUnavailableError),
+        (http(b"[" * 100_000, 200, JSON), ServiceUnavailableError),
         (b"", ServiceUnavailableError),
         (b"garbage\r\n\r\n", ServiceUnavailableError),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", ServiceUnavailableError),
-        (http("200 OK", b"x", extra="Content-Encoding: gzip\r\n"), ServiceUnavailableError),
-        (http("200 OK", b"{}"), ProtocolError),
-        (http("200 OK", b'{"replicas": {}}'), ProtocolError),
-        (http("200 OK", b'{"replicas": [1]}'), ProtocolError),
-        (http("302 Found", extra="Location: http://elsewhere/\r\n"), ProtocolError),
-        (http("400 Bad Request", b"{}"), ServiceRefusedError),
-        (http("401 Unauthorized", b""), ServiceRefusedError),
-        (http("402 Payment Required"), ServiceRefusedError),
-        (http("403 Forbidden"), ServiceRefusedError),
-        (http("404 Not Found", b"<html>nothing here</html>", "text/html"), ServiceRefusedError),
-        (http("408 Request Timeout"), ServiceUnavailableError),
-        (http("429 Too Many Requests"), ServiceUnavailableError),
-        (http("500 Internal Server Error"), ServiceUnavailableError),
-        (http("503 Service Unavailable"), ServiceUnavailableError),
+        (http(b"x", 200, JSON, content_encoding="gzip"), ServiceUnavailableError),
+        (http(b"{}", 200, JSON), ProtocolError),
+        (http(b'{"replicas": {}}', 200, JSON), ProtocolError),
+        (http(b'{"replicas": [1]}', 200, JSON), ProtocolError),
+        (http(b"", 302, JSON, location="http://elsewhere/"), ProtocolError),
+        (http(b"{}", 400, JSON), ServiceRefusedError),
+        (http(b"", 401, JSON), ServiceRefusedError),
+        (http(b"", 402, JSON), ServiceRefusedError),
+        (http(b"", 403, JSON), ServiceRefusedError),
+        (http(b"<html>nothing here</html>", 404, "text/html"), ServiceRefusedError),
+        (http(b"", 408, JSON), ServiceUnavailableError),
+        (http(b"", 429, JSON), ServiceUnavailableError),
+        (http(b"", 500, JSON), ServiceUnavailableError),
+        (http(b"", 503, JSON), ServiceUnavailableError),
     ],
     ids=lambda value: value[:60].decode("latin-1") if isinstance(value, bytes) else "",
 )
 async def test_what_a_status_may_be(
-    raw_server: RawServer, answer: bytes, error: type[ServiceError]
+    raw_server: ScriptedServer, answer: bytes, error: type[ServiceError]
 ) -> None:
-    raw_server.answers = [answer]
+    raw_server.replies = [answer]
     with pytest.raises(ServiceError) as caught:
         await client(raw_server.address).observe()
     assert type(caught.value) is error
@@ -303,39 +287,39 @@ async def test_what_a_status_may_be(
     assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
 
 
-async def test_an_empty_replica_list_is_a_status(raw_server: RawServer) -> None:
-    raw_server.answers = [http("200 OK", b'{"replicas": []}')]
+async def test_an_empty_replica_list_is_a_status(raw_server: ScriptedServer) -> None:
+    raw_server.replies = [http(b'{"replicas": []}', 200, JSON)]
     assert (await client(raw_server.address).observe()).replicas == ()
 
 
 @pytest.mark.parametrize(
     ("status", "error"),
     [
-        ("400 Bad Request", SnapshotRejectedError),
-        ("409 Conflict", SnapshotRejectedError),
-        ("422 Unprocessable Entity", SnapshotRejectedError),
-        ("401 Unauthorized", ServiceRefusedError),
-        ("404 Not Found", ServiceRefusedError),
-        ("429 Too Many Requests", ServiceUnavailableError),
-        ("502 Bad Gateway", ServiceUnavailableError),
+        (400, SnapshotRejectedError),
+        (409, SnapshotRejectedError),
+        (422, SnapshotRejectedError),
+        (401, ServiceRefusedError),
+        (404, ServiceRefusedError),
+        (429, ServiceUnavailableError),
+        (502, ServiceUnavailableError),
     ],
 )
 async def test_what_a_signal_may_be_answered(
-    raw_server: RawServer, status: str, error: type[ServiceError]
+    raw_server: ScriptedServer, status: int, error: type[ServiceError]
 ) -> None:
-    raw_server.answers = [http(status, b"Extra base model config options: rope")]
+    raw_server.replies = [http(b"Extra base model config options: rope", status, JSON)]
     with pytest.raises(ServiceError, match="Extra base model config options: rope") as caught:
-        await client(raw_server.address).signal(manifest("id-1"))
+        await client(raw_server.address).signal(snapshot_manifest("id-1"))
     assert type(caught.value) is error
 
 
-async def test_the_body_of_a_good_signal_is_not_read(raw_server: RawServer) -> None:
-    raw_server.answers, raw_server.endless = [http("200 OK", b"x" * 10)], b""
-    assert await client(raw_server.address).signal(manifest("id-1", previous="id-0")) == ()
-    head, _, body = raw_server.requests[0].partition(b"\r\n\r\n")
-    assert b"fireworks-model: accounts/local/models/policy" in head
-    assert b"fireworks-deployment: accounts/local/deployments/rollouts" in head
-    assert json.loads(body) == {
+async def test_the_body_of_a_good_signal_is_not_read(raw_server: ScriptedServer) -> None:
+    raw_server.replies = [http(b"x" * 10, 200, JSON)]
+    assert await client(raw_server.address).signal(snapshot_manifest("id-1", previous="id-0")) == ()
+    (request,) = raw_server.requests
+    assert request.headers["fireworks-model"] == "accounts/local/models/policy"
+    assert request.headers["fireworks-deployment"] == "accounts/local/deployments/rollouts"
+    assert request.body == {
         "identity": "id-1",
         "incremental_snapshot_metadata": {
             "previous_snapshot_identity": "id-0",
@@ -345,20 +329,26 @@ async def test_the_body_of_a_good_signal_is_not_read(raw_server: RawServer) -> N
     }
 
 
-async def test_an_endless_answer_ends(raw_server: RawServer) -> None:
-    raw_server.answers = [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"]
-    raw_server.endless = b" " * 65536
+async def test_an_endless_answer_ends(raw_server: ScriptedServer) -> None:
+    heads = [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"]
+
+    async def endless(request: Request) -> AsyncIterator[bytes]:
+        yield heads[0]
+        while True:
+            yield b" " * 65536
+
+    raw_server.replies = [endless]
     with pytest.raises(ProtocolError, match="larger than 8388608 bytes"):
         await client(raw_server.address).observe()
-    raw_server.answers = [b"HTTP/1.1 500 Oops\r\n\r\n"]
+    heads[0] = b"HTTP/1.1 500 Oops\r\n\r\n"
     with pytest.raises(ServiceUnavailableError) as caught:
         await client(raw_server.address).observe()
     assert len(str(caught.value)) < 3000
 
 
-async def test_silence_ends(raw_server: RawServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silence_ends(raw_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotload.clients.service.client.GET_TIMEOUT_SECONDS", 0.2)
-    raw_server.silent = True
+    raw_server.replies = [never]
     with pytest.raises(ServiceUnavailableError, match="observe: not finished within"):
         await client(raw_server.address).observe()
 
@@ -368,18 +358,16 @@ async def test_a_refused_connection_is_unavailable() -> None:
         await client("http://127.0.0.1:1").observe()
 
 
-@pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized", "400 Bad Request", "500 Oops"])
+@pytest.mark.parametrize("status", [200, 401, 400, 500])
 async def test_a_key_that_the_server_repeats_is_shown_nowhere(
-    raw_server: RawServer, status: str, caplog: pytest.LogCaptureFixture
+    raw_server: ScriptedServer, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     told = f'{{"error": "Bearer {KEY} is wrong", "at": "{"x" * 2000}{KEY}"}}'
-    raw_server.answers = [http(status, told.encode())]
+    raw_server.replies = [http(told.encode(), status, JSON)]
     service = client(raw_server.address, hint_body_template={"f": "{file}"})
-    block = HotLoadService(base_url=raw_server.address, api_key=KEY, **NAMES)
-    shown = [repr(block), str(block), repr(block.model_dump()), block.model_dump_json()]
-    shown += [repr(service), str(service)]
-    for call in (service.observe(), service.signal(manifest("id-1")), service.describe()):
+    shown = [repr(service), str(service), repr(service.model_dump()), service.model_dump_json()]
+    for call in (service.observe(), service.signal(snapshot_manifest("id-1")), service.describe()):
         try:
             shown.append(repr(await call))
         except ServiceError as error:
@@ -389,19 +377,21 @@ async def test_a_key_that_the_server_repeats_is_shown_nowhere(
     shown += [str(line) for line in await service.check()]
     assert KEY not in " ".join(shown)
     assert KEY not in caplog.text
-    assert raw_server.requests[0].count(f"Bearer {KEY}".encode()) == 1
+    assert raw_server.requests[0].headers["authorization"] == f"Bearer {KEY}"
 
 
-async def test_a_key_in_a_replica_is_masked_before_it_is_parsed(raw_server: RawServer) -> None:
+async def test_a_key_in_a_replica_is_masked_before_it_is_parsed(raw_server: ScriptedServer) -> None:
     told = {"replicas": [{"readiness": True, "note": KEY}]}
-    raw_server.answers = [http("200 OK", json.dumps(told).encode())]
+    raw_server.replies = [http(json.dumps(told).encode(), 200, JSON)]
     (replica,) = (await client(raw_server.address).observe()).replicas
     assert KEY not in replica.raw
     assert "****" in replica.raw
 
 
 @pytest.mark.parametrize("key", ["line\nend", "sp ace", "schlüssel", "tab\t"])
-async def test_a_key_that_cannot_be_sent_is_refused_unseen(raw_server: RawServer, key: str) -> None:
+async def test_a_key_that_cannot_be_sent_is_refused_unseen(
+    raw_server: ScriptedServer, key: str
+) -> None:
     service = HotLoadClient(base_url=raw_server.address, api_key=key, **NAMES)
     with pytest.raises(ServiceRefusedError, match="characters") as caught:
         await service.observe()
@@ -409,11 +399,11 @@ async def test_a_key_that_cannot_be_sent_is_refused_unseen(raw_server: RawServer
 
 
 async def test_the_environment_names_service_and_key(
-    raw_server: RawServer, monkeypatch: pytest.MonkeyPatch
+    raw_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FIREWORKS_BASE_URL", raw_server.address)
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
-    raw_server.answers = [http("200 OK", b'{"replicas": []}')]
+    raw_server.replies = [http(b'{"replicas": []}', 200, JSON)]
     assert (await HotLoadClient(**NAMES).observe()).replicas == ()
     monkeypatch.setenv("FIREWORKS_BASE_URL", "nonsense")
     with pytest.raises(ServiceRefusedError, match="FIREWORKS_BASE_URL"):
@@ -456,9 +446,11 @@ def test_names_that_would_change_a_request_are_refused(name: str) -> None:
         HotLoadService(**{**NAMES, "account_id": name})
 
 
-async def test_a_key_that_is_part_of_an_identity_changes_no_status(raw_server: RawServer) -> None:
+async def test_a_key_that_is_part_of_an_identity_changes_no_status(
+    raw_server: ScriptedServer,
+) -> None:
     replica = {"readiness": True, "current_snapshot_identity": "demo-000001-0a1b2c3d"}
-    raw_server.answers = [http("200 OK", json.dumps({"replicas": [replica]}).encode())]
+    raw_server.replies = [http(json.dumps({"replicas": [replica]}).encode(), 200, JSON)]
     service = HotLoadClient(base_url=raw_server.address, api_key="demo", **NAMES)
     observed = await service.observe()
     assert observed.replicas[0].current_identity == "demo-000001-0a1b2c3d"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -20,15 +21,14 @@ from tests.blocks.scripted_inference import (
     MODEL,
     PROBLEM,
     Naps,
-    Script,
     client,
     event,
-    http,
     last,
     sample_once,
     sampling,
     token,
 )
+from tests.scripted_server import Request, ScriptedServer, http, never
 
 
 async def test_a_good_answer_carries_tokens_and_provenance() -> None:
@@ -51,7 +51,7 @@ async def test_defaults_are_sent_and_ids_stay_over_retries() -> None:
     async with sampling(http(b"", 500), http(b"", 425), http(GOOD)) as (sampler, script):
         sample = await sampler.sample(PROBLEM, 0)
         other = await sampler.sample(PROBLEM, 1)
-    body = script.requests[0][1]
+    body = script.requests[0].body
     assert body == {
         "model": "accounts/a/models/m",
         "prompt": "the secret prompt",
@@ -67,8 +67,8 @@ async def test_defaults_are_sent_and_ids_stay_over_retries() -> None:
         "context_length_exceeded_behavior": "error",
         "seed": sample.seed,
     }
-    headers = [request[0] for request in script.requests]
-    assert headers[0]["authorization"] == f"bearer {KEY}"
+    headers = [request.headers for request in script.requests]
+    assert headers[0]["authorization"] == f"Bearer {KEY}"
     assert headers[0]["fireworks-model"] == "accounts/a/models/m"
     assert headers[0]["fireworks-deployment"] == "accounts/a/deployments/d"
     for name in ("x-request-id", "x-multi-turn-session-id", "x-session-affinity"):
@@ -77,7 +77,7 @@ async def test_defaults_are_sent_and_ids_stay_over_retries() -> None:
     assert headers[0]["x-session-affinity"] == headers[0]["x-multi-turn-session-id"]
     assert sample.provenance.attempts == 3
     assert sample.seed != other.seed
-    assert script.paths[0] == "/inference/v1/completions"
+    assert script.requests[0].path == "/inference/v1/completions"
 
 
 async def test_a_chat_goes_to_the_chat_endpoint() -> None:
@@ -90,15 +90,15 @@ async def test_a_chat_goes_to_the_chat_endpoint() -> None:
     async with sampling(http(event(chunk) + last([1]) + DONE)) as (sampler, script):
         sample = await sampler.sample(problem, 0)
     assert (sample.failure, sample.text) == (None, "a")
-    assert script.paths == ["/inference/v1/chat/completions"]
-    assert script.requests[0][1]["messages"] == [{"role": "user", "content": "hi"}]
+    assert [request.path for request in script.requests] == ["/inference/v1/chat/completions"]
+    assert script.requests[0].body["messages"] == [{"role": "user", "content": "hi"}]
 
 
 async def test_numbers_of_any_size_in_messages() -> None:
     problem = Problem("p", messages=({"role": "user", "content": "hi", "n": 2**70},))
     async with sampling(http(GOOD)) as (sampler, script):
         await sampler.sample(problem, 0)
-    assert script.requests[0][1]["messages"][0]["n"] == 2**70
+    assert script.requests[0].body["messages"][0]["n"] == 2**70
 
 
 async def test_an_empty_answer_is_an_answer() -> None:
@@ -277,14 +277,12 @@ async def test_nobody_listens_and_garbage_answers() -> None:
 async def test_a_server_that_hangs_is_a_timeout() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n"
 
-    class Hanging(Script):
-        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(head)
-            await writer.drain()
-            await reader.read()  # until the client goes
+    async def hanging(request: Request) -> AsyncIterator[bytes]:
+        yield head
+        await never()
 
     async with (
-        Hanging().running() as script,
+        ScriptedServer(hanging).running() as script,
         client(script.port).session(
             Sampling(sample_timeout=0.01), identity=IDENTITY, policy_version=0, sleep=Naps()
         ) as sampler,
@@ -369,18 +367,19 @@ async def test_weights_are_told_from_the_stream() -> None:
 
 async def test_attempts_hold_a_slot_and_waits_do_not() -> None:
     in_flight: list[int] = []
-    async with sampling(
-        http(b"", 500), http(GOOD), concurrency={"mode": "fixed", "initial_window": 1}
-    ) as (sampler, script):
-        script.on_request = lambda: in_flight.append(sampler._slots.window.in_flight)
-        waiting = asyncio.Event()
-        second_done = asyncio.Event()
 
-        async def nap(seconds: float) -> None:
-            waiting.set()
-            await second_done.wait()
+    async def counted(request: Request) -> bytes:
+        in_flight.append(sampler.in_flight)
+        return http(b"", 500) if request.number == 0 else http(GOOD)
 
-        sampler._sleep = nap
+    waiting, second_done = asyncio.Event(), asyncio.Event()
+
+    async def nap(seconds: float) -> None:
+        waiting.set()
+        await second_done.wait()
+
+    one_slot = {"mode": "fixed", "initial_window": 1}
+    async with sampling(counted, naps=nap, concurrency=one_slot) as (sampler, _):
         first = asyncio.create_task(sampler.sample(PROBLEM, 0))
         await waiting.wait()
         assert (await sampler.sample(PROBLEM, 1)).failure is None  # its slot is free meanwhile
@@ -390,12 +389,13 @@ async def test_attempts_hold_a_slot_and_waits_do_not() -> None:
 
 
 async def test_a_cancelled_sample_gives_its_slot_back() -> None:
-    async with sampling(http(GOOD), concurrency={"mode": "fixed", "initial_window": 1}) as (
-        sampler,
-        script,
-    ):
-        entered = asyncio.Event()
-        script.on_request = entered.set
+    entered = asyncio.Event()
+
+    async def good(request: Request) -> bytes:
+        entered.set()
+        return http(GOOD)
+
+    async with sampling(good, concurrency={"mode": "fixed", "initial_window": 1}) as (sampler, _):
         first = asyncio.create_task(sampler.sample(PROBLEM, 0))
         queued = asyncio.create_task(sampler.sample(PROBLEM, 1))
         await entered.wait()
@@ -403,15 +403,17 @@ async def test_a_cancelled_sample_gives_its_slot_back() -> None:
         first.cancel()
         await asyncio.gather(first, queued, return_exceptions=True)
         assert (await sampler.sample(PROBLEM, 2)).failure is None
-        assert sampler._slots.window.in_flight == 0
+        assert sampler.in_flight == 0
 
 
 async def test_the_probe_of_check_and_warm_up() -> None:
     naps = Naps()
-    async with Script(http(b"", 503), http(b"{}", 200, "application/json")).running() as script:
+    async with ScriptedServer(
+        http(b"", 503), http(b"{}", 200, "application/json")
+    ).running() as script:
         assert await client(script.port).warm_up(retries=10, sleep=naps)
         assert naps.seconds == [10.0]
-        assert script.requests[0][1] == {
+        assert script.requests[0].body == {
             "model": "accounts/a/models/m",
             "prompt": [1, 2],
             "max_tokens": 4,
@@ -419,14 +421,14 @@ async def test_the_probe_of_check_and_warm_up() -> None:
         }
         [line] = await client(script.port).check()
         assert line.ok
-    async with Script(http(b"", 503)).running() as script:
+    async with ScriptedServer(http(b"", 503)).running() as script:
         assert not await client(script.port).warm_up(retries=3, sleep=Naps())
         assert len(script.requests) == 3
-    async with Script(http(b"", 404), http(b"", 401)).running() as script:
+    async with ScriptedServer(http(b"", 404), http(b"", 401)).running() as script:
         assert not await client(script.port).warm_up(retries=9, sleep=Naps())
         assert len(script.requests) == 2
     for status in (401, 404):
-        async with Script(http(b"<html>", status, "text/html")).running() as script:
+        async with ScriptedServer(http(b"<html>", status, "text/html")).running() as script:
             [line] = await client(script.port).check()
             assert not line.ok
             assert str(status) in line.found

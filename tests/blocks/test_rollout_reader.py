@@ -22,14 +22,14 @@ from hotload.clients.handoff.directory import version_before
 from hotload.clients.store import Store
 from hotload.dataset.claims import claims_path
 from hotload.dataset.parquet import render_rollouts
-from hotload.dataset.rollout_plan import PARTS, PartNotes, RolloutManifest, RolloutPart, summarize
+from hotload.dataset.rollout_plan import PARTS, PartNotes, RolloutPart
 from hotload.dataset.table import Rollouts, rollouts_frame
 from hotload.dataset.trainer_batch import make_batch
 from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
-from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts, count_groups
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
-from tests.blocks.conftest import make_store
+from hotload.rollout.trajectory import ScoredGroup
+from tests.blocks.conftest import S3, make_store
+from tests.factories import rollout_manifest, scored_group, segment, trajectory
 
 IDENTITY = "run-000003-0123abcd"
 SHA = "0" * 64
@@ -37,21 +37,12 @@ SIZE = 2
 
 
 def scored(problem_id: str) -> ScoredGroup:
-    samples = tuple(
-        Trajectory(
-            problem_id=problem_id,
-            sample_number=number,
-            seed=number,
-            provenance=Provenance(IDENTITY, "r", "s", 1, (IDENTITY,), IDENTITY),
-            latency_seconds=0.5,
-            segments=(Segment((1,), (5, 6 + number), (-0.5, -0.25), (True, True)),),
-            text="ab",
-            finish_reason="stop",
+    return scored_group(
+        *(
+            trajectory(segment((5, 6 + number)), number=number, problem_id=problem_id)
+            for number in range(SIZE)
         )
-        for number in range(SIZE)
     )
-    rewards = tuple(float(number) for number in range(SIZE))
-    return ScoredGroup(Problem(problem_id, "x"), samples, rewards, advantages(rewards))
 
 
 @dataclass
@@ -89,19 +80,13 @@ class Cycle:
 
     async def tell(self, *, is_complete: bool) -> None:
         self.clock.pass_seconds(1)
-        manifest = RolloutManifest(
-            identity=IDENTITY,
-            policy_version=3,
-            digest=SHA,
-            parts=tuple(self.parts),
-            summary=summarize(IDENTITY, self.parts, parts_uri="", seconds=1.0),
-            is_complete=is_complete,
-            created_at=self.clock(),
+        manifest = rollout_manifest(
+            IDENTITY, self.parts, is_complete=is_complete, created_at=self.clock()
         )
         await self.store.put_bytes(manifest.render(), f"{self.directory}/manifest.json")
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
+@pytest.fixture(params=["file", "memory", S3])
 def store(request: pytest.FixtureRequest) -> Store:
     return make_store(request.param, request)
 
@@ -231,7 +216,7 @@ asyncio.run(consume())
 """
 
 
-@pytest.mark.timeout(120)  # importing Prefect takes a busy machine longer than a test may
+@pytest.mark.slow
 async def test_a_consumer_that_is_killed(file_store: Store) -> None:
     cycle = Cycle(file_store)
     await cycle.write("a", "b", "c", "d")

@@ -15,9 +15,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from emulator.control.settings import EmulatorConfig
-from emulator.server import RunningEmulator, serve
+from emulator.server import RunningEmulator
 from hotload.checkpoint.safetensors import TensorInfo, render_header
 from hotload.directory.files import encode_file
+from tests.waiting import PATIENCE_SECONDS
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,6 +38,7 @@ CONFIG = {
 }
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 Tensors = dict[str, np.ndarray]
+Emulators = Callable[[EmulatorConfig], RunningEmulator]
 
 
 def shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -187,7 +189,7 @@ class Caller:
         self.http = httpx.Client(
             base_url=running.url,
             headers={"authorization": f"Bearer {key}", **names},
-            timeout=15,
+            timeout=PATIENCE_SECONDS,
         )
 
     def signal(self, identity: str, previous: str | None = None, **fields: Any) -> httpx.Response:
@@ -270,7 +272,9 @@ def publisher(tmp_path: Path) -> Publisher:
 
 
 @pytest.fixture
-def start(publisher: Publisher, tmp_path: Path) -> Iterator[Callable[..., Caller]]:
+def start(
+    publisher: Publisher, tmp_path: Path, emulators: Emulators
+) -> Iterator[Callable[..., Caller]]:
     """Starts emulators of the publisher's bucket and base model."""
     with ExitStack() as stack:
 
@@ -284,7 +288,7 @@ def start(publisher: Publisher, tmp_path: Path) -> Iterator[Callable[..., Caller
                     **settings,
                 }
             )
-            caller = Caller(stack.enter_context(serve(config)), config)
+            caller = Caller(stack.enter_context(emulators(config)), config)
             stack.callback(caller.http.close)
             return caller
 
@@ -297,23 +301,23 @@ def read_events() -> Callable[[httpx.Response], list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+def caller(tmp_path_factory: pytest.TempPathFactory, emulators: Emulators) -> Iterator[Caller]:
     """One emulator for the tests of a module that leave it as it was."""
-    yield from _one(tmp_path_factory.mktemp("shared"))
+    yield from _one(emulators, tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+def keyed(tmp_path_factory: pytest.TempPathFactory, emulators: Emulators) -> Iterator[Caller]:
     """The same, with a key of its own."""
-    yield from _one(tmp_path_factory.mktemp("keyed"), api_key="right")
+    yield from _one(emulators, tmp_path_factory.mktemp("keyed"), api_key="right")
 
 
-def _one(root: Path, **settings: Any) -> Iterator[Caller]:
+def _one(emulators: Emulators, root: Path, **settings: Any) -> Iterator[Caller]:
     publisher = Publisher(root)
     config = EmulatorConfig(
         bucket=str(publisher.bucket), base_model=publisher.base, replica_count=1, **settings
     )
-    with serve(config) as running:
+    with emulators(config) as running:
         shared = Caller(running, config)
         yield shared
         shared.http.close()

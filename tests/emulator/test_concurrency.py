@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 
+from tests.waiting import PATIENCE_SECONDS
+
 Start = Callable[..., Any]
 
 
@@ -20,7 +22,10 @@ async def test_sixty_four_at_once_while_the_weights_change(start: Start, publish
     await asyncio.to_thread(caller.load, "a")
     limits = httpx.Limits(max_connections=64)
     async with httpx.AsyncClient(
-        base_url=caller.running.url, headers=caller.http.headers, limits=limits, timeout=15
+        base_url=caller.running.url,
+        headers=caller.http.headers,
+        limits=limits,
+        timeout=PATIENCE_SECONDS,
     ) as http:
 
         async def ask(number: int) -> list[str]:
@@ -59,7 +64,9 @@ async def test_sixty_four_at_once_while_the_weights_change(start: Start, publish
 async def test_the_status_answers_while_everything_computes(start: Start) -> None:
     caller = start(replica_count=1)
     headers = caller.http.headers
-    async with httpx.AsyncClient(base_url=caller.running.url, headers=headers, timeout=15) as http:
+    async with httpx.AsyncClient(
+        base_url=caller.running.url, headers=headers, timeout=PATIENCE_SECONDS
+    ) as http:
         body = {"model": caller.config.model, "prompt": [1] * 60, "max_tokens": 60}
         path = "/inference/v1/completions"
         asked = [asyncio.create_task(http.post(path, json=body)) for _ in range(32)]

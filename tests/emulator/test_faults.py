@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from emulator.control.faults import FAULTS, Faults, InvalidFaultError, read_plan
+from tests.waiting import PATIENCE_SECONDS
 
 Start = Callable[..., Any]
 Events = Callable[[httpx.Response], list[dict[str, Any]]]
@@ -126,7 +127,7 @@ def test_connections_break_and_hang(start: Start) -> None:
         pass
     assert thread.is_alive()
     caller.clear_faults()
-    thread.join(10)
+    thread.join(PATIENCE_SECONDS)
     assert broken.is_set()
     assert caller.served() == [None]
 

@@ -91,7 +91,6 @@ def test_missing_misshapen_and_unknown_tensors_are_refused() -> None:
         LlamaWeights(config, tensors | {"model.layers.0.mlp.expert": tensors[name]})
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.skipif(
     not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
     reason="torch is not installed",

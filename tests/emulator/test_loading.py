@@ -382,7 +382,7 @@ def test_ignored_config_fields_are_not_compared(start: Start, publisher: Any) ->
     assert caller.served() == ["a"]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.server
 @pytest.mark.parametrize("server", ["s3_server", "gcs_server"])
 def test_a_bucket_behind_a_real_server(
     start: Start, publisher: Any, request: pytest.FixtureRequest, server: str

@@ -13,10 +13,13 @@ import pytest
 
 from emulator.control.faults import FAULTS
 from emulator.control.settings import EmulatorConfig
-from emulator.server import serve
+from tests.servers import serve
+from tests.signals import signals_are_heard
+from tests.waiting import PATIENCE_SECONDS
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.server
+@signals_are_heard()
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_announces_its_address_and_cleans_up(
     publisher: Any, tmp_path: Path, number: signal.Signals
@@ -35,22 +38,25 @@ def test_it_announces_its_address_and_cleans_up(
         url = line.split()[1]
         body = {"model": "accounts/acme/deployments/d", "prompt": [1], "max_tokens": 3}
         headers = {"authorization": "Bearer k"}
-        with httpx.Client(base_url=url, headers=headers, timeout=10) as http:
+        with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_SECONDS) as http:
             codes = [
                 http.post("/inference/v1/completions", json=body).status_code for _ in range(2)
             ]
             assert codes == [429, 200]
             assert len(list(work.iterdir())) == 1
         program.send_signal(number)
-        assert program.wait(20) in (0, -number)
+        assert program.wait(PATIENCE_SECONDS) in (0, -number)
     assert not list(work.iterdir())
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "emulator", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
 
 
+@pytest.mark.slow
 def test_help_teaches_every_fault_and_endpoint() -> None:
     told = run("--help")
     assert told.returncode == 0
@@ -58,6 +64,7 @@ def test_help_teaches_every_fault_and_endpoint() -> None:
         assert word in told.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_start_says_why(tmp_path: Path, publisher: Any) -> None:
     bucket = ["--bucket", str(tmp_path)]
     missing = run(*bucket, "--base-model", str(tmp_path / "nowhere"))
@@ -73,6 +80,7 @@ def test_what_cannot_start_says_why(tmp_path: Path, publisher: Any) -> None:
     assert (refused.returncode, "respond" in refused.stderr) == (2, True)
 
 
+@pytest.mark.server
 def test_a_server_in_a_thread_that_cannot_start_raises(tmp_path: Path) -> None:
     config = EmulatorConfig(bucket=str(tmp_path), base_model=tmp_path, work_dir=tmp_path / "work")
     with pytest.raises(RuntimeError) as caught:

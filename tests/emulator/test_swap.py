@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.waiting import PATIENCE_SECONDS
+
 Start = Callable[..., Any]
 Events = Callable[[httpx.Response], list[dict[str, Any]]]
 SESSION = "x-multi-turn-session-id"
@@ -28,7 +30,7 @@ class Asking(threading.Thread):
         self.answer = self._ask()
 
     def result(self) -> httpx.Response:
-        self.join(10)
+        self.join(PATIENCE_SECONDS)
         assert self.answer is not None, "no answer"
         return self.answer
 

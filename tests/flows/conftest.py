@@ -15,12 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from examples.tiny_trainer import TinyTrainer
-
 if TYPE_CHECKING:  # pytest may read this file before tests/servers.py sets Prefect's environment
     from tests.flows.fleet import Fleet
-
-CHECKPOINTS = 6
 
 
 @pytest.fixture(autouse=True)
@@ -28,18 +24,6 @@ def garbage_of_its_own() -> Iterator[None]:
     """Prefect leaves connections to the garbage collector, which would warn in another test."""
     yield
     gc.collect()
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The base model, then five steps after it: about 3 MB each, read only."""
-    directory = tmp_path_factory.mktemp("checkpoints")
-    trainer = TinyTrainer()
-    paths = [directory / f"{version:06d}" for version in range(CHECKPOINTS)]
-    for path in paths:
-        trainer.save(path)
-        trainer.step()
-    return paths
 
 
 @pytest.fixture

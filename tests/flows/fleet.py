@@ -16,9 +16,10 @@ from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
 from emulator.control.settings import EmulatorConfig
-from emulator.server import serve
 from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
+from tests.servers import serve
+from tests.waiting import PATIENCE_SECONDS
 
 API_KEY = "key-that-must-not-be-shown"
 NAMES = {"account_id": "local", "model_id": "policy", "deployment_id": "rollouts"}
@@ -79,20 +80,32 @@ class Fleet:
             "fireworks-model": "accounts/local/models/policy",
             "fireworks-deployment": "accounts/local/deployments/rollouts",
         }
-        found = httpx.get(f"{self.url}/hot_load/v1/models/hot_load", headers=headers)
+        found = httpx.get(
+            f"{self.url}/hot_load/v1/models/hot_load", headers=headers, timeout=PATIENCE_SECONDS
+        )
         return found.raise_for_status().json()["replicas"]
 
     def log(self) -> dict[str, Any]:
         """What the emulator saw: requests, signals, hints, client_bugs, applications by replica."""
-        return httpx.get(f"{self.url}/emulator/log").raise_for_status().json()
+        return (
+            httpx.get(f"{self.url}/emulator/log", timeout=PATIENCE_SECONDS)
+            .raise_for_status()
+            .json()
+        )
 
     def fault(self, **order: Any) -> None:
         """Order a fault of protocol §21."""
-        httpx.post(f"{self.url}/emulator/faults", json=order).raise_for_status()
+        httpx.post(
+            f"{self.url}/emulator/faults", json=order, timeout=PATIENCE_SECONDS
+        ).raise_for_status()
 
     def orders(self) -> list[dict[str, Any]]:
         """The faults that are still to strike."""
-        faults = httpx.get(f"{self.url}/emulator/faults").raise_for_status().json()["faults"]
+        faults = (
+            httpx.get(f"{self.url}/emulator/faults", timeout=PATIENCE_SECONDS)
+            .raise_for_status()
+            .json()["faults"]
+        )
         return [fault for fault in faults if fault["left"] != 0]
 
     def reports(self) -> list[CycleReport]:

@@ -35,8 +35,7 @@ from tasks.baseline import Baseline
 from tasks.plan import plan_snapshot
 from tasks.validate import validate_checkpoint
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
-
-pytestmark = pytest.mark.timeout(120)
+from tests.waiting import PATIENCE_SECONDS
 
 
 async def run(fleet: Fleet, version: int, **changes: Any) -> CycleReport:
@@ -104,7 +103,12 @@ def answer(fleet: Fleet) -> list[float]:
         "Authorization": "Bearer key-that-must-not-be-shown",
         "fireworks-deployment": "accounts/local/deployments/rollouts",
     }
-    found = httpx.post(f"{fleet.url}/inference/v1/completions", json=body, headers=headers)
+    found = httpx.post(
+        f"{fleet.url}/inference/v1/completions",
+        json=body,
+        headers=headers,
+        timeout=PATIENCE_SECONDS,
+    )
     choice = found.raise_for_status().json()["choices"][0]
     return [token["logprob"] for token in choice["logprobs"]["content"]]
 

@@ -76,6 +76,7 @@ def test_the_example_cycle_file_shows_every_default() -> None:
     assert CycleSpec.model_validate(cycle) == CycleSpec.model_validate(required)
 
 
+@pytest.mark.slow
 def test_a_prefect_server_that_is_down_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "cycle.yaml"
     path.write_text(GOOD)

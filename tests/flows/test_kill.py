@@ -25,6 +25,7 @@ from hotload.spec import CycleSpec
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
 from tests.flows.killed_cycle import CycleProcess, Standing
 from tests.flows.store_reader import StoreReader
+from tests.waiting import PATIENCE_SECONDS
 
 KILLS = int(os.environ.get("HOTLOAD_KILLS", "10"))
 SEED = int(os.environ.get("HOTLOAD_KILL_SEED", "7"))
@@ -88,7 +89,9 @@ class Series:
     def order(self, faults: list[dict[str, Any]]) -> None:
         """Let the service have these faults only; the same ones as before go on as they are."""
         if faults != self._faults:
-            httpx.delete(f"{self.fleet.url}/emulator/faults").raise_for_status()
+            httpx.delete(
+                f"{self.fleet.url}/emulator/faults", timeout=PATIENCE_SECONDS
+            ).raise_for_status()
             for fault in faults:
                 self.fleet.fault(**fault)
         self._faults = faults

@@ -26,7 +26,6 @@ from tasks.conclude import conclude_cycle
 from tests.flows.fleet import Fleet
 
 pytestmark = [
-    pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 

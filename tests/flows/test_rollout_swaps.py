@@ -8,7 +8,7 @@ import os
 import random
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
 from tests.flows.killed_cycle import CycleProcess
+from tests.waiting import until
 
 KILLS = int(os.environ.get("HOTLOAD_ROLLOUT_KILLS", "5"))
 SEED = int(os.environ.get("HOTLOAD_KILL_SEED", "7"))
@@ -78,19 +79,18 @@ def rows(fleet: Fleet, version: int) -> pl.DataFrame:
     return pl.concat(frames).sort("problem_id", "sample_number")
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - what is waited for is a file of another flow run
-        await asyncio.sleep(0.01)
-
-
 async def test_the_next_cycles_publish_while_the_first_one_samples(slow_fleet: Fleet) -> None:
     """Three versions, at most one ahead: what the first has not begun by then is stale."""
     fleet = slow_fleet
     records = fleet.bucket / "_hotload"
     slow = spec(fleet, 1, 64, max_head_offpolicy_versions=1, concurrency={"max_concurrency": 2})
     first = asyncio.create_task(checkpoint_to_rollout(slow))
-    await until((records / "publications" / "run-000001.json").exists)
-    await until(lambda: any((records / "rollouts").glob("run-000001-*/part-*")))
+
+    async def is_published_and_sampled() -> bool:
+        is_published = (records / "publications" / "run-000001.json").exists()
+        return is_published and any((records / "rollouts").glob("run-000001-*/part-*"))
+
+    await until(is_published_and_sampled)
     second: CycleReport = await checkpoint_to_rollout(spec(fleet, 2))
     assert not first.done()
     assert second.rollouts.samples_by_identity == {second.snapshot.identity: 24}

@@ -13,10 +13,11 @@ from hotload.dataset.table import check_rollouts
 from hotload.errors import ServiceRefusedError
 from hotload.rollout.counts import RolloutSummary
 from hotload.spec import CycleSpec
-from tests.blocks.scripted_inference import GOOD, IDENTITY, Script, client, http
+from tests.blocks.scripted_inference import GOOD, IDENTITY, client
+from tests.factories import cycle_spec
+from tests.scripted_server import ScriptedServer, http
 
 pytestmark = [
-    pytest.mark.timeout(60),
     pytest.mark.usefixtures("prefect_api"),
     # Prefect leaves its own connections to its API to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -27,18 +28,13 @@ def spec_in(directory: Path, *, is_warm: bool = False) -> CycleSpec:
     dataset = directory / "problems.jsonl"
     rows = ({"id": i, "prompt": f"problem {i}", "answer": "ab"} for i in range(5))
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return CycleSpec.model_validate(
-        {
-            "checkpoint": str(directory),
-            "work_dir": str(directory),
-            "run_id": "run",
-            "policy_version": 3,
-            "rollouts": "scripted",
-            "store": "scripted",
-            "problems": {"dataset": str(dataset)},
-            "sampling": {"completions_per_prompt": 2, "problems_per_task": 2},
-            "readiness": {"warmup_after_hotload": not is_warm},
-        }
+    return cycle_spec(
+        work_dir=str(directory),
+        rollouts="scripted",
+        store="scripted",
+        problems={"dataset": str(dataset)},
+        sampling={"completions_per_prompt": 2, "problems_per_task": 2},
+        readiness={"warmup_after_hotload": not is_warm},
     )
 
 
@@ -53,9 +49,11 @@ async def rolled_out(spec: CycleSpec, url: str, port: int) -> RolloutSummary:
 
 
 async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:
-    url = store_in(tmp_path)
-    async with Script(http(b"{}", content_type="application/json"), http(GOOD)).running() as script:
-        summary = await rolled_out(spec_in(tmp_path), url, script.port)
+    async with ScriptedServer(
+        http(b"{}", content_type="application/json"), http(GOOD)
+    ).running() as script:
+        await save_blocks(tmp_path, script.port)
+        summary = await roll_out_and_score(spec_in(tmp_path), IDENTITY, 3)
         assert len(script.requests) == 1 + 10  # the warm-up goes first
         assert await rolled_out(spec_in(tmp_path), url, script.port) == summary
         assert len(script.requests) == 1 + 10
@@ -66,8 +64,8 @@ async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:
 
 
 async def test_a_refused_key_stops_the_flow(tmp_path: Path) -> None:
-    url = store_in(tmp_path)
-    async with Script(http(b"", 401)).running() as script:
+    async with ScriptedServer(http(b"", 401)).running() as script:
+        await save_blocks(tmp_path, script.port)
         with pytest.raises(ServiceRefusedError):
             await rolled_out(spec_in(tmp_path, is_warm=True), url, script.port)
     assert not (tmp_path / "store" / "_hotload").exists()

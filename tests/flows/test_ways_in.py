@@ -3,7 +3,6 @@
 Everything is real: a server, `make deploy`, a process worker, the emulator behind HTTP.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -11,9 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ from prefect.flow_runs import wait_for_flow_run
 from examples.trigger import trigger
 from tests.flows.fleet import API_KEY, NAMES, Fleet, running_fleet, save_blocks
 from tests.servers import LoopbackServer
+from tests.signals import signals_are_heard
+from tests.waiting import PATIENCE_SECONDS, until, wait_until
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "checkpoint-to-rollout/process"
@@ -98,7 +98,7 @@ def served(prefect_api: str) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.fixture
 async def http(prefect_api: str) -> AsyncIterator[httpx.AsyncClient]:
     """A trainer without Prefect's package."""
-    async with httpx.AsyncClient(base_url=prefect_api, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=prefect_api, timeout=PATIENCE_SECONDS) as client:
         yield client
 
 
@@ -117,7 +117,9 @@ async def slow_fleet(
 
 def found(prefect_api: str, deployment: str) -> str:
     """The address of a deployment."""
-    answer = httpx.get(f"{prefect_api}/deployments/name/{deployment}").raise_for_status()
+    answer = httpx.get(
+        f"{prefect_api}/deployments/name/{deployment}", timeout=PATIENCE_SECONDS
+    ).raise_for_status()
     return f"{prefect_api}/deployments/{answer.json()['id']}"
 
 
@@ -144,18 +146,20 @@ def is_served(fleet: Fleet) -> bool:
     return fleet.served() == {report.snapshot.identity} and len(fleet.log()["signals"]) == 1
 
 
-async def repeat(ask: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
+async def send(http: httpx.AsyncClient, method: str, path: str, body: Any) -> httpx.Response:
     """The first answer that is not 503, a locked SQLite file: as every trainer has to ask."""
-    for _ in range(50):
-        answer = await ask()
-        if answer.status_code != 503:
-            break
-        await asyncio.sleep(0.2)
+
+    async def ask() -> httpx.Response | None:
+        answer = await http.request(method, path, json=body)
+        return None if answer.status_code == 503 else answer
+
+    answer = await until(ask)
+    assert answer is not None
     return answer
 
 
 async def post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> httpx.Response:
-    return await repeat(lambda: http.post(path, json=body))
+    return await send(http, "POST", path, body)
 
 
 async def planned_runs(http: httpx.AsyncClient, deployment_id: str) -> list[dict[str, Any]]:
@@ -164,11 +168,11 @@ async def planned_runs(http: httpx.AsyncClient, deployment_id: str) -> list[dict
         "deployment_id": {"any_": [deployment_id]},
         "state": {"name": {"any_": ["Scheduled"]}},
     }
-    for _ in range(100):
-        if planned := (await post(http, "/flow_runs/filter", {"flow_runs": ours})).json():
-            return planned
-        await asyncio.sleep(0.2)
-    pytest.fail("the scheduler planned no run")
+
+    async def look() -> list[dict[str, Any]]:
+        return (await post(http, "/flow_runs/filter", {"flow_runs": ours})).json()
+
+    return await until(look)
 
 
 async def test_a_trainer_triggers_by_http_and_repeats_itself(
@@ -206,16 +210,16 @@ async def test_a_person_switches_the_schedule_on(
     assert not schedule["active"]
     switch = f"{deployed}/schedules/{schedule['id']}"
     saved = {"spec": declared(fleet, 1)}
-    await repeat(lambda: http.patch(switch, json={"active": True}))
-    await repeat(lambda: http.patch(deployed, json={"parameters": saved}))
+    await send(http, "PATCH", switch, {"active": True})
+    await send(http, "PATCH", deployed, {"parameters": saved})
     planned = await planned_runs(http, deployment["id"])
     assert all(each["auto_scheduled"] and each["parameters"] == saved for each in planned)
 
     now = {"state": {"type": "SCHEDULED", "name": "Scheduled"}, "force": True}
     await post(http, f"/flow_runs/{planned[0]['id']}/set_state", now)
     ended = await wait_for_flow_run(planned[0]["id"], timeout=END_SECONDS)
-    await repeat(lambda: http.patch(switch, json={"active": False}))
-    await repeat(lambda: http.patch(deployed, json={"parameters": {}}))
+    await send(http, "PATCH", switch, {"active": False})
+    await send(http, "PATCH", deployed, {"parameters": {}})
     assert ended.state is not None
     assert ended.state.name == "Completed"
     assert is_served(fleet)
@@ -320,6 +324,7 @@ def test_a_cycle_that_cannot_succeed_exits_1_and_says_why(fleet: Fleet) -> None:
     assert not fleet.log()["signals"]
 
 
+@signals_are_heard()
 def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-m", "flows", cycle_file(slow_fleet, 1, "first.yaml")],
@@ -329,19 +334,18 @@ def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:
         text=True,
     )
     with holder:
-        while not slow_fleet.log()["signals"]:
-            assert holder.poll() is None
-            time.sleep(0.05)
-        second = python("flows", cycle_file(slow_fleet, 2, "second.yaml"))
+        wait_until(lambda: holder.poll() is not None or slow_fleet.log()["signals"])
+        assert holder.poll() is None
+        second = python("flows.cycle", cycle_file(slow_fleet, 2, "second.yaml"))
         assert second.returncode == 1
         assert f"{slow_fleet.name}-000001" in said(second)
 
         children = psutil.Process(holder.pid).children(recursive=True)
         holder.send_signal(signal.SIGINT)
-        _, told = holder.communicate(timeout=30)
+        _, told = holder.communicate(timeout=PATIENCE_SECONDS)
     assert holder.returncode == 130
     assert told.endswith("stopped; start it again to go on\n")
-    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not psutil.wait_procs(children, timeout=PATIENCE_SECONDS)[1]
     assert [lease["released"] for lease in slow_fleet.leases()] == [True]
     assert len(slow_fleet.log()["signals"]) == 1
 

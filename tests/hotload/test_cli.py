@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import hotload
 from hotload.__main__ import main
-from hotload.identity import SnapshotKind
-from hotload.publish.snapshot import SnapshotManifest
+from tests.factories import snapshot_manifest
+from tests.signals import signals_are_heard
 
 ROOT = Path(hotload.__file__).parents[1]
 COMMANDS = ("encode", "apply", "verify", "convert", "fold", "inspect", "check", "doctor")
@@ -250,23 +249,7 @@ def test_inspect_tells_a_full_checkpoint_and_a_lora(here: Path, told: Told) -> N
 
 
 def test_inspect_finds_the_chain_in_a_local_bucket(here: Path, told: Told) -> None:
-    manifest = SnapshotManifest(
-        identity="run-000002-0123abcd",
-        run_id="run",
-        policy_version=2,
-        kind=SnapshotKind.DELTA,
-        previous="run-000001-0123abcd",
-        anchor="run-000001-0123abcd",
-        chain_length=1,
-        attempt=0,
-        reason="a delta is possible",
-        content_sha256="0" * 64,
-        codec="arc_v2",
-        checksum="adler32",
-        shards=(),
-        side_files=(),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
+    manifest = snapshot_manifest("run-000002-0123abcd", previous="run-000001-0123abcd")
     (here / "delta").rename(here / manifest.identity)
     records = here / "_hotload" / "snapshots"
     records.mkdir(parents=True)
@@ -553,15 +536,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(here: Path, arguments: st
     assert drawn.endswith("\r\x1b[K")
 
 
-@pytest.fixture
-def hangups_are_heard() -> Iterator[None]:
-    """Whoever started the tests may ignore them, as nohup does, and commands go on doing so."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("hangups_are_heard")
+@signals_are_heard()
 @pytest.mark.parametrize(
     ("arguments", "number", "code"),
     [
@@ -617,6 +592,7 @@ def wheel_modules() -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_it_runs_on_the_dependencies_of_the_wheel_alone(here: Path) -> None:
     script = (
         "import sys\n"

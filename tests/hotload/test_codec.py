@@ -509,6 +509,7 @@ def framed(frame: bytes, adler32: int) -> bytes:
     return shard({"w": ("U8", (len(frame),), frame)}, {"w": str(adler32)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", ["checksum", "level 19", "threads"])
 def test_frames_of_other_writers_are_read(write: str) -> None:
     generator = np.random.default_rng(5)

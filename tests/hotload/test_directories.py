@@ -39,6 +39,7 @@ from hotload.errors import (
     LayoutMismatchError,
 )
 from tests.hotload import slime_receiver
+from tests.signals import signals_are_heard
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HOSTILE = sorted((GOLDEN / "hostile").glob("delta-*.safetensors"))
@@ -395,6 +396,7 @@ def chain(trainer: Trainer) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_twenty_five_steps_equal_the_last_full_and_their_fold(
     chain: list[Path], tmp_path: Path
 ) -> None:
@@ -886,6 +888,8 @@ encode_directory(base, target, out, workers=2, progress=lambda *_: print("on", f
 """
 
 
+@pytest.mark.slow
+@signals_are_heard()
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_it_soon(tmp_path: Path, ended_by: signal.Signals) -> None:
     """Two sparse shards of 200 GB take minutes; a third of a second into them comes the signal."""
@@ -919,6 +923,7 @@ def test_a_signal_ends_it_soon(tmp_path: Path, ended_by: signal.Signals) -> None
         assert hidden.startswith(".out.")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_os_error_and_leaves_nothing(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:

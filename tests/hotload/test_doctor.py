@@ -13,29 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 from hotload.checkpoint.relayout_plan import plan_relayout, select_files
 from hotload.checkpoint.rules import check_full
-from hotload.checkpoint.safetensors import DTYPE_BITS, SHARD_WARNING_BYTES, ShardHeader, TensorInfo
+from hotload.checkpoint.safetensors import SHARD_WARNING_BYTES, ShardHeader, TensorInfo
 from hotload.delta.rules import delta_obstacle
 from hotload.directory.files import read_checkpoint
 from hotload.directory.relayout import relayout_directory
 from hotload.errors import InvalidCheckpointError
+from tests.factories import shard_header
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "tie_word_embeddings": False}
 GiB = 1 << 30
-
-
-def header(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    file: str = "model.safetensors",
-    **metadata: str,
-) -> ShardHeader:
-    entries, end = [], 0
-    for name, (dtype, shape) in tensors.items():
-        start, bits = end, DTYPE_BITS[dtype]
-        for dimension in shape:
-            bits *= dimension
-        end = start + bits // 8
-        entries.append(TensorInfo(name, dtype, shape, start, end))
-    return ShardHeader(file, tuple(entries), metadata, 512, 512 + end)
 
 
 def config(**more: object) -> bytes:
@@ -63,7 +49,7 @@ def test_every_part_gets_a_file_of_its_own_in_the_order_of_the_model() -> None:
         "model.layers.10.mlp.gate.weight",
         "model.embed_tokens.weight",
     ]
-    shards = [header(dict.fromkeys(names, ("BF16", (4, 4))))]
+    shards = [shard_header(dict.fromkeys(names, ("BF16", (4, 4))))]
     planned = plan_relayout(shards, config(), None).shards
     assert [(one.header.file, [t.name for t in one.header.tensors]) for one in planned] == [
         ("model-00001-of-00006.safetensors", ["model.embed_tokens.weight"]),
@@ -84,7 +70,7 @@ def test_every_part_gets_a_file_of_its_own_in_the_order_of_the_model() -> None:
 def test_a_layer_of_a_mixture_of_experts_too_large_for_a_file_gets_several() -> None:
     experts = {f"model.layers.0.mlp.experts.{i}.w": ("BF16", (GiB // 2,)) for i in range(12)}
     layout = {"model.embed_tokens.weight": ("BF16", (4,)), **experts}
-    planned = plan_relayout([header(layout)], config(), None).shards
+    planned = plan_relayout([shard_header(layout)], config(), None).shards
     assert [len(one.header.tensors) for one in planned] == [1, 4, 4, 4]
     assert all(one.header.size_bytes < SHARD_WARNING_BYTES for one in planned)
     assert [tensor.name[-3:] for tensor in planned[2].header.tensors] == [
@@ -98,7 +84,7 @@ def test_a_layer_of_a_mixture_of_experts_too_large_for_a_file_gets_several() -> 
 def test_a_tensor_above_the_limit_is_refused_since_no_file_can_hold_it() -> None:
     layout = {"model.embed_tokens.weight": ("BF16", (5 * GiB // 2,))}
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan_relayout([header(layout)], config(), None)
+        plan_relayout([shard_header(layout)], config(), None)
     assert rules(caught) == ["shard_size"]
 
 
@@ -109,7 +95,7 @@ def test_wide_elements_come_first_so_that_every_tensor_is_aligned() -> None:
         "model.layers.0.b": ("BF16", (3,)),
     }
     quantized = config(quantization_config={"quant_method": "fp8"})
-    (planned,) = plan_relayout([header(layout)], quantized, None).shards
+    (planned,) = plan_relayout([shard_header(layout)], quantized, None).shards
     assert [(one.dtype, one.start) for one in planned.header.tensors] == [
         ("F32", 0),
         ("BF16", 4),
@@ -120,7 +106,7 @@ def test_wide_elements_come_first_so_that_every_tensor_is_aligned() -> None:
 
 def test_metadata_goes_along_where_it_stays_true() -> None:
     """What is said of one tensor goes with it, of all shards into all; contradictions go."""
-    a = header({"model.norm.weight": ("F32", (1,))}, "a.safetensors", format="pt", part="1")
+    a = shard_header({"model.norm.weight": ("F32", (1,))}, "a.safetensors", format="pt", part="1")
     b = ShardHeader(
         "b.safetensors",
         (TensorInfo("lm_head.weight", "F32", (1,), 0, 4),),
@@ -154,7 +140,7 @@ def test_a_head_is_left_out_only_where_the_config_ties_it(
         "lm_head.weight": ("BF16", (8, 2)),
         "model.embed_tokens.weight": ("BF16", (8, 2)),
     }
-    planned = plan_relayout([header(layout)], config(**tied), None)
+    planned = plan_relayout([shard_header(layout)], config(**tied), None)
     assert [t.name for one in planned.shards for t in one.header.tensors] == expected
     assert [one.head[1].name for one in planned.tied_heads] == (
         ["lm_head.weight"] if len(expected) == 1 else []
@@ -167,7 +153,7 @@ def test_a_tied_head_of_another_form_is_refused() -> None:
         "model.embed_tokens.weight": ("BF16", (8, 2)),
     }
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan_relayout([header(layout)], config(tie_word_embeddings=True), None)
+        plan_relayout([shard_header(layout)], config(tie_word_embeddings=True), None)
     assert rules(caught) == ["tied_head"]
     assert "F32" in str(caught.value)
 
@@ -175,17 +161,17 @@ def test_a_tied_head_of_another_form_is_refused() -> None:
 def test_what_moving_tensors_cannot_mend_is_refused_before_anything_is_written() -> None:
     """fp8 weights need scales and a quantization_config."""
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan_relayout([header({"model.layers.0.a": ("F8_E4M3", (4,))})], config(), None)
+        plan_relayout([shard_header({"model.layers.0.a": ("F8_E4M3", (4,))})], config(), None)
     assert rules(caught) == ["quantization_config", "missing_scale"]
 
 
 def test_a_tensor_in_two_shards_is_refused_with_and_without_an_index() -> None:
-    one = header({"lm_head.weight": ("F32", (1,))}, "a.safetensors")
-    two = header({"lm_head.weight": ("F32", (1,))}, "b.safetensors")
+    one = shard_header({"lm_head.weight": ("F32", (1,))}, "a.safetensors")
+    two = shard_header({"lm_head.weight": ("F32", (1,))}, "b.safetensors")
     with pytest.raises(InvalidCheckpointError) as caught:
         plan_relayout([one, two], config(), None)
     assert rules(caught) == ["duplicate_tensor"]
-    two = header({"lm_head.weight": ("F32", (1,)), "b": ("F32", (1,))}, "b.safetensors")
+    two = shard_header({"lm_head.weight": ("F32", (1,)), "b": ("F32", (1,))}, "b.safetensors")
     listed = index({"lm_head.weight": "a.safetensors", "b": "b.safetensors"})
     with pytest.raises(InvalidCheckpointError) as caught:
         plan_relayout([one, two], config(), listed)
@@ -193,7 +179,7 @@ def test_a_tensor_in_two_shards_is_refused_with_and_without_an_index() -> None:
 
 
 def test_a_delta_is_refused() -> None:
-    payloads = header({"lm_head.weight": ("U8", (30,))})
+    payloads = shard_header({"lm_head.weight": ("U8", (30,))})
     with pytest.raises(InvalidCheckpointError) as caught:
         plan_relayout([payloads], config(), None)
     assert rules(caught) == ["delta"]
@@ -223,11 +209,11 @@ forms = st.tuples(
 def test_every_plan_is_a_legal_layout_and_depends_on_names_alone(
     layout: dict[str, tuple[str, tuple[int, ...]]], limit: int, random: object
 ) -> None:
-    first = plan_relayout([header(layout)], config(), None, limit_bytes=limit)
+    first = plan_relayout([shard_header(layout)], config(), None, limit_bytes=limit)
     shuffled = list(layout.items())
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     half = len(shuffled) // 2
-    others = [header(dict(shuffled[:half]), "a"), header(dict(shuffled[half:]), "b")]
+    others = [shard_header(dict(shuffled[:half]), "a"), shard_header(dict(shuffled[half:]), "b")]
     again = plan_relayout(others, config(), None, limit_bytes=limit)
     assert [one.header for one in again.shards] == [one.header for one in first.shards]
     placed = [(t.name, (t.dtype, t.shape)) for one in first.shards for t in one.header.tensors]

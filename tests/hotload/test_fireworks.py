@@ -8,37 +8,11 @@ from hypothesis import strategies as st
 
 from hotload.errors import ProtocolError
 from hotload.publish import fireworks_api
-from hotload.publish.snapshot import SnapshotManifest
 from hotload.rollout import completions_api
+from tests.factories import snapshot_manifest
 
-DELTA = SnapshotManifest.model_validate(
-    {
-        "identity": "run-000002-0123abcd",
-        "run_id": "run",
-        "policy_version": 2,
-        "kind": "delta",
-        "previous": "run-000001-0123abcd",
-        "anchor": "run-000001-0123abcd",
-        "chain_length": 1,
-        "attempt": 0,
-        "reason": "",
-        "content_sha256": "0" * 64,
-        "codec": "arc_v2",
-        "checksum": "adler32",
-        "shards": [],
-        "side_files": [],
-        "created_at": "2026-01-01T00:00:00Z",
-    }
-)
-FULL = DELTA.model_copy(
-    update={
-        "kind": "full",
-        "previous": None,
-        "anchor": DELTA.identity,
-        "chain_length": 0,
-        "codec": "none",
-    }
-)
+DELTA = snapshot_manifest("run-000002-0123abcd", previous="run-000001-0123abcd")
+FULL = snapshot_manifest("run-000002-0123abcd")
 
 
 def test_a_delta_names_its_previous_and_the_documented_misspelling() -> None:

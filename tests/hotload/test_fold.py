@@ -114,6 +114,7 @@ def history(sizes: list[int], steps: int, seed: int) -> list[bytes]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("envelope", [ARC_V2, CHANGED_ONLY])
 @given(
     st.lists(st.sampled_from([0, 1, 7, 4096, 4097, 70_000, 131_073]), min_size=1, max_size=4),
@@ -329,6 +330,7 @@ print(memory("VmHWM") - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_tensor() -> None:
     finished = subprocess.run(

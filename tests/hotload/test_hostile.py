@@ -259,6 +259,7 @@ print(sum(map(refuse, paths)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_nor_does_the_decoder_behind_python_take_much(tmp_path: Path) -> None:
     """What libzstd allocates Python does not trace: a limit on the address space does."""

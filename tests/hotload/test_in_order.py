@@ -8,13 +8,14 @@ from threading import Barrier, Event, main_thread
 import pytest
 
 from hotload.delta.ordered_threads import Turnstile, Workers, run_in_order
+from tests.signals import signals_are_heard
 
 
 def test_results_keep_the_order_of_the_jobs_not_of_their_ends() -> None:
     second_ended = Event()
 
     def first() -> int:
-        assert second_ended.wait(10)
+        assert second_ended.wait(60)
         return 1
 
     def second() -> int:
@@ -30,7 +31,7 @@ def test_without_threads_the_caller_works() -> None:
 
 
 def test_turns_pass_in_the_order_of_positions() -> None:
-    turns, both, passed = Turnstile(), Barrier(2, timeout=10), []
+    turns, both, passed = Turnstile(), Barrier(2, timeout=60), []
 
     def job(position: int) -> Callable[[], None]:
         def run() -> None:
@@ -76,12 +77,13 @@ def test_a_caller_that_leaves_stops_the_work() -> None:
     assert len(started) < 10
 
 
+@signals_are_heard()
 def test_an_interrupt_leaves_no_job_running() -> None:
     ended, go_on = Event(), Event()
 
     def slow() -> None:
         signal.pthread_kill(main_thread().ident, signal.SIGINT)
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         ended.set()
 
     class Interrupted(Turnstile):

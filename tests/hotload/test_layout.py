@@ -10,10 +10,11 @@ import pytest
 from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.index_and_spec import TORCH_DTYPES, build_index, build_spec
 from hotload.checkpoint.rules import check_full, check_lora, refuse_errors
-from hotload.checkpoint.safetensors import DTYPE_BITS, ShardHeader, TensorInfo
+from hotload.checkpoint.safetensors import DTYPE_BITS
 from hotload.delta.rules import check_delta, delta_obstacle
 from hotload.errors import Finding, InvalidCheckpointError
 from hotload.records import FileDigest
+from tests.factories import shard_header
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "rope_theta": 10000.0, "use_cache": True}
 TENSORS = {
@@ -29,26 +30,13 @@ TENSORS = {
 Layout = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
 
 
-def header(
-    file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], **metadata: str
-) -> ShardHeader:
-    entries, end = [], 0
-    for name, (dtype, shape) in tensors.items():
-        start, bits = end, DTYPE_BITS[dtype]
-        for size in shape:
-            bits *= size
-        end = start + bits // 8
-        entries.append(TensorInfo(name, dtype, shape, start, end))
-    return ShardHeader(file, tuple(entries), metadata, 512, 512 + end)
-
-
 def side(file: str, data: bytes = b"{}") -> FileDigest:
     return FileDigest(file=file, size_bytes=len(data), sha256=sha256(data).hexdigest())
 
 
 def checkpoint(layout: Layout = TENSORS, **documents: object) -> Checkpoint:
     """A checkpoint of these tensors; `config`, `index`, `spec` and `adapter` replace a document."""
-    shards = tuple(header(file, tensors) for file, tensors in layout.items())
+    shards = tuple(shard_header(tensors, file) for file, tensors in layout.items())
     names = {
         "config": "config.json",
         "index": "model.safetensors.index.json",
@@ -150,7 +138,7 @@ def test_a_listed_file_that_is_missing_is_named_with_a_tensor() -> None:
 
 def test_a_stray_shard_is_refused() -> None:
     good = checkpoint()
-    stray = header("model-99999.safetensors", {"model.layers.7.weight": ("BF16", (2,))})
+    stray = shard_header({"model.layers.7.weight": ("BF16", (2,))}, "model-99999.safetensors")
     findings = check_full(replace(good, shards=(*good.shards, stray)))
     assert rules(findings) == {"stray_shard"}
 
@@ -519,9 +507,9 @@ def test_an_adapter_matrix_needs_its_partner_and_one_rank() -> None:
 
 def delta_of(full: Checkpoint) -> Checkpoint:
     shards = tuple(
-        header(
-            shard.file,
+        shard_header(
             {tensor.name: ("U8", (21,)) for tensor in shard.tensors},
+            shard.file,
             **{tensor.name: "478807142" for tensor in shard.tensors},
         )
         for shard in full.shards
@@ -535,7 +523,8 @@ def test_a_good_delta_has_no_finding() -> None:
 
 def changed_shard(delta: Checkpoint, tensors: Mapping, **metadata: str) -> Checkpoint:
     return replace(
-        delta, shards=(header("model-00001.safetensors", tensors, **metadata), *delta.shards[1:])
+        delta,
+        shards=(shard_header(tensors, "model-00001.safetensors", **metadata), *delta.shards[1:]),
     )
 
 
@@ -546,7 +535,10 @@ EMBED = "model.embed_tokens.weight"
     ("change", "rule"),
     [
         (lambda d: replace(d, shards=d.shards[1:]), "missing_shard"),
-        (lambda d: replace(d, shards=(*d.shards, header("z.safetensors", {}))), "stray_shard"),
+        (
+            lambda d: replace(d, shards=(*d.shards, shard_header({}, "z.safetensors"))),
+            "stray_shard",
+        ),
         (lambda d: changed_shard(d, {}), "missing_tensor"),
         (
             lambda d: changed_shard(

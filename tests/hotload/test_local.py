@@ -39,6 +39,7 @@ from hotload.errors import (
     InvalidCheckpointError,
     LayoutMismatchError,
 )
+from tests.signals import signals_are_heard
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 V0, V1, DELTA = (GOLDEN / f"{name}.safetensors" for name in ("v0", "v1", "delta"))
@@ -310,6 +311,8 @@ copy_file(*map(Path, sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
+@signals_are_heard()
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
 def test_a_write_that_is_broken_off_leaves_the_old_file(
     tmp_path: Path, ended_by: signal.Signals
@@ -421,6 +424,7 @@ print(memory("VmHWM") - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     values = np.random.default_rng(6).integers(0, 256, 192 << 20, np.uint8)

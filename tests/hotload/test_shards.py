@@ -99,6 +99,7 @@ def layouts(draw: st.DrawFn) -> list[TensorInfo]:
     return tensors
 
 
+@pytest.mark.slow
 @given(layouts(), st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3))
 def test_what_is_rendered_is_read_back(tensors: list[TensorInfo], metadata: dict) -> None:
     metadata = {key: value for key, value in metadata.items() if (key + value).isprintable()}

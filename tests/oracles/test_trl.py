@@ -172,7 +172,7 @@ def test_two_processes_count_their_tokens_together(counted: str, tmp_path: Path)
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ran = subprocess.run(
         [*program, str(ROOT / "tests/oracles/trl_steps.py"), str(weights), counted],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

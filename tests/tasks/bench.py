@@ -18,8 +18,9 @@ from hotload.sampling.problems import plan_rollouts
 from hotload.sampling.rollout import Rollout, open_rollout
 from hotload.spec import CycleSpec
 from tasks.roll_out import roll_out_chunk
-from tests.blocks.scripted_inference import IDENTITY, client
-from tests.tasks.answering import Answering, Asked, Reply, saying
+from tests.blocks.scripted_inference import IDENTITY, client, saying
+from tests.factories import cycle_spec
+from tests.scripted_server import Reply, Request, ScriptedServer
 
 
 class Bench:
@@ -40,31 +41,26 @@ class Bench:
         groups = changes.pop("groups", {})
         per_step = changes.pop("prompt_groups_per_step", None)
         reward = changes.pop("reward", {"name": "exact_match"})
-        return CycleSpec.model_validate(
-            {
-                "checkpoint": str(self._root),
-                "work_dir": str(self._root),
-                "run_id": "run",
-                "policy_version": 3,
-                "problems": {"dataset": str(dataset), "prompt_groups_per_step": per_step},
-                "sampling": {"completions_per_prompt": 2, **changes, "groups": groups},
-                "reward": reward,
-            }
+        return cycle_spec(
+            work_dir=str(self._root),
+            problems={"dataset": str(dataset), "prompt_groups_per_step": per_step},
+            sampling={"completions_per_prompt": 2, **changes, "groups": groups},
+            reward=reward,
         )
 
     @asynccontextmanager
     async def rollout(
         self, spec: CycleSpec, reply: Reply
-    ) -> AsyncIterator[tuple[Rollout, Answering]]:
+    ) -> AsyncIterator[tuple[Rollout, ScriptedServer]]:
         plan = await plan_rollouts(spec, IDENTITY)
         with disable_run_logger():
             async with (
-                Answering(reply).running() as server,
+                ScriptedServer(reply).running() as server,
                 open_rollout(spec, plan, client(server.port), self.store, None) as rollout,
             ):
                 yield rollout, server
 
-    async def run(self, spec: CycleSpec, reply: Reply) -> tuple[RolloutManifest, Answering]:
+    async def run(self, spec: CycleSpec, reply: Reply) -> tuple[RolloutManifest, ScriptedServer]:
         """All parts, and the manifest at their end."""
         async with self.rollout(spec, reply) as (rollout, server):
             await carry_all(rollout)
@@ -100,21 +96,21 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 def under_way(rollout: Rollout) -> int:
     """Requests that hold a slot."""
-    return rollout._sampler._slots.window.in_flight
+    return rollout.requests_in_flight
 
 
 async def carry_all(rollout: Rollout) -> None:
     await overlap(roll_out_chunk.fn(rollout, number) for number in range(len(rollout.plan.parts)))
 
 
-def replying(answer: Callable[[Asked], bytes]) -> Reply:
-    async def reply(asked: Asked) -> bytes:
+def replying(answer: Callable[[Request], bytes]) -> Reply:
+    async def reply(asked: Request) -> bytes:
         return answer(asked)
 
     return reply
 
 
-def right_and_wrong(asked: Asked) -> bytes:
+def right_and_wrong(asked: Request) -> bytes:
     """Two answers of which one is right, whichever comes first."""
     return saying("ab" if asked.number % 2 else "ba")
 

@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from examples.tiny_trainer import TinyTrainer
 from tests.loop_clock import LoopClock
 
 if TYPE_CHECKING:  # pytest may read this file before tests/servers.py sets Prefect's environment
     from tests.servers import StoreServer
     from tests.tasks.bench import Bench
     from tests.tasks.publishing import Publisher
-
-CHECKPOINTS = 5
 
 
 @pytest.fixture
@@ -41,38 +38,26 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The base model, then steps after it, read only."""
-    directory = tmp_path_factory.mktemp("checkpoints")
-    trainer = TinyTrainer()
-    paths = [directory / f"{version:06d}" for version in range(CHECKPOINTS)]
-    for path in paths:
-        trainer.save(path)
-        trainer.step()
-    return paths
-
-
 @pytest.fixture
-def publisher(tmp_path: Path, written: list[Path]) -> Iterator[Publisher]:
+def publisher(tmp_path: Path, checkpoints: list[Path], emulators: object) -> Iterator[Publisher]:
     """A machine, two replicas and a store that is a directory."""
-    with _publisher(tmp_path, written, (tmp_path / "bucket").as_uri(), {}) as made:
+    with _publisher(tmp_path, checkpoints, (tmp_path / "bucket").as_uri(), {}) as made:
         yield made
 
 
 @pytest.fixture
 def s3_publisher(
-    s3_server: StoreServer, tmp_path: Path, written: list[Path]
+    s3_server: StoreServer, tmp_path: Path, checkpoints: list[Path]
 ) -> Iterator[Publisher]:
     """The same with a bucket behind a real S3 server."""
     url = f"{s3_server.url}/{uuid.uuid4().hex}"
-    with _publisher(tmp_path, written, url, dict(s3_server.options)) as made:
+    with _publisher(tmp_path, checkpoints, url, dict(s3_server.options)) as made:
         yield made
 
 
 @contextmanager
 def _publisher(
-    root: Path, written: list[Path], url: str, options: dict[str, Any]
+    root: Path, checkpoints: list[Path], url: str, options: dict[str, Any]
 ) -> Iterator[Publisher]:
     from prefect.logging import disable_run_logger
 
@@ -83,7 +68,7 @@ def _publisher(
     (root / "work").mkdir()
     settings = {"bucket": url, "bucket_options": options}
     with (
-        running_fleet("unsaved", root, list(written), **settings) as fleet,
+        running_fleet("unsaved", root, list(checkpoints), **settings) as fleet,
         # Tasks run as plain functions have no run to log to. Uvicorn's start enables all loggers.
         disable_run_logger(),
     ):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,7 @@ class UnusualError(BaseException):
 
 
 def made_otherwise(sampler: Conversation, **changes: Any) -> Trajectory:
-    made = sampler.trajectory()
-    fields = {name: getattr(made, name) for name in made.__slots__}
-    return Trajectory(**{**fields, **changes})
+    return replace(sampler.trajectory(), **changes)
 
 
 async def two_turns(problem: Problem, sampler: Conversation, question: str = "and?") -> Any:

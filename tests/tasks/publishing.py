@@ -34,6 +34,7 @@ from tasks.plan import plan_snapshot
 from tasks.upload import upload_manifests, upload_shards
 from tasks.wait import wait_until_ready
 from tests.flows.fleet import API_KEY, NAMES, REPLICAS, Fleet
+from tests.waiting import PATIENCE_SECONDS
 
 IMPATIENT = ReadinessPolicy(
     poll_interval_seconds=0.01, weight_sync_timeout=0.2, scale_up_timeout_seconds=0.2
@@ -123,7 +124,11 @@ class Publisher:
 
     def struck(self) -> int:
         """How often the faults ordered so far have struck."""
-        found = httpx.get(f"{self.fleet.url}/emulator/faults").raise_for_status().json()
+        found = (
+            httpx.get(f"{self.fleet.url}/emulator/faults", timeout=PATIENCE_SECONDS)
+            .raise_for_status()
+            .json()
+        )
         return sum(fault["struck"] for fault in found["faults"])
 
     async def serve(self, version: int) -> SnapshotManifest:

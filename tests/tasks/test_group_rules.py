@@ -10,9 +10,9 @@ import pytest
 
 from hotload.dataset.rollout_plan import RolloutManifest
 from hotload.errors import RolloutFunctionError, RolloutsFailedError
-from tests.blocks.scripted_inference import IDENTITY, MODEL, http
+from tests.blocks.scripted_inference import IDENTITY, MODEL, NO_IDS, saying
 from tests.loop_clock import LoopClock
-from tests.tasks.answering import NO_IDS, Asked, never, saying
+from tests.scripted_server import Request, http, never
 from tests.tasks.bench import (
     Bench,
     carry_all,
@@ -30,7 +30,7 @@ NEWER = "run-000004-0badf00d"
 async def test_missing_samples_are_asked_again_under_new_numbers(bench: Bench) -> None:
     seen: Counter[str] = Counter()
 
-    def first_of_every_problem_fails(asked: Asked) -> bytes:
+    def first_of_every_problem_fails(asked: Request) -> bytes:
         seen[asked.prompt] += 1
         return NO_IDS if seen[asked.prompt] == 1 else right_and_wrong(asked)
 
@@ -41,8 +41,8 @@ async def test_missing_samples_are_asked_again_under_new_numbers(bench: Bench) -
     assert {row["sample_number"] for row in rows} <= {0, 1, 2, 3}
     assert manifest.summary.groups.asked_again == {"missing_token_ids": 2}
     assert manifest.summary.groups.failed_attempts == {"missing_token_ids": 2}
-    assert len(server.asked) == manifest.summary.groups.attempts == 6
-    assert len({asked.body["seed"] for asked in server.asked}) == 6
+    assert len(server.requests) == manifest.summary.groups.attempts == 6
+    assert len({asked.body["seed"] for asked in server.requests}) == 6
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ async def test_a_group_that_stays_short(
 ) -> None:
     good_session: dict[str, str] = {}
 
-    def only_one_session_is_answered(asked: Asked) -> bytes:
+    def only_one_session_is_answered(asked: Request) -> bytes:
         is_good = good_session.setdefault(asked.prompt, asked.session) == asked.session
         return saying("ab") if is_good else NO_IDS
 
@@ -71,13 +71,13 @@ async def test_a_group_that_stays_short(
     assert {row["mark"] for row in rows} == {mark}
     assert {row["advantage"] for row in rows} == {None}
     assert manifest.summary.groups.groups_by_mark == {mark: 2}
-    assert len(server.asked) == manifest.summary.groups.attempts == requests
+    assert len(server.requests) == manifest.summary.groups.attempts == requests
 
 
 async def test_a_group_is_used_with_what_it_has(bench: Bench) -> None:
     count: Counter[str] = Counter()
 
-    def third_fails(asked: Asked) -> bytes:
+    def third_fails(asked: Request) -> bytes:
         count[asked.prompt] += 1
         texts = {1: saying("ab"), 2: saying("ba"), 3: NO_IDS}
         return texts[count[asked.prompt]]
@@ -93,16 +93,16 @@ async def test_a_group_is_used_with_what_it_has(bench: Bench) -> None:
 
 
 async def test_a_group_s_time_is_up(bench: Bench, loop_clock: LoopClock) -> None:
-    async def one_answer_each(asked: Asked) -> bytes:
+    async def one_answer_each(asked: Request) -> bytes:
         if any(other.prompt == asked.prompt for other in server_asked[: asked.number]):
             return await never()
         return saying("ab")
 
     spec = bench.spec(groups={"deadline_seconds": 60})
     async with bench.rollout(spec, one_answer_each) as (rollout, server):
-        server_asked = server.asked
+        server_asked = server.requests
         carrying = asyncio.create_task(carry_all(rollout))
-        await until(lambda: len(server.asked) == 4 and under_way(rollout) == 2)
+        await until(lambda: len(server.requests) == 4 and under_way(rollout) == 2)
         loop_clock.pass_seconds(60)
         await carrying
         manifest = rollout.manifest(is_complete=True)
@@ -111,15 +111,15 @@ async def test_a_group_s_time_is_up(bench: Bench, loop_clock: LoopClock) -> None
     assert manifest.summary.failed_samples == {"deadline": 2}
     assert manifest.summary.groups.cut_off == 2
     assert manifest.summary.groups.failed_attempts == {"cancelled": 2}
-    assert manifest.summary.groups.attempts == len(server.asked) == 4
+    assert manifest.summary.groups.attempts == len(server.requests) == 4
     late = next(row for row in rows if row["failure"] == "deadline")
-    assert late["request_id"] in {asked.headers["x-request-id"] for asked in server.asked}
+    assert late["request_id"] in {asked.headers["x-request-id"] for asked in server.requests}
 
 
 async def test_the_slowest_sample_is_asked_for_twice(bench: Bench) -> None:
-    hung: dict[str, Asked] = {}
+    hung: dict[str, Request] = {}
 
-    async def one_session_hangs(asked: Asked) -> bytes:
+    async def one_session_hangs(asked: Request) -> bytes:
         if hung.setdefault(asked.prompt, asked) is asked:
             return await never()
         return saying("ab")
@@ -133,11 +133,11 @@ async def test_the_slowest_sample_is_asked_for_twice(bench: Bench) -> None:
     counts = manifest.summary.groups
     assert (counts.hedges, counts.hedges_won, counts.cut_off) == (2, 2, 2)
     assert counts.failed_attempts == {"cancelled": 2}
-    assert counts.attempts == len(server.asked) == 6
+    assert counts.attempts == len(server.requests) == 6
     for prompt, first in hung.items():
         (second,) = [
             asked
-            for asked in server.asked
+            for asked in server.requests
             if asked.prompt == prompt
             and asked.body["seed"] == first.body["seed"]
             and asked is not first
@@ -151,7 +151,7 @@ async def test_a_hedge_that_fails_leaves_the_first_request_its_time(bench: Bench
     release = asyncio.Event()
     seen: Counter[int] = Counter()
 
-    async def first_waits_for_the_second(asked: Asked) -> bytes:
+    async def first_waits_for_the_second(asked: Request) -> bytes:
         seen[asked.body["seed"]] += 1
         if asked.prompt.endswith("0") and asked.number == 0:
             await release.wait()
@@ -169,7 +169,7 @@ async def test_a_hedge_that_fails_leaves_the_first_request_its_time(bench: Bench
     counts = manifest.summary.groups
     assert (counts.hedges, counts.hedges_won, counts.cut_off) == (1, 0, 0)
     assert counts.failed_attempts == {"missing_token_ids": 1}
-    assert counts.attempts == len(server.asked) == 3
+    assert counts.attempts == len(server.requests) == 3
 
 
 async def test_every_request_was_answered_or_is_counted_by_what_it_met(bench: Bench) -> None:
@@ -178,7 +178,7 @@ async def test_every_request_was_answered_or_is_counted_by_what_it_met(bench: Be
     answered: Counter[bytes] = Counter()
     hung: set[str] = set()
 
-    async def in_turn(asked: Asked) -> bytes:
+    async def in_turn(asked: Request) -> bytes:
         if asked.prompt.endswith("7") and asked.prompt not in hung:
             hung.add(asked.prompt)
             return await never()
@@ -204,12 +204,12 @@ async def test_every_request_was_answered_or_is_counted_by_what_it_met(bench: Be
         "missing_token_ids": answered[NO_IDS],
         "cancelled": len(hung),
     }
-    assert counts.attempts == len(server.asked)
+    assert counts.attempts == len(server.requests)
     good = answered[saying("ab")] + answered[saying("ba")]
     assert counts.attempts - sum(counts.failed_attempts.values()) == good
     # What the files of the parts say is all that a later run knows.
     again, idle = await bench.run(spec, in_turn)
-    assert (again.summary.groups, idle.asked) == (counts, [])
+    assert (again.summary.groups, idle.requests) == (counts, [])
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ async def test_groups_that_teach_nothing(
 ) -> None:
     """Rows 0 and 1 are right in all answers, as is row 4; of 4 rows asked for, 6 are there."""
 
-    def uniform_for_some(asked: Asked) -> bytes:
+    def uniform_for_some(asked: Request) -> bytes:
         return saying("ab") if asked.prompt[-1] in "014" else right_and_wrong(asked)
 
     spec = bench.spec(
@@ -237,7 +237,7 @@ async def test_groups_that_teach_nothing(
     assert sum(counts.dropped_groups.values()) == dropped
     assert counts.refilled_groups == refilled
     assert counts.groups_by_mark == ({"uniform": 2} if on_uniform == "keep" else {})
-    assert counts.raw_samples == len(server.asked) == 2 * (rows_left + dropped)
+    assert counts.raw_samples == len(server.requests) == 2 * (rows_left + dropped)
     assert {row["problem_id"] for row in rows} == {
         "keep": {"0", "1", "2", "3"},
         "drop": {"2", "3"},
@@ -245,7 +245,7 @@ async def test_groups_that_teach_nothing(
     }[on_uniform]
     # Dropped groups are not sampled again either.
     again, silent = await bench.run(spec, replying(uniform_for_some))
-    assert silent.asked == []
+    assert silent.requests == []
     assert again.summary.groups == counts
 
 
@@ -267,7 +267,7 @@ async def test_samples_of_two_versions(
 ) -> None:
     newer = f"accounts/a/models/m@{NEWER}"
 
-    def every_second_changes(asked: Asked) -> bytes:
+    def every_second_changes(asked: Request) -> bytes:
         return saying("ab", MODEL, newer) if asked.number % 2 else saying("ba")
 
     spec = bench.spec(
@@ -292,8 +292,8 @@ async def test_groups_begun_too_late_are_marked(bench: Bench) -> None:
     """O = 1: two versions ahead, what has not begun is not begun any more."""
     release = asyncio.Event()
 
-    async def first_group_waits(asked: Asked) -> bytes:
-        if len(server.asked) == 2:
+    async def first_group_waits(asked: Request) -> bytes:
+        if len(server.requests) == 2:
             assert rollout.gate.publish(4)
             assert not rollout.gate.is_stale
             assert rollout.gate.publish(5)
@@ -310,7 +310,7 @@ async def test_groups_begun_too_late_are_marked(bench: Bench) -> None:
     rows = await bench.rows(manifest)
     stale = [row for row in rows if row["failure"] == "stale"]
     assert 0 < len(stale) < len(rows) == 6
-    assert len(server.asked) == 6 - len(stale)
+    assert len(server.requests) == 6 - len(stale)
     assert {(row["mark"], row["attempts"], row["request_id"]) for row in stale} == {
         ("stale", 0, "")
     }
@@ -321,7 +321,7 @@ async def test_the_breaker_leaves_the_rest_for_a_later_run(bench: Bench) -> None
     spec = bench.spec(12, concurrency={"max_concurrency": 1})
     is_down = True
 
-    def fails_after_two_rows(asked: Asked) -> bytes:
+    def fails_after_two_rows(asked: Request) -> bytes:
         return NO_IDS if is_down and asked.number >= 4 else right_and_wrong(asked)
 
     # Five rows, and the one that was begun before the last of them had ended.
@@ -335,7 +335,7 @@ async def test_the_breaker_leaves_the_rest_for_a_later_run(bench: Bench) -> None
     manifest, server = await bench.run(spec, replying(right_and_wrong))
     rows = await bench.rows(manifest)
     assert Counter(row["problem_id"] for row in rows) == {str(n): 2 for n in range(12)}
-    assert len(server.asked) == 2 * (12 - sum(answered))
+    assert len(server.requests) == 2 * (12 - sum(answered))
     assert manifest.summary.failed_samples == {}
 
 
@@ -343,13 +343,13 @@ async def test_a_failing_service_leaves_no_trace_in_earlier_parts(bench: Bench) 
     """Rows 1 to 5 fail, in three parts: the first two have ended when the breaker opens."""
     spec = bench.spec(6, problems_per_task=2, concurrency={"max_concurrency": 1})
 
-    def row_0_alone(asked: Asked) -> bytes:
+    def row_0_alone(asked: Request) -> bytes:
         return right_and_wrong(asked) if asked.number < 2 else NO_IDS
 
     with pytest.raises(RolloutsFailedError, match="missing_token_ids 10"):
         await bench.run(spec, replying(row_0_alone))
     manifest, server = await bench.run(spec, replying(right_and_wrong))
-    assert len(server.asked) == 10
+    assert len(server.requests) == 10
     assert manifest.summary.failed_samples == {}
     assert manifest.summary.sample_count == 12
 
@@ -357,13 +357,13 @@ async def test_a_failing_service_leaves_no_trace_in_earlier_parts(bench: Bench) 
 async def test_what_one_row_lacks_is_recorded_where_others_were_answered(bench: Bench) -> None:
     spec = bench.spec(3, problems_per_task=1, concurrency={"max_concurrency": 1})
 
-    def not_row_0(asked: Asked) -> bytes:
+    def not_row_0(asked: Request) -> bytes:
         return NO_IDS if asked.number < 2 else right_and_wrong(asked)
 
     manifest, _ = await bench.run(spec, replying(not_row_0))
     assert manifest.summary.failed_samples == {"missing_token_ids": 2}
     again, silent = await bench.run(spec, replying(right_and_wrong))
-    assert silent.asked == []
+    assert silent.requests == []
     assert again.summary.sample_count == 6
 
 
@@ -385,7 +385,7 @@ async def test_what_one_row_lacks_is_recorded_where_others_were_answered(bench: 
 async def test_silence_until_the_time_is_up_is_not_recorded(
     bench: Bench, sampling: dict[str, Any], told: str
 ) -> None:
-    async def silence(asked: Asked) -> bytes:
+    async def silence(asked: Request) -> bytes:
         return await never()
 
     spec = bench.spec(1, **sampling)
@@ -398,7 +398,7 @@ async def test_silence_until_the_time_is_up_is_not_recorded(
 async def test_groups_are_handed_back_while_others_are_sampled(bench: Bench) -> None:
     so_far: list[RolloutManifest] = []
 
-    async def row_1_waits_for_a_file(asked: Asked) -> bytes:
+    async def row_1_waits_for_a_file(asked: Request) -> bytes:
         if asked.prompt.endswith("1") and not so_far:
             while not rollout.manifest(is_complete=False).parts:
                 await asyncio.sleep(0)
@@ -428,7 +428,7 @@ async def test_the_same_row_gives_the_same_requests(bench: Bench, tmp_path: Path
     twice = []
     for root in (bench, Bench(tmp_path / "other")):
         _, server = await root.run(spec, replying(right_and_wrong))
-        asked = [(one.headers["x-request-id"], one.session, one.body) for one in server.asked]
+        asked = [(one.headers["x-request-id"], one.session, one.body) for one in server.requests]
         twice.append(sorted(asked, key=lambda one: one[0]))
     assert twice[0] == twice[1]
 
@@ -438,12 +438,12 @@ async def test_a_rollout_of_two_turns(bench: Bench) -> None:
     manifest, server = await bench.run(spec, replying(right_and_wrong))
     rows = await bench.rows(manifest)
     assert [row["turn_count"] for row in rows if row["segment_number"] == 0] == [2] * 4
-    assert len(server.asked) == manifest.summary.groups.attempts == 8
-    sessions = Counter(asked.session for asked in server.asked)
+    assert len(server.requests) == manifest.summary.groups.attempts == 8
+    sessions = Counter(asked.session for asked in server.requests)
     assert set(sessions.values()) == {2}
     assert len(sessions) == 4
-    assert len({asked.headers["x-request-id"] for asked in server.asked}) == 8
-    second = next(asked for asked in server.asked if len(asked.body["messages"]) == 3)
+    assert len({asked.headers["x-request-id"] for asked in server.requests}) == 8
+    second = next(asked for asked in server.requests if len(asked.body["messages"]) == 3)
     assert (second.prompt, second.body["max_tokens"]) == ("sure?", 3)
 
 
@@ -517,7 +517,7 @@ async def test_a_trajectory_that_takes_too_long(bench: Bench) -> None:
 
 
 async def test_turns_that_take_too_long_are_an_outage(bench: Bench) -> None:
-    async def silence(asked: Asked) -> bytes:
+    async def silence(asked: Request) -> bytes:
         return await never()
 
     spec = bench.spec(1, rollout=playing("two_turns", turn_timeout_seconds=0.2))

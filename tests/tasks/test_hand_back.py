@@ -14,7 +14,7 @@ from hotload.rollout.group_rules import SettledGroup
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.sampling.part_files import read_parts, write_part
 from hotload.sampling.problems import plan_rollouts
-from hotload.spec import CycleSpec
+from tests.factories import cycle_spec
 
 IDENTITY = "run-000003-0badf00d"
 
@@ -29,15 +29,7 @@ def store(tmp_path: Path) -> Store:
 async def plan(tmp_path: Path) -> RolloutPlan:
     dataset = tmp_path / "problems.jsonl"
     dataset.write_text("".join(json.dumps({"id": n, "prompt": "x"}) + "\n" for n in range(4)))
-    spec = CycleSpec.model_validate(
-        {
-            "checkpoint": str(tmp_path),
-            "work_dir": str(tmp_path),
-            "run_id": "run",
-            "policy_version": 3,
-            "problems": {"dataset": str(dataset)},
-        }
-    )
+    spec = cycle_spec(work_dir=str(tmp_path), problems={"dataset": str(dataset)})
     return await plan_rollouts(spec, IDENTITY)
 
 

@@ -23,18 +23,15 @@ from hotload.clients.store.publisher_lease import (
 )
 from hotload.errors import LeaseLostError, StoreError
 from hotload.publish.lease import LEASES, Lease, Process
+from tests.blocks.conftest import S3, make_store
+from tests.waiting import until
 
 ELSEWHERE = Process(host="another host", pid=1, started="1")
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "file":
-        return Store(url=str(tmp_path))
-    if request.param == "memory":
-        return Store(url=f"memory://{uuid.uuid4().hex}")
-    server = request.getfixturevalue("s3_server")
-    return Store(url=f"{server.url}/{uuid.uuid4().hex}", options=dict(server.options))
+@pytest.fixture(params=["file", "memory", S3])
+def store(request: pytest.FixtureRequest) -> Store:
+    return make_store(request.param, request)
 
 
 def stored_lease(token: int, *, seconds_left: float, process: Process = ELSEWHERE) -> Lease:
@@ -128,13 +125,22 @@ async def test_one_that_was_taken_over_may_not_signal_and_does_not_renew(
     assert not (await read(store, 1)).released
 
 
+async def renewed(store: Store, first: Lease) -> Lease:
+    """The lease once it was renewed."""
+
+    async def look() -> Lease | None:
+        again = await read(store, first.token)
+        return None if again.renewed_at == first.renewed_at else again
+
+    again = await until(look)
+    assert again is not None
+    return again
+
+
 async def test_a_lease_is_renewed_while_it_is_held(store: Store) -> None:
     async with publisher_lease(store, "run-000001", ttl_seconds=4) as lease:
         first = await read(store, lease.token)
-        again = first
-        while again.renewed_at == first.renewed_at:
-            await asyncio.sleep(0.05)
-            again = await read(store, lease.token)
+        again = await renewed(store, first)
         assert again.expires_at > first.expires_at
         await check_lease(store, lease)
 
@@ -187,11 +193,8 @@ class SlowToTidy(Store):
     leases: list[Lease] = field(default_factory=list)
 
     async def abort_orphaned_uploads(self, prefix: str = "") -> int:
-        first = again = await read(self, 1)
-        while again.renewed_at == first.renewed_at:
-            await asyncio.sleep(0.05)
-            again = await read(self, 1)
-        self.leases.extend([first, again])
+        first = await read(self, 1)
+        self._found += [first, await renewed(self, first)]
         return await super().abort_orphaned_uploads(prefix)
 
 
@@ -215,7 +218,7 @@ HOLDER = """
 """
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.slow
 async def test_a_killed_publisher_on_this_host_is_taken_over_at_once(tmp_path: Path) -> None:
     store = Store(url=str(tmp_path))
     program = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)]

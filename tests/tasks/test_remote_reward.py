@@ -1,6 +1,5 @@
 """Remote rewards against a server that answers byte for byte as a script says."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,26 +10,27 @@ import pytest
 from hotload.errors import RewardError
 from hotload.reward.outcome import RewardOutcome, Score, Unscored
 from hotload.rollout.failures import Cause
-from hotload.rollout.trajectory import Problem, Provenance, Trajectory, TrajectoryGroup
+from hotload.rollout.trajectory import Problem, Trajectory, TrajectoryGroup
 from hotload.sampling.reward.remote import RemoteReward
 from hotload.sampling.reward.scorer import open_scorer
 from hotload.spec import RewardSpec
-from tests.blocks.scripted_inference import Naps, Script, http
+from tests.blocks.scripted_inference import Naps
+from tests.factories import trajectory
+from tests.scripted_server import Request, ScriptedServer, http, never
 
 KEY = "key-of-the-judge"
 PROBLEM = Problem("p", "1 + 1 =", answer="2")
 
 
 def samples(count: int = 1) -> list[Trajectory]:
-    origin = Provenance("i", "r", "s", 1)
-    return [Trajectory("p", n, n, origin, 0.1, text=f"text {n}") for n in range(count)]
+    return [trajectory(number=n, text=f"text {n}") for n in range(count)]
 
 
 def answer(*rewards: Any, **headers: str) -> bytes:
     return http(json.dumps({"rewards": rewards}).encode(), content_type="application/json")
 
 
-def declared(script: Script, **fields: Any) -> RewardSpec:
+def declared(script: ScriptedServer, **fields: Any) -> RewardSpec:
     arguments = {"url": f"http://127.0.0.1:{script.port}/v1/score", **fields.pop("arguments", {})}
     return RewardSpec(name="remote", arguments=arguments, **fields)
 
@@ -38,9 +38,9 @@ def declared(script: Script, **fields: Any) -> RewardSpec:
 @asynccontextmanager
 async def asking(
     *replies: bytes, **fields: Any
-) -> AsyncIterator[tuple[RemoteReward, Script, Naps]]:
+) -> AsyncIterator[tuple[RemoteReward, ScriptedServer, Naps]]:
     naps = Naps()
-    async with Script(*replies).running() as script:
+    async with ScriptedServer(*replies).running() as script:
         reward = RemoteReward(declared(script, **fields), naps, lambda: 0.5)
         await reward.start()
         try:
@@ -52,16 +52,16 @@ async def asking(
 async def test_one_request_for_each_sample() -> None:
     arguments = {"arguments": {"rubric": "tone"}}
     async with asking(answer(0.5), arguments=arguments) as (reward, script, _):
-        assert await reward.score_samples(PROBLEM, samples(3)) == [Score(0.5)] * 3
-    assert script.paths == ["/v1/score"] * 3
-    bodies = [body for _, body in script.requests]
+        assert await reward.judge(PROBLEM, samples(3)) == [Score(0.5)] * 3
+    assert [request.path for request in script.requests] == ["/v1/score"] * 3
+    bodies = [request.body for request in script.requests]
     assert sorted(body["trajectories"][0]["text"] for body in bodies) == [
         "text 0",
         "text 1",
         "text 2",
     ]
     assert all(body["arguments"] == {"rubric": "tone"} for body in bodies)
-    assert all("authorization" not in headers for headers, _ in script.requests)
+    assert all("authorization" not in request.headers for request in script.requests)
 
 
 async def test_one_request_for_a_group() -> None:
@@ -78,8 +78,8 @@ async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     arguments = {"key_variable": "REWARD_JUDGE_KEY"}
     refused = http(f"no such key: {KEY}".encode(), status=401)
     async with asking(answer(1), refused, arguments=arguments) as (reward, script, _):
-        assert await reward.score_samples(PROBLEM, samples()) == [Score(1)]
-        assert script.requests[0][0]["authorization"] == f"bearer {KEY}"  # the script lowers it
+        assert await reward.judge(PROBLEM, samples()) == [Score(1)]
+        assert script.requests[0].headers["authorization"] == f"Bearer {KEY}"
         with pytest.raises(
             RewardError, match="HTTP 401: mend the key in REWARD_JUDGE_KEY"
         ) as caught:
@@ -89,7 +89,7 @@ async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("status", [401, 402, 403])
 async def test_a_service_that_lets_nobody_in_marks_no_sample(status: int) -> None:
-    async with Script(http(b"", status=status)).running() as script:
+    async with ScriptedServer(http(b"", status=status)).running() as script:
         remote = {"name": "remote", "arguments": dict(declared(script).arguments)}
         parts = [{"name": "exact_match"}, remote]
         spec = RewardSpec(name="weighted_sum", arguments={"parts": parts})
@@ -167,24 +167,21 @@ async def test_nothing_is_waited_for_that_would_come_too_late() -> None:
 
 
 async def test_a_service_that_hangs() -> None:
-    hung = http(b"{", length=50).replace(b"Connection: close", b"Connection: keep-alive")
-    never = asyncio.Event()
+    async def hangs(request: Request) -> AsyncIterator[bytes]:
+        yield http(b"{", length=50)
+        await never()
 
-    class Hanging(Script):
-        async def _serve(self, reader: Any, writer: Any) -> None:
-            await super()._serve(reader, writer)
-            await never.wait()
-
-    async with Hanging(hung).running() as script:
-        async with open_scorer(declared(script, timeout_seconds=0.3)) as scorer:
-            scored = await scorer.score_group(TrajectoryGroup(PROBLEM, tuple(samples(2))))
-        never.set()
+    async with (
+        ScriptedServer(hangs).running() as script,
+        open_scorer(declared(script, timeout_seconds=0.3)) as scorer,
+    ):
+        scored = await scorer.score_group(TrajectoryGroup(PROBLEM, tuple(samples(2))))
     assert {each.failure for each in scored.trajectories_G} == {"reward_timeout"}
     assert {each.detail for each in scored.trajectories_G} == {"no reward within 0.3 s"}
 
 
 async def test_nobody_listens() -> None:
-    async with Script(b"").running() as script:
+    async with ScriptedServer(b"").running() as script:
         spec = declared(script, timeout_seconds=1)
     async with open_scorer(spec) as scorer:
         scored = await scorer.score_group(TrajectoryGroup(PROBLEM, tuple(samples())))
@@ -193,7 +190,7 @@ async def test_nobody_listens() -> None:
 
 
 async def test_a_remote_part_of_a_weighted_sum() -> None:
-    async with Script(answer({"tone": 0.5})).running() as script:
+    async with ScriptedServer(answer({"tone": 0.5})).running() as script:
         parts = [
             {"name": "exact_match"},
             {"name": "remote", "weight": 2, "arguments": dict(declared(script).arguments)},

@@ -6,21 +6,20 @@ from collections import Counter
 import pytest
 
 from hotload.errors import RewardError, RolloutsFailedError
-from tests.blocks.scripted_inference import http
-from tests.tasks.answering import Answering, Asked
+from tests.scripted_server import Request, ScriptedServer, http
 from tests.tasks.bench import Bench, replying, right_and_wrong
 
 ONE_AFTER_THE_OTHER = {"mode": "fixed", "initial_window": 1}
 
 
-class Judge(Answering):
+class Judge(ScriptedServer):
     """A reward service that answers with `status` from call `fails_from` to call `fails_to`."""
 
     def __init__(self, status: int, fails_from: int = 0, fails_to: int = 10**6) -> None:
         super().__init__(self._score)
         self.status, self.fails_from, self.fails_to = status, fails_from, fails_to
 
-    async def _score(self, asked: Asked) -> bytes:
+    async def _score(self, asked: Request) -> bytes:
         if self.fails_from <= asked.number < self.fails_to:
             return http(b"", self.status)
         rewards = [float(each["text"] == "ab") for each in asked.body["trajectories"]]
@@ -52,7 +51,7 @@ async def test_a_refused_key_stops_the_cycle_and_marks_nothing(bench: Bench) -> 
         assert stored == 2
         judge.mend()
         manifest, server = await bench.run(spec, replying(right_and_wrong))
-    assert len(server.asked) == 2 * (6 - stored)
+    assert len(server.requests) == 2 * (6 - stored)
     assert (manifest.summary.group_count, manifest.summary.failed_samples) == (6, {})
 
 
@@ -63,7 +62,7 @@ async def test_a_rollout_without_any_reward_is_not_recorded(bench: Bench) -> Non
             await bench.run(spec, replying(right_and_wrong))
         judge.mend()
         manifest, server = await bench.run(spec, replying(right_and_wrong))
-    assert len(server.asked) == 8
+    assert len(server.requests) == 8
     assert (manifest.summary.group_count, manifest.summary.failed_samples) == (4, {})
 
 
@@ -77,7 +76,7 @@ async def test_an_outage_that_begins_later_leaves_the_rest(bench: Bench) -> None
         manifest, server = await bench.run(spec, replying(right_and_wrong))
     rows = await bench.rows(manifest)
     assert Counter(row["problem_id"] for row in rows) == {str(n): 2 for n in range(20)}
-    assert (len(server.asked), manifest.summary.failed_samples) == (34, {})
+    assert (len(server.requests), manifest.summary.failed_samples) == (34, {})
 
 
 async def test_one_group_that_the_service_missed_is_marked(bench: Bench) -> None:

@@ -29,16 +29,9 @@ from hotload.sampling.rollout import open_rollout
 from hotload.spec import CycleSpec
 from tasks.hand_back import find_rollout, hand_back
 from tasks.roll_out import roll_out_chunk
-from tests.blocks.scripted_inference import (
-    DONE,
-    GOOD,
-    IDENTITY,
-    Script,
-    client,
-    event,
-    http,
-    token,
-)
+from tests.blocks.scripted_inference import DONE, GOOD, IDENTITY, client, event, token
+from tests.factories import cycle_spec
+from tests.scripted_server import Reply, Request, ScriptedServer, http
 from tests.tasks.publishing import disk_full_after
 
 
@@ -53,30 +46,23 @@ def spec(tmp_path: Path) -> CycleSpec:
     dataset = tmp_path / "problems.jsonl"
     rows = ({"id": i, "prompt": f"problem {i}", "answer": "ab"} for i in range(5))
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return CycleSpec.model_validate(
-        {
-            "checkpoint": str(tmp_path),
-            "work_dir": str(tmp_path),
-            "run_id": "run",
-            "policy_version": 3,
-            "problems": {"dataset": str(dataset)},
-            "sampling": {
-                "completions_per_prompt": 2,
-                "problems_per_task": 2,
-                "concurrency": {"mode": "fixed", "initial_window": 1},
-            },
-        }
-    )
+    sampling = {
+        "completions_per_prompt": 2,
+        "problems_per_task": 2,
+        "concurrency": {"mode": "fixed", "initial_window": 1},
+    }
+    problems = {"dataset": str(dataset)}
+    return cycle_spec(work_dir=str(tmp_path), problems=problems, sampling=sampling)
 
 
 @asynccontextmanager
-async def served(*replies: bytes) -> AsyncIterator[Script]:
-    async with Script(*replies).running() as script:
+async def served(*replies: Reply) -> AsyncIterator[ScriptedServer]:
+    async with ScriptedServer(*replies).running() as script:
         yield script
 
 
 async def roll_out(
-    spec: CycleSpec, store: Store, script: Script
+    spec: CycleSpec, store: Store, script: ScriptedServer
 ) -> tuple[RolloutPlan, RolloutManifest]:
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
@@ -85,7 +71,7 @@ async def roll_out(
             return plan, rollout.manifest(is_complete=True)
 
 
-async def whole(spec: CycleSpec, store: Store, script: Script) -> RolloutSummary:
+async def whole(spec: CycleSpec, store: Store, script: ScriptedServer) -> RolloutSummary:
     plan, manifest = await roll_out(spec, store, script)
     return await hand_back.fn(store, manifest, plan.path(MANIFEST_FILE))
 
@@ -158,14 +144,16 @@ async def test_a_failed_write_costs_no_sample(
     plan = await plan_rollouts(spec, IDENTITY)
     in_the_way = tmp_path / "store" / "_hotload" / "rollouts"
     with disable_run_logger():
+
+        async def in_the_way_now(request: Request) -> bytes:
+            in_the_way.parent.mkdir(exist_ok=True)
+            in_the_way.touch()
+            return http(GOOD)
+
         async with (
-            served(http(GOOD)) as script,
+            served(in_the_way_now) as script,
             open_rollout(spec, plan, client(script.port), store, None) as rollout,
         ):
-            script.on_request = lambda: (
-                in_the_way.parent.mkdir(exist_ok=True),
-                in_the_way.touch(),
-            )
             with pytest.raises(StoreError):
                 await roll_out_chunk.fn(rollout, 0)
             in_the_way.unlink()
@@ -241,7 +229,7 @@ async def test_a_store_that_does_not_answer_holds_sampling_back(
             away.is_back.set()
             parts = await roll_out_chunk.fn(rollout, 0)
             assert sum(part.sample_count for part in parts) == len(script.requests) == 10
-            names = [headers["x-request-id"] for headers, _ in script.requests]
+            names = [request.headers["x-request-id"] for request in script.requests]
             assert len(set(names)) == 10
 
 

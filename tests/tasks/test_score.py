@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from hotload.errors import RewardError
-from hotload.rollout.trajectory import Problem, Provenance, Segment, Trajectory, TrajectoryGroup
+from hotload.rollout.trajectory import Problem, TrajectoryGroup
 from hotload.sampling.concurrently import overlap
 from hotload.sampling.reward.scorer import open_scorer
 from hotload.spec import RewardSpec
+from tests.factories import trajectory
 
 REWARDS = """
 import asyncio, fcntl, os, signal, sys, time
@@ -131,11 +132,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def group(*texts: str, answer: object = None, **extra: object) -> TrajectoryGroup:
-    origin = Provenance("i", "r", "s", 1, ("i",), "i")
-    samples = (
-        Trajectory("p", i, i, origin, 0.1, (Segment((1,), (2,), (-0.5,), (True,)),), text, "stop")
-        for i, text in enumerate(texts)
-    )
+    samples = (trajectory(number=i, text=text) for i, text in enumerate(texts))
     return TrajectoryGroup(Problem("p", "x", answer=answer, extra=extra), tuple(samples))
 
 

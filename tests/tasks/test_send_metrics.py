@@ -7,6 +7,7 @@ import pytest
 
 from hotload.clients.metrics.send import _log_to_wandb
 from hotload.spec import CycleSpec
+from tests.factories import cycle_spec
 
 PACKAGE = """
 import json, os, pathlib, time
@@ -41,16 +42,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CycleSpec:
     (tmp_path / "wandb" / "__init__.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("WANDB_FILE", str(tmp_path / "logged.json"))
-    return CycleSpec.model_validate(
-        {
-            "checkpoint": "/checkpoints/run/3",
-            "work_dir": str(tmp_path),
-            "run_id": "run",
-            "policy_version": 3,
-            "problems": {"dataset": "/problems.jsonl"},
-            "wandb": {"entity": "acme"},
-        }
-    )
+    return cycle_spec(wandb={"entity": "acme"})
 
 
 async def test_a_step_is_logged(

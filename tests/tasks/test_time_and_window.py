@@ -10,9 +10,9 @@ from hotload.clients.store import Store
 from hotload.errors import RolloutsFailedError, ServiceRefusedError, StoreUnavailableError
 from hotload.sampling.rollout import SECONDS_BETWEEN_WRITES
 from tasks.roll_out import roll_out_chunk
-from tests.blocks.scripted_inference import http
+from tests.blocks.scripted_inference import NO_IDS, saying
 from tests.loop_clock import LoopClock
-from tests.tasks.answering import NO_IDS, Asked, never, saying
+from tests.scripted_server import Request, http, never
 from tests.tasks.bench import (
     Bench,
     carry_all,
@@ -22,6 +22,7 @@ from tests.tasks.bench import (
     under_way,
     until,
 )
+from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize("groups", [{}, {"hedge_after_seconds": 3600}])
@@ -32,7 +33,7 @@ async def test_the_slowest_samples_of_their_groups_fill_the_window(
     slow: set[str] = set()
     is_full = asyncio.Event()
 
-    async def one_of_each_is_slow(asked: Asked) -> bytes:
+    async def one_of_each_is_slow(asked: Request) -> bytes:
         if asked.prompt not in slow:
             slow.add(asked.prompt)
             await is_full.wait()
@@ -46,11 +47,11 @@ async def test_the_slowest_samples_of_their_groups_fill_the_window(
     )
     async with bench.rollout(spec, one_of_each_is_slow) as (rollout, server):
         carrying = asyncio.create_task(carry_all(rollout))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await until(lambda: len(slow) == under_way(rollout) == window)
         is_full.set()
         await carrying
-    assert len(server.asked) == 12 * size
+    assert len(server.requests) == 12 * size
 
 
 async def test_the_wait_for_a_slot_is_not_the_turn_s_time(
@@ -58,7 +59,7 @@ async def test_the_wait_for_a_slot_is_not_the_turn_s_time(
 ) -> None:
     """Four turns of 50 s, one after the other, none of which may take more than 60 s."""
 
-    async def slow(asked: Asked) -> bytes:
+    async def slow(asked: Request) -> bytes:
         loop_clock.pass_seconds(50)
         return right_and_wrong(asked)
 
@@ -70,13 +71,13 @@ async def test_the_wait_for_a_slot_is_not_the_turn_s_time(
     )
     manifest, server = await bench.run(spec, slow)
     assert manifest.summary.failed_samples == {}
-    assert len(server.asked) == 4
+    assert len(server.requests) == 4
 
 
 async def test_nothing_is_asked_again_when_the_time_is_up(
     bench: Bench, loop_clock: LoopClock
 ) -> None:
-    async def fails_answers_and_hangs(asked: Asked) -> bytes:
+    async def fails_answers_and_hangs(asked: Request) -> bytes:
         if asked.number == 2:
             loop_clock.pass_seconds(60)
             return await never()
@@ -92,21 +93,21 @@ async def test_nothing_is_asked_again_when_the_time_is_up(
     counts = manifest.summary.groups
     assert manifest.summary.failed_samples == {"missing_token_ids": 1, "deadline": 1}
     assert counts.asked_again == {}
-    assert counts.attempts == len(server.asked) == 3
+    assert counts.attempts == len(server.requests) == 3
 
 
 async def test_a_pair_that_is_cut_off_is_counted_with_both_its_requests(
     bench: Bench, loop_clock: LoopClock
 ) -> None:
-    async def one_session_is_answered(asked: Asked) -> bytes:
+    async def one_session_is_answered(asked: Request) -> bytes:
         return saying("ab") if asked.number == 0 else await never()
 
     spec = bench.spec(1, groups={"deadline_seconds": 60, "hedge_after_seconds": 20})
     async with bench.rollout(spec, one_session_is_answered) as (rollout, server):
         carrying = asyncio.create_task(carry_all(rollout))
-        await until(lambda: len(server.asked) == 2 and under_way(rollout) == 1)
+        await until(lambda: len(server.requests) == 2 and under_way(rollout) == 1)
         loop_clock.pass_seconds(20)
-        await until(lambda: len(server.asked) == 3)
+        await until(lambda: len(server.requests) == 3)
         loop_clock.pass_seconds(60)
         await carrying
         manifest = rollout.manifest(is_complete=True)
@@ -114,24 +115,24 @@ async def test_a_pair_that_is_cut_off_is_counted_with_both_its_requests(
     assert manifest.summary.failed_samples == {"deadline": 1}
     assert (counts.hedges, counts.hedges_won, counts.cut_off) == (1, 0, 2)
     assert counts.failed_attempts == {"cancelled": 2}
-    assert counts.attempts == len(server.asked) == 3
+    assert counts.attempts == len(server.requests) == 3
 
 
 async def test_a_function_that_is_left_behind_asks_no_more(
     bench: Bench, loop_clock: LoopClock
 ) -> None:
-    async def second_turns_hang(asked: Asked) -> bytes:
+    async def second_turns_hang(asked: Request) -> bytes:
         return saying("ab") if asked.number < 2 else await never()
 
     spec = bench.spec(1, rollout=playing("stubborn", trajectory_timeout_seconds=60))
     async with bench.rollout(spec, second_turns_hang) as (rollout, server):
         carrying = asyncio.create_task(carry_all(rollout))
-        await until(lambda: len(server.asked) == 4)
+        await until(lambda: len(server.requests) == 4)
         loop_clock.pass_seconds(60)
         await carrying
         manifest = rollout.manifest(is_complete=True)
     assert manifest.summary.failed_samples == {"trajectory_timeout": 2}
-    assert manifest.summary.groups.attempts == len(server.asked) == 4
+    assert manifest.summary.groups.attempts == len(server.requests) == 4
 
 
 async def test_a_turn_that_begins_as_the_group_s_time_is_up_is_not_sent(
@@ -141,7 +142,7 @@ async def test_a_turn_that_begins_as_the_group_s_time_is_up_is_not_sent(
     spec = bench.spec(1, rollout=function, groups={"deadline_seconds": 60})
     async with bench.rollout(spec, replying(lambda _: saying("ab"))) as (rollout, server):
         carrying = asyncio.create_task(carry_all(rollout))
-        await until(lambda: len(server.asked) == 2 and under_way(rollout) == 0)
+        await until(lambda: len(server.requests) == 2 and under_way(rollout) == 0)
         rollout._sampler.end_step()
         loop_clock.pass_seconds(60)
         await carrying
@@ -149,11 +150,11 @@ async def test_a_turn_that_begins_as_the_group_s_time_is_up_is_not_sent(
         assert rollout._sampler.end_step().max_in_flight == 0  # not even a slot was taken for it
     assert manifest.summary.failed_samples == {"deadline": 2}
     assert manifest.summary.groups.failed_attempts == {}
-    assert manifest.summary.groups.attempts == len(server.asked) == 2
+    assert manifest.summary.groups.attempts == len(server.requests) == 2
 
 
 async def test_rows_that_were_half_answered_are_kept_when_the_breaker_opens(bench: Bench) -> None:
-    def half(asked: Asked) -> bytes:
+    def half(asked: Request) -> bytes:
         return NO_IDS if asked.number % 2 else saying("ab")
 
     spec = bench.spec(12, concurrency={"mode": "fixed", "initial_window": 1})
@@ -164,7 +165,7 @@ async def test_rows_that_were_half_answered_are_kept_when_the_breaker_opens(benc
     counts = manifest.summary.groups
     assert 5 <= manifest.summary.group_count < 12
     assert counts.groups_by_mark == {"incomplete": manifest.summary.group_count}
-    assert counts.attempts == len(server.asked) == 2 * manifest.summary.group_count
+    assert counts.attempts == len(server.requests) == 2 * manifest.summary.group_count
 
 
 class Telling(Store):
@@ -185,7 +186,7 @@ async def test_groups_that_waited_long_enough_are_written(
     """Without waiting for their part to end, or to fill a file."""
     bench.store = Telling(url=f"file://{tmp_path}/store")
 
-    async def row_1_waits(asked: Asked) -> bytes:
+    async def row_1_waits(asked: Request) -> bytes:
         if asked.prompt.endswith("1"):
             await is_written.wait()
         return right_and_wrong(asked)
@@ -211,7 +212,7 @@ async def test_the_manifest_never_names_less_than_before(bench: Bench) -> None:
     named = [(part.file, part.sha256) for part in (await bench.published()).parts]
     assert named == [(part.file, part.sha256) for part in before.parts]
     again, idle = await bench.run(spec, replying(right_and_wrong))
-    assert idle.asked == []
+    assert idle.requests == []
     assert [part.file for part in again.parts] == ["part-00000-01.parquet", before.parts[1].file]
 
 
@@ -230,7 +231,7 @@ async def test_what_one_part_cannot_write_keeps_no_other_from_being_saved(
     bench.store = HalfAway(url=f"file://{tmp_path}/store")
     spec = bench.spec(4, problems_per_task=2, concurrency={"mode": "fixed", "initial_window": 1})
 
-    def refused_in_row_3(asked: Asked) -> bytes:
+    def refused_in_row_3(asked: Request) -> bytes:
         return http(b"", 401) if asked.prompt.endswith("3") else right_and_wrong(asked)
 
     async with bench.rollout(spec, replying(refused_in_row_3)) as (rollout, _):

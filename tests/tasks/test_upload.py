@@ -11,7 +11,7 @@ from hotload.publish.snapshot import Shard, ShardBatch, SnapshotManifest, Snapsh
 from tasks.baseline import Baseline
 from tasks.plan import plan_snapshot
 from tasks.upload import upload_manifests, upload_once, upload_shards
-from tests.blocks.peers import answering, http
+from tests.scripted_server import ScriptedServer, http
 from tests.tasks.publishing import Publisher, disk_full_after, flip_a_byte, stamps
 
 
@@ -145,9 +145,9 @@ async def test_a_bucket_that_does_not_exist_is_not_created(s3_publisher: Publish
 
 
 async def test_a_bucket_that_refuses_stops_us(publisher: Publisher) -> None:
-    async with answering() as server:
+    async with ScriptedServer().running() as server:
         body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
-        server.answers = [http("403 Forbidden", body, "application/xml")]
+        server.replies = [http(body, 403, "application/xml")]
         options = {"endpoint_url": server.address}
         store = Store(url="s3://bucket", options=options)
         error = await refused_by(publisher, store)

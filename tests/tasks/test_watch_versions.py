@@ -15,12 +15,13 @@ from hotload.clients.store import Store
 from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
 from hotload.rollout.admission import Admission
 from hotload.sampling.problems import plan_rollouts
-from hotload.sampling.rollout import LOGGER, Rollout, open_rollout
+from hotload.sampling.rollout import Rollout, open_rollout
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.watch_versions import first_look
-from hotload.spec import CycleSpec, ReadinessPolicy, Sampling
-from tests.blocks.peers import answering, http
+from hotload.spec import ReadinessPolicy, Sampling
 from tests.blocks.scripted_inference import IDENTITY, KEY, client
+from tests.factories import cycle_spec
+from tests.scripted_server import JSON, ScriptedServer, http
 
 NEXT, LATER = "run-000004-0badf00d", "run-000005-0badf00d"
 NAMES = {"account_id": "a", "model_id": "m", "deployment_id": "d"}
@@ -30,7 +31,7 @@ IMPATIENT = ReadinessPolicy(weight_sync_timeout=0.05, poll_interval_seconds=0.00
 def serving(*identities: str | None) -> bytes:
     """What the service says with one replica for each."""
     replicas = [{"readiness": True, "current_snapshot_identity": each} for each in identities]
-    return http("200 OK", json.dumps({"replicas": replicas}).encode())
+    return http(json.dumps({"replicas": replicas}).encode(), 200, JSON)
 
 
 async def look(*answers: bytes) -> tuple[str, Gate, int]:
@@ -41,12 +42,12 @@ async def look(*answers: bytes) -> tuple[str, Gate, int]:
     gate = Gate(admission, lambda: 4)
     with disable_run_logger():
         async with (
-            answering() as server,
+            ScriptedServer().running() as server,
             client(1).session(Sampling(), identity=IDENTITY, policy_version=3) as sampler,
         ):
-            server.answers += answers
+            server.replies += answers
             service = HotLoadClient(base_url=server.address, api_key=KEY, **NAMES)
-            await first_look(service, "run", sampler, gate, IMPATIENT, LOGGER)
+            await first_look(service, "run", sampler, gate, IMPATIENT)
             return sampler.identity, gate, len(server.requests)
 
 
@@ -60,7 +61,7 @@ async def look(*answers: bytes) -> tuple[str, Gate, int]:
         ([serving(IDENTITY, NEXT)], IDENTITY, False),
         # It is gone, and what took its place is not everywhere yet.
         ([serving(NEXT, LATER), serving(LATER, LATER)], LATER, True),
-        ([http("503 Busy"), serving(), serving(NEXT)], NEXT, False),
+        ([http(b"", 503, JSON), serving(), serving(NEXT)], NEXT, False),
     ],
 )
 async def test_the_first_look(answers: list[bytes], identity: str, *, is_stale: bool) -> None:
@@ -75,7 +76,7 @@ async def test_the_first_look(answers: list[bytes], identity: str, *, is_stale: 
         serving("run-000002-0badf00d"),
         serving(None),
         serving(),
-        http("503 Busy"),
+        http(b"", 503, JSON),
     ],
 )
 async def test_weights_that_are_not_ours(answer: bytes) -> None:
@@ -85,28 +86,23 @@ async def test_weights_that_are_not_ours(answer: bytes) -> None:
 
 async def test_a_refused_key() -> None:
     with pytest.raises(ServiceRefusedError):
-        await look(http("401 No"))
+        await look(http(b"", 401, JSON))
 
 
 @asynccontextmanager
 async def opened(root: Path, answer: bytes) -> AsyncIterator[Rollout]:
     (root / "problems.jsonl").write_text('{"id": 0, "prompt": "x", "answer": "y"}\n')
-    spec = CycleSpec.model_validate(
-        {
-            "checkpoint": str(root),
-            "work_dir": str(root),
-            "run_id": "run",
-            "policy_version": 3,
-            "problems": {"dataset": str(root / "problems.jsonl")},
-            "sampling": {"max_head_offpolicy_versions": 1},
-            "readiness": IMPATIENT.model_dump(),
-        }
+    spec = cycle_spec(
+        work_dir=str(root),
+        problems={"dataset": str(root / "problems.jsonl")},
+        sampling={"max_head_offpolicy_versions": 1},
+        readiness=IMPATIENT.model_dump(),
     )
     plan = await plan_rollouts(spec, IDENTITY)
     store = Store(url=f"file://{root}")
     with disable_run_logger():
-        async with answering() as server:
-            server.answers.append(answer)
+        async with ScriptedServer().running() as server:
+            server.replies.append(answer)
             service = HotLoadClient(base_url=server.address, api_key=KEY, **NAMES)
             async with open_rollout(spec, plan, client(1), store, None, service) as rollout:
                 yield rollout

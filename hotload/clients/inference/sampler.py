@@ -65,6 +65,11 @@ class Sampler:
         """Requests that may be in flight now."""
         return self._slots.window.size
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that are in flight now."""
+        return self._slots.window.in_flight
+
     def end_step(self) -> StepReport:
         """What the window did since the last step ended."""
         return self._slots.window.end_step()
