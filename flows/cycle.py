@@ -23,7 +23,7 @@ from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 from tasks.baseline import Baseline
 from tasks.conclude import already_done, completed, conclude_cycle, find_report
-from tasks.show_cycle import show_cycle
+from tasks.show import show_cycle
 
 
 @flow(

@@ -25,9 +25,9 @@ from tasks.baseline import Baseline, keep_baseline
 from tasks.encode import DeltaEncoder, encode_once
 from tasks.plan import plan_fallback, plan_snapshot
 from tasks.preflight import preflight_service
-from tasks.progress import Progress
-from tasks.publication import emit_fallback, emit_served, find_publication, record_publication
+from tasks.publication import find_publication, record_publication
 from tasks.records import find_manifest
+from tasks.show import Progress, emit_fallback, emit_served
 from tasks.upload import upload_manifests, upload_once
 from tasks.validate import validate_checkpoint, validate_rollouts
 from tasks.wait import wait_for_replicas, wait_until_ready

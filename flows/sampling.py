@@ -14,8 +14,8 @@ from hotload.sampling.rollout import Rollout, open_rollout
 from hotload.spec import CycleSpec
 from tasks.baseline import Baseline, keep_baseline
 from tasks.hand_back import find_rollout, hand_back
-from tasks.progress import Progress
 from tasks.roll_out import roll_out_chunk
+from tasks.show import Progress
 from tasks.warm_up import warm_up
 
 

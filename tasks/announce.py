@@ -12,7 +12,7 @@ from hotload.identity import SnapshotKind
 from hotload.publish.chain import may_signal
 from hotload.publish.lease import Lease
 from hotload.publish.snapshot import ShardBatch, SnapshotManifest, SnapshotPlan
-from tasks.retrying import RETRIED
+from tasks import RETRIED
 
 
 @task(cache_policy=NO_CACHE, task_run_name="hint-{batch.shards[0].file}")

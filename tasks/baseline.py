@@ -35,7 +35,7 @@ from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import Shard, SnapshotManifest
 from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
-from tasks.retrying import RETRIED
+from tasks import RETRIED
 
 
 class Baseline:

@@ -17,7 +17,7 @@ from prefect.states import Completed
 from hotload.clients.handoff.directory import acknowledged_drift, read_manifest, version_before
 from hotload.clients.metrics.send import send_metrics
 from hotload.clients.store import Store
-from hotload.clients.store.records import REPORTS, read_report, write_report
+from hotload.clients.store.records import page_path, read_report, write_report
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.dataset.rollout_plan import rollout_directory
 from hotload.errors import StoreError, StoreUnavailableError
@@ -28,7 +28,7 @@ from hotload.report.page import render_report
 from hotload.report.sample_statistics import SampleStatistics
 from hotload.rollout.counts import RolloutSummary
 from hotload.spec import CycleSpec
-from tasks.retrying import RETRIED
+from tasks import RETRIED
 from tasks.validate import require_content
 
 METRICS = "_hotload/metrics"
@@ -136,11 +136,6 @@ async def _read_trained(store: Store, spec: CycleSpec) -> TrainedAgainst | None:
         get_run_logger().warning("the report is without the trainer's drift: %s", told)
         return None
     return TrainedAgainst(version, drift) if drift is not None else None
-
-
-def page_path(name: str) -> str:
-    """Where the page of the cycle `name` lies in its store."""
-    return f"{REPORTS}/{name}.html"
 
 
 def already_done(report: CycleReport) -> State[CycleReport]:

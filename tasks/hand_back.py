@@ -8,7 +8,7 @@ from hotload.dataset.rollout_plan import RolloutManifest
 from hotload.rollout.counts import RolloutSummary
 from hotload.rollout.group_rules import usable_count
 from hotload.sampling.part_files import usable_manifest
-from tasks.retrying import RETRIED
+from tasks import RETRIED
 
 
 # Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.

@@ -15,8 +15,8 @@ from hotload.identity import SnapshotKind, cycle_name, is_identity
 from hotload.publish.chain import ChainState, full_instead, plan_full, plan_next, read_chain
 from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
 from hotload.spec import CycleSpec
+from tasks import RETRIED
 from tasks.baseline import Baseline
-from tasks.retrying import RETRIED
 
 # A service that took a signal just before a crash may need a moment to show it.
 UNCLEAR_LOOKS = 3

@@ -6,7 +6,7 @@ from prefect.cache_policies import NO_CACHE
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
 from hotload.errors import ServiceRefusedError
-from tasks.retrying import RETRIED
+from tasks import RETRIED
 
 
 @task(cache_policy=NO_CACHE, task_run_name="preflight-{name}", **RETRIED)

@@ -6,7 +6,7 @@ from prefect.cache_policies import NO_CACHE
 from hotload.clients.store import Store
 from hotload.clients.store.records import read_manifest
 from hotload.publish.snapshot import SnapshotManifest
-from tasks.retrying import RETRIED
+from tasks import RETRIED
 
 
 @task(cache_policy=NO_CACHE, task_run_name="manifest-{identity}", **RETRIED)

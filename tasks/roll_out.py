@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from hotload.dataset.rollout_plan import RolloutPart
 from hotload.sampling.rollout import Rollout
-from tasks.retrying import RETRIED
+from tasks import RETRIED
 
 
 # A retry writes what was sampled; only the sampler's own budget repeats a request.

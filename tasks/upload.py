@@ -24,7 +24,7 @@ from hotload.publish.snapshot import (
 )
 from hotload.quantities import size
 from hotload.records import FileDigest
-from tasks.retrying import RETRIED
+from tasks import RETRIED
 from tasks.validate import changed_since_validation
 
 # Read by whoever looks for a snapshot's names, so they follow everything they name.

@@ -25,7 +25,7 @@ from hotload.sampling.draw import load_rollout
 from hotload.sampling.problems import read_problems
 from hotload.sampling.reward.scorer import open_scorer
 from hotload.spec import CycleSpec
-from tasks.progress import Progress
+from tasks.show import Progress
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="validate-{spec.name}")

@@ -83,3 +83,8 @@ async def write_report(store: Store, report: CycleReport) -> None:
     await store.put_bytes(
         report.model_dump_json(indent=1).encode(), f"{REPORTS}/{report.name}.json"
     )
+
+
+def page_path(name: str) -> str:
+    """Name the object in which the page of the cycle `name` lies."""
+    return f"{REPORTS}/{name}.html"

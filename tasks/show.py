@@ -1,0 +1,179 @@
+"""Show: what a person sees of a cycle in Prefect, while it runs and when it has ended.
+
+A bar for long steps, events for automations, the figures of the cycle as an artifact, and what
+slows it down. All of it only informs: whatever fails here is logged.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import get_run_logger, task
+from prefect.artifacts import (
+    acreate_markdown_artifact,
+    acreate_progress_artifact,
+    aupdate_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.events import emit_event
+
+from hotload.clients.store import Store
+from hotload.clients.store.records import REPORTS, page_path, read_report
+from hotload.errors import StoreError
+from hotload.identity import cycle_name
+from hotload.publish.publication import Published
+from hotload.publish.snapshot import SnapshotPlan
+from hotload.report.cycle_report import CycleReport
+from hotload.report.markdown import render_markdown
+from hotload.spec import CycleSpec
+
+SECONDS_BEFORE_THE_FIRST = 5.0
+SECONDS_BETWEEN_UPDATES = 1.0
+VERSIONS_SHOWN = 20
+# Settings of Prefect's server: below this, it writes events in many small transactions.
+BATCH_SIZE = 100
+BATCH_SETTINGS = [
+    (service, setting)
+    for service in ("task_run_recorder", "event_persister")
+    for setting in ("batch_size", "read_batch_size")
+]
+
+
+@contextmanager
+def best_effort() -> Iterator[None]:
+    """Log an error of the Prefect server: what only informs a person never fails a cycle."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        get_run_logger().warning("not shown in Prefect: %s", error)
+
+
+class Progress:
+    """A bar over `total` of anything, for a step that takes longer than 5 s; a shorter one makes no
+    call to the server. At most one call a second, and the last."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self._description, self._total, self._done = description, max(total, 1), 0
+        self._artifact_id: UUID | None = None
+        self._in_order = asyncio.Lock()
+        self._due_at = monotonic() + SECONDS_BEFORE_THE_FIRST
+
+    async def advance(self, done: int) -> None:
+        """Move the bar by `done`."""
+        self._done += done
+        is_last = self._artifact_id is not None and self._done >= self._total
+        if monotonic() < self._due_at and not is_last:
+            return
+        self._due_at = monotonic() + SECONDS_BETWEEN_UPDATES
+        # Batches end side by side; an older update that arrived last would stay on the bar.
+        async with self._in_order:
+            with best_effort():
+                await self._show(100.0 * self._done / self._total)
+
+    async def _show(self, percent: float) -> None:
+        if self._artifact_id is not None:
+            await aupdate_progress_artifact(self._artifact_id, percent)
+            return
+        made = await acreate_progress_artifact(percent, description=self._description)
+        self._artifact_id = made if isinstance(made, UUID) else None
+
+
+def emit_served(spec: CycleSpec, snapshot: Published) -> None:
+    """Emit `hotload.snapshot.served`: every replica serves `snapshot`."""
+    emit_event(
+        "hotload.snapshot.served",
+        resource=run_resource(spec.run_id),
+        payload={
+            "policy_version": snapshot.policy_version,
+            "identity": snapshot.identity,
+            "kind": snapshot.kind.value,
+            "previous": snapshot.previous,
+            "size_bytes": snapshot.size_bytes,
+            "replica_count": snapshot.replica_count,
+        },
+    )
+
+
+def emit_fallback(spec: CycleSpec, plan: SnapshotPlan, reason: str) -> None:
+    """Emit `hotload.cycle.fell-back`: the plan cannot be loaded, a full snapshot follows."""
+    emit_event(
+        "hotload.cycle.fell-back",
+        resource=run_resource(spec.run_id),
+        payload={
+            "policy_version": spec.policy_version,
+            "identity": plan.identity,
+            "kind": plan.kind.value,
+            "reason": reason,
+        },
+    )
+
+
+def run_resource(run_id: str) -> dict[str, str]:
+    """Name the training run, as events name what they are about."""
+    return {"prefect.resource.id": f"hotload.run.{run_id}", "prefect.resource.name": run_id}
+
+
+@task(cache_policy=NO_CACHE, task_run_name="show-{report.name}")
+async def show_cycle(store: Store, report: CycleReport) -> None:
+    """Show an ended cycle: the next version of the run's artifact, and `hotload.cycle.ended`."""
+    emit_event(
+        "hotload.cycle.ended",
+        resource=run_resource(report.run_id),
+        payload={
+            "policy_version": report.policy_version,
+            "outcome": report.outcome,
+            "identity": report.snapshot.identity,
+            "group_count": report.rollouts.group_count,
+            "mean_reward": report.rollouts.mean_reward,
+            "parts_uri": report.rollouts.parts_uri,
+            "seconds": report.seconds,
+        },
+    )
+    earlier = await _read_earlier(store, report)
+    with best_effort():
+        await acreate_markdown_artifact(
+            render_markdown(report, earlier, f"{store.url}/{page_path(report.name)}"),
+            key=re.sub(r"[^a-z0-9]+", "-", f"hotload-{report.run_id}".lower()).strip("-"),
+            description=f"Training run {report.run_id}: its versions, and the last cycle's figures",
+        )
+    with best_effort():
+        await _warn_of_a_slow_server()
+
+
+async def _read_earlier(store: Store, report: CycleReport) -> list[CycleReport]:
+    """The reports of the versions before, oldest first; none where one cannot be read."""
+    of_this_run = re.compile(re.escape(report.run_id) + r"-(\d{6,9})\.json")
+    try:
+        listed = (of_this_run.fullmatch(name) for name in await store.names(REPORTS))
+        versions = sorted(int(name[1]) for name in listed if name)
+        before = [version for version in versions if version < report.policy_version]
+        names = [cycle_name(report.run_id, version) for version in before[-VERSIONS_SHOWN:]]
+        found = await asyncio.gather(*(read_report(store, name) for name in names))
+    except StoreError as error:
+        get_run_logger().warning("the versions before are not shown: %s", error)
+        return []
+    return [one for one in found if one is not None]
+
+
+async def _warn_of_a_slow_server() -> None:
+    """Log the server's settings that make every cycle seconds longer, if it has them."""
+    async with get_client() as client:
+        answer = await client.request("GET", "/admin/settings")
+    services: dict[str, Any] = answer.json()["server"]["services"]
+    small = {
+        f"PREFECT_SERVER_SERVICES_{service}_{setting}".upper(): services[service][setting]
+        for service, setting in BATCH_SETTINGS
+        if services[service][setting] < BATCH_SIZE
+    }
+    if small:
+        get_run_logger().warning(
+            "the Prefect server writes events one by one, which costs a cycle seconds: set there, "
+            "as deployments/README.md says under SQLite, %s",
+            ", ".join(f"{name}=500 (now {value})" for name, value in small.items()),
+        )
