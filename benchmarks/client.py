@@ -30,7 +30,7 @@ from hotload.clients.inference.attempt import Chunks
 from hotload.clients.inference.client import InferenceClient
 from hotload.publish import fireworks_api
 from hotload.rollout import completions_api
-from hotload.rollout.request import first_request
+from hotload.rollout.completions_api import first_request
 from hotload.rollout.trajectory import Problem
 from hotload.spec import Concurrency, Sampling
 

@@ -35,7 +35,7 @@ async def by_hand(url: str, spec: Any, problems: Any) -> int:
 
     from hotload.publish import fireworks_api
     from hotload.rollout import completions_api
-    from hotload.rollout.request import first_request
+    from hotload.rollout.completions_api import first_request
 
     gate = asyncio.Semaphore(spec.sampling.concurrency.initial_window)
     model = fireworks_api.model_name(NAMES["account_id"], NAMES["model_id"])

@@ -12,7 +12,7 @@ import httpx
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
-from hotload.publish.preflight import CheckLine
+from hotload.publish.check_line import CheckLine
 
 EPILOG = """\
 examples:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hotload.checkpoint.index_and_spec import build_index, build_spec
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
-from hotload.directory.files import read_checkpoint
+from hotload.directory.shards import read_checkpoint
 
 VOCABULARY = 512
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 128, 6, 8, 4, 16, 352

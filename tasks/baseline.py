@@ -14,16 +14,16 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from hotload.clients.store import Store
-from hotload.clients.store.records import read_manifest
+from hotload.clients.store.records import read_snapshot_manifest
 from hotload.directory.files import (
     FileDigests,
-    apply_file,
     clone_file,
     copy_file,
+    new_directory,
     remove_tree,
     sha256_file,
 )
-from hotload.directory.operations import new_directory
+from hotload.directory.shards import apply_file
 from hotload.errors import (
     BaselineLostError,
     DeltaError,
@@ -80,7 +80,7 @@ class Baseline:
         Raises:
             StoreError: the store has no manifest of it.
         """
-        manifest = await read_manifest(self.store, identity)
+        manifest = await read_snapshot_manifest(self.store, identity)
         if manifest is None:
             raise StoreError(identity, "its manifest is gone from the store")
         if manifest.kind is not SnapshotKind.LORA:
@@ -99,7 +99,7 @@ class Baseline:
         while (previous := lineage[-1].previous) is not None:
             if await asyncio.to_thread(self._is_whole, self.checkpoint, lineage[-1]):
                 break
-            step = await read_manifest(self.store, previous)
+            step = await read_snapshot_manifest(self.store, previous)
             if step is None:
                 raise BaselineLostError(previous, "the store has no manifest of it")
             if await asyncio.to_thread(self._is_whole, self.workspace.baseline(previous), step):

@@ -14,10 +14,15 @@ from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from hotload.clients.handoff.directory import acknowledged_drift, read_manifest, version_before
+from hotload.clients.handoff.directory import acknowledged_drift, version_before
 from hotload.clients.metrics.send import send_metrics
 from hotload.clients.store import Store
-from hotload.clients.store.records import page_path, read_report, write_report
+from hotload.clients.store.records import (
+    page_path,
+    read_report,
+    read_rollout_manifest,
+    write_report,
+)
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.dataset.rollout_plan import rollout_directory
 from hotload.errors import StoreError, StoreUnavailableError
@@ -100,7 +105,7 @@ async def _read_rollouts(
     directory = rollout_directory(identity, report.run_id, version)
     logger = get_run_logger()
     try:
-        manifest = await read_manifest(store, directory)
+        manifest = await read_rollout_manifest(store, directory)
         if manifest is None:
             raise StoreError(directory, "has no manifest")
     except StoreUnavailableError:

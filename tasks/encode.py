@@ -13,7 +13,8 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.context import TaskRunContext
 
-from hotload.directory.files import encode_file, open_shard, sha256_file, verify_file
+from hotload.directory.files import sha256_file
+from hotload.directory.shards import encode_file, open_shard, verify_file
 from hotload.errors import (
     BaselineLostError,
     DeltaError,

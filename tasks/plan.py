@@ -7,9 +7,9 @@ from prefect.cache_policies import NO_CACHE
 
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
-from hotload.clients.store.records import read_attempts, read_manifest
+from hotload.clients.store.records import read_attempts, read_snapshot_manifest
 from hotload.delta.rules import delta_obstacle
-from hotload.directory.files import read_checkpoint
+from hotload.directory.shards import read_checkpoint
 from hotload.errors import BaselineLostError
 from hotload.identity import SnapshotKind, cycle_name, is_identity
 from hotload.publish.chain import ChainState, full_instead, plan_full, plan_next, read_chain
@@ -83,7 +83,7 @@ async def _head(
     store: Store, served: frozenset[str], kind: SnapshotKind
 ) -> SnapshotManifest | None:
     """Read the newest snapshot of ours that every replica serves, an adapter for an adapter."""
-    found = [await read_manifest(store, one) for one in sorted(served) if is_identity(one)]
+    found = [await read_snapshot_manifest(store, one) for one in sorted(served) if is_identity(one)]
     is_lora = kind is SnapshotKind.LORA
     ours = [one for one in found if one and (one.kind is SnapshotKind.LORA) == is_lora]
     return max(ours, key=lambda one: one.policy_version, default=None)

@@ -15,7 +15,8 @@ from hotload.checkpoint.names import CONFIG_FILE
 from hotload.checkpoint.rules import check_full, check_lora, refuse_errors
 from hotload.checkpoint.safetensors import ShardHeader, read_json_object
 from hotload.clients.service import HotLoadClient
-from hotload.directory.files import FileDigests, read_checkpoint
+from hotload.directory.files import FileDigests
+from hotload.directory.shards import read_checkpoint
 from hotload.errors import Finding, IdentityConflictError, InvalidCheckpointError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import CheckpointContent

@@ -14,7 +14,7 @@ from emulator.engine.engine import UnsupportedModelError
 from emulator.engine.llama import Floats, LlamaWeights
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
-from hotload.directory.files import open_shard
+from hotload.directory.shards import open_shard
 
 JSON_LIMIT_BYTES = 64 << 20
 

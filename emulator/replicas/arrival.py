@@ -15,7 +15,8 @@ from emulator.engine.weights import shard_names
 from emulator.replicas.bucket import MissingObjectError, SnapshotBucket
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
-from hotload.directory.files import apply_file, copy_file, remove_tree
+from hotload.directory.files import copy_file, remove_tree
+from hotload.directory.shards import apply_file
 from hotload.errors import DeltaError
 from hotload.identity import SnapshotKind
 

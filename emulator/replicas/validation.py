@@ -21,7 +21,7 @@ from hotload.checkpoint.safetensors import (
     header_size,
     read_header,
 )
-from hotload.directory.files import open_shard
+from hotload.directory.shards import open_shard
 from hotload.errors import InvalidCheckpointError
 
 ADAPTER_PREFIX = "adapter_model"

@@ -21,9 +21,9 @@ from hotload.delta.envelope import check_payload
 from hotload.delta.frame import content_size
 from hotload.delta.inspect_delta import Form, spec_forms
 from hotload.delta.rules import check_delta, delta_obstacle
-from hotload.directory.files import read_checkpoint
 from hotload.directory.inputs import open_delta
 from hotload.directory.relayout import relayout_directory
+from hotload.directory.shards import read_checkpoint
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError
 from hotload.identity import SnapshotKind
 from hotload.quantities import plural, size

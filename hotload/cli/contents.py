@@ -27,8 +27,8 @@ from hotload.delta.inspect_delta import (
     spec_forms,
     total_facts,
 )
-from hotload.directory.files import read_checkpoint
 from hotload.directory.inputs import open_delta
+from hotload.directory.shards import read_checkpoint
 from hotload.errors import Finding, InvalidCheckpointError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest

@@ -19,8 +19,7 @@ from hotload.delta.dialects import Dialect, Lineage
 from hotload.delta.encode import DeltaStats
 from hotload.delta.frame import best_method, describe_method
 from hotload.delta.ordered_threads import Workers
-from hotload.directory import files as local
-from hotload.directory import operations
+from hotload.directory import operations, shards
 from hotload.errors import DeltaError
 from hotload.identity import check_identity
 from hotload.publish.fireworks_api import delta_metadata
@@ -69,7 +68,7 @@ def apply(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     if _are_files(options.base, options.delta):
         _refuse_taken(options.out)
         with Workers(options.workers) as pool:
-            local.apply_file(options.base, options.delta, options.out, pool=pool)
+            shards.apply_file(options.base, options.delta, options.out, pool=pool)
     else:
         operations.apply_directory(
             options.base, options.delta, options.out, workers=options.workers, progress=bar
@@ -84,7 +83,7 @@ def verify(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     try:
         if _are_files(options.base, options.delta, options.target):
             with Workers(options.workers) as pool:
-                local.verify_file(options.base, options.delta, options.target, pool=pool)
+                shards.verify_file(options.base, options.delta, options.target, pool=pool)
         else:
             operations.verify_directory(
                 options.base, options.delta, options.target, workers=options.workers, progress=bar
@@ -167,7 +166,7 @@ def _encode_file(options: Namespace, bar: ProgressBar | None) -> DeltaStats:
             bar(min(done, total), total)
 
     with Workers(options.workers) as pool:
-        return local.encode_file(
+        return shards.encode_file(
             options.base,
             options.target,
             options.out,

@@ -12,10 +12,11 @@ from threading import Lock
 import numpy as np
 
 from hotload.checkpoint.safetensors import ShardHeader, TensorInfo
-from hotload.delta.byte_io import ByteArray, Bytes, InMemory, Readable, Writable, read_bytes
+from hotload.delta.byte_io import Bytes, InMemory, Readable, Writable, read_bytes
 from hotload.delta.checksums import start_checksum
 from hotload.delta.envelope import ARC_V2, Envelope, check_payload, shard_obstacle
 from hotload.delta.frame import PIECE_BYTES, is_zero_frame, read_frame
+from hotload.delta.libzstd import ByteArray
 from hotload.delta.ordered_threads import Turnstile, Workers, run_in_order
 from hotload.errors import ChecksumMismatchError, DeltaError, LayoutMismatchError
 

@@ -12,7 +12,7 @@ from threading import local
 import numpy as np
 
 from hotload.checkpoint.safetensors import DTYPE_BITS, ShardHeader, TensorInfo
-from hotload.delta.byte_io import ByteArray, Bytes, Readable, Writable, read_bytes
+from hotload.delta.byte_io import Bytes, Readable, Writable, read_bytes
 from hotload.delta.checksums import (
     ADLER32_OF_NOTHING,
     Checksum,
@@ -29,6 +29,7 @@ from hotload.delta.frame import (
     method_for,
     pack_piece,
 )
+from hotload.delta.libzstd import ByteArray
 from hotload.delta.ordered_threads import Turnstile, Workers, run_in_order
 from hotload.delta.shard_writer import DeltaFile
 from hotload.errors import LayoutMismatchError

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from hotload.delta.apply import Payload
-from hotload.delta.byte_io import ByteArray, Writable
+from hotload.delta.byte_io import Writable
 from hotload.delta.convert import copy_frame, is_unchanged
 from hotload.delta.envelope import Envelope, delta_head
 from hotload.delta.frame import (
@@ -25,6 +25,7 @@ from hotload.delta.frame import (
     pack_piece,
     read_frame,
 )
+from hotload.delta.libzstd import ByteArray
 from hotload.delta.ordered_threads import OnBytes
 from hotload.delta.shard_writer import DeltaFile
 from hotload.errors import DeltaError

@@ -13,10 +13,11 @@ from typing import Any
 
 import zstandard
 
-from hotload.delta.byte_io import ByteArray, Bytes, Readable, read_bytes
+from hotload.delta.byte_io import Bytes, Readable, read_bytes
 from hotload.delta.libzstd import (
     BLOCK_BYTES,
     PIECE_LIMIT_BYTES,
+    ByteArray,
     frame_head,
     sequence_coder,
     zero_blocks,

@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from hotload.delta.byte_io import ByteArray
-
+ByteArray = npt.NDArray[np.uint8]
 Positions = npt.NDArray[np.signedinteger]
 Rows = npt.NDArray[np.uint32]
 

@@ -13,10 +13,8 @@ Raises, besides what each function says: OSError where OUT is taken or the disk 
 
 from __future__ import annotations
 
-import errno
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +38,8 @@ from hotload.delta.frame import zero_frame_bytes
 from hotload.delta.ordered_threads import ByteProgress, OnBytes, Workers, for_each_shard
 from hotload.delta.rules import delta_obstacle
 from hotload.directory import files as local
+from hotload.directory import shards
+from hotload.directory.files import new_directory
 from hotload.directory.inputs import read_delta, read_full
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError, LayoutMismatchError
 
@@ -93,7 +93,7 @@ def encode_directory(
     _refuse_obstacle(old, new)
 
     def encode(file: str, pool: Workers | None, on_bytes: OnBytes) -> DeltaStats:
-        stats = local.encode_file(
+        stats = shards.encode_file(
             base / file,
             target / file,
             staged / file,
@@ -146,7 +146,7 @@ def apply_directory(
 
     def apply(file: str, pool: Workers | None, on_bytes: OnBytes) -> None:
         with (
-            local.open_shard(base / file) as shard,
+            shards.open_shard(base / file) as shard,
             change.opened(shard.header.by_name) as payloads,
             local.replacing_file(staged / file) as restored,
         ):
@@ -192,9 +192,9 @@ def verify_directory(
 
     def verify(file: str, pool: Workers | None, on_bytes: OnBytes) -> None:
         with (
-            local.open_shard(base / file) as shard,
+            shards.open_shard(base / file) as shard,
             change.opened(shard.header.by_name) as payloads,
-            local.open_shard(target / file) as expected,
+            shards.open_shard(target / file) as expected,
         ):
             verify_shard(
                 shard,
@@ -261,7 +261,7 @@ def convert_directory(
                 payloads, all_of_them = changed_payloads(payloads), payloads
                 on_bytes(_payload_bytes(all_of_them) - _payload_bytes(payloads))
             if owner is not delta:
-                with local.open_shard(owner / file) as shard:
+                with shards.open_shard(owner / file) as shard:
                     payloads = complete_payloads(
                         payloads, shard, shard.header, envelope, on_bytes=on_bytes
                     )
@@ -325,38 +325,6 @@ def fold_directory(
         )
         side_files = (first.path, first.checkpoint)
         _finish(staged, lineage, first.envelope.checksum, names, side_files=side_files)
-
-
-@contextmanager
-def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
-    """Make a directory that becomes `out` when the block ends, and vanishes when it raises."""
-    out = out.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise _taken(out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such directory", str(out.parent))
-    for source in sources:
-        if out.is_relative_to(source.resolve()):
-            raise OSError(errno.EINVAL, "an output may not lie in an input", str(out))
-    staged = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    try:
-        staged.mkdir()
-        yield staged
-        try:
-            staged.rename(out)  # takes the place of nothing, or of an empty directory
-        except OSError:
-            if out.exists():  # what came meanwhile stays
-                raise _taken(out) from None
-            raise
-        local.sync_directory(out.parent)
-    except BaseException:  # an interrupt leaves no half directory either
-        with suppress(OSError):  # a thread may still write there; what ended the block matters more
-            local.remove_tree(staged)
-        raise
-
-
-def _taken(out: Path) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "there is something already", str(out))
 
 
 def _finish(

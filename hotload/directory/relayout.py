@@ -21,20 +21,17 @@ from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.relayout_plan import LeftOut, Plan, PlannedShard, Selection
 from hotload.checkpoint.rules import check_full, refuse_errors
 from hotload.checkpoint.safetensors import TensorInfo, name_obstacle
-from hotload.delta.byte_io import ByteArray
 from hotload.delta.frame import PIECE_BYTES
+from hotload.delta.libzstd import ByteArray
 from hotload.delta.ordered_threads import ByteProgress
-from hotload.directory.files import (
+from hotload.directory.files import copy_file, new_directory, replacing_file, write_atomic
+from hotload.directory.shards import (
     DOCUMENT_LIMIT_BYTES,
     TRAINER_FILE,
     OpenShard,
-    copy_file,
     open_shard,
     read_checkpoint,
-    replacing_file,
-    write_atomic,
 )
-from hotload.directory.operations import new_directory
 from hotload.errors import Finding, InvalidCheckpointError
 
 Step = Callable[[int], None]

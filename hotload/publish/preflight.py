@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from hotload.publish.check_line import CheckLine
 from hotload.publish.fireworks_api import HOSTED_BUCKET_TYPE
 from hotload.publish.readiness import ServiceDescription
 
 ENDING_STATES = ("DELETING", "DELETED", "FAILED")
-
-
-@dataclass(frozen=True, slots=True)
-class CheckLine:
-    """One thing that was looked at.
-
-    `stops` says whether it must be put right before a cycle can run; otherwise a line that is not
-    `ok` warns.
-    """
-
-    name: str
-    ok: bool
-    found: str
-    advice: str = ""
-    stops: bool = True
-
-    def __str__(self) -> str:
-        mark = "ok" if self.ok else "MISSING" if self.stops else "warning"
-        advice = f" {self.advice}." if self.advice and not self.ok else ""
-        return f"{mark:8} {self.name}: {self.found}.{advice}"
 
 
 def service_lines(

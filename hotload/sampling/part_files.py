@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from hotload.clients.handoff.directory import read_manifest
-from hotload.clients.store import Store
+from hotload.clients.store.records import read_rollout_manifest
+from hotload.clients.store.store import Store
 from hotload.dataset.parquet import notes_of, parse_rollouts, render_rollouts
 from hotload.dataset.rollout_plan import (
     PartNotes,
@@ -157,7 +157,7 @@ async def usable_manifest(store: Store, directory: str) -> RolloutManifest | Non
     """The manifest, unless there is none that can be read: one of another schema is written
     over."""
     try:
-        return await read_manifest(store, directory)
+        return await read_rollout_manifest(store, directory)
     except StoreUnavailableError:
         raise
     except StoreError:

@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from hotload.clients.store import Store
+from hotload.clients.store.store import Store
 from hotload.dataset.part_progress import PartProgress
 from hotload.dataset.rollout_plan import PartPlan, RolloutPart, RolloutPlan
 from hotload.dataset.sample_extracts import SampleExtract, merge_extracts

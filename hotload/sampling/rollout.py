@@ -12,8 +12,8 @@ from time import monotonic
 
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.sampler import Sampler
-from hotload.clients.service import HotLoadClient
-from hotload.clients.store import Store
+from hotload.clients.service.client import HotLoadClient
+from hotload.clients.store.store import Store
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
 from hotload.records import RunLogger

@@ -4,7 +4,7 @@ import asyncio
 from time import monotonic
 
 from hotload.clients.inference.sampler import Sampler
-from hotload.clients.service import HotLoadClient
+from hotload.clients.service.client import HotLoadClient
 from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailableError
 from hotload.identity import version_of
 from hotload.publish.readiness import ServiceStatus

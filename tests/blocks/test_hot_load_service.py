@@ -17,7 +17,7 @@ from emulator.server import RunningEmulator
 from hotload.checkpoint.index_and_spec import build_index, build_spec
 from hotload.checkpoint.names import INDEX_FILE, SPEC_FILE
 from hotload.clients.service import HotLoadClient
-from hotload.directory.files import open_shard
+from hotload.directory.shards import open_shard
 from hotload.errors import (
     ProtocolError,
     ServiceError,

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from emulator.control.settings import EmulatorConfig
 from emulator.server import RunningEmulator
 from hotload.checkpoint.safetensors import TensorInfo, render_header
-from hotload.directory.files import encode_file
+from hotload.directory.shards import encode_file
 from tests.waiting import PATIENCE_SECONDS
 
 CONFIG = {

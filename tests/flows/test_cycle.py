@@ -14,7 +14,8 @@ from blocks.hot_load_service import HotLoadService
 from examples.tiny_trainer import TinyTrainer
 from flows.cycle import checkpoint_to_rollout
 from hotload.clients.store.publisher_lease import publisher_lease
-from hotload.directory.files import read_checkpoint, sha256_file
+from hotload.directory.files import sha256_file
+from hotload.directory.shards import read_checkpoint
 from hotload.errors import (
     FullSnapshotFailedError,
     IdentityConflictError,

@@ -13,7 +13,6 @@ import pytest
 from hotload.delta import Payload
 from hotload.delta.byte_io import read_bytes
 from hotload.delta.dialects import Dialect, Lineage
-from hotload.directory.files import open_shard
 from hotload.directory.inputs import open_delta
 from hotload.directory.operations import (
     apply_directory,
@@ -21,6 +20,7 @@ from hotload.directory.operations import (
     encode_directory,
     verify_directory,
 )
+from hotload.directory.shards import open_shard
 from hotload.errors import ChecksumMismatchError
 
 RECORDED = Path(__file__).parents[1] / "golden" / "cwtrain"

@@ -20,7 +20,7 @@ from hotload.checkpoint.rules import check_full
 from hotload.delta.checksums import Checksum
 from hotload.delta.dialects import Dialect, Lineage
 from hotload.delta.rules import check_delta
-from hotload.directory.files import open_shard, read_checkpoint
+from hotload.directory.files import new_directory
 from hotload.directory.inputs import open_delta
 from hotload.directory.operations import (
     ByteProgress,
@@ -28,9 +28,9 @@ from hotload.directory.operations import (
     convert_directory,
     encode_directory,
     fold_directory,
-    new_directory,
     verify_directory,
 )
+from hotload.directory.shards import open_shard, read_checkpoint
 from hotload.errors import (
     ChecksumMismatchError,
     DeltaError,

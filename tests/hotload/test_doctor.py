@@ -15,8 +15,8 @@ from hotload.checkpoint.relayout_plan import plan_relayout, select_files
 from hotload.checkpoint.rules import check_full
 from hotload.checkpoint.safetensors import SHARD_WARNING_BYTES, ShardHeader, TensorInfo
 from hotload.delta.rules import delta_obstacle
-from hotload.directory.files import read_checkpoint
 from hotload.directory.relayout import relayout_directory
+from hotload.directory.shards import read_checkpoint
 from hotload.errors import InvalidCheckpointError
 from tests.factories import shard_header
 

@@ -16,7 +16,6 @@ import pytest
 
 import hotload
 from hotload.delta.dialects import Dialect, Lineage, parse_index
-from hotload.directory.files import apply_file, open_shard
 from hotload.directory.inputs import open_delta
 from hotload.directory.operations import (
     apply_directory,
@@ -24,6 +23,7 @@ from hotload.directory.operations import (
     fold_directory,
     verify_directory,
 )
+from hotload.directory.shards import apply_file, open_shard
 from hotload.errors import DeltaError, HotLoadError, InvalidCheckpointError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -237,7 +237,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from hotload.errors import HotLoadError
-from hotload.directory.files import apply_file, open_shard
+from hotload.directory.shards import (apply_file, open_shard)
 
 base, out, *paths = map(Path, sys.argv[1:])
 def refuse(path):

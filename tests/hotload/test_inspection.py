@@ -23,7 +23,7 @@ from hotload.delta.inspect_delta import (
     spec_forms,
     total_facts,
 )
-from hotload.directory.files import open_shard
+from hotload.directory.shards import open_shard
 from hotload.errors import DeltaError
 
 

@@ -21,17 +21,19 @@ from hotload.checkpoint.rules import check_full
 from hotload.delta.rules import check_delta, delta_obstacle
 from hotload.directory.files import (
     FileDigests,
-    apply_file,
     clone_file,
     copy_file,
+    remove_tree,
+    sha256_file,
+    write_atomic,
+)
+from hotload.directory.shards import (
+    apply_file,
     encode_file,
     open_delta_shard,
     open_shard,
     read_checkpoint,
-    remove_tree,
-    sha256_file,
     verify_file,
-    write_atomic,
 )
 from hotload.errors import (
     ChecksumMismatchError,
@@ -410,7 +412,7 @@ def test_remove_tree_takes_files_directories_links_and_nothing(tmp_path: Path) -
 MEASURED = """
 import sys
 from pathlib import Path
-from hotload.directory.files import encode_file, verify_file
+from hotload.directory.shards import (encode_file, verify_file)
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hotload.directory.files import apply_file, encode_file, open_shard, verify_file
+from hotload.directory.shards import apply_file, encode_file, open_shard, verify_file
 from hotload.errors import ChecksumMismatchError
 
 VENDOR = Path(__file__).parents[1] / "golden" / "vendor"

@@ -20,14 +20,8 @@ from safetensors.torch import load_file
 
 from hotload.delta import decode_tensor, encode_shard, encode_tensor
 from hotload.delta.frame import FrameMethod
-from hotload.directory.files import (
-    apply_file,
-    encode_file,
-    open_shard,
-    replacing_file,
-    sha256_file,
-    verify_file,
-)
+from hotload.directory.files import replacing_file, sha256_file
+from hotload.directory.shards import apply_file, encode_file, open_shard, verify_file
 from hotload.errors import ChecksumMismatchError, DeltaError
 from tests.oracles.seeded import LARGE, SMALL, write_pair
 

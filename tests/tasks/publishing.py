@@ -14,7 +14,8 @@ import httpx
 
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store, publisher_lease
-from hotload.directory.files import read_checkpoint, sha256_file
+from hotload.directory.files import sha256_file
+from hotload.directory.shards import read_checkpoint
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import (
     CheckpointContent,

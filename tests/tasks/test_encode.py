@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hotload.directory.files import apply_file, sha256_file
+from hotload.directory.files import sha256_file
+from hotload.directory.shards import apply_file
 from hotload.errors import InvalidCheckpointError
 from hotload.publish.snapshot import ShardBatch, SnapshotPlan
 from hotload.records import FileDigest

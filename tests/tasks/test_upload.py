@@ -4,7 +4,7 @@ import pytest
 
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.clients.store import Store
-from hotload.clients.store.records import read_manifest
+from hotload.clients.store.records import read_snapshot_manifest
 from hotload.errors import InvalidCheckpointError, StoreError, StoreUnavailableError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import Shard, ShardBatch, SnapshotManifest, SnapshotPlan
@@ -35,10 +35,10 @@ async def test_shards_then_the_files_beside_them_then_our_manifest(publisher: Pu
     await upload(publisher, plan, shards)
     stored = publisher.fleet.bucket / plan.identity
     assert {path.name for path in stored.iterdir()} == {shard.file for shard in shards}
-    assert await read_manifest(publisher.store, plan.identity) is None
+    assert await read_snapshot_manifest(publisher.store, plan.identity) is None
 
     manifest = await finish(publisher, plan)
-    assert await read_manifest(publisher.store, plan.identity) == manifest
+    assert await read_snapshot_manifest(publisher.store, plan.identity) == manifest
     checkpoint = publisher.fleet.checkpoints[1]
     assert {p.name: p.read_bytes() for p in stored.iterdir()} == {
         path.name: path.read_bytes() for path in checkpoint.iterdir()
@@ -58,7 +58,7 @@ async def test_a_shard_changed_since_validation_is_never_announced(publisher: Pu
     with pytest.raises(InvalidCheckpointError, match="changed_while_read") as caught:
         await upload(publisher, plan, shards)
     assert caught.value.findings[0].file == shards[2].file
-    assert await read_manifest(publisher.store, plan.identity) is None
+    assert await read_snapshot_manifest(publisher.store, plan.identity) is None
     assert await publisher.store.size(f"{plan.identity}/{INDEX_FILE}") is None
     flip_a_byte(checkpoint / shards[2].file)
     await upload(publisher, plan, shards)
@@ -80,7 +80,7 @@ async def test_a_side_file_changed_since_validation_is_never_announced(
         (checkpoint / file).unlink()
     with pytest.raises((InvalidCheckpointError, StoreError), match=file):
         await upload_manifests.fn(publisher.store, checkpoint, plan, content, shards)
-    assert await read_manifest(publisher.store, plan.identity) is None
+    assert await read_snapshot_manifest(publisher.store, plan.identity) is None
     assert publisher.fleet.log()["signals"] == []
 
 

@@ -11,8 +11,9 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from hotload.clients.store import Store
 from hotload.clients.store.lease_log import LeaseLog
+from hotload.clients.store.records import read_rollout_manifest
+from hotload.clients.store.store import Store
 from hotload.dataset.claims import (
     CLAIM_LIMIT_BYTES,
     CLAIMS,
@@ -23,7 +24,6 @@ from hotload.dataset.claims import (
 )
 from hotload.dataset.logprob_drift import LogprobDrift, merged_drift
 from hotload.dataset.rollout_plan import (
-    MANIFEST_FILE,
     PARTS,
     RolloutManifest,
     RolloutPart,
@@ -31,7 +31,6 @@ from hotload.dataset.rollout_plan import (
 )
 from hotload.errors import StoreError
 from hotload.identity import version_of
-from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -69,7 +68,7 @@ async def find_rollouts(store: Store, run_id: str, policy_version: int) -> list[
         if version not in (policy_version, before):
             continue
         directory = rollout_directory(identity, run_id, policy_version)
-        manifest = await read_manifest(store, directory)
+        manifest = await read_rollout_manifest(store, directory)
         rollouts += [] if manifest is None else [StoredRollouts(directory, manifest)]
     rollouts.sort(key=lambda one: (one.manifest.is_complete, one.manifest.created_at), reverse=True)
     return rollouts
@@ -93,19 +92,6 @@ async def _published(store: Store, run_id: str) -> dict[str, int]:
     """List the versions that have rollouts below an identity of their own, by identity."""
     versions = {name: version_of(name, run_id) for name in await store.names(PARTS)}
     return {identity: version for identity, version in versions.items() if version is not None}
-
-
-async def read_manifest(store: Store, directory: str) -> RolloutManifest | None:
-    """Read the manifest of the rollouts in `directory`, once there is one.
-
-    Raises:
-        StoreError: not a manifest of this schema, or the store refuses.
-    """
-    path = f"{directory}/{MANIFEST_FILE}"
-    if await store.size(path) is None:
-        return None
-    data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
-    return RolloutManifest.parse(data, path=path)
 
 
 async def read_groups(store: Store, directory: str, part: RolloutPart) -> dict[str, pl.DataFrame]:

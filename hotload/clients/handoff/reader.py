@@ -23,7 +23,7 @@ from hotload.clients.handoff.directory import (
     read_groups,
     read_holdings,
 )
-from hotload.clients.store import Store
+from hotload.clients.store.store import Store
 from hotload.dataset.claims import CONSUMER_LIMIT_CHARACTERS, Claim, Holding, claims_path
 from hotload.dataset.logprob_drift import LogprobDrift
 from hotload.dataset.rollout_plan import PARTS, RolloutPart

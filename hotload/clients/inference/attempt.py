@@ -12,8 +12,8 @@ from hotload.clients.inference.transport import NO_ANSWER, HttpTransport, head_o
 from hotload.errors import ProtocolError
 from hotload.publish import fireworks_api
 from hotload.rollout import completions_api
+from hotload.rollout.completions_api import Request
 from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
-from hotload.rollout.request import Request
 from hotload.rollout.retry_after import retry_after_seconds
 from hotload.spec import Sampling
 

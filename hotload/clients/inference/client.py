@@ -21,7 +21,7 @@ from hotload.clients.service.calls import key_of, origin_of
 from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
 from hotload.http_status import StatusMeaning, meaning_of
 from hotload.publish import fireworks_api
-from hotload.publish.preflight import CheckLine
+from hotload.publish.check_line import CheckLine
 from hotload.rollout import completions_api
 from hotload.rollout.window import Window
 from hotload.spec import Sampling

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from hotload.errors import HotLoadError, ServiceError
-from hotload.rollout.completions_api import Answer
+from hotload.rollout.completions_api import Answer, Request
 from hotload.rollout.failures import CANCELLED, Action, Cause, Fault
 from hotload.rollout.merge_turns import Turns
-from hotload.rollout.request import Request
 from hotload.rollout.straddling import settle_weights
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Provenance, Segment, Trajectory
 from hotload.spec import Sampling

@@ -18,7 +18,8 @@ from hotload.errors import (
 )
 from hotload.identity import SnapshotKind
 from hotload.publish import fireworks_api
-from hotload.publish.preflight import CheckLine, service_lines
+from hotload.publish.check_line import CheckLine
+from hotload.publish.preflight import service_lines
 from hotload.publish.readiness import ServiceDescription, ServiceStatus
 from hotload.publish.snapshot import SnapshotManifest
 from hotload.rollout import completions_api

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from hotload.clients.store import Store
+from hotload.clients.store.store import Store
+from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest
 from hotload.errors import StoreError
 from hotload.publish.chain import Attempt
 from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest
@@ -23,7 +24,7 @@ REPORTS = "_hotload/reports"
 READ_CONCURRENCY = 16
 
 
-async def read_manifest(store: Store, identity: str) -> SnapshotManifest | None:
+async def read_snapshot_manifest(store: Store, identity: str) -> SnapshotManifest | None:
     """Read the manifest of `identity`; None if this store has no complete snapshot of it."""
     path = f"{SNAPSHOTS}/{identity}.json"
     if await store.size(path) is None:
@@ -52,7 +53,7 @@ async def read_attempts(store: Store, name: str) -> list[Attempt]:
     async def read(file: str) -> Attempt | None:
         identity = file.removesuffix(".json")
         async with gate:
-            manifest = await read_manifest(store, identity)
+            manifest = await read_snapshot_manifest(store, identity)
             mark = await store.size(f"{SIGNALS}/{file}")
         return Attempt(manifest, mark is not None) if manifest else None
 
@@ -88,3 +89,16 @@ async def write_report(store: Store, report: CycleReport) -> None:
 def page_path(name: str) -> str:
     """Name the object in which the page of the cycle `name` lies."""
     return f"{REPORTS}/{name}.html"
+
+
+async def read_rollout_manifest(store: Store, directory: str) -> RolloutManifest | None:
+    """Read the manifest of the rollouts in `directory`, once there is one.
+
+    Raises:
+        StoreError: not a manifest of this schema, or the store refuses.
+    """
+    path = f"{directory}/{MANIFEST_FILE}"
+    if await store.size(path) is None:
+        return None
+    data = await store.read_bytes(path, limit_bytes=MANIFEST_LIMIT_BYTES)
+    return RolloutManifest.parse(data, path=path)

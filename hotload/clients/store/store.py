@@ -17,7 +17,7 @@ from hotload.clients.store.buckets import StoreBackend, open_bucket
 from hotload.clients.store.failures import store_error
 from hotload.directory.files import sync_and_replace
 from hotload.errors import StoreError, StoreUnavailableError
-from hotload.publish.preflight import CheckLine
+from hotload.publish.check_line import CheckLine
 
 SCHEMES = ("file", "memory", "s3", "gs")
 PATH_LIMIT_BYTES = 900  # S3 allows keys of 1,024

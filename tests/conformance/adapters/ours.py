@@ -7,8 +7,8 @@ from pathlib import Path
 from hotload.checkpoint.rules import check_full
 from hotload.delta.checksums import Checksum
 from hotload.delta.dialects import Dialect, Lineage
-from hotload.directory.files import read_checkpoint
 from hotload.directory.operations import apply_directory, encode_directory
+from hotload.directory.shards import read_checkpoint
 from hotload.errors import HotLoadError, InvalidCheckpointError
 from tests.conformance.adapters import DRESSES
 from tests.conformance.plain import Dress
