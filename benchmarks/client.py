@@ -28,24 +28,24 @@ from benchmarks.stub_service import PROMPT
 from examples.processes import free_port, process
 from hotload.clients.inference.attempt import Chunks
 from hotload.clients.inference.client import InferenceClient
-from hotload.publish import fireworks_api
+from hotload.options import Concurrency, Sampling
+from hotload.publish import fireworks_names
 from hotload.rollout import completions_api
 from hotload.rollout.completions_api import first_request
 from hotload.rollout.trajectory import Problem
-from hotload.spec import Concurrency, Sampling
 
 BAR_OF_HAND, BAR_OF_OPENAI = 0.85, 5.0
 STORM_BAR, INTERVALS_BAR = 1.5, 3
 IDENTITY = "bench-000001-00000000"
 NAMES = {"account_id": "bench", "model_id": "tiny", "deployment_id": "fleet"}
 KEY = SecretStr("bench")
-MODEL = fireworks_api.model_name("bench", "tiny")
+MODEL = fireworks_names.model_name("bench", "tiny")
 HEADERS = {
     "Authorization": "Bearer bench",
     "Content-Type": "application/json",
     "Accept-Encoding": "identity",
-    fireworks_api.MODEL_HEADER: MODEL,
-    fireworks_api.DEPLOYMENT_HEADER: fireworks_api.deployment_name("bench", "fleet"),
+    fireworks_names.MODEL_HEADER: MODEL,
+    fireworks_names.DEPLOYMENT_HEADER: fireworks_names.deployment_name("bench", "fleet"),
 }
 Sampled = list[tuple[Sequence[int], Sequence[float]]]
 Side = Callable[[str, argparse.Namespace, int], Awaitable[Sampled]]
@@ -90,7 +90,7 @@ async def _in_flight(options: argparse.Namespace, count: int, send: Any) -> Samp
 
 async def by_hand(url: str, options: argparse.Namespace, count: int) -> Sampled:
     """Ids and log-probabilities by a loop on aiohttp with the same parsing."""
-    sampling, target = sampling_of(options), url + fireworks_api.COMPLETIONS_PATH
+    sampling, target = sampling_of(options), url + fireworks_names.COMPLETIONS_PATH
     connector = aiohttp.TCPConnector(limit=options.in_flight)
     async with aiohttp.ClientSession(connector=connector, headers=HEADERS) as session:
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from benchmarks.counting_proxy import counting_proxy
 from examples.processes import emulator, prefect_server
+from hotload.options import RewardSpec
 from hotload.report.cycle_report import CycleReport
-from hotload.spec import CycleSpec, RewardSpec
+from hotload.spec import CycleSpec
 
 CYCLES = 10
 BAR_SECONDS, BAR_SECONDS_POSTGRESQL = 1.0, 0.9

@@ -36,7 +36,7 @@ def main() -> None:
         (root / "bucket").mkdir()
         with prefect_server(root / "prefect") as api:
             from examples.five_cycles import declare_blocks, spec_of, write_checkpoints
-            from hotload.spec import RewardSpec
+            from hotload.options import RewardSpec
 
             checkpoints = write_checkpoints(root / "checkpoints", CYCLES)
             bucket = (root / "bucket").as_uri()

@@ -7,8 +7,9 @@ from typing import Literal
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, JsonValue, SecretStr, field_validator
 
-from hotload.clients.service import RESOURCE_ID, HotLoadClient, check_origin
-from hotload.publish import fireworks_api
+from hotload.clients.access import RESOURCE_ID, check_origin
+from hotload.clients.service import HotLoadClient
+from hotload.publish import fireworks_names
 
 
 class HotLoadService(Block):
@@ -27,7 +28,7 @@ class HotLoadService(Block):
     """The base model, as the service names it."""
     deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The service, in the vendor's word; it exists beforehand, with hot-loading switched on."""
-    base_url: str | None = Field(None, examples=[fireworks_api.BASE_URL])
+    base_url: str | None = Field(None, examples=[fireworks_names.BASE_URL])
     """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
     api_key: SecretStr = SecretStr("")
     """Empty takes FIREWORKS_API_KEY from the environment. An inference-only key is not enough."""

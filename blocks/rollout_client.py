@@ -7,8 +7,8 @@ from typing import Literal
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, SecretStr, field_validator
 
+from hotload.clients.access import RESOURCE_ID, check_origin
 from hotload.clients.inference.client import InferenceClient
-from hotload.clients.service.calls import RESOURCE_ID, check_origin
 
 
 class RolloutClient(Block):

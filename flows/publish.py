@@ -13,13 +13,14 @@ from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store, publisher_lease
 from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
 from hotload.identity import SnapshotKind
+from hotload.options import LedgerReset
 from hotload.publish.lease import Lease
 from hotload.publish.publication import Publication, Published
 from hotload.publish.snapshot import CheckpointContent, ShardBatch, SnapshotPlan, batches
 from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
 from hotload.sampling.concurrently import overlap
-from hotload.spec import CycleSpec, LedgerReset
+from hotload.spec import CycleSpec
 from tasks.announce import hint_shards, reset_ledger, signal_snapshot
 from tasks.baseline import Baseline, keep_baseline
 from tasks.encode import DeltaEncoder, encode_once

@@ -1,8 +1,8 @@
 """One step a module, with its retries and its cached result; a task calls no other task.
 
 The one retry rule lies here, because every task carries it: what may pass is tried again,
-everything else stops. protocol §4 and §13: 2^n seconds, capped at 30, about 300 seconds in all. Every delay
-varies by up to 30 %, so that tasks which failed together do not come back together.
+everything else stops. protocol §4 and §13: 2^n seconds, capped at 30, about 300 seconds in all.
+Every delay varies by up to 30 %, so that tasks which failed together do not come back together.
 """
 
 from typing import Any

@@ -14,9 +14,9 @@ from hotload.errors import (
     ServiceError,
     ServiceUnavailableError,
 )
+from hotload.options import ReadinessPolicy
 from hotload.publish.readiness import Convergence, ServiceStatus, Verdict, assess
 from hotload.publish.snapshot import SnapshotManifest
-from hotload.spec import ReadinessPolicy
 
 
 @task(cache_policy=NO_CACHE, task_run_name="replicas-{name}")

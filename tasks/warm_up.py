@@ -5,7 +5,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from hotload.clients.inference.client import InferenceClient
-from hotload.spec import ReadinessPolicy
+from hotload.options import ReadinessPolicy
 
 
 @task(cache_policy=NO_CACHE, task_run_name="warm-up")

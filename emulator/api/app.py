@@ -16,7 +16,7 @@ from emulator.api.inference import infer
 from emulator.control.settings import EmulatorConfig
 from emulator.failures import RefusedError
 from emulator.replicas.service import Service
-from hotload.publish.fireworks_api import (
+from hotload.publish.fireworks_names import (
     ACCOUNTS_PATH,
     CHAT_PATH,
     COMPLETIONS_PATH,

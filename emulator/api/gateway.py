@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from emulator.failures import RefusedError
 from emulator.replicas.service import Service
-from hotload.publish.fireworks_api import DEPLOYMENT_HEADER, MODEL_HEADER
+from hotload.publish.fireworks_names import DEPLOYMENT_HEADER, MODEL_HEADER
 
 CONTROL_LIMIT_BYTES = 1 << 20
 INFERENCE_LIMIT_BYTES = 16 << 20

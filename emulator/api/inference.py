@@ -26,7 +26,7 @@ from emulator.api.inference_response import AnswerWriter
 from emulator.failures import RefusedError, json_response
 from emulator.replicas.replica import Replica
 from emulator.replicas.service import Service
-from hotload.publish.fireworks_api import (
+from hotload.publish.fireworks_names import (
     AFFINITY_HEADER,
     CHAT_PATH,
     DEPLOYMENT_HEADER,

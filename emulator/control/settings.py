@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hotload.publish.fireworks_api import deployment_name, model_name
+from hotload.publish.fireworks_names import deployment_name, model_name
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from hotload.errors import (
     LoadFailedError,
 )
 from hotload.identity import SnapshotKind, cycle_name, snapshot_identity
+from hotload.options import Cadence
 from hotload.publish.readiness import ServiceStatus
 from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
-from hotload.spec import Cadence
 
 
 class ChainState(StrEnum):

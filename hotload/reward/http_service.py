@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from hotload.errors import RewardError
+from hotload.options import Declared, RewardSpec
 from hotload.reward.outcome import RewardOutcome, Unscored, read_outcomes
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Trajectory
-from hotload.spec import Declared, RewardSpec
 
 
 class RewardService(Declared):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pydantic import Field, JsonValue, ValidationError
 
 from hotload.errors import RewardError
+from hotload.options import Declared, RewardSpec
 from hotload.reward.outcome import (
     PART_COUNT_LIMIT,
     WEIGHTED_SUM,
@@ -18,7 +19,6 @@ from hotload.reward.outcome import (
     as_number,
 )
 from hotload.rollout.failures import Cause
-from hotload.spec import Declared, RewardSpec
 
 
 class WeightedPart(Declared):

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hotload.options import Sampling
 from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
 from hotload.rollout.routing import join_routing
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, sample_seed
-from hotload.spec import Sampling
 
 DONE = b"[DONE]"
 HEARTBEAT_EVENTS = frozenset({"ping", "heartbeat", "keepalive"})

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
+from hotload.options import Groups
 from hotload.rollout.counts import GroupCounts, RolloutSummary
 from hotload.rollout.failures import Cause
 from hotload.rollout.straddling import masked_count
@@ -25,7 +26,6 @@ from hotload.rollout.trajectory import (
     Weights,
     sample_seed,
 )
-from hotload.spec import Groups
 
 # What a later run may mend; a request that is refused, or too long, is so every time.
 OUTAGES = frozenset(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hotload.http_status import StatusMeaning, meaning_of
-from hotload.spec import Concurrency
+from hotload.options import Concurrency
 
 WINDOW_PER_REPLICA = 8
 ADDITIVE_STEP = 1.0

@@ -20,6 +20,7 @@ from hotload.clients.inference.conversation import Conversation, TurnFailedError
 from hotload.clients.inference.sampler import Sampler
 from hotload.clients.redaction import redact
 from hotload.errors import RolloutFunctionError
+from hotload.options import RolloutFunction
 from hotload.rollout.completions_api import LOGPROB_RANGE
 from hotload.rollout.failures import Action, Cause, Fault
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Segment, Trajectory
@@ -29,7 +30,6 @@ from hotload.sampling.reward.user_errors import (
     replace_surrogates,
     secret_values,
 )
-from hotload.spec import RolloutFunction
 
 Rollout = Callable[..., Awaitable[Any]]
 

@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Callable, Mapping
 
+from hotload.options import Groups
 from hotload.rollout.failures import Cause
 from hotload.rollout.group_rules import GroupTally, draw_number, seconds_to_hedge, to_ask_again
 from hotload.rollout.trajectory import Problem, Trajectory, TrajectoryGroup
 from hotload.sampling.draw import Draw, Drawing
 from hotload.sampling.row_gate import Gate
-from hotload.spec import Groups
 
 
 class GroupSampler:

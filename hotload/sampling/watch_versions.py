@@ -7,10 +7,10 @@ from hotload.clients.inference.sampler import Sampler
 from hotload.clients.service.client import HotLoadClient
 from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailableError
 from hotload.identity import version_of
+from hotload.options import ReadinessPolicy
 from hotload.publish.readiness import ServiceStatus
 from hotload.records import RunLogger
 from hotload.sampling.row_gate import Gate
-from hotload.spec import ReadinessPolicy
 
 
 async def first_look(

@@ -9,8 +9,8 @@ from typing import Any
 from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.sampler import Sampler
+from hotload.options import Sampling
 from hotload.rollout.trajectory import Problem, Trajectory
-from hotload.spec import Sampling
 from tests.scripted_server import Reply, ScriptedServer, http
 
 KEY = "sk-very-secret"

@@ -9,10 +9,10 @@ import pytest
 from hotload.clients.inference.attempt import send_once
 from hotload.clients.inference.request_slots import RequestSlots
 from hotload.clients.inference.transport import HttpTransport
+from hotload.options import Concurrency, Sampling
 from hotload.rollout.completions_api import Answer, first_request
 from hotload.rollout.failures import Cause
 from hotload.rollout.window import Attempt, Window
-from hotload.spec import Concurrency, Sampling
 from tests.blocks.scripted_inference import (
     GOOD,
     IDENTITY,

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from hotload.options import Sampling
 from hotload.rollout.trajectory import Weights
-from hotload.spec import Sampling
 from tests.blocks.scripted_inference import (
     DONE,
     GOOD,

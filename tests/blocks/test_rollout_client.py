@@ -9,10 +9,10 @@ import pytest
 from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.attempt import Chunks
 from hotload.errors import ProtocolError, ServiceRefusedError
+from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer
 from hotload.rollout.failures import Cause, fault_of_status, is_recoverable
 from hotload.rollout.trajectory import Problem, Weights
-from hotload.spec import Sampling
 from tests.blocks.scripted_inference import (
     DONE,
     GOOD,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from hotload.options import Concurrency
 from hotload.rollout.failures import RetryBudget, fault_of_status
 from hotload.rollout.window import Attempt, Window
-from hotload.spec import Concurrency
 
 BAD_FROM, BAD_UNTIL = 20.0, 30.0
 INTERVAL = 32

@@ -11,6 +11,7 @@ from hotload.errors import (
     LoadFailedError,
 )
 from hotload.identity import SnapshotKind
+from hotload.options import Cadence
 from hotload.publish.chain import (
     TRANSITIONS,
     Attempt,
@@ -26,7 +27,6 @@ from hotload.publish.chain import (
 from hotload.publish.readiness import ReplicaStatus, ServiceStatus
 from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
 from hotload.records import FileDigest
-from hotload.spec import Cadence
 
 DIGEST = "ab" * 32
 CONTENT = CheckpointContent(

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hotload.options import Concurrency
 from hotload.rollout.window import Attempt, StepReport, Window
-from hotload.spec import Concurrency
 
 
 def window(initial: int = 16, interval: int = 4, **fields: int) -> Window:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hotload.options import Groups
 from hotload.rollout.counts import GroupCounts, RolloutSummary
 from hotload.rollout.group_rules import (
     GroupTally,
@@ -28,7 +29,6 @@ from hotload.rollout.trajectory import (
     Trajectory,
     sample_seed,
 )
-from hotload.spec import Groups
 from tests.factories import provenance, scored_group, segment, trajectory
 
 PROBLEM = Problem("p", "x")

@@ -20,6 +20,7 @@ from hotload.dataset.logprob_drift import LogprobDrift, TrainedAgainst
 from hotload.dataset.rollout_plan import PartNotes, RolloutManifest, RolloutPart, summarize
 from hotload.dataset.sample_extracts import choose_extracts
 from hotload.identity import SnapshotKind
+from hotload.options import Groups
 from hotload.publish.publication import Published
 from hotload.quantities import duration, number, percent, size
 from hotload.report.charts import Bar, bars, columns, histogram, nice_ticks, stack, steps, timeline
@@ -30,7 +31,6 @@ from hotload.report.sample_statistics import SampleStatistics
 from hotload.rollout.counts import GroupCounts, SampleCounts, count_groups
 from hotload.rollout.group_rules import judge_group
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
-from hotload.spec import Groups
 from tests.factories import provenance, scored_group, segment
 
 SHA = "0" * 64

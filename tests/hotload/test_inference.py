@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer, EventStream, error_names, fault_in_stream
 from hotload.rollout.failures import Action, Cause, fault_of_status
-from hotload.spec import Sampling
 
 STREAM = (
     b": comment\n\nevent: ping\ndata: 1\n\ndata:{}\n\r\n"

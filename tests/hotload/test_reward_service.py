@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from hotload.errors import RewardError
+from hotload.options import RewardSpec
 from hotload.reward.http_service import parse_rewards, read_reward_service, request_body
 from hotload.reward.outcome import RewardOutcome, Score
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Provenance, Segment, Trajectory
-from hotload.spec import RewardSpec
 
 URL = "https://judge.example/v1/score"
 

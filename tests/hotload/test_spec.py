@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from hotload.spec import REFUSED_FIELDS, CycleSpec
+from hotload.options import REFUSED_FIELDS
+from hotload.spec import CycleSpec
 
 SPEC: dict[str, Any] = {
     "checkpoint": "file:///checkpoints/run%207/000012",

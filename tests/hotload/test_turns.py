@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer
 from hotload.rollout.merge_turns import Turns
 from hotload.rollout.routing import join_routing, routing_array
 from hotload.rollout.straddling import settle_weights
 from hotload.rollout.trajectory import Segment, Trajectory
-from hotload.spec import Sampling
 from tests.factories import trajectory
 
 

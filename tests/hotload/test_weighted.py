@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from hotload.errors import RewardError
+from hotload.options import RewardSpec
 from hotload.reward.outcome import Score, Unscored
 from hotload.reward.weighted_sum import sum_weighted, weighted_parts
 from hotload.rollout.failures import Cause
-from hotload.spec import RewardSpec
 
 
 def declared(*parts: Any, **fields: Any) -> RewardSpec:

@@ -17,6 +17,7 @@ from hotload.clients.store import Store, publisher_lease
 from hotload.directory.files import sha256_file
 from hotload.directory.shards import read_checkpoint
 from hotload.identity import SnapshotKind
+from hotload.options import ReadinessPolicy
 from hotload.publish.snapshot import (
     CheckpointContent,
     Shard,
@@ -27,7 +28,7 @@ from hotload.publish.snapshot import (
 )
 from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
-from hotload.spec import CycleSpec, ReadinessPolicy
+from hotload.spec import CycleSpec
 from tasks.announce import signal_snapshot
 from tasks.baseline import Baseline, keep_baseline
 from tasks.encode import DeltaEncoder, encode_shards

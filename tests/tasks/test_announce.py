@@ -15,9 +15,9 @@ from hotload.errors import (
     SnapshotRejectedError,
 )
 from hotload.identity import SnapshotKind
+from hotload.options import ReadinessPolicy
 from hotload.publish.lease import Lease, Process
 from hotload.publish.snapshot import ShardBatch, SnapshotManifest
-from hotload.spec import ReadinessPolicy
 from tasks.announce import hint_shards, reset_ledger, signal_snapshot
 from tasks.wait import wait_until_ready
 from tests.flows.fleet import API_KEY, NAMES, REPLICAS

@@ -16,8 +16,8 @@ from examples.rollouts.stage import Show
 from examples.tiny_trainer import make_tokenizer
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.conversation import Conversation
+from hotload.options import Sampling
 from hotload.rollout.trajectory import Problem, Trajectory
-from hotload.spec import Sampling
 from tests.flows.fleet import API_KEY, NAMES, running_fleet
 
 pytestmark = pytest.mark.server

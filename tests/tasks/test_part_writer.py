@@ -13,11 +13,11 @@ from hotload.dataset.rollout_plan import PartPlan, RolloutPart, RolloutPlan
 from hotload.dataset.sample_extracts import merge_extracts
 from hotload.dataset.table import rollouts_frame
 from hotload.errors import StoreUnavailableError
+from hotload.options import Groups
 from hotload.rollout.counts import RolloutCounts
 from hotload.rollout.group_rules import GroupTally, JudgedGroup, SettledGroup
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.sampling.part_writer import FULL_TOKENS, PartWriter
-from hotload.spec import Groups
 
 IDENTITY = "run-000003-0badf00d"
 PROBLEMS = tuple(Problem(str(number), "x") for number in range(2))

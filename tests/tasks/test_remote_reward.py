@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from hotload.errors import RewardError
+from hotload.options import RewardSpec
 from hotload.reward.outcome import RewardOutcome, Score, Unscored
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Trajectory, TrajectoryGroup
 from hotload.sampling.reward.remote import RemoteReward
 from hotload.sampling.reward.scorer import open_scorer
-from hotload.spec import RewardSpec
 from tests.blocks.scripted_inference import Naps
 from tests.factories import trajectory
 from tests.scripted_server import Request, ScriptedServer, http, never

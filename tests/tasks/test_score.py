@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from hotload.errors import RewardError
+from hotload.options import RewardSpec
 from hotload.rollout.trajectory import Problem, TrajectoryGroup
 from hotload.sampling.concurrently import overlap
 from hotload.sampling.reward.scorer import open_scorer
-from hotload.spec import RewardSpec
 from tests.factories import trajectory
 
 REWARDS = """

@@ -13,12 +13,12 @@ from prefect.logging import disable_run_logger
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
 from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
+from hotload.options import ReadinessPolicy, Sampling
 from hotload.rollout.admission import Admission
 from hotload.sampling.problems import plan_rollouts
 from hotload.sampling.rollout import Rollout, open_rollout
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.watch_versions import first_look
-from hotload.spec import ReadinessPolicy, Sampling
 from tests.blocks.scripted_inference import IDENTITY, KEY, client
 from tests.factories import cycle_spec
 from tests.scripted_server import JSON, ScriptedServer, http

@@ -10,12 +10,12 @@ import orjson
 
 from hotload.clients.inference.transport import NO_ANSWER, HttpTransport, head_of, names_in
 from hotload.errors import ProtocolError
-from hotload.publish import fireworks_api
+from hotload.options import Sampling
+from hotload.publish import fireworks_names
 from hotload.rollout import completions_api
 from hotload.rollout.completions_api import Request
 from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
 from hotload.rollout.retry_after import retry_after_seconds
-from hotload.spec import Sampling
 
 EVENT_STREAM = "text/event-stream"
 PLAIN_LIMIT_BYTES = 64 << 10
@@ -32,11 +32,11 @@ async def send_once(
         ProtocolError: 200 with something else than an answer.
     """
     is_chat = request.problem.messages is not None
-    path = fireworks_api.CHAT_PATH if is_chat else fireworks_api.COMPLETIONS_PATH
+    path = fireworks_names.CHAT_PATH if is_chat else fireworks_names.COMPLETIONS_PATH
     headers = {
-        fireworks_api.REQUEST_ID_HEADER: request.request_id,
-        fireworks_api.SESSION_HEADER: request.session_id,
-        fireworks_api.AFFINITY_HEADER: request.session_id,
+        fireworks_names.REQUEST_ID_HEADER: request.request_id,
+        fireworks_names.SESSION_HEADER: request.session_id,
+        fireworks_names.AFFINITY_HEADER: request.session_id,
     }
     try:
         async with await transport.post(path, body, headers) as response:
@@ -58,7 +58,7 @@ async def _read(
         for name, value in response.raw_headers
     }
     answer.response_id = next(
-        (headers[name][:256] for name in fireworks_api.RESPONSE_ID_HEADERS if headers.get(name)),
+        (headers[name][:256] for name in fireworks_names.RESPONSE_ID_HEADERS if headers.get(name)),
         None,
     )
     if response.status != 200:

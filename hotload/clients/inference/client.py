@@ -15,16 +15,16 @@ from typing import Literal
 
 from pydantic import SecretStr
 
+from hotload.clients.access import key_of, origin_of
 from hotload.clients.inference.sampler import Sampler, Sleep
 from hotload.clients.inference.transport import NO_ANSWER, HttpTransport, head_of, names_in
-from hotload.clients.service.calls import key_of, origin_of
 from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
 from hotload.http_status import StatusMeaning, meaning_of
-from hotload.publish import fireworks_api
+from hotload.options import Sampling
+from hotload.publish import fireworks_names
 from hotload.publish.check_line import CheckLine
 from hotload.rollout import completions_api
 from hotload.rollout.window import Window
-from hotload.spec import Sampling
 
 CONNECT_TIMEOUT_SECONDS = 30.0
 CONNECTIONS = 256
@@ -54,8 +54,8 @@ class InferenceClient:
     def model(self) -> str:
         """What the body's `model` says (protocol §11)."""
         if self.model_addressing == "deployment":
-            return fireworks_api.deployment_name(self.account_id, self.deployment_id)
-        return fireworks_api.model_name(self.account_id, self.model_id)
+            return fireworks_names.deployment_name(self.account_id, self.deployment_id)
+        return fireworks_names.model_name(self.account_id, self.model_id)
 
     @asynccontextmanager
     async def session(
@@ -134,7 +134,7 @@ class InferenceClient:
             async with (
                 asyncio.timeout(timeout_seconds),
                 self._transport(timeout_seconds, connections=1) as transport,
-                await transport.post(fireworks_api.COMPLETIONS_PATH, body) as response,
+                await transport.post(fireworks_names.COMPLETIONS_PATH, body) as response,
             ):
                 status, head = response.status, await head_of(response)
         except NO_ANSWER as error:
@@ -159,12 +159,12 @@ class InferenceClient:
         key = key_of(self.api_key.get_secret_value(), "rollouts")
         headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
         if self.model_addressing == "header":
-            headers[fireworks_api.MODEL_HEADER] = fireworks_api.model_name(
+            headers[fireworks_names.MODEL_HEADER] = fireworks_names.model_name(
                 self.account_id, self.model_id
             )
-            headers[fireworks_api.DEPLOYMENT_HEADER] = fireworks_api.deployment_name(
+            headers[fireworks_names.DEPLOYMENT_HEADER] = fireworks_names.deployment_name(
                 self.account_id, self.deployment_id
             )
         if self.drain_timeout_seconds is not None:
-            headers[fireworks_api.DRAIN_TIMEOUT_HEADER] = str(self.drain_timeout_seconds)
+            headers[fireworks_names.DRAIN_TIMEOUT_HEADER] = str(self.drain_timeout_seconds)
         return headers

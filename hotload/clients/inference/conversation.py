@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from hotload.errors import HotLoadError, ServiceError
+from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer, Request
 from hotload.rollout.failures import CANCELLED, Action, Cause, Fault
 from hotload.rollout.merge_turns import Turns
 from hotload.rollout.straddling import settle_weights
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Provenance, Segment, Trajectory
-from hotload.spec import Sampling
 
 # A function that was left behind waits for each refusal, lest it keep the event loop to itself.
 CLOSED_WAIT_SECONDS = 0.1

@@ -20,12 +20,12 @@ from hotload.clients.inference.conversation import Conversation, Outcome
 from hotload.clients.inference.request_slots import RequestSlots
 from hotload.clients.inference.transport import HttpTransport
 from hotload.errors import ServiceRefusedError
+from hotload.options import Sampling
 from hotload.rollout import completions_api
 from hotload.rollout.completions_api import Request, first_request
 from hotload.rollout.failures import Action, Cause, Fault, RetryBudget
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.rollout.window import Attempt, StepReport, TracePoint, Window
-from hotload.spec import Sampling
 
 Sleep = Callable[[float], Awaitable[None]]
 

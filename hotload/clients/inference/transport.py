@@ -9,7 +9,7 @@ from typing import Self
 import aiohttp
 import orjson
 
-from hotload.clients.service.calls import tls_context
+from hotload.clients.access import tls_context
 from hotload.rollout import completions_api
 
 ERROR_BODY_LIMIT_BYTES = 64 << 10

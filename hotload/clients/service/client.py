@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from hotload.clients.access import key_of, origin_of
 from hotload.clients.redaction import redact
-from hotload.clients.service.calls import advice_for, ask, key_of, origin_of, parse_json, raise_for
+from hotload.clients.service.calls import advice_for, ask, parse_json, raise_for
 from hotload.errors import (
     ProtocolError,
     ServiceError,
@@ -17,7 +18,7 @@ from hotload.errors import (
     SnapshotRejectedError,
 )
 from hotload.identity import SnapshotKind
-from hotload.publish import fireworks_api
+from hotload.publish import fireworks_api, fireworks_names
 from hotload.publish.check_line import CheckLine
 from hotload.publish.preflight import service_lines
 from hotload.publish.readiness import ServiceDescription, ServiceStatus
@@ -63,7 +64,7 @@ class HotLoadClient:
             ProtocolError: JSON of another form.
         """
         limit = fireworks_api.STATUS_LIMIT_BYTES
-        text = await self._get("observe", fireworks_api.HOT_LOAD_PATH, limit, self._names())
+        text = await self._get("observe", fireworks_names.HOT_LOAD_PATH, limit, self._names())
         key = self._key("observe")
         data = parse_json("observe", text, key, ServiceUnavailableError)
         replicas = fireworks_api.parse_status(data).replicas
@@ -122,7 +123,7 @@ class HotLoadClient:
         body = fireworks_api.hint_body(self.hint_body_template, values)
         try:
             status, text = await self._ask(
-                "hint", "POST", fireworks_api.HINT_PATH, HINT_TIMEOUT_SECONDS, self._names(), body
+                "hint", "POST", fireworks_names.HINT_PATH, HINT_TIMEOUT_SECONDS, self._names(), body
             )
             raise_for(status, "hint", text, ServiceRefusedError)
         except ServiceError as error:
@@ -141,7 +142,7 @@ class HotLoadClient:
         Raises:
             ServiceUnavailableError, ServiceRefusedError: as `observe`.
         """
-        path = fireworks_api.ledger_path(self.account_id, self.deployment_id)
+        path = fireworks_names.ledger_path(self.account_id, self.deployment_id)
         status, text = await self._ask("reset_ledger", "DELETE", path, POST_TIMEOUT_SECONDS)
         raise_for(status, "reset_ledger", text, ServiceRefusedError)
 
@@ -153,7 +154,7 @@ class HotLoadClient:
             ServiceRefusedError: there is no such service, or the key may not ask.
             ProtocolError: the answer is not JSON, or not an object.
         """
-        path = fireworks_api.deployment_path(self.account_id, self.deployment_id)
+        path = fireworks_names.deployment_path(self.account_id, self.deployment_id)
         text = await self._get("describe", path, DESCRIPTION_LIMIT_BYTES)
         data = parse_json("describe", text, self._key("describe"), ProtocolError)
         return fireworks_api.parse_description(data)
@@ -169,12 +170,12 @@ class HotLoadClient:
 
     async def probe(self) -> bool:
         """Ask for a very small completion; whether it came within 10 s (protocol §8, §14)."""
-        model = fireworks_api.model_name(self.account_id, self.model_id)
+        model = fireworks_names.model_name(self.account_id, self.model_id)
         try:
             status, _ = await self._ask(
                 "probe",
                 "POST",
-                fireworks_api.COMPLETIONS_PATH,
+                fireworks_names.COMPLETIONS_PATH,
                 PROBE_TIMEOUT_SECONDS,
                 self._names(),
                 {"model": model, **completions_api.WARM_UP_BODY},
@@ -215,7 +216,12 @@ class HotLoadClient:
             manifest, reset_prompt_cache=policy, extra_fields_ignore=self.extra_fields_ignore
         )
         return await self._ask(
-            "signal", "POST", fireworks_api.HOT_LOAD_PATH, POST_TIMEOUT_SECONDS, self._names(), body
+            "signal",
+            "POST",
+            fireworks_names.HOT_LOAD_PATH,
+            POST_TIMEOUT_SECONDS,
+            self._names(),
+            body,
         )
 
     async def _get(
@@ -253,8 +259,10 @@ class HotLoadClient:
 
     def _names(self) -> dict[str, str]:
         return {
-            fireworks_api.MODEL_HEADER: fireworks_api.model_name(self.account_id, self.model_id),
-            fireworks_api.DEPLOYMENT_HEADER: fireworks_api.deployment_name(
+            fireworks_names.MODEL_HEADER: fireworks_names.model_name(
+                self.account_id, self.model_id
+            ),
+            fireworks_names.DEPLOYMENT_HEADER: fireworks_names.deployment_name(
                 self.account_id, self.deployment_id
             ),
         }

@@ -20,13 +20,13 @@ from typing import Any, Self
 
 from hotload.clients.redaction import redact
 from hotload.errors import RewardError
-from hotload.publish import fireworks_api
+from hotload.options import RewardSpec
+from hotload.publish import fireworks_names
 from hotload.reward.outcome import RewardOutcome, Score, Unscored
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.sampling.reward.calls import score_by_calls
 from hotload.sampling.reward.user_errors import secret_values
-from hotload.spec import RewardSpec
 
 PROCESS_COUNT = min(8, max(2, os.cpu_count() or 2))
 CALLS_PER_ASYNC_PROCESS = 32
@@ -56,7 +56,7 @@ def reward_environment(reward: RewardSpec, own: Mapping[str, str]) -> dict[str, 
             stored.
     """
     for name in reward.environment:
-        if name == fireworks_api.API_KEY_VARIABLE:
+        if name == fireworks_names.API_KEY_VARIABLE:
             raise RewardError(reward.name, f"`environment`: {name} is never handed on")
         if name not in own:
             raise RewardError(reward.name, f"`environment`: {name} is not set here")

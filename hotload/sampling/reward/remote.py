@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from hotload.clients.inference.transport import NO_ANSWER, HttpTransport
 from hotload.errors import RewardError
 from hotload.http_status import StatusMeaning, meaning_of
+from hotload.options import RewardSpec
 from hotload.reward.http_service import (
     parse_rewards,
     read_reward_service,
@@ -21,7 +22,6 @@ from hotload.rollout.failures import Action, Cause, Fault, RetryBudget, fault_of
 from hotload.rollout.retry_after import retry_after_seconds
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.sampling.reward.calls import score_by_calls
-from hotload.spec import RewardSpec
 
 CALLS_AT_ONCE = 64
 CONNECT_TIMEOUT_SECONDS = 10.0

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from hotload.errors import RewardError
+from hotload.options import RewardSpec
 from hotload.reward.advantages import advantages
 from hotload.reward.built_ins import BUILT_INS, QUICK_BUILT_INS
 from hotload.reward.outcome import (
@@ -30,7 +31,6 @@ from hotload.sampling.concurrently import overlap
 from hotload.sampling.reward.processes import RewardProcesses
 from hotload.sampling.reward.remote import RemoteReward
 from hotload.sampling.reward.user_errors import DETAIL_LIMIT_CHARACTERS, replace_surrogates
-from hotload.spec import RewardSpec
 
 
 class RewardSource(Protocol):

@@ -1,0 +1,44 @@
+"""Names of the Fireworks API: origins, paths, headers and resources (protocol §2).
+
+The vendor's word *deployment* is our *service*.
+"""
+
+from __future__ import annotations
+
+BASE_URL = "https://api.fireworks.ai"
+API_KEY_VARIABLE = "FIREWORKS_API_KEY"
+BASE_URL_VARIABLE = "FIREWORKS_BASE_URL"
+
+HOT_LOAD_PATH = "/hot_load/v1/models/hot_load"
+HINT_PATH = "/hot_load/v1/models/hot_load/hint"
+COMPLETIONS_PATH = "/inference/v1/completions"
+CHAT_PATH = "/inference/v1/chat/completions"
+ACCOUNTS_PATH = "/v1/accounts"
+
+MODEL_HEADER = "fireworks-model"
+DEPLOYMENT_HEADER = "fireworks-deployment"
+SESSION_HEADER = "x-multi-turn-session-id"
+AFFINITY_HEADER = "x-session-affinity"
+DRAIN_TIMEOUT_HEADER = "x-fireworks-hot-load-drain-timeout"
+REQUEST_ID_HEADER = "x-request-id"
+RESPONSE_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
+
+
+def model_name(account_id: str, model_id: str) -> str:
+    """Resource name of a model."""
+    return f"accounts/{account_id}/models/{model_id}"
+
+
+def deployment_name(account_id: str, deployment_id: str) -> str:
+    """Resource name of a service, the vendor's deployment."""
+    return f"accounts/{account_id}/deployments/{deployment_id}"
+
+
+def deployment_path(account_id: str, deployment_id: str) -> str:
+    """Control-plane path of a service."""
+    return f"/v1/{deployment_name(account_id, deployment_id)}"
+
+
+def ledger_path(account_id: str, deployment_id: str) -> str:
+    """Control-plane path of a service's ledger."""
+    return f"{deployment_path(account_id, deployment_id)}/ledger"
