@@ -10,14 +10,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
-import polars as pl
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 
 from hotload.records import Record
+
+if TYPE_CHECKING:  # claims import this: a trainer pays for no data frame before it has rows
+    import polars as pl
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -180,6 +182,8 @@ def _checked(
 def _drift(rows: list[NDArray[np.float64] | None], frame: pl.DataFrame) -> LogprobDrift | None:
     # A list that is empty would explode to a null.
     has_tokens = [row is not None and row.size > 0 for row in rows]
+    import polars as pl
+
     given = frame.filter(pl.Series(has_tokens, dtype=pl.Boolean))
     if given.is_empty():
         return None
