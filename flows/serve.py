@@ -31,7 +31,7 @@ def fork_from_a_warm_process() -> None:
     forkserver.ensure_running()
 
 
-async def serve() -> None:
+async def serve_cycles() -> None:
     """Create or update the deployment `served`, and run what is triggered, one cycle at a time."""
     runner = Runner(name="hotload", query_seconds=QUERY_SECONDS, limit=1)
     await runner.aadd_flow(checkpoint_to_rollout, name="served", tags=["hotload"])
@@ -42,7 +42,7 @@ def main() -> int:
     """Serve until it is interrupted."""
     fork_from_a_warm_process()
     try:
-        asyncio.run(serve())
+        asyncio.run(serve_cycles())
     except (KeyboardInterrupt, TerminationSignal):
         print("stopped", file=sys.stderr)
     return 0

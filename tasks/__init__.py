@@ -11,6 +11,24 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from hotload.errors import ServiceUnavailableError, StoreUnavailableError
 
+__all__ = [
+    "announce",
+    "baseline",
+    "conclude",
+    "encode",
+    "hand_back",
+    "plan",
+    "preflight",
+    "publication",
+    "records",
+    "roll_out",
+    "show",
+    "upload",
+    "validate",
+    "wait",
+    "warm_up",
+]
+
 TRANSIENT = (ServiceUnavailableError, StoreUnavailableError)
 DELAYS_SECONDS = [2.0, 4.0, 8.0, 16.0] + [30.0] * 9
 

@@ -1,1 +1,12 @@
 """Engines: weights from a directory, and tokens from them."""
+
+__all__ = [
+    "decoding",
+    "engine",
+    "llama",
+    "numpy_engine",
+    "stub",
+    "tokens",
+    "torch_engine",
+    "weights",
+]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from emulator.engine.engine import UnsupportedModelError
 
-Floats = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float32]
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 PREFILL_POSITIONS = 512  # at once: bounds the attention scores of a long prompt
 
@@ -106,7 +106,7 @@ class KeyValueCache:
             grown[:, :, :, : self.length] = self.store[:, :, :, : self.length]
             self.store = grown
 
-    def _allocate(self, capacity: int) -> Floats:
+    def _allocate(self, capacity: int) -> FloatArray:
         layers, pair, heads, dim = self._layout
         return np.empty((layers, pair, heads, capacity, dim), np.float32)
 
@@ -117,21 +117,21 @@ class Layer:
 
     `qk_norm` is `[query and key heads, head_dim]`."""
 
-    input_norm: Floats
-    qkv: Floats
-    qkv_bias: Floats | None
-    qk_norm: Floats | None
-    output: Floats
-    post_norm: Floats
-    gate_up: Floats
+    input_norm: FloatArray
+    qkv: FloatArray
+    qkv_bias: FloatArray | None
+    qk_norm: FloatArray | None
+    output: FloatArray
+    post_norm: FloatArray
+    gate_up: FloatArray
     inner_size: int
-    down: Floats
+    down: FloatArray
 
 
 class LlamaWeights:
     """Weights of one snapshot, ready to compute logits."""
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Floats]) -> None:
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, FloatArray]) -> None:
         """
         Args:
             tensors: by their Hugging Face names, float32.
@@ -166,7 +166,7 @@ class LlamaWeights:
 
     def forward(
         self, ids: Sequence[int], cache: KeyValueCache, *, all_positions: bool = False
-    ) -> Floats:
+    ) -> FloatArray:
         """Compute the logits after `ids`, which follow what `cache` holds; the cache grows by them.
 
         Returns:
@@ -180,7 +180,7 @@ class LlamaWeights:
             ]
         return np.concatenate(parts) if all_positions and len(parts) > 1 else parts[-1]
 
-    def _forward(self, ids: Sequence[int], cache: KeyValueCache, all_positions: bool) -> Floats:
+    def _forward(self, ids: Sequence[int], cache: KeyValueCache, all_positions: bool) -> FloatArray:
         count, shape = len(ids), self.shape
         cache.reserve(count)
         start, end = cache.length, cache.length + count
@@ -227,15 +227,15 @@ class LlamaWeights:
             hidden_T = hidden_T[-1:]
         return self._rms(hidden_T, self._norm) @ self._head
 
-    def _rms(self, values: Floats, weight: Floats) -> Floats:
+    def _rms(self, values: FloatArray, weight: FloatArray) -> FloatArray:
         # The reduction itself: `mean` costs more than the forward of a small matrix.
-        mean: Floats = np.add.reduce(values * values, axis=-1, keepdims=True)
+        mean: FloatArray = np.add.reduce(values * values, axis=-1, keepdims=True)
         mean /= np.float32(values.shape[-1])
         mean += np.float32(self.shape.norm_epsilon)
         np.sqrt(mean, out=mean)
         return values / mean * weight
 
-    def _layer(self, left: dict[str, Floats], prefix: str) -> Layer:
+    def _layer(self, left: dict[str, FloatArray], prefix: str) -> Layer:
         shape = self.shape
         queries = shape.head_count * shape.head_dim
         pairs = shape.key_value_head_count * shape.head_dim
@@ -275,7 +275,7 @@ class LlamaWeights:
         )
 
 
-def _take(left: dict[str, Floats], name: str, *expected: int | None) -> Floats:
+def _take(left: dict[str, FloatArray], name: str, *expected: int | None) -> FloatArray:
     tensor = left.pop(name, None)
     if tensor is None:
         raise UnsupportedModelError(f"tensor {name!r} is missing")

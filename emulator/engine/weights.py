@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from emulator.engine.engine import UnsupportedModelError
-from emulator.engine.llama import Floats, LlamaWeights
+from emulator.engine.llama import FloatArray, LlamaWeights
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
 from hotload.directory.shards import open_shard
@@ -63,9 +63,9 @@ def shard_names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.glob(f"*{SHARD_SUFFIX}"))
 
 
-def read_tensors(directory: Path) -> dict[str, Floats]:
+def read_tensors(directory: Path) -> dict[str, FloatArray]:
     """Read every tensor of the checkpoint by name, widened to float32."""
-    tensors: dict[str, Floats] = {}
+    tensors: dict[str, FloatArray] = {}
     for name in shard_names(directory):
         with open_shard(directory / name) as shard:
             for tensor in shard.header.tensors:
@@ -78,7 +78,7 @@ def read_tensors(directory: Path) -> dict[str, Floats]:
     return tensors
 
 
-def add_adapter(tensors: dict[str, Floats], adapter: Path) -> None:
+def add_adapter(tensors: dict[str, FloatArray], adapter: Path) -> None:
     """Add a LoRA adapter to `tensors` in place: `W + scale * B @ A` for every pair it holds.
 
     Raises:
@@ -101,9 +101,9 @@ def adapter_scale(config: Mapping[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def adapter_pairs(tensors: Mapping[str, Floats]) -> dict[str, tuple[Floats, Floats]]:
+def adapter_pairs(tensors: Mapping[str, FloatArray]) -> dict[str, tuple[FloatArray, FloatArray]]:
     """Pair the (A, B) matrices of an adapter by the name of the weight they change."""
-    pairs: dict[str, dict[str, Floats]] = {}
+    pairs: dict[str, dict[str, FloatArray]] = {}
     for name, tensor in tensors.items():
         stem = name.removeprefix("base_model.model.")
         for part in ("lora_A", "lora_B"):
@@ -124,12 +124,12 @@ def adapter_pairs(tensors: Mapping[str, Floats]) -> dict[str, tuple[Floats, Floa
     return complete
 
 
-def _bfloat16(raw: bytearray) -> Floats:
+def _bfloat16(raw: bytearray) -> FloatArray:
     # bf16 is the upper half of a float32.
     return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
 
 
-WIDEN: Mapping[str, Callable[[bytearray], Floats]] = {
+WIDEN: Mapping[str, Callable[[bytearray], FloatArray]] = {
     "BF16": _bfloat16,
     "F16": lambda raw: np.frombuffer(raw, "<f2").astype(np.float32),
     "F32": lambda raw: np.frombuffer(raw, "<f4").copy(),

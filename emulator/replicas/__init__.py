@@ -1,1 +1,12 @@
 """The fleet: the service, its replicas, what they load and serve."""
+
+__all__ = [
+    "arrival",
+    "bucket",
+    "ledger",
+    "prompt_cache",
+    "replica",
+    "service",
+    "signals",
+    "validation",
+]

@@ -1,1 +1,12 @@
 """The command line, `python -m hotload`: arguments, commands, what is told and how."""
+
+__all__ = [
+    "arguments",
+    "checkpoints",
+    "contents",
+    "deltas",
+    "outcome",
+    "progress",
+    "refusals",
+    "wording",
+]

@@ -3,3 +3,5 @@
 The only rooms of the library that open connections. They know nothing of the engine, and nothing
 else of the library imports them.
 """
+
+__all__ = ["access", "handoff", "inference", "metrics", "redaction", "service", "store"]

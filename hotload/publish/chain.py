@@ -64,7 +64,7 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class PublishAttempt:
     """A snapshot this cycle has published before; `signalled` once a POST may have been sent."""
 
     manifest: SnapshotManifest
@@ -72,7 +72,7 @@ class Attempt:
 
 
 def read_chain(
-    status: ServiceStatus, head: SnapshotManifest | None, attempts: Sequence[Attempt]
+    status: ServiceStatus, head: SnapshotManifest | None, attempts: Sequence[PublishAttempt]
 ) -> Chain:
     """Derive the chain from the replicas and the store, nothing remembered.
 
@@ -99,7 +99,7 @@ def _what_became_of(identity: str, status: ServiceStatus) -> ChainEvent | None:
 
 def plan_next(
     chain: Chain,
-    attempts: Sequence[Attempt],
+    attempts: Sequence[PublishAttempt],
     content: CheckpointContent,
     *,
     run_id: str,
@@ -229,7 +229,7 @@ def _is_due(policy_version: int, cadence: Cadence) -> bool:
 
 def _refuse_conflict(
     head: SnapshotManifest | None,
-    attempts: Sequence[Attempt],
+    attempts: Sequence[PublishAttempt],
     content: CheckpointContent,
     run_id: str,
     policy_version: int,
@@ -245,7 +245,7 @@ def _refuse_conflict(
         raise InvalidIdentityError(name, reason)
 
 
-def _doubt_about(chain: Chain, last: Attempt) -> str | None:
+def _doubt_about(chain: Chain, last: PublishAttempt) -> str | None:
     """Say why this cycle cannot go on with its last attempt; None if it can."""
     identity = last.manifest.identity
     if chain.state is ChainState.NEED_FULL and last.signalled:

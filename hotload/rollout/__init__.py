@@ -1,1 +1,16 @@
 """Sampling decisions: trajectories, groups, the window, failures, and the inference wire format."""
+
+__all__ = [
+    "admission",
+    "breaker",
+    "completions_api",
+    "counts",
+    "failures",
+    "group_rules",
+    "merge_turns",
+    "retry_after",
+    "routing",
+    "straddling",
+    "trajectory",
+    "window",
+]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hotload.options import Sampling
-from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
+from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
 from hotload.rollout.routing import join_routing
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, sample_seed
 
@@ -199,12 +199,12 @@ class Answer:
         self.replica: str | None = None
         self.response_id: str | None = None
 
-    def add(self, *chunks: Any) -> Fault | None:
+    def add(self, *chunks: Any) -> Failure | None:
         """Take decoded chunks in; the fault, if one of them is or carries an error."""
         try:
             for chunk in chunks:
                 if chunk.get("error"):
-                    return fault_in_stream(chunk)
+                    return failure_in_stream(chunk)
                 model = chunk.get("model")
                 if model != self._model:
                     self._model = model
@@ -293,7 +293,7 @@ class Answer:
         if host is not None:
             self.replica = str(host)[:256]
 
-    def finish(self) -> Fault | None:
+    def finish(self) -> Failure | None:
         """Close the answer and settle its text and tokens; the fault, if it cannot be trained on.
 
         An answer cut short before its `[DONE]` may be asked for again; one that was whole and lacks
@@ -304,25 +304,25 @@ class Answer:
         except (TypeError, ValueError, OverflowError):
             return malformed("a value is not of the documented type")
 
-    def _settle(self) -> Fault | None:
+    def _settle(self) -> Failure | None:
         if self.finish_reason is None:
             told = "the stream ended without a finish reason"
-            return Fault(Action.RETRY, Cause.TRUNCATED, 200, told)
+            return Failure(Action.RETRY, Cause.TRUNCATED, 200, told)
         if self.finish_reason not in FINISH_REASONS:
             told = "the answer did not finish properly"
-            return Fault(Action.RETRY, Cause.SERVER_ERROR, 200, told)
+            return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, told)
         lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
         values = self.sampling_logprobs
         count = len(values)
         self.text = "".join(self._texts)
         if self._lacks_logprobs or (count == 0 and (self._raw_ids or self.text)):
-            return Fault(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
+            return Failure(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
         if values and not LOGPROB_RANGE[0] <= min(values) <= max(values) <= LOGPROB_RANGE[1]:
             return malformed("a log-probability out of range")
         ids = self._ids(count)
         if ids is None:
             told = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
-            return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
+            return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
         self.token_ids = ids
         while self.runs and self.runs[-1][0] >= count:
             self.runs.pop()  # it made no token
@@ -330,14 +330,14 @@ class Answer:
             return malformed("the prompt's token ids are not ids")
         if count and not self.prompt_token_ids:
             told = "the prompt's token ids are missing"
-            return Fault(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
+            return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
         if self._sent_prompt is not None and self.prompt_token_ids != self._sent_prompt:
             return malformed("the prompt's token ids came back changed", Action.FAIL_SAMPLE)
         if self._routing and None not in self._routing:
             self.routing = join_routing(self._routing)
         if count > self._max_tokens:
             told = f"{count} tokens, {self._max_tokens} asked for"
-            return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, told)
+            return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, told)
         return None
 
     def _ids(self, count: int) -> tuple[int, ...] | None:
@@ -374,12 +374,12 @@ def _number(value: Any) -> float | None:
     return number if 0 <= number < COUNT_LIMIT else None
 
 
-def malformed(detail: str, action: Action = Action.RETRY) -> Fault:
+def malformed(detail: str, action: Action = Action.RETRY) -> Failure:
     """The fault of an answer that is not of the documented form."""
-    return Fault(action, Cause.MALFORMED, 200, detail)
+    return Failure(action, Cause.MALFORMED, 200, detail)
 
 
-def fault_in_stream(chunk: Mapping[str, Any]) -> Fault:
+def failure_in_stream(chunk: Mapping[str, Any]) -> Failure:
     """The fault of an error inside a 200: its `status_code` or `status` counts; without one, 502
     (protocol §12).
     """
@@ -390,7 +390,7 @@ def fault_in_stream(chunk: Mapping[str, Any]) -> Fault:
     # Texts alone: what is nested may be nested too deep to be written out.
     told = [value for place in places for value in place.values() if isinstance(value, str)]
     names = error_names(chunk)
-    return fault_of_status(code, " ".join(told)[:2048], f"error inside the answer: {names}")
+    return failure_of_status(code, " ".join(told)[:2048], f"error inside the answer: {names}")
 
 
 def error_names(body: Any) -> str:

@@ -72,7 +72,7 @@ class Action(Enum):
 
 
 # What any other status asks for is to stop: no sample can succeed.
-FAULTS = {
+FAILURES = {
     StatusMeaning.BAD_REQUEST: (Action.FAIL_SAMPLE, Cause.REFUSED),
     StatusMeaning.NOT_FOUND: (Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT),
     StatusMeaning.TOO_EARLY: (Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT),
@@ -83,7 +83,7 @@ FAULTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class Failure:
     """One failed attempt; `detail` never holds a prompt or a key."""
 
     action: Action
@@ -106,19 +106,19 @@ def is_recoverable(label: str) -> bool:
     return label in RECOVERABLE
 
 
-def fault_of_status(
+def failure_of_status(
     status_code: int, text: str, detail: str, retry_after_seconds: float | None = None
-) -> Fault:
+) -> Failure:
     """The fault of an error status, from outside a stream or in it.
 
     Args:
         text: the head of the body, searched for the signs of a swap.
         detail: what of it may be shown.
     """
-    action, cause = FAULTS.get(meaning_of(status_code), (Action.STOP_RUN, Cause.REFUSED))
+    action, cause = FAILURES.get(meaning_of(status_code), (Action.STOP_RUN, Cause.REFUSED))
     if status_code == 503 and any(sign in text.casefold() for sign in SWAP_TEXTS):
         action, cause = Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT
-    return Fault(action, cause, status_code, detail, retry_after_seconds)
+    return Failure(action, cause, status_code, detail, retry_after_seconds)
 
 
 class RetryBudget:
@@ -136,7 +136,7 @@ class RetryBudget:
         self.transient_count = 0
         """Attempts that failed and count among the seven."""
 
-    def wait_seconds(self, fault: Fault, attempt_seconds: float = 0.0) -> float | None:
+    def wait_seconds(self, fault: Failure, attempt_seconds: float = 0.0) -> float | None:
         """Seconds to wait before the next attempt; `None` when there is none.
 
         The server's Retry-After is a floor, itself capped at 30 s.

@@ -22,7 +22,7 @@ from hotload.clients.redaction import redact
 from hotload.errors import RolloutFunctionError
 from hotload.options import RolloutFunction
 from hotload.rollout.completions_api import LOGPROB_RANGE
-from hotload.rollout.failures import Action, Cause, Fault
+from hotload.rollout.failures import Action, Cause, Failure
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Segment, Trajectory
 from hotload.sampling.reward.user_errors import (
     DETAIL_LIMIT_CHARACTERS,
@@ -31,7 +31,7 @@ from hotload.sampling.reward.user_errors import (
     secret_values,
 )
 
-Rollout = Callable[..., Awaitable[Any]]
+UserRollout = Callable[..., Awaitable[Any]]
 
 GRACE_SECONDS = 5.0
 OWN_CAUSE = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -91,7 +91,7 @@ class Drawing:
         return Draw(conversation, lambda: _play(declared, function, problem, conversation))
 
 
-def load_rollout(declared: RolloutFunction) -> Rollout:
+def load_rollout(declared: RolloutFunction) -> UserRollout:
     """The rollout function, imported here and now.
 
     Raises:
@@ -114,7 +114,7 @@ def load_rollout(declared: RolloutFunction) -> Rollout:
 
 
 async def _play(
-    declared: RolloutFunction, function: Rollout, problem: Problem, conversation: Conversation
+    declared: RolloutFunction, function: UserRollout, problem: Problem, conversation: Conversation
 ) -> Trajectory:
     """One call of a rollout function, and what came of it.
 
@@ -137,7 +137,7 @@ async def _play(
         raise
     # Whatever it is, the sample is what failed; a cancellation of ours would have ended the wait.
     except BaseException as error:  # noqa: BLE001
-        if isinstance(error, TurnFailedError) and isinstance(error.fault, Fault):
+        if isinstance(error, TurnFailedError) and isinstance(error.fault, Failure):
             return _failed(conversation, error.fault)
         why = describe_exception(error, secret_values(os.environ))
         return _failed(conversation, _fault(Cause.ROLLOUT_RAISED, why))
@@ -218,11 +218,11 @@ def _checked(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     return tuple(checked)
 
 
-def _fault(cause: Cause, detail: str) -> Fault:
-    return Fault(Action.FAIL_SAMPLE, cause, None, detail[:DETAIL_LIMIT_CHARACTERS])
+def _fault(cause: Cause, detail: str) -> Failure:
+    return Failure(Action.FAIL_SAMPLE, cause, None, detail[:DETAIL_LIMIT_CHARACTERS])
 
 
-def _failed(conversation: Conversation, fault: Fault) -> Trajectory:
+def _failed(conversation: Conversation, fault: Failure) -> Trajectory:
     """What there is of a sample that failed.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 
 from hotload.clients.inference.conversation import Conversation, TurnFailedError
 from hotload.errors import ProtocolError, ServiceRefusedError
-from hotload.rollout.failures import Action, Cause, Fault
+from hotload.rollout.failures import Action, Cause, Failure
 from hotload.rollout.trajectory import Problem, Segment
 from tests.blocks.scripted_inference import (
     DONE,
@@ -181,7 +181,7 @@ async def test_a_deadline_outside_is_not_taken_for_the_turns() -> None:
         with pytest.raises(TimeoutError):
             async with deadline:
                 await conversation.sample([1])
-    fault = Fault(Action.FAIL_SAMPLE, Cause.TRAJECTORY_TIMEOUT, None, "too slow")
+    fault = Failure(Action.FAIL_SAMPLE, Cause.TRAJECTORY_TIMEOUT, None, "too slow")
     sample = conversation.trajectory(fault)
     assert (sample.failure, sample.detail, sample.provenance.attempts) == (
         "trajectory_timeout",

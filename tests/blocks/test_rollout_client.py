@@ -11,7 +11,7 @@ from hotload.clients.inference.attempt import Chunks
 from hotload.errors import ProtocolError, ServiceRefusedError
 from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer
-from hotload.rollout.failures import Cause, fault_of_status, is_recoverable
+from hotload.rollout.failures import Cause, failure_of_status, is_recoverable
 from hotload.rollout.trajectory import Problem, Weights
 from tests.blocks.scripted_inference import (
     DONE,
@@ -173,7 +173,7 @@ async def test_the_last_attempt_of_a_failed_sample_is_told_too() -> None:
 
 
 def test_what_an_attempt_met_is_one_of_few_names() -> None:
-    statuses = {fault_of_status(status, "", "").label for status in range(100, 1000)}
+    statuses = {failure_of_status(status, "", "").label for status in range(100, 1000)}
     assert statuses <= {str(status) for status in range(400, 600)} | set(Cause)
     assert {each for each in ("400", "404", *statuses, *Cause) if is_recoverable(each)} == (
         {"408", "425", "429", "timeout", "connection", "truncated", "server_error"}

@@ -10,7 +10,7 @@ from hotload.errors import (
     ServiceUnavailableError,
     SnapshotRejectedError,
 )
-from hotload.rollout.failures import Action, fault_of_status
+from hotload.rollout.failures import Action, failure_of_status
 
 ANSWERS: dict[tuple[int, ...], tuple[Action, type[ServiceError]]] = {
     (302, 307): (Action.STOP_RUN, ProtocolError),
@@ -30,7 +30,7 @@ ANSWERS: dict[tuple[int, ...], tuple[Action, type[ServiceError]]] = {
 def test_a_status_has_one_answer_on_either_side(
     status: int, action: Action, error: type[ServiceError]
 ) -> None:
-    assert fault_of_status(status, "", "").action is action
+    assert failure_of_status(status, "", "").action is action
     with pytest.raises(ServiceError) as caught:
         raise_for(status, "signal", "", SnapshotRejectedError)
     assert type(caught.value) is error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hotload.options import Concurrency
-from hotload.rollout.failures import RetryBudget, fault_of_status
+from hotload.rollout.failures import RetryBudget, failure_of_status
 from hotload.rollout.window import Attempt, Window
 
 BAD_FROM, BAD_UNTIL = 20.0, 30.0
@@ -55,7 +55,7 @@ def simulate(width: int, *, tells_queue: bool, samples: int, seed: int, forever:
         if ended.status_code == 200:
             run.ended.append(now)
             continue
-        wait = budgets[number].wait_seconds(fault_of_status(429, "", ""))
+        wait = budgets[number].wait_seconds(failure_of_status(429, "", ""))
         if wait is None:
             run.lost += 1
         else:

@@ -14,10 +14,10 @@ from hotload.identity import SnapshotKind
 from hotload.options import Cadence
 from hotload.publish.chain import (
     TRANSITIONS,
-    Attempt,
     Chain,
     ChainEvent,
     ChainState,
+    PublishAttempt,
     full_instead,
     may_signal,
     plan_full,
@@ -59,7 +59,7 @@ def serving(*identities: str | None, **fields: object) -> ServiceStatus:
 
 def plan(
     chain: Chain,
-    attempts: list[Attempt] | None = None,
+    attempts: list[PublishAttempt] | None = None,
     *,
     version: int = 5,
     content: CheckpointContent = CONTENT,
@@ -152,11 +152,11 @@ def test_an_older_version_of_the_run_is_refused() -> None:
 def test_other_content_under_the_same_version_is_refused() -> None:
     published = manifest_of(DELTA, OTHER_CONTENT)
     with pytest.raises(IdentityConflictError, match="other content"):
-        plan(CHAINED, [Attempt(published, signalled=False)])
+        plan(CHAINED, [PublishAttempt(published, signalled=False)])
 
 
-def attempt(signalled: bool, planned: SnapshotPlan = DELTA) -> list[Attempt]:
-    return [Attempt(manifest_of(planned), signalled)]
+def attempt(signalled: bool, planned: SnapshotPlan = DELTA) -> list[PublishAttempt]:
+    return [PublishAttempt(manifest_of(planned), signalled)]
 
 
 def test_an_unsignalled_delta_is_resumed_while_the_replicas_stay() -> None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.options import Sampling
-from hotload.rollout.completions_api import Answer, EventStream, error_names, fault_in_stream
-from hotload.rollout.failures import Action, Cause, fault_of_status
+from hotload.rollout.completions_api import Answer, EventStream, error_names, failure_in_stream
+from hotload.rollout.failures import Action, Cause, failure_of_status
 
 STREAM = (
     b": comment\n\nevent: ping\ndata: 1\n\ndata:{}\n\r\n"
@@ -239,27 +239,27 @@ def test_a_client_that_was_told_many_identities_keeps_few() -> None:
 )
 def test_what_a_status_asks_for(code: int, action: Action, cause: Cause) -> None:
     for fault in (
-        fault_of_status(code, "", ""),
-        fault_in_stream({"error": {"status_code": code}}) if code >= 400 else None,
-        fault_in_stream({"error": "x", "status": code}) if code >= 400 else None,
+        failure_of_status(code, "", ""),
+        failure_in_stream({"error": {"status_code": code}}) if code >= 400 else None,
+        failure_in_stream({"error": "x", "status": code}) if code >= 400 else None,
     ):
         assert fault is None or (fault.action, fault.cause) == (action, cause)
 
 
 def test_a_503_that_scales_up_is_a_swap() -> None:
     for text in ("DEPLOYMENT_SCALING_UP", "Model not found", "model is hot loading"):
-        assert fault_of_status(503, text, "").action is Action.WAIT_FOR_SWAP
+        assert failure_of_status(503, text, "").action is Action.WAIT_FOR_SWAP
 
 
 def test_an_error_in_a_stream_without_a_code_is_a_502() -> None:
     for error in ("boom", {"message": "x"}, {"status_code": "429"}, {"status": 12}):
-        assert fault_in_stream({"error": error}).status_code == 502
+        assert failure_in_stream({"error": error}).status_code == 502
 
 
 def test_messages_of_errors_are_never_shown() -> None:
     body = {"error": {"message": "the prompt was: secret", "code": "C", "type": "T"}}
     assert error_names(body) == "C T"
-    assert "secret" not in fault_in_stream(body).detail
+    assert "secret" not in failure_in_stream(body).detail
     assert error_names({"code": 5, "message": "secret"}) == "5"
     for odd in (None, [], "secret", {"error": "secret"}, {"error": {"message": "secret"}}):
         assert "secret" not in error_names(json.loads(json.dumps(odd)))

@@ -1,1 +1,3 @@
 """The inference endpoints: one request, its attempts, and the window they share."""
+
+__all__ = ["attempt", "client", "conversation", "request_slots", "sampler", "transport", "waiters"]

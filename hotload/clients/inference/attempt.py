@@ -14,7 +14,7 @@ from hotload.options import Sampling
 from hotload.publish import fireworks_names
 from hotload.rollout import completions_api
 from hotload.rollout.completions_api import Request
-from hotload.rollout.failures import Action, Cause, Fault, fault_of_status
+from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
 from hotload.rollout.retry_after import retry_after_seconds
 
 EVENT_STREAM = "text/event-stream"
@@ -25,7 +25,7 @@ ANSWER_LIMIT_BYTES_PER_TOKEN = 16 << 10
 
 async def send_once(
     transport: HttpTransport, request: Request, body: bytes, answer: completions_api.Answer
-) -> Fault | None:
+) -> Failure | None:
     """Send `request` once and read its answer into `answer`; return the fault if it is of no use.
 
     Raises:
@@ -51,7 +51,7 @@ async def send_once(
 
 async def _read(
     response: aiohttp.ClientResponse, sampling: Sampling, answer: completions_api.Answer
-) -> Fault | None:
+) -> Failure | None:
     # Bytes of any value, as text that a file can hold: aiohttp's own headers may hold surrogates.
     headers = {
         name.lower().decode("latin-1"): value.decode("latin-1")
@@ -75,7 +75,7 @@ async def _read(
         size_bytes += len(piece)
         if size_bytes > limit_bytes:
             detail = f"more than {limit_bytes} bytes"
-            return Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
+            return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
         if chunks is None:
             plain.append(piece)
             continue
@@ -88,7 +88,7 @@ async def _read(
         if chunks.count > count:
             progress_at = now
         elif now - progress_at > sampling.sample_timeout:
-            return Fault(Action.RETRY, Cause.TIMEOUT, None, "heartbeats and nothing else")
+            return Failure(Action.RETRY, Cause.TIMEOUT, None, "heartbeats and nothing else")
     if chunks is not None:
         fault = chunks.end()
     else:
@@ -115,7 +115,7 @@ class Chunks:
         self._events: completions_api.EventStream | None = None
         self._tail = b""
 
-    def feed(self, piece: bytes) -> Fault | None:
+    def feed(self, piece: bytes) -> Failure | None:
         """Take the next bytes in, cut anywhere; the fault, if they are or carry an error."""
         if self._events is None:
             if self._tail:
@@ -137,14 +137,14 @@ class Chunks:
             self.count += name not in completions_api.HEARTBEAT_EVENTS
         return None
 
-    def end(self) -> Fault | None:
+    def end(self) -> Failure | None:
         """Take in what is left when the stream has ended."""
         if self._tail and self._events is None:
             self._events, tail = completions_api.EventStream(), self._tail
             return self.feed(tail)
         return None
 
-    def _feed_plain(self, events: bytes) -> tuple[Fault | None, bool]:
+    def _feed_plain(self, events: bytes) -> tuple[Failure | None, bool]:
         """The fault of whole events, and whether they were plain; others are not taken in."""
         if not events.startswith(b"data: {"):
             return None, False
@@ -164,7 +164,7 @@ class Chunks:
         return fault, True
 
 
-def _take(name: str, data: bytes, answer: completions_api.Answer) -> Fault | None:
+def _take(name: str, data: bytes, answer: completions_api.Answer) -> Failure | None:
     if name in completions_api.HEARTBEAT_EVENTS:
         return None
     if data == completions_api.DONE:
@@ -179,13 +179,13 @@ def _take(name: str, data: bytes, answer: completions_api.Answer) -> Fault | Non
     return answer.add(chunk)
 
 
-def _no_answer(cause: Cause, error: Exception) -> Fault:
+def _no_answer(cause: Cause, error: Exception) -> Failure:
     # The class says enough; a transport's message may quote what was sent.
-    return Fault(Action.RETRY, cause, None, type(error).__name__)
+    return Failure(Action.RETRY, cause, None, type(error).__name__)
 
 
-def _fault_of_status(status_code: int, headers: Mapping[str, str], body: bytes) -> Fault:
-    return fault_of_status(
+def _fault_of_status(status_code: int, headers: Mapping[str, str], body: bytes) -> Failure:
+    return failure_of_status(
         status_code,
         body[:2048].decode("utf-8", "replace"),
         names_in(body),

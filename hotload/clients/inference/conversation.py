@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from hotload.errors import HotLoadError, ServiceError
 from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer, Request
-from hotload.rollout.failures import CANCELLED, Action, Cause, Fault
+from hotload.rollout.failures import CANCELLED, Action, Cause, Failure
 from hotload.rollout.merge_turns import Turns
 from hotload.rollout.straddling import settle_weights
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Provenance, Segment, Trajectory
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     """What came of one logical request, repeated within its budgets."""
 
     answer: Answer
-    fault: Fault | None
+    fault: Failure | None
 
 
 class Ask(Protocol):
@@ -41,7 +41,7 @@ class Ask(Protocol):
         self,
         request: Request,
         on_attempt: Callable[[], None],
-        on_end: Callable[[Fault | None], None],
+        on_end: Callable[[Failure | None], None],
     ) -> Awaitable[Outcome]:
         """Return its outcome; the first is called as an attempt is sent, the other as it ends.
 
@@ -72,7 +72,7 @@ class Turn:
 class TurnFailedError(HotLoadError):
     """A turn got no usable answer. A rollout function may end with it: its sample is marked."""
 
-    def __init__(self, fault: Fault) -> None:
+    def __init__(self, fault: Failure) -> None:
         super().__init__(fault)
         self.fault = fault
 
@@ -102,13 +102,13 @@ class Conversation:
         self._turn_count = 0
         self._turns = Turns()
         self._is_closed = False
-        self._fault: Fault | None = None
+        self._fault: Failure | None = None
         self._stop: ServiceError | None = None
         self._transcript: list[Mapping[str, Any]] = []
 
     @property
     def failed_attempts(self) -> tuple[str, ...]:
-        """`Fault.label` of every request that got no usable answer; one that has not ended is
+        """`Failure.label` of every request that got no usable answer; one that has not ended is
         `cancelled`, since what is counted now is given up.
         """
         unfinished = self.attempts - self._answered_count - len(self._failed)
@@ -196,7 +196,7 @@ class Conversation:
                 raise
             detail = f"turn {number + 1} took more than {self._turn_timeout_seconds} s"
             answer = Answer(sampling, None)
-            fault = Fault(Action.FAIL_SAMPLE, Cause.TURN_TIMEOUT, None, detail)
+            fault = Failure(Action.FAIL_SAMPLE, Cause.TURN_TIMEOUT, None, detail)
         except ServiceError as error:
             self._stop = error
             raise
@@ -205,12 +205,12 @@ class Conversation:
         if fault is not None:
             status = "no answer" if fault.status_code is None else f"HTTP {fault.status_code}"
             detail = f"{status} at attempt {self.attempts - before}: {fault.detail}"
-            fault = Fault(fault.action, fault.cause, fault.status_code, detail)
+            fault = Failure(fault.action, fault.cause, fault.status_code, detail)
         else:
             self._turns.take(answer)
             if longest and len(answer.prompt_token_ids) + len(answer.token_ids) > longest:
                 detail = f"prompt and completion exceed {longest} tokens"
-                fault = Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
+                fault = Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
         self._fault = fault
         return Outcome(answer, fault)
 
@@ -221,7 +221,7 @@ class Conversation:
         self._is_closed = True
 
     def trajectory(
-        self, fault: Fault | None = None, *, segments: Sequence[Segment] | None = None
+        self, fault: Failure | None = None, *, segments: Sequence[Segment] | None = None
     ) -> Trajectory:
         """What the turns so far come to; marked as failed by `fault`, or if the last turn failed.
 
@@ -283,7 +283,7 @@ class Conversation:
         if self._first_sent_at is None:
             self._first_sent_at = time.monotonic()
 
-    def _note_end(self, fault: Fault | None) -> None:
+    def _note_end(self, fault: Failure | None) -> None:
         if fault is None:
             self._answered_count += 1
         else:

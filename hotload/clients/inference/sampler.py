@@ -23,7 +23,7 @@ from hotload.errors import ServiceRefusedError
 from hotload.options import Sampling
 from hotload.rollout import completions_api
 from hotload.rollout.completions_api import Request, first_request
-from hotload.rollout.failures import Action, Cause, Fault, RetryBudget
+from hotload.rollout.failures import Action, Cause, Failure, RetryBudget
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.rollout.window import Attempt, StepReport, TracePoint, Window
 
@@ -57,7 +57,7 @@ class Sampler:
         self._swap_timeout_seconds = swap_timeout_seconds
         self._sleep = sleep
         self.failed_attempts: Counter[str] = Counter()
-        """Attempts so far that got no usable answer, counted by `Fault.label`."""
+        """Attempts so far that got no usable answer, counted by `Failure.label`."""
         self._uniform = random.Random().random
 
     @property
@@ -118,14 +118,14 @@ class Sampler:
         self,
         request: Request,
         on_attempt: Callable[[], None],
-        on_end: Callable[[Fault | None], None],
+        on_end: Callable[[Failure | None], None],
     ) -> Outcome:
         sampling = request.sampling
         prompt = request.problem.prompt if isinstance(request.problem.prompt, tuple) else None
         limit = sampling.max_seq_len
         if limit is not None and prompt is not None and len(prompt) >= limit:
             detail = "the prompt fills max_seq_len"
-            unsent = Fault(Action.FAIL_SAMPLE, Cause.TOO_LONG, None, detail)
+            unsent = Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, None, detail)
             return Outcome(completions_api.Answer(sampling, None), unsent)
         budget = RetryBudget(self._swap_timeout_seconds, self._uniform)
         while True:
@@ -159,7 +159,7 @@ class Sampler:
 
 
 def _attempt_of(
-    answer: completions_api.Answer, fault: Fault | None, number: int, seconds: float
+    answer: completions_api.Answer, fault: Failure | None, number: int, seconds: float
 ) -> Attempt:
     """Sum up what the window learns from an attempt."""
     cause = None if fault is None else fault.cause

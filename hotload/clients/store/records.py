@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from hotload.clients.store.store import Store
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest
 from hotload.errors import StoreError
-from hotload.publish.chain import Attempt
+from hotload.publish.chain import PublishAttempt
 from hotload.publish.snapshot import MANIFEST_LIMIT_BYTES, SnapshotManifest
 from hotload.report.cycle_report import CycleReport
 
@@ -44,18 +44,18 @@ async def mark_signalled(store: Store, identity: str) -> None:
     await store.put_bytes(json.dumps(mark).encode(), f"{SIGNALS}/{identity}.json")
 
 
-async def read_attempts(store: Store, name: str) -> list[Attempt]:
+async def read_attempts(store: Store, name: str) -> list[PublishAttempt]:
     """Read what the cycle `name` has published so far, oldest first."""
     of_this_cycle = re.compile(re.escape(name) + r"-[0-9a-f]{8}\.json")
     listed = [file for file in await store.names(SNAPSHOTS) if of_this_cycle.fullmatch(file)]
     gate = asyncio.Semaphore(READ_CONCURRENCY)
 
-    async def read(file: str) -> Attempt | None:
+    async def read(file: str) -> PublishAttempt | None:
         identity = file.removesuffix(".json")
         async with gate:
             manifest = await read_snapshot_manifest(store, identity)
             mark = await store.size(f"{SIGNALS}/{file}")
-        return Attempt(manifest, mark is not None) if manifest else None
+        return PublishAttempt(manifest, mark is not None) if manifest else None
 
     found = await asyncio.gather(*(read(file) for file in listed))
     return sorted((one for one in found if one), key=lambda one: one.manifest.attempt)

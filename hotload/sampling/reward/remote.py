@@ -18,7 +18,7 @@ from hotload.reward.http_service import (
     request_body,
 )
 from hotload.reward.outcome import RewardOutcome, Unscored
-from hotload.rollout.failures import Action, Cause, Fault, RetryBudget, fault_of_status
+from hotload.rollout.failures import Action, Cause, Failure, RetryBudget, failure_of_status
 from hotload.rollout.retry_after import retry_after_seconds
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.sampling.reward.calls import score_by_calls
@@ -111,7 +111,7 @@ class RemoteReward:
         what = f"the key in {name}, or its account" if name else "the service's `key_variable`"
         return f"its service answered {status}: mend {what}, then run the cycle again"
 
-    async def _attempt(self, body: bytes) -> bytes | Fault:
+    async def _attempt(self, body: bytes) -> bytes | Failure:
         """Return the body of a good answer. Of another only the status is kept: it may repeat the
         key, or the answer it was asked about.
         """
@@ -120,7 +120,7 @@ class RemoteReward:
             async with await self._transport.post(self._path, body) as response:
                 if response.status != 200:
                     headers = response.headers
-                    return fault_of_status(
+                    return failure_of_status(
                         response.status,
                         "",
                         f"HTTP {response.status}",
@@ -131,19 +131,19 @@ class RemoteReward:
                     data += piece
                     if len(data) > ANSWER_LIMIT_BYTES:
                         reason = f"an answer of more than {ANSWER_LIMIT_BYTES} bytes"
-                        return Fault(Action.FAIL_SAMPLE, Cause.MALFORMED, 200, reason)
+                        return Failure(Action.FAIL_SAMPLE, Cause.MALFORMED, 200, reason)
                 return bytes(data)
         except NO_ANSWER as error:
-            return Fault(Action.RETRY, Cause.CONNECTION, None, type(error).__name__)
+            return Failure(Action.RETRY, Cause.CONNECTION, None, type(error).__name__)
 
 
-def _is_refused(fault: Fault) -> bool:
+def _is_refused(fault: Failure) -> bool:
     """No key, no money, no rights: no sample's fault, and nothing that passes by itself."""
     code = fault.status_code
     return code is not None and meaning_of(code) is StatusMeaning.NO_ACCESS
 
 
-def _cause(fault: Fault) -> Cause:
+def _cause(fault: Failure) -> Cause:
     if fault.action is Action.FAIL_SAMPLE:
         return Cause.REWARD_REFUSED
     return Cause.REWARD_UNAVAILABLE
