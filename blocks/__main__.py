@@ -30,7 +30,7 @@ exit code: 0 everything needed is there, 1 something is missing, 2 no such block
 
 
 async def check_block(kind: str, name: str, store_name: str | None) -> list[CheckLine]:
-    """The answers of one saved block, a service's compared with a store's url when one is named.
+    """Check one saved block, a service's against a store's url when one is named.
 
     Raises:
         ValueError: the server knows no such block.

@@ -54,7 +54,7 @@ class Protocol(H11Protocol):
     """uvicorn's HTTP/1.1 over a gathering transport."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client connected."""
+        """Note that a client connected."""
         super().connection_made(Gathering(transport))  # type: ignore[arg-type]
 
 

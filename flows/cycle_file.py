@@ -39,7 +39,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 async def load_cycle_file(path: Path) -> CycleSpec:
-    """The cycle that a file declares, its inline blocks saved on the Prefect server.
+    """Load the cycle that a file declares, its inline blocks saved on the Prefect server.
 
     Raises:
         ValueError, OSError: as `parse_cycle_file`.
@@ -49,7 +49,7 @@ async def load_cycle_file(path: Path) -> CycleSpec:
 
 
 async def save_inline_blocks(spec: CycleSpec, blocks: dict[str, Block]) -> CycleSpec:
-    """The cycle with its inline blocks saved, under a name that no person has configured.
+    """Save the inline blocks of a cycle, under a name that no person has configured.
 
     Raises:
         ServiceUnavailableError: the Prefect server does not answer.
@@ -72,7 +72,8 @@ async def save_inline_blocks(spec: CycleSpec, blocks: dict[str, Block]) -> Cycle
 
 
 def parse_cycle_file(path: Path) -> tuple[CycleSpec, dict[str, Block]]:
-    """The cycle that a file declares, and its inline blocks by the spec's field that names them.
+    """Parse the cycle that a file declares, and its inline blocks by the spec's field that names
+    them.
 
     Raises:
         ValueError: the file is not a cycle file; says which field, without its value.

@@ -165,7 +165,7 @@ async def full_snapshot(
     lease: Lease,
     expected_replica_count: int | None,
 ) -> Published:
-    """The fallback: publish a full snapshot under a new identity because of `reason`.
+    """Publish a full snapshot under a new identity because of `reason`: the fallback.
 
     The ladder of protocol §18: a full, one more full, and where the spec allows it a ledger reset
     and a last full. A full that the service refuses by validation ends the ladder at once.

@@ -191,7 +191,7 @@ class Baseline:
 
 @task(cache_policy=NO_CACHE, task_run_name="baseline-{identity}", **RETRIED)
 async def keep_baseline(baseline: Baseline, identity: str) -> None:
-    """As `Baseline.keep`, tried again while the store does not answer."""
+    """Keep the baseline as `Baseline.keep` does, tried again while the store does not answer."""
     await baseline.keep(identity)
 
 

@@ -42,7 +42,7 @@ DRIFT_SECONDS = 60.0
 
 @task(cache_policy=NO_CACHE, task_run_name="report-{spec.name}", **RETRIED)
 async def find_report(store: Store, spec: CycleSpec) -> CycleReport | None:
-    """The report of this very cycle, if it has ended before.
+    """Find the report of this very cycle, if it has ended before.
 
     The checkpoint is compared with it while there is one; a trainer may have removed it since.
 
@@ -144,12 +144,12 @@ async def _read_trained(store: Store, spec: CycleSpec) -> TrainedAgainst | None:
 
 
 def already_done(report: CycleReport) -> State[CycleReport]:
-    """The state of a flow run that found its cycle ended before."""
+    """Make the state of a flow run that found its cycle ended before."""
     return Completed(name="AlreadyDone", message="this cycle has ended before", data=report)
 
 
 def completed(report: CycleReport) -> CycleReport | State[CycleReport]:
-    """What the flow returns: its report, or a state of its own name where it fell back."""
+    """Make what the flow returns: its report, or a state of its own name where it fell back."""
     if report.fallback_reason is None:
         return report
     return Completed(name="CompletedByFallback", message=report.fallback_reason, data=report)

@@ -14,7 +14,7 @@ from tasks import RETRIED
 # Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.
 @task(cache_policy=NO_CACHE, **RETRIED)
 async def find_rollout(store: Store, directory: str, digest: str) -> RolloutSummary | None:
-    """The summary of a rollout that was handed back whole, by the plan with this digest.
+    """Find the summary of a rollout that was handed back complete, by the plan with this digest.
 
     Raises:
         StoreError: the store refuses.

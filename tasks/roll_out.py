@@ -13,7 +13,7 @@ from tasks import RETRIED
 # A retry writes what was sampled; only the sampler's own budget repeats a request.
 @task(cache_policy=NO_CACHE, task_run_name="roll-out-{number}", **RETRIED)
 async def roll_out_chunk(rollout: Rollout, number: int) -> Sequence[RolloutPart]:
-    """One part of the rollout in the store, and the counts of what is in its files.
+    """Put one part of the rollout into the store; return the counts of what is in its files.
 
     Raises:
         ServiceRefusedError: key, names or billing are wrong: no sample can succeed.

@@ -84,7 +84,7 @@ async def upload_once(
 
 @task(cache_policy=NO_CACHE, task_run_name="stored-{shards[0].file}", **RETRIED)
 async def are_stored(store: Store, identity: str, shards: tuple[Shard, ...]) -> bool:
-    """Whether the store still has every one of `shards` under `identity`, by size."""
+    """Tell whether the store still has every one of `shards` under `identity`, by size."""
     sizes = await asyncio.gather(*(store.size(f"{identity}/{shard.file}") for shard in shards))
     return all(size == shard.size_bytes for size, shard in zip(sizes, shards, strict=True))
 

@@ -10,7 +10,9 @@ from hotload.options import ReadinessPolicy
 
 @task(cache_policy=NO_CACHE, task_run_name="warm-up")
 async def warm_up(client: InferenceClient, readiness: ReadinessPolicy) -> bool:
-    """Whether the service answered a small request in time. Best effort: nothing depends on it."""
+    """Send a small request, and tell whether it was answered in time. Best effort: nothing depends
+    on it.
+    """
     if not readiness.warmup_after_hotload:
         return True
     is_warm = await client.warm_up(retries=readiness.warmup_max_retries)

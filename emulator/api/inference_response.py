@@ -117,7 +117,7 @@ class AnswerWriter:
         return body
 
     def usage(self) -> dict[str, Any]:
-        """Token counts."""
+        """Count the tokens."""
         generation = self._generation
         prompt, completion = generation.prompt_count, generation.completion_count
         return {

@@ -72,8 +72,8 @@ class TrainedAgainst:
 def measure_drift(
     trainer_logprobs_T: ArrayLike, sampling_logprobs_T: ArrayLike, loss_mask_T: ArrayLike
 ) -> LogprobDrift | None:
-    """How far the trainer's log-probabilities are from the sampler's, over tokens where the mask is
-    true; `None` where there are none.
+    """Measure how far the trainer's log-probabilities are from the sampler's, over tokens where the
+    mask is true; `None` where there are none.
 
     The three are one number per completion token, of any number of samples end to end.
 
@@ -107,7 +107,9 @@ def measure_drift(
 
 
 def merged_drift(drifts: Iterable[LogprobDrift]) -> LogprobDrift | None:
-    """The drift over the tokens of all of them, as if computed at once; `None` of none."""
+    """Merge drifts into that over the tokens of all of them, as if measured at once; `None` of
+    none.
+    """
     drifts = tuple(drifts)
     if not drifts:
         return None
@@ -141,8 +143,8 @@ def _mask(values: ArrayLike) -> NDArray[np.bool_]:
 def drifts_of(
     trainer_logprobs: Sequence[ArrayLike | None], frame: pl.DataFrame, row_counts: Sequence[int]
 ) -> list[LogprobDrift | None]:
-    """The drift of each run of `frame`'s rows, over the tokens in the loss of the rows that are
-    given; `None` where there are none.
+    """Measure the drift of each run of `frame`'s rows, over the tokens in the loss of the rows that
+    are given; `None` where there are none.
 
     Args:
         trainer_logprobs: for each row of `frame` one number per completion token, or `None`: not

@@ -18,7 +18,8 @@ NOTES_KEY = "hotload.notes"
 
 
 def render_rollouts(frame: pl.DataFrame, *, digest: str, notes: str = "") -> bytes:
-    """The frame as one Parquet file with the number of its schema; `parse_rollouts` reads it back.
+    """Write the frame as one Parquet file with the number of its schema; `parse_rollouts` reads it
+    back.
 
     Args:
         digest: of what was asked for; `parse_rollouts` returns it.
@@ -34,7 +35,7 @@ def render_rollouts(frame: pl.DataFrame, *, digest: str, notes: str = "") -> byt
 
 
 def parse_rollouts(data: bytes, *, path: str) -> tuple[pl.DataFrame, str]:
-    """The rows of a Parquet part that was read at `path`, checked, and the digest it carries.
+    """Read the rows of a Parquet part that was read at `path`, checked, and the digest it carries.
 
     Raises:
         StoreError: not Parquet, of another schema number, or rows that break `Rollouts`.
@@ -54,7 +55,7 @@ def parse_rollouts(data: bytes, *, path: str) -> tuple[pl.DataFrame, str]:
 
 
 def notes_of(data: bytes) -> str:
-    """The notes of a part that `parse_rollouts` has accepted; empty without any."""
+    """Read the notes of a part that `parse_rollouts` has accepted; empty without any."""
     return pl.read_parquet_metadata(io.BytesIO(data)).get(NOTES_KEY, "")
 
 

@@ -29,7 +29,7 @@ class PartProgress:
         return len(self._settled_ids)
 
     def find(self, kept_ids: Set[str], dropped_ids: Set[str]) -> bool:
-        """Whether a file with these problems counts.
+        """Take over a file with these problems, and tell whether it counts.
 
         It does not where another settles one of them: two runs at once wrote the same groups.
         """
@@ -41,8 +41,8 @@ class PartProgress:
         return True
 
     def settle(self, problem: Problem, *, is_dropped: bool) -> Problem | None:
-        """A problem has ended; the row to sample in its place, if it was dropped and there is
-        one.
+        """Count a problem as ended; return the row to sample in its place, if it was dropped and
+        there is one.
         """
         self._settled_ids.add(problem.id)
         if not is_dropped:
@@ -51,17 +51,17 @@ class PartProgress:
         return next(iter(self._open(self._part.reserve[number : number + 1])), None)
 
     def leave_out(self, problem: Problem) -> None:
-        """A problem is left for a later run."""
+        """Leave a problem for a later run."""
         self._left_out_ids.add(problem.id)
 
     def to_do(self) -> list[Problem]:
-        """The problems that are neither settled nor left out; rows in place of dropped ones come
-        last.
+        """List the problems that are neither settled nor left out; rows in place of dropped ones
+        come last.
         """
         return self._open((*self._part.problems, *self._part.reserve[: self._dropped_count]))
 
     def is_refill(self, problem: Problem) -> bool:
-        """Whether the problem is sampled in place of a dropped one."""
+        """Tell whether the problem is sampled in place of a dropped one."""
         return problem.id not in self._planned_ids
 
     def _open(self, problems: tuple[Problem, ...]) -> list[Problem]:

@@ -52,11 +52,11 @@ class PartPlan:
     reserve: tuple[Problem, ...] = ()
 
     def file(self, piece: int) -> str:
-        """Name of one of the part's files below its rollout's directory."""
+        """Name one of the part's files below its rollout's directory."""
         return f"part-{self.number:05d}-{piece:02d}.parquet"
 
     def pieces(self, names: Iterable[str]) -> Iterator[int]:
-        """The numbers of this part's files among `names`, in order."""
+        """Find the numbers of this part's files among `names`, in order."""
         prefix, suffix = f"part-{self.number:05d}-", ".parquet"
         stems = [
             name[len(prefix) : -len(suffix)]
@@ -129,12 +129,12 @@ class RolloutManifest(Record):
     created_at: AwareDatetime
 
     def render(self) -> bytes:
-        """The manifest as JSON; `parse` reads it back."""
+        """Write the manifest as JSON; `parse` reads it back."""
         return self.model_dump_json(indent=1).encode()
 
     @classmethod
     def parse(cls, data: bytes, *, path: str) -> RolloutManifest:
-        """The manifest in `data`.
+        """Parse the manifest in `data`.
 
         Raises:
             StoreError: it is not one.
@@ -143,7 +143,7 @@ class RolloutManifest(Record):
 
 
 def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) -> RolloutPlan:
-    """The parts of a cycle's rollouts: at most 50, `problems_per_task` problems each or more."""
+    """Plan the parts of a cycle's rollouts: at most 50, of `problems_per_task` problems or more."""
     chosen = problems_for(
         problems[: spec.problems.max_rows],
         spec.policy_version,
@@ -175,7 +175,7 @@ def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) ->
 
 
 def rollout_directory(identity: str, run_id: str, policy_version: int) -> str:
-    """Where the rollouts lie that a version samples from the weights of `identity`."""
+    """Say where the rollouts lie that a version samples from the weights of `identity`."""
     directory = f"{PARTS}/{identity}"
     if version_of(identity, run_id) == policy_version:
         return directory

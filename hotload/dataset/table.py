@@ -113,7 +113,7 @@ class Rollouts(pa.DataFrameModel):
 def rollouts_frame(
     groups: Sequence[ScoredGroup], *, run_id: str, policy_version: int
 ) -> pl.DataFrame:
-    """The segments of scored groups, group by group in sample order; keeps `Rollouts`.
+    """Lay out the segments of scored groups, group by group in sample order; keeps `Rollouts`.
 
     Args:
         policy_version: the cycle's, for samples whose identity names no version of `run_id`.
@@ -211,7 +211,7 @@ def _json(value: object) -> str:
 
 
 def check_rollouts(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame itself, if it keeps `Rollouts`; otherwise pandera's SchemaErrors, naming every
+    """Return the frame if it keeps `Rollouts`; otherwise raise pandera's SchemaErrors, naming every
     breach.
     """
     return Rollouts.validate(frame, lazy=True)

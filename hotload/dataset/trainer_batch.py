@@ -71,9 +71,8 @@ class Batch:
         return int(self.loss_mask.sum())
 
     def by_frame_row(self, values: Sequence[Any]) -> list[Any]:
-        """What a trainer made of this batch, for each row of the frame it was made of: the row's
-        values, one per completion token, or `None` where it is left out. For
-        `RolloutReader.acknowledge`.
+        """Sort what a trainer made of this batch by the rows of its frame: the row's values, one
+        per completion token, or `None` where it is left out. For `RolloutReader.acknowledge`.
 
         Args:
             values: one sequence per row here, each as long as its completion or padded on the
@@ -88,7 +87,7 @@ class Batch:
         return [None if row is None else values[row][: lengths[row]] for row in self.frame_rows]
 
     def with_rows(self, count: int) -> Batch:
-        """The batch with rows added up to `count`, for trainers that want as many in each process.
+        """Add rows up to `count`, for trainers that want as many in each process.
 
         An added row has one token of prompt and one of completion, id 0, none of them in the loss;
         its numbers are -1, its problem is "", and it belongs to no row of the frame.
@@ -118,8 +117,8 @@ class Batch:
 
 
 def trainable(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows of `frame` (of `frames.Rollouts`) with an advantage and a token to train on, in
-    order.
+    """Select the rows of `frame` (of `table.Rollouts`) with an advantage and a token to train on,
+    in order.
 
     Left out are failed samples, groups that are marked as not to be used, and segments whose tokens
     are all masked.
@@ -128,7 +127,7 @@ def trainable(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def make_batch(frame: pl.DataFrame, *, pad_token_id: int = 0) -> Batch:
-    """The trainable rows of `frame` as arrays; none at all gives arrays of zero rows.
+    """Make arrays of the trainable rows of `frame`; without any, arrays of zero rows.
 
     Args:
         frame: rows of `frames.Rollouts`.
@@ -201,7 +200,7 @@ def _flat(column: pl.Series, dtype: type[Any]) -> NDArray[Any]:
 
 
 def trl_batch(batch: Batch) -> dict[str, Any]:
-    """The batch as TRL's GRPOTrainer (0.28 or newer) makes it of its own generations, before its
+    """Lay the batch out as TRL's GRPOTrainer (0.28 or newer) does its own generations, before its
     loss.
 
     `tool_mask` is the loss mask; `old_per_token_logps` and `sampling_per_token_logps` are those of
@@ -223,8 +222,8 @@ def trl_batch(batch: Batch) -> dict[str, Any]:
 
 
 def verl_batch(batch: Batch) -> dict[str, Any]:
-    """The batch as verl's trainer holds it after advantages: tensors of the width of the response,
-    and object arrays (`uid`, `data_source`) for its non-tensor batch.
+    """Lay the batch out as verl's trainer holds it after advantages: tensors of the width of the
+    response, and object arrays (`uid`, `data_source`) for its non-tensor batch.
 
     The score stands at the last token of each response; `uid` is one per group.
     """
@@ -252,7 +251,7 @@ def verl_batch(batch: Batch) -> dict[str, Any]:
 
 
 def slime_batch(batch: Batch) -> dict[str, Any]:
-    """The batch as slime makes it of its samples: ragged lists, prompt and response in one.
+    """Lay the batch out as slime does its samples: ragged lists, prompt and response in one.
 
     `rewards` are the advantages, as they are there after its own normalisation; `raw_reward` the
     rewards. `sample_indices` and `rollout_ids` are the same for the segments of one sample, and
@@ -288,8 +287,8 @@ def slime_batch(batch: Batch) -> dict[str, Any]:
 
 
 def to_tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The same mapping with torch tensors for arrays of numbers; they share memory. Lists and
-    arrays of objects stay as they are.
+    """Turn arrays of numbers into torch tensors that share their memory. Lists and arrays of
+    objects stay as they are.
 
     Raises:
         ModuleNotFoundError: torch is not installed.

@@ -51,7 +51,7 @@ class Running(Protocol):
         ...
 
     def hexdigest(self) -> str:
-        """The value over all bytes so far, in lower-case hex of full width."""
+        """Return the value over all bytes so far, in lower-case hex of full width."""
         ...
 
 
@@ -66,7 +66,7 @@ class Adler32:
         self.value = adler32(data, self.value)
 
     def hexdigest(self) -> str:
-        """Eight lower-case digits."""
+        """Return eight lower-case digits."""
         return f"{self.value:08x}"
 
 

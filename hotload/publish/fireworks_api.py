@@ -45,7 +45,7 @@ def signal_body(
 
 
 def delta_metadata(previous: str | None) -> dict[str, Any]:
-    """What the body of a signal says of a delta beside its identity (protocol §4)."""
+    """Make what the body of a signal says of a delta beside its identity (protocol §4)."""
     metadata = {
         "previous_snapshot_identity": previous,
         "compression_format": COMPRESSION_FORMAT,
@@ -55,13 +55,14 @@ def delta_metadata(previous: str | None) -> dict[str, Any]:
 
 
 def refuses_prompt_cache_field(status_code: int, text: str) -> bool:
-    """Whether a server answered that it does not know `reset_prompt_cache` (protocol §4)."""
+    """Tell whether a server answered that it does not know `reset_prompt_cache` (protocol §4)."""
     folded = text.casefold()
     return status_code == 400 and "reset_prompt_cache" in folded and UNKNOWN_FIELD_TEXT in folded
 
 
 def parse_status(data: object) -> ServiceStatus:
-    """The service's status from the JSON of operation B (protocol §5). Unknown fields are ignored.
+    """Parse the service's status from the JSON of operation B (protocol §5). Unknown fields are
+    ignored.
 
     Raises:
         ProtocolError: `replicas` is not a list, or an entry is not of the documented form.
@@ -99,7 +100,8 @@ def _parse_replica(entry: object) -> ReplicaStatus:
 
 
 def parse_description(data: object) -> ServiceDescription:
-    """The service as its control plane describes it (protocol §8). Unset transition means ASYNC.
+    """Parse the service as its control plane describes it (protocol §8). Unset transition means
+    ASYNC.
 
     Raises:
         ProtocolError: not a JSON object.
@@ -120,8 +122,9 @@ def parse_description(data: object) -> ServiceDescription:
 
 
 def hint_body(template: object, values: Mapping[str, object]) -> object:
-    """A hint's JSON: `template` with `{identity} {file} {uri} {size} {kind} {previous}` filled in
-    (protocol §6)."""
+    """Make a hint's JSON: `template` with `{identity} {file} {uri} {size} {kind} {previous}` filled
+    in (protocol §6).
+    """
     if isinstance(template, str):
         for name, value in values.items():
             template = template.replace("{" + name + "}", str(value))

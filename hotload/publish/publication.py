@@ -46,7 +46,7 @@ class Published(Record):
         *,
         began_at: datetime,
     ) -> Published:
-        """What is to be told of a snapshot that the replicas serve."""
+        """Record a snapshot that the replicas serve."""
         worked = {
             "encode": sum(batch.encode_seconds for batch in carried),
             "verify": sum(batch.verify_seconds for batch in carried),
@@ -87,7 +87,7 @@ class Publication(Record):
 
     @classmethod
     def parse(cls, data: bytes, *, path: str) -> Publication:
-        """The publication in `data`.
+        """Parse the publication in `data`.
 
         Raises:
             StoreError: it is not one.

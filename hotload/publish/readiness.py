@@ -30,13 +30,15 @@ class ReplicaStatus:
     raw: str = field(default="", compare=False)
 
     def serves(self, identity: str, kind: SnapshotKind) -> bool:
-        """Whether requests to this replica are answered by exactly `identity`."""
+        """Tell whether requests to this replica are answered by exactly `identity`."""
         if kind is SnapshotKind.LORA:
             return self.readiness and (identity, "loaded") in self.adapters
         return self.readiness and self.current_identity == identity
 
     def failed(self, identity: str) -> bool:
-        """Whether this replica reports an error about `identity`; errors about others are stale."""
+        """Tell whether this replica reports an error about `identity`; errors about others are
+        stale.
+        """
         return (self.stage == "error" and self.target_identity == identity) or (
             (identity, "failed") in self.adapters
         )
@@ -48,7 +50,7 @@ class ReplicaStatus:
         return self.target_identity if is_loading else None
 
     def mentions(self, identity: str) -> bool:
-        """Whether this replica knows `identity`: serves it, loads it, or failed on it."""
+        """Tell whether this replica knows `identity`: serves it, loads it, or failed on it."""
         return identity in (self.current_identity, self.target_identity) or any(
             adapter == identity for adapter, _ in self.adapters
         )
@@ -76,11 +78,11 @@ class ServiceStatus:
         return frozenset(identity for identity in common if identity is not None)
 
     def is_served_everywhere(self, identity: str) -> bool:
-        """Whether there are replicas, and each has exactly `identity` loaded."""
+        """Tell whether there are replicas, and each has exactly `identity` loaded."""
         return identity in self.served_everywhere
 
     def mentions(self, identity: str) -> bool:
-        """Whether any replica serves, loads, or failed on `identity`."""
+        """Tell whether any replica serves, loads, or failed on `identity`."""
         return any(replica.mentions(identity) for replica in self.replicas)
 
     def describe(self) -> str:

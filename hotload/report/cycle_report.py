@@ -49,7 +49,7 @@ class CycleReport(Record):
     def of(
         cls, spec: CycleSpec, publication: Publication, rollouts: RolloutSummary, seconds: float
     ) -> CycleReport:
-        """The report of a cycle that has come to its end."""
+        """Report a cycle that has come to its end."""
         content, snapshot = publication.content, publication.snapshot
         is_own = snapshot.policy_version == spec.policy_version
         warned = snapshot.model_copy(update={"warnings": (*content.warnings, *snapshot.warnings)})
@@ -66,7 +66,7 @@ class CycleReport(Record):
         )
 
     def rows(self) -> list[dict[str, str]]:
-        """The report as a two-column table for a person: `what`, `value` with units."""
+        """Lay the report out as a two-column table for a person: `what`, `value` with units."""
         snapshot, rollouts = self.snapshot, self.rollouts
         travelled, full = size(snapshot.size_bytes), size(snapshot.content_size_bytes)
         sent = f"{travelled} of {full} (1 : {snapshot.ratio:.1f})"

@@ -28,7 +28,8 @@ def cycle_metrics(
     statistics: SampleStatistics | None,
     trained: TrainedAgainst | None = None,
 ) -> dict[str, float]:
-    """All numbers of an ended cycle: seconds, bytes, tokens, samples, nats; ratios in [0, 1].
+    """Collect all numbers of an ended cycle: seconds, bytes, tokens, samples, nats; ratios in [0,
+    1].
 
     Args:
         statistics: of its samples; `None` leaves out what rests on them.
@@ -141,8 +142,8 @@ def _trained(trained: TrainedAgainst) -> dict[str, float]:
 
 
 def producer_metrics(report: CycleReport) -> list[tuple[float, dict[str, float]]]:
-    """How the sampling went, at most every 10 s: (seconds since it began, numbers), and one last
-    with the totals.
+    """Say how the sampling went, at most every 10 s: (seconds since it began, numbers), and one
+    last with the totals.
     """
     rollouts, did = report.rollouts, report.rollouts.groups
     version = report.snapshot.policy_version
@@ -176,8 +177,8 @@ def producer_metrics(report: CycleReport) -> list[tuple[float, dict[str, float]]
 def json_lines(
     report: CycleReport, metrics: Mapping[str, float], *, rollouts_ended_at: datetime
 ) -> bytes:
-    """One JSON object a line, each with its moment, run, version and identity: the producer's first
-    and the cycle's own last.
+    """Write one JSON object a line, each with its moment, run, version and identity: the producer's
+    first and the cycle's own last.
     """
     told = {
         "run_id": report.run_id,
@@ -194,7 +195,7 @@ def json_lines(
 
 
 def prometheus_text(metrics: Mapping[str, float], labels: Mapping[str, str]) -> str:
-    """The metrics as gauges in Prometheus' text format: `rollout/raw_reward` becomes
+    """Write the metrics as gauges in Prometheus' text format: `rollout/raw_reward` becomes
     `hotload_rollout_raw_reward`.
     """
     told = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())

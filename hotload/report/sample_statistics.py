@@ -49,13 +49,13 @@ class SampleStatistics:
         return -self.counts.logprob_sum / count if count else None
 
     def latency_percentile(self, percent: float) -> float | None:
-        """The seconds that so many percent of the answered samples did not exceed."""
+        """Return the seconds that so many percent of the answered samples did not exceed."""
         seconds = self.counts.latency_seconds.values
         return float(np.percentile(seconds, percent)) if seconds else None
 
     def uniform_groups(self, rules: GroupCounts) -> tuple[int, int]:
-        """Groups that `judge_group` found uniform, and all with a reward; those that were dropped
-        for it, in no row and known to `rules` alone, are among both.
+        """Count the groups that `judge_group` found uniform, and all with a reward; those that were
+        dropped for it, in no row and known to `rules` alone, are among both.
         """
         dropped = rules.dropped_groups.get(Mark.UNIFORM, 0)
         kept = rules.groups_by_mark.get(Mark.UNIFORM, 0)

@@ -15,7 +15,7 @@ AdvantageMethod = Literal["grpo", "leave_one_out", "mean_only"]
 def advantages(
     rewards_G: Sequence[float | None], method: AdvantageMethod = "grpo"
 ) -> tuple[float | None, ...]:
-    """An advantage per sample, over the samples that have a reward.
+    """Compute an advantage per sample, over the samples that have a reward.
 
     `grpo` is `(r − mean) / (std + 1e-8)` with the unbiased standard deviation, which counts as 1
     below 1e-8; `mean_only` is `r − mean`; `leave_one_out` is `r` minus the mean of the others. A

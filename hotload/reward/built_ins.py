@@ -157,7 +157,7 @@ QUICK_BUILT_INS = frozenset(BUILT_INS) - {"math_verify", "regex", "json_schema"}
 
 
 def check_built_in(name: str, arguments: Mapping[str, Any]) -> None:
-    """Nothing where the built-in can use the arguments, tried on a made-up sample.
+    """Try the arguments of a built-in on a made-up sample.
 
     Raises:
         ValueError: why it cannot.

@@ -50,7 +50,7 @@ class RewardService(Declared):
 
 
 def read_reward_service(reward: RewardSpec) -> RewardService:
-    """The service a declared reward names.
+    """Read the service a declared reward names.
 
     Raises:
         RewardError: naming the argument that is wrong.
@@ -66,7 +66,7 @@ def read_reward_service(reward: RewardSpec) -> RewardService:
 def request_body(
     problem: Problem, samples: Sequence[Trajectory], arguments: Mapping[str, JsonValue]
 ) -> bytes:
-    """The body of one request; it holds no token ids and no log-probabilities."""
+    """Write the body of one request; it holds no token ids and no log-probabilities."""
     body = {
         "problem": {
             "id": problem.id,
@@ -92,7 +92,7 @@ def request_body(
 
 
 def parse_rewards(data: bytes, count: int) -> list[RewardOutcome]:
-    """The outcomes in a good answer, one for each of `count` trajectories."""
+    """Parse the outcomes in a good answer, one for each of `count` trajectories."""
     try:
         answer = json.loads(data)
     except (ValueError, RecursionError):

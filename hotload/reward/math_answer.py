@@ -28,7 +28,7 @@ _UNIT = re.compile(r"(?<=\d)\s*(?:\\[,\ ])?\s*\\(?:text|mathrm|mbox)\s*\{[^{}\d]
 
 
 def is_same_answer(answer: str, text: str) -> bool:
-    """Whether the last `\\boxed{}` of `text` holds the answer, itself an expression or a box.
+    """Tell whether the last `\boxed{}` of `text` holds the answer, itself an expression or a box.
 
     Two plain numbers must be equal; of decimals beside other expressions six places count. The
     order of a tuple counts, of a set not; a tuple is no set. Units and `%` change nothing.

@@ -46,11 +46,12 @@ class Admission:
         return allowed * self.batch_size - used
 
     def concurrency_capacity(self, limit: int) -> int:
-        """Samples that may still be begun when `limit` (C, at least G) may be in flight."""
+        """Count the samples that may still be begun when `limit` (C, at least G) may be in flight.
+        """
         return max(limit, self.group_size) - self.in_flight
 
     def admits(self, limit: int) -> bool:
-        """Whether a whole row may be begun.
+        """Tell whether a complete row may be begun.
 
         Rows that wait to be scored or written hold back new ones too, once they are more than may
         be in flight: a slow reward must not pile up samples. Rows that wait for their slowest draw
@@ -68,7 +69,7 @@ class Admission:
         return ahead > self.max_head_offpolicy_versions
 
     def begin_row(self) -> None:
-        """A row was begun: its G draws are in flight."""
+        """Count a row as begun: its G draws are in flight."""
         self.reserved += self.group_size
         self.begin_draws(self.group_size)
 
@@ -81,17 +82,18 @@ class Admission:
         self.in_flight -= count
 
     def end_row(self) -> None:
-        """The last draw of a row ended; it waits to be settled."""
+        """Count a row's last draw as ended; the row waits to be settled."""
         self.sampled += self.group_size
 
     def settle_row(self, *, is_kept: bool) -> None:
-        """A row that has ended was settled: kept, or dropped so that another may take its place."""
+        """Settle a row that has ended: kept, or dropped so that another may take its place."""
         self.sampled -= self.group_size
         self.reserved -= self.group_size
         self.accepted += self.group_size if is_kept else 0
 
     def publish(self, version: int) -> bool:
-        """Whether `version`, which every replica was seen to serve, is a newer one."""
+        """Take note of `version`, which every replica was seen to serve; tell whether it is newer.
+        """
         if version <= self.published_version:
             return False
         self.published_version = version

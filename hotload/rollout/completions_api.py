@@ -117,8 +117,9 @@ def sample_body(request: Request, model: str) -> dict[str, Any]:
 
 
 def served_identity(model: object) -> str | None:
-    """The identity a response's `model` names: the text after its last `@` (protocol §12); None
-    without one."""
+    """Read the identity a response's `model` names: the text after its last `@` (protocol §12);
+    None without one.
+    """
     if not isinstance(model, str) or "@" not in model:
         return None
     return model.rpartition("@")[2] or None
@@ -135,8 +136,8 @@ class EventStream:
         self._name = ""
 
     def feed(self, piece: bytes) -> Iterator[tuple[str, bytes]]:
-        """The (event name, data) pairs that `piece` completes; the name is empty where none was
-        given.
+        """Yield the (event name, data) pairs that `piece` completes; the name is empty where none
+        was given.
         """
         if b"\n" not in piece:
             self._pieces.append(piece)
@@ -375,12 +376,12 @@ def _number(value: Any) -> float | None:
 
 
 def malformed(detail: str, action: Action = Action.RETRY) -> Failure:
-    """The fault of an answer that is not of the documented form."""
+    """Report an answer that is not of the documented form."""
     return Failure(action, Cause.MALFORMED, 200, detail)
 
 
 def failure_in_stream(chunk: Mapping[str, Any]) -> Failure:
-    """The fault of an error inside a 200: its `status_code` or `status` counts; without one, 502
+    """Report an error inside a 200: its `status_code` or `status` counts; without one, 502
     (protocol §12).
     """
     error = chunk.get("error")

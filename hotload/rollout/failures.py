@@ -109,7 +109,7 @@ def is_recoverable(label: str) -> bool:
 def failure_of_status(
     status_code: int, text: str, detail: str, retry_after_seconds: float | None = None
 ) -> Failure:
-    """The fault of an error status, from outside a stream or in it.
+    """Report an error status, from outside a stream or in it.
 
     Args:
         text: the head of the body, searched for the signs of a swap.
@@ -137,7 +137,7 @@ class RetryBudget:
         """Attempts that failed and count among the seven."""
 
     def wait_seconds(self, fault: Failure, attempt_seconds: float = 0.0) -> float | None:
-        """Seconds to wait before the next attempt; `None` when there is none.
+        """Decide the seconds to wait before the next attempt; `None` when there is none.
 
         The server's Retry-After is a floor, itself capped at 30 s.
 

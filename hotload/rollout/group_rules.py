@@ -75,7 +75,7 @@ class SettledGroup:
 
 
 def draw_number(position: int, round_number: int, group_size: int) -> int:
-    """The number of a sample's draw in the given round, which counts from 0."""
+    """Compute the number of a sample's draw in the given round, which counts from 0."""
     return position + round_number * group_size
 
 
@@ -99,7 +99,7 @@ def to_ask_again(
 def seconds_to_hedge(
     pending_count: int, alone_seconds: float, rules: Groups, *, is_hedged: bool
 ) -> float | None:
-    """Seconds until the one draw a group still waits for is asked for a second time.
+    """Compute the seconds until the one draw a group still waits for is asked for a second time.
 
     0 is now, `None` never: several are pending, or the rules have no hedges, or there is one.
 
@@ -133,7 +133,7 @@ def judge_group(group: ScoredGroup, rules: Groups) -> JudgedGroup:
 
 
 def usable_count(summary: RolloutSummary) -> int:
-    """Groups of a rollout that have advantages."""
+    """Count the groups of a rollout that have advantages."""
     marked = summary.groups.groups_by_mark
     return summary.group_count - marked.get(Mark.INCOMPLETE, 0) - marked.get(Mark.STALE, 0)
 
@@ -145,7 +145,9 @@ def _unused(group: ScoredGroup, mark: Mark) -> ScoredGroup:
 def stale_group(
     problem: Problem, group_size: int, *, identity: str, policy_version: int, run_seed: int
 ) -> ScoredGroup:
-    """A group that was never begun, since the service had moved on: no request was sent for it."""
+    """Make a group that was never begun, since the service had moved on: no request was sent for
+    it.
+    """
     samples = tuple(
         Trajectory(
             problem.id,
@@ -169,7 +171,7 @@ def token_count(sample: Trajectory) -> int:
 
 
 def is_outage(samples_G: Sequence[Trajectory]) -> bool:
-    """Whether at least half of a row failed by what may pass: what the breaker counts.
+    """Tell whether at least half of a row failed by what may pass: what the breaker counts.
 
     Samples that were cut short count where none of the row got an answer: a deadline that is tight
     is no outage. Those that were never sent do not count: the service had no part in them.
@@ -180,7 +182,7 @@ def is_outage(samples_G: Sequence[Trajectory]) -> bool:
 
 
 def is_unanswered(samples_G: Sequence[Trajectory]) -> bool:
-    """Whether all of a row failed by what may pass: recorded, it would count as done for ever."""
+    """Tell whether all of a row failed by what may pass: recorded, it would count as done."""
     return all(map(_may_pass, samples_G))
 
 
@@ -219,12 +221,12 @@ class GroupTally:
     """Draws that were ended before they had: the slower of a pair, or those past a deadline."""
 
     def replace(self, sample: Trajectory) -> None:
-        """Another was asked for in place of `sample`, which had failed."""
+        """Count `sample`, which had failed and in whose place another was asked for."""
         self.asked_again[str(sample.failure)] += 1
         self.leave_out(sample.provenance)
 
     def leave_out(self, sent: Sent) -> None:
-        """A draw is in no group; the requests behind it were sent all the same."""
+        """Count a draw that is in no group; the requests behind it were sent all the same."""
         self.attempts += sent.attempts
         self.failed_attempts.update(sent.failed_attempts)
 

@@ -7,8 +7,8 @@ from math import isfinite
 
 
 def retry_after_seconds(text: str | None, date: str | None = None) -> float | None:
-    """Seconds to wait: a number, or a date counted from `date`, the server's own clock; `None` for
-    anything else.
+    """Read the seconds to wait: a number, or a date counted from `date`, the server's own clock;
+    `None` for anything else.
     """
     if text is None:
         return None

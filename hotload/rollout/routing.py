@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 def join_routing(matrices: Iterable[str]) -> bytes:
-    """The matrices of all tokens one after the other, from one base64 text per token.
+    """Join the matrices of all tokens, from one base64 text per token.
 
     Raises:
         ValueError: not base64, or not all of one size.
@@ -25,7 +25,7 @@ def join_routing(matrices: Iterable[str]) -> bytes:
 def routing_array(
     routing: str, token_count: int, *, active_expert_count: int
 ) -> npt.NDArray[np.uint8]:
-    """The experts of every token, `uint8[T, moe_layers, active_experts]`; read-only.
+    """Read the experts of every token, `uint8[T, moe_layers, active_experts]`; read-only.
 
     Args:
         routing: `Trajectory.routing_matrix`.

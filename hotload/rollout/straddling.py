@@ -15,8 +15,8 @@ OnStraddling = Literal["accept", "drop", "mask_from_change"]
 
 
 def settle_weights(trajectory: Trajectory, policy: OnStraddling) -> Trajectory:
-    """The trajectory as `policy` wants it; one of a single version, or one that failed, comes back
-    as it is.
+    """Treat a trajectory of several versions as `policy` wants it; one of a single version, or one
+    that failed, comes back as it is.
 
     A dropped one is marked as failed and keeps its tokens, and so is, whatever the policy, one by
     weights that are no version of the run it was sent to. Masked tokens stay in their arrays with a
@@ -48,8 +48,8 @@ def settle_weights(trajectory: Trajectory, policy: OnStraddling) -> Trajectory:
 
 
 def masked_count(trajectory: Trajectory) -> int:
-    """Tokens that masking took out of the loss, with what was said in between: those from the
-    change on. None of a sample that had failed before, since its tokens are as they came.
+    """Count the tokens that masking took out of the loss, with what was said in between: those from
+    the change on. None of a sample that had failed before, since its tokens are as they came.
     """
     mask = [kept for segment in trajectory.segments for kept in segment.loss_mask_T]
     after = mask[change_of(trajectory) :]
@@ -57,8 +57,8 @@ def masked_count(trajectory: Trajectory) -> int:
 
 
 def change_of(trajectory: Trajectory) -> int:
-    """The number, over the tokens of all segments, of the first token that other weights made than
-    the first ones; the count of all tokens where none was told.
+    """Find, over the tokens of all segments, the first that other weights made than the first ones;
+    the count of all tokens where none was reported.
     """
     runs = trajectory.provenance.runs
     changed = (start for start, identity in runs if identity and identity != runs[0][1])

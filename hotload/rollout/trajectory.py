@@ -174,7 +174,7 @@ class ScoredGroup:
 
 
 def parse_problems(data: bytes, *, source: str) -> tuple[Problem, ...]:
-    """The problems of a JSON-lines file, one object a line; blank lines are skipped.
+    """Parse the problems of a JSON-lines file, one object a line; blank lines are skipped.
 
     A row has `id` (text or integer), either `prompt` (text, or a list of token ids) or `messages`
     (a chat), and usually `answer`; everything else is kept in `extra`.
@@ -283,7 +283,7 @@ def _is_chat(messages: Any) -> bool:
 def problems_for(
     problems: Sequence[Problem], policy_version: int, prompt_groups_per_step: int | None
 ) -> tuple[Problem, ...]:
-    """The P problems of one policy version: the next P rows, beginning again at the end.
+    """Choose the P problems of one policy version: the next P rows, beginning again at the end.
 
     `None`, or more than there are, is every problem once.
     """
@@ -295,11 +295,13 @@ def problems_for(
 
 
 def chunk(problems: Sequence[Problem], size: int) -> tuple[tuple[Problem, ...], ...]:
-    """The problems in runs of `size`, the last one shorter."""
+    """Cut the problems into runs of `size`, the last one shorter."""
     return tuple(tuple(problems[i : i + size]) for i in range(0, len(problems), size))
 
 
 def sample_seed(run_seed: int, problem_id: str, policy_version: int, sample_number: int) -> int:
-    """The seed of one sample, in [0, 2**31): the same on every machine and after every restart."""
+    """Compute the seed of one sample, in [0, 2**31): the same on every machine and after every
+    restart.
+    """
     facts = json.dumps([run_seed, problem_id, policy_version, sample_number])
     return int.from_bytes(hashlib.sha256(facts.encode()).digest()[:4], "big") & 0x7FFF_FFFF

@@ -109,22 +109,22 @@ class _Memory:
         self._is_recovering = False
 
     def note_load(self, now: float) -> None:
-        """An attempt says that the service has much to do."""
+        """Note an attempt that says the service has much to do."""
         self.calm = 0
         self._loaded_at = now
 
     def note_calm(self, sent_at: float) -> None:
-        """An attempt does not; one sent before the last that did says nothing new."""
+        """Note an attempt that does not; one sent before the last that did says nothing new."""
         self.calm += sent_at >= self._loaded_at
 
     def note_shrink(self, width: float) -> None:
-        """The window shrinks from `width`."""
+        """Note that the window shrinks from `width`."""
         self._is_recovering = False
         if self.width is None:
             self.width = width
 
     def note_quiet_growth(self, width: float) -> None:
-        """The window has grown to `width` after an interval without congestion."""
+        """Note that the window has grown to `width` after an interval without congestion."""
         if self._is_recovering:
             return
         if self.width is None or width > self.width / DEEP_SHRINK:
@@ -132,7 +132,7 @@ class _Memory:
             self._tries_left = RECOVERIES
 
     def wider(self, width: float) -> float | None:
-        """The next width on the way back, if one is due."""
+        """Return the next width on the way back, if one is due."""
         if self.width is None or self.calm < CALM_RUN or self.calm % (CALM_RUN // 2):
             return None
         if not self._is_recovering:
@@ -213,7 +213,9 @@ class Window:
         self._in_flight -= 1
 
     def trace(self) -> Sequence[TracePoint]:
-        """The path of the window through time: its changes, at most some 2,000, evenly thinned."""
+        """Return the path of the window through time: its changes, at most some 2,000, evenly
+        thinned.
+        """
         if self._latest is None or self._trace[-1] is self._latest:
             return tuple(self._trace)
         return (*self._trace, self._latest)

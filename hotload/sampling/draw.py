@@ -60,7 +60,7 @@ class Draw:
         self._conversation.close()
 
     def cut_off(self, cause: Cause, detail: str) -> Trajectory:
-        """What there is of a sample that was ended before it had."""
+        """Return what there is of a sample that was ended before it had."""
         return _failed(self._conversation, _fault(cause, detail))
 
 
@@ -77,7 +77,7 @@ class Drawing:
         self._function = None if self._declared is None else load_rollout(self._declared)
 
     def begin(self, problem: Problem, number: int, *, is_hedge: bool = False) -> Draw:
-        """The draw with this number; nothing is sent before it is awaited."""
+        """Make the draw with this number; nothing is sent before it is awaited."""
         declared, function = self._declared, self._function
         if declared is None or function is None:
             single = self._sampler.converse(problem, number, is_hedge=is_hedge)
@@ -92,7 +92,7 @@ class Drawing:
 
 
 def load_rollout(declared: RolloutFunction) -> UserRollout:
-    """The rollout function, imported here and now.
+    """Import the rollout function, here and now.
 
     Raises:
         RolloutFunctionError: not importable, not async, or it cannot take the declared arguments.

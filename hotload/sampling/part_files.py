@@ -154,8 +154,9 @@ async def named_parts(store: Store, plan: RolloutPlan) -> dict[str, RolloutPart]
 
 
 async def usable_manifest(store: Store, directory: str) -> RolloutManifest | None:
-    """The manifest, unless there is none that can be read: one of another schema is written
-    over."""
+    """Read the manifest, unless there is none that can be read: one of another schema is written
+    over.
+    """
     try:
         return await read_rollout_manifest(store, directory)
     except StoreUnavailableError:
@@ -175,7 +176,7 @@ def sum_up(
     extracts: Iterable[SampleExtract] = (),
     window_trace: Iterable[tuple[float, int, int]] = (),
 ) -> RolloutManifest:
-    """The manifest of part files that lie in the store.
+    """Make the manifest of part files that lie in the store.
 
     As long as more may come, it is written and read again and again: it stays small, without the
     statistics of samples, which the files themselves carry for a run that goes on.

@@ -93,7 +93,7 @@ class PartWriter:
         return self._is_refused and self.is_full
 
     def leave_out(self, problem: Problem, why: Counter[str]) -> None:
-        """A problem's samples are left for a later run."""
+        """Leave a problem's samples for a later run."""
         self.progress.leave_out(problem)
         self._left_out += why
 
@@ -110,12 +110,12 @@ class PartWriter:
         return next((sample.detail for sample in held_back if sample.detail), "")
 
     def keep_unanswered(self) -> None:
-        """Groups that were held back are as good as any: they are written with the next file."""
+        """Keep groups that were held back: they are written with the next file."""
         self._unwritten += self._unanswered
         self._unanswered = []
 
     async def write(self) -> bool:
-        """Whether there was something to write; it is in the store now.
+        """Write what is settled, and tell whether there was something; it is in the store now.
 
         Raises:
             StoreError: the store refuses; the groups are kept for another call.

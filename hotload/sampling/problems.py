@@ -10,7 +10,7 @@ from hotload.spec import CycleSpec
 
 
 def read_problems(dataset: str) -> tuple[Problem, ...]:
-    """The problems of a JSON-lines file on this machine.
+    """Read the problems of a JSON-lines file on this machine.
 
     Raises:
         InvalidProblemsError: it cannot be read, is empty, or has a malformed row.
@@ -28,7 +28,7 @@ def read_problems(dataset: str) -> tuple[Problem, ...]:
 
 
 async def plan_rollouts(spec: CycleSpec, identity: str) -> RolloutPlan:
-    """Which problems this policy version samples under `identity`, and in which parts.
+    """Plan which problems this policy version samples under `identity`, and in which parts.
 
     Raises:
         InvalidProblemsError: as `read_problems`.

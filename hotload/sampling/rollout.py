@@ -103,7 +103,7 @@ class Rollout:
         return monotonic() - self._started
 
     async def carry(self, number: int) -> tuple[RolloutPart, ...]:
-        """Sample, score and write what is missing of one part; all its files.
+        """Sample, score and write what is missing of one part; return all its files.
 
         Once the store holds up what fills a file, no further row is begun, and those that were end
         first. Called again after that, it writes what it has and samples nothing twice.
@@ -215,7 +215,7 @@ class Rollout:
             self._logger.info("%s", self.state())
 
     def state(self) -> str:
-        """How far the rollout is, for a reader."""
+        """Say how far the rollout is, for a reader."""
         ended = sum(writer.progress.settled_count for writer in self._writers)
         met = in_words(dict(self._sampler.failed_attempts))
         told = ", ".join(f"{count} × {name}" for name, count in met.items())
@@ -265,7 +265,7 @@ class Rollout:
                 self._logger.warning("the manifest is written later: %s", error)
 
     def manifest(self, *, is_complete: bool) -> RolloutManifest:
-        """The manifest of what is in the store now."""
+        """Make the manifest of what is in the store now."""
         parts = [part for writer in self._writers for part in writer.parts]
         trace = [
             (point.seconds - self._started, point.size, point.in_flight)
@@ -310,7 +310,7 @@ async def open_rollout(
     service: HotLoadClient | None = None,
     logger: RunLogger = LOGGER,
 ) -> AsyncIterator[Rollout]:
-    """What the chunks of `plan` share, for as long as they run in this event loop.
+    """Open what the chunks of `plan` share, for as long as they run in this event loop.
 
     Args:
         replica_count: for the window's first size; `None` is not known.

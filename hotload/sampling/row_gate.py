@@ -45,7 +45,7 @@ class Gate:
         await self._waiters.wait(part_number)
 
     def turn_back(self, *, is_kept: bool) -> None:
-        """A row that was let in is settled without a draw."""
+        """Settle a row that was let in without a draw."""
         self._admission.end_draws(self._admission.group_size)
         self._admission.end_row()
         self.leave(is_kept=is_kept)
@@ -55,21 +55,21 @@ class Gate:
         self._admission.begin_draws(count)
 
     def end(self) -> None:
-        """A draw ended."""
+        """Count a draw as ended."""
         self._admission.end_draws()
         self._waiters.wake()
 
     def end_row(self) -> None:
-        """The last draw of a row ended; it waits to be settled."""
+        """Count a row's last draw as ended; the row waits to be settled."""
         self._admission.end_row()
 
     def leave(self, *, is_kept: bool) -> None:
-        """A row that has ended is settled."""
+        """Settle a row that has ended."""
         self._admission.settle_row(is_kept=is_kept)
         self._waiters.wake()
 
     def publish(self, version: int) -> bool:
-        """Whether the version that every replica serves now is a newer one."""
+        """Take note of the version that every replica serves now; tell whether it is newer."""
         is_newer = self._admission.publish(version)
         self._waiters.wake()
         return is_newer

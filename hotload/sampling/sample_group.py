@@ -33,7 +33,7 @@ class GroupSampler:
         self._may_ask_again = may_ask_again
 
     async def sample(self, problem: Problem) -> tuple[TrajectoryGroup, GroupTally]:
-        """The group, failed samples included, and what the rules did to get it.
+        """Sample the group, failed samples included, and count what the rules did to get it.
 
         Raises:
             ServiceError: no sample can succeed.
@@ -88,7 +88,7 @@ class _Round:
         self._is_hedged = False
 
     async def samples(self) -> dict[int, Trajectory]:
-        """A sample for every position."""
+        """Return a sample for every position."""
         # Nobody has to look at every single answer where none can call for a hedge.
         hedges = self._rules.hedge_after_seconds is not None
         when = asyncio.FIRST_COMPLETED if hedges else asyncio.FIRST_EXCEPTION

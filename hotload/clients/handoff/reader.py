@@ -231,7 +231,7 @@ class RolloutReader:
         self._delivered.clear()
 
     def blocking(self) -> BlockingReader:
-        """The same for code without an event loop."""
+        """Return the same reader for code without an event loop."""
         return BlockingReader(self)
 
     def _reason(self) -> str:
@@ -390,9 +390,9 @@ class BlockingReader:
     def acknowledge(
         self, delivery: Delivery, trainer_logprobs: Sequence[ArrayLike | None] | None = None
     ) -> None:
-        """As `RolloutReader.acknowledge`."""
+        """Acknowledge as `RolloutReader.acknowledge` does."""
         self._runner.run(self._reader.acknowledge(delivery, trainer_logprobs))
 
     def drift(self) -> LogprobDrift | None:
-        """As `RolloutReader.drift`."""
+        """Read the drift as `RolloutReader.drift` does."""
         return self._runner.run(self._reader.drift())

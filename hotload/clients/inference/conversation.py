@@ -117,7 +117,7 @@ class Conversation:
     async def sample(
         self, asked: Asked, *, max_tokens: int | None = None, stop: Sequence[str] | None = None
     ) -> Turn:
-        """The answer to messages, to token ids or to text.
+        """Ask messages, token ids or text, and return the answer.
 
         Ids that begin with the ids of the turns so far (`turn.prompt_token_ids + turn.token_ids`)
         go on with their sequence; what is new between them is never trained on.
@@ -157,7 +157,7 @@ class Conversation:
         return turn
 
     async def answer(self) -> Trajectory:
-        """The answer to the problem itself: a trajectory of one turn, marked if it failed.
+        """Ask the problem itself: a trajectory of one turn, marked if it failed.
 
         Raises:
             ServiceRefusedError, ProtocolError: as `ask`.
@@ -166,7 +166,7 @@ class Conversation:
         return self.trajectory()
 
     async def ask(self, question: Problem, sampling: Sampling) -> Outcome:
-        """One turn, its failure a value.
+        """Ask one turn; its failure is a value.
 
         Raises:
             ServiceRefusedError: no turn can succeed.
@@ -223,7 +223,7 @@ class Conversation:
     def trajectory(
         self, fault: Failure | None = None, *, segments: Sequence[Segment] | None = None
     ) -> Trajectory:
-        """What the turns so far come to; marked as failed by `fault`, or if the last turn failed.
+        """Put the turns so far together; marked as failed by `fault`, or if the last turn failed.
 
         Args:
             segments: the sequences to train on, where the rollout function made them itself.

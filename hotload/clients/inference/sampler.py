@@ -71,11 +71,11 @@ class Sampler:
         return self._slots.window.in_flight
 
     def end_step(self) -> StepReport:
-        """What the window did since the last step ended."""
+        """Report what the window did since the last step ended."""
         return self._slots.window.end_step()
 
     def trace(self) -> Sequence[TracePoint]:
-        """The window's path through time; seconds of the monotonic clock."""
+        """Return the window's path through time; seconds of the monotonic clock."""
         return self._slots.window.trace()
 
     async def sample(

@@ -58,10 +58,10 @@ class StoreBackend(Protocol):
         """Direct children, sorted."""
 
     async def delete_file(self, path: str) -> None:
-        """No error when it is gone already."""
+        """Delete an object; one that is gone already is no error."""
 
     async def abort_orphaned_uploads(self, prefix: str) -> int:
-        """How many unfinished uploads of other processes were removed."""
+        """Remove unfinished uploads of other processes, and count them."""
 
 
 class MemoryBucket:
@@ -202,7 +202,7 @@ class RemoteBucket:
             await self._refuse_missing_bucket(error)
 
     async def abort_orphaned_uploads(self, prefix: str) -> int:
-        """Nothing to do: a resumable upload is invisible and cannot be listed."""
+        """Remove none: a resumable upload is invisible and cannot be listed."""
         del prefix
         return 0
 

@@ -75,12 +75,12 @@ def answer(error: BaseException) -> tuple[int | None, str]:
 
 
 def is_precondition_failure(error: BaseException) -> bool:
-    """Whether the store refused a create because the object exists."""
+    """Tell whether the store refused a create because the object exists."""
     return isinstance(error, FileExistsError) or answer(error)[0] == 412
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether the store says that an object, or its bucket, does not exist."""
+    """Tell whether the store says that an object, or its bucket, does not exist."""
     return isinstance(error, FileNotFoundError) or answer(error)[0] == 404
 
 
