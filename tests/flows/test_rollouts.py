@@ -11,7 +11,7 @@ from flows.rollouts import roll_out_and_score
 from hotload.dataset.table import check_rollouts
 from hotload.errors import ServiceRefusedError
 from hotload.spec import CycleSpec
-from tests.blocks.scripted_inference import GOOD, IDENTITY, Script, client, http
+from tests.blocks.scripted_inference import GOOD, IDENTITY, Script, block, http
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -42,7 +42,7 @@ def spec_in(directory: Path, *, is_warm: bool = False) -> CycleSpec:
 
 async def save_blocks(directory: Path, port: int) -> None:
     (directory / "store").mkdir(exist_ok=True)
-    await client(port).save("scripted", overwrite=True)
+    await block(port).save("scripted", overwrite=True)
     await CheckpointStore(url=f"file://{directory}/store").save("scripted", overwrite=True)
 
 
