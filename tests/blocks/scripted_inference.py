@@ -73,9 +73,13 @@ class Naps:
         await asyncio.sleep(0)
 
 
-def client(port: int, **fields: Any) -> InferenceClient:
+def block(port: int, **fields: Any) -> RolloutClient:
     names = {"account_id": "a", "model_id": "m", "deployment_id": "d", "api_key": KEY}
-    return RolloutClient(**{"base_url": f"http://127.0.0.1:{port}", **names, **fields}).open()
+    return RolloutClient(**{"base_url": f"http://127.0.0.1:{port}", **names, **fields})
+
+
+def client(port: int, **fields: Any) -> InferenceClient:
+    return block(port, **fields).open()
 
 
 PROBLEM = Problem("p1", prompt="the secret prompt", answer="ab")
