@@ -151,8 +151,8 @@ def edit_tokenizer(checkpoint: Path) -> None:
 
 @flow
 async def plan_only(spec: CycleSpec) -> SnapshotPlan:
-    service = await HotLoadService.load(spec.service)
-    store = await CheckpointStore.load(spec.store)
+    service = (await HotLoadService.load(spec.service)).open()
+    store = (await CheckpointStore.load(spec.store)).open()
     workspace = Workspace(Path(spec.work_dir), service.account_id, service.deployment_id)
     baseline = Baseline(workspace, store, Path(spec.checkpoint))
     content = await validate_checkpoint(spec, service, baseline.digests)

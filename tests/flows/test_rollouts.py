@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 from prefect import flow
 
-from blocks.checkpoint_store import CheckpointStore
 from flows.sampling import roll_out
+from hotload.clients.store import Store
 from hotload.dataset.table import check_rollouts
 from hotload.errors import ServiceRefusedError
 from hotload.rollout.counts import RolloutSummary
@@ -30,8 +30,6 @@ def spec_in(directory: Path, *, is_warm: bool = False) -> CycleSpec:
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return cycle_spec(
         work_dir=str(directory),
-        rollouts="scripted",
-        store="scripted",
         problems={"dataset": str(dataset)},
         sampling={"completions_per_prompt": 2, "problems_per_task": 2},
         readiness={"warmup_after_hotload": not is_warm},
@@ -45,15 +43,15 @@ def store_in(directory: Path) -> str:
 
 @flow
 async def rolled_out(spec: CycleSpec, url: str, port: int) -> RolloutSummary:
-    return await roll_out(spec, client(port), CheckpointStore(url=url), IDENTITY, 3)
+    return await roll_out(spec, client(port), Store(url=url), IDENTITY, 3)
 
 
 async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:
     async with ScriptedServer(
         http(b"{}", content_type="application/json"), http(GOOD)
     ).running() as script:
-        await save_blocks(tmp_path, script.port)
-        summary = await roll_out_and_score(spec_in(tmp_path), IDENTITY, 3)
+        url = store_in(tmp_path)
+        summary = await rolled_out(spec_in(tmp_path), url, script.port)
         assert len(script.requests) == 1 + 10  # the warm-up goes first
         assert await rolled_out(spec_in(tmp_path), url, script.port) == summary
         assert len(script.requests) == 1 + 10
@@ -65,7 +63,7 @@ async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:
 
 async def test_a_refused_key_stops_the_flow(tmp_path: Path) -> None:
     async with ScriptedServer(http(b"", 401)).running() as script:
-        await save_blocks(tmp_path, script.port)
+        url = store_in(tmp_path)
         with pytest.raises(ServiceRefusedError):
             await rolled_out(spec_in(tmp_path, is_warm=True), url, script.port)
     assert not (tmp_path / "store" / "_hotload").exists()

@@ -3,6 +3,7 @@
 Everything is real: a server, `make deploy`, a process worker, the emulator behind HTTP.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -85,11 +86,13 @@ def worker(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def served(prefect_api: str) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m flows.serve`, once its deployment is there."""
     server = subprocess.Popen([sys.executable, "-m", "flows.serve"], cwd=ROOT)
-    deadline = time.monotonic() + END_SECONDS
-    while httpx.get(f"{prefect_api}/deployments/name/{SERVED}", timeout=60).status_code != 200:
+    address = f"{prefect_api}/deployments/name/{SERVED}"
+
+    def is_there() -> bool:
         assert server.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        return httpx.get(address, timeout=PATIENCE_SECONDS).status_code == 200
+
+    wait_until(is_there)
     yield server
     server.terminate()
     server.wait(timeout=60)
@@ -262,8 +265,7 @@ async def test_a_served_flow_runs_cycles_in_processes_that_may_be_killed(
     before = set(psutil.Process(served.pid).children(recursive=True))
     body = {"parameters": {"spec": declared(slow_fleet, 1)}}
     killed = await post(http, f"{deployment}/create_flow_run", body)
-    while not slow_fleet.log()["signals"]:  # noqa: ASYNC110 - another process's doing
-        await asyncio.sleep(0.05)
+    await asyncio.to_thread(wait_until, lambda: slow_fleet.log()["signals"])
     # Forked by the warm process, which lives on.
     cycle, *_ = set(psutil.Process(served.pid).children(recursive=True)) - before
     cycle.kill()
