@@ -111,7 +111,7 @@ def first_bytes(path: Path, size: int) -> bytes:
 def hotload_jobs(workers: int) -> dict[str, Job]:
     """Shard to shard; SHA-256 of base, target and delta too, and durable files."""
     from hotload.delta.ordered_threads import Workers
-    from hotload.directory import shards
+    from hotload.directory.shards import apply_file, encode_file, verify_file
 
     def with_pool(job: Job) -> Job:
         if workers == 1:
@@ -124,9 +124,9 @@ def hotload_jobs(workers: int) -> dict[str, Job]:
         return run
 
     jobs: dict[str, Job] = {
-        "encode": shards.encode_file,
-        "apply": shards.apply_file,
-        "verify": shards.verify_file,
+        "encode": encode_file,
+        "apply": apply_file,
+        "verify": verify_file,
     }
     return {name: with_pool(job) for name, job in jobs.items()}
 

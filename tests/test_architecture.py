@@ -217,16 +217,6 @@ def test_a_trainer_pays_for_no_engine_and_before_it_reads_for_no_data_frame() ->
     assert run.returncode == 0, run.stderr
 
 
-def test_a_trainer_pays_for_no_engine_and_before_it_reads_for_no_data_frame() -> None:
-    script = (
-        "import sys, hotload.clients.handoff\n"
-        "heavy = {'polars', 'pandera', 'prefect', 'httpx', 's3fs', 'gcsfs'} & set(sys.modules)\n"
-        "sys.exit(' '.join(sorted(heavy)) or 0)"
-    )
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-
-
 @pytest.mark.parametrize("path", modules(*PACKAGES), ids=named)
 def test_what_is_public_has_a_docstring(path: Path) -> None:
     module = tree(path)

@@ -19,7 +19,7 @@ from hotload.checkpoint.safetensors import SHARD_SUFFIX, read_json_object
 from hotload.delta.apply import Payload, payloads
 from hotload.delta.dialects import DeltaIndex, Dialect, Lineage, parse_index
 from hotload.delta.envelope import ARC_V2, Envelope, check_payload
-from hotload.directory import shards
+from hotload.directory.shards import open_delta_shard, read_checkpoint
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError, shorten
 
 
@@ -46,7 +46,7 @@ class DeltaDirectory:
         found: dict[str, Payload] = {}
         with ExitStack() as stack:
             for file in {self.files[name]: None for name in wanted}:
-                shard = stack.enter_context(shards.open_delta_shard(self.path / file))
+                shard = stack.enter_context(open_delta_shard(self.path / file))
                 found |= payloads(shard, shard.header, self.envelope)
             for name in wanted:
                 if name not in found:
@@ -110,7 +110,7 @@ def read_full(directory: Path) -> Checkpoint:
         InvalidCheckpointError: it cannot be read, has no shards, is an adapter, or its index and
         its shards contradict each other.
     """
-    checkpoint = shards.read_checkpoint(directory)
+    checkpoint = read_checkpoint(directory)
     if findings := tuple(_whole(checkpoint)):
         raise InvalidCheckpointError(findings)
     return checkpoint
@@ -124,7 +124,7 @@ def read_delta(directory: Path) -> DeltaDirectory:
         or contradict each other.
     """
     try:
-        checkpoint = shards.read_checkpoint(directory)
+        checkpoint = read_checkpoint(directory)
     except InvalidCheckpointError as error:
         raise DeltaError(error.findings[0].where, error.findings[0].told) from None
     index = checkpoint.documents.get(INDEX_FILE)

@@ -38,9 +38,9 @@ from hotload.delta.frame import zero_frame_bytes
 from hotload.delta.ordered_threads import ByteProgress, OnBytes, Workers, for_each_shard
 from hotload.delta.rules import delta_obstacle
 from hotload.directory import files as local
-from hotload.directory import shards
 from hotload.directory.files import new_directory
 from hotload.directory.inputs import read_delta, read_full
+from hotload.directory.shards import encode_file, open_shard
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError, LayoutMismatchError
 
 
@@ -93,7 +93,7 @@ def encode_directory(
     _refuse_obstacle(old, new)
 
     def encode(file: str, pool: Workers | None, on_bytes: OnBytes) -> DeltaStats:
-        stats = shards.encode_file(
+        stats = encode_file(
             base / file,
             target / file,
             staged / file,
@@ -146,7 +146,7 @@ def apply_directory(
 
     def apply(file: str, pool: Workers | None, on_bytes: OnBytes) -> None:
         with (
-            shards.open_shard(base / file) as shard,
+            open_shard(base / file) as shard,
             change.opened(shard.header.by_name) as payloads,
             local.replacing_file(staged / file) as restored,
         ):
@@ -192,9 +192,9 @@ def verify_directory(
 
     def verify(file: str, pool: Workers | None, on_bytes: OnBytes) -> None:
         with (
-            shards.open_shard(base / file) as shard,
+            open_shard(base / file) as shard,
             change.opened(shard.header.by_name) as payloads,
-            shards.open_shard(target / file) as expected,
+            open_shard(target / file) as expected,
         ):
             verify_shard(
                 shard,
@@ -261,7 +261,7 @@ def convert_directory(
                 payloads, all_of_them = changed_payloads(payloads), payloads
                 on_bytes(_payload_bytes(all_of_them) - _payload_bytes(payloads))
             if owner is not delta:
-                with shards.open_shard(owner / file) as shard:
+                with open_shard(owner / file) as shard:
                     payloads = complete_payloads(
                         payloads, shard, shard.header, envelope, on_bytes=on_bytes
                     )

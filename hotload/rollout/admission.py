@@ -46,8 +46,7 @@ class Admission:
         return allowed * self.batch_size - used
 
     def concurrency_capacity(self, limit: int) -> int:
-        """Count the samples that may still be begun when `limit` (C, at least G) may be in flight.
-        """
+        """Count the samples that may be begun when `limit` (C, at least G) may be in flight."""
         return max(limit, self.group_size) - self.in_flight
 
     def admits(self, limit: int) -> bool:
@@ -92,8 +91,7 @@ class Admission:
         self.accepted += self.group_size if is_kept else 0
 
     def publish(self, version: int) -> bool:
-        """Take note of `version`, which every replica was seen to serve; tell whether it is newer.
-        """
+        """Take note of `version`, which every replica was seen to serve; tell whether it is new."""
         if version <= self.published_version:
             return False
         self.published_version = version

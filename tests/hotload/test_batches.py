@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -19,8 +19,6 @@ from hotload.dataset.trainer_batch import make_batch, slime_batch, to_tensors, t
 from hotload.errors import StoreError
 from hotload.rollout.counts import GroupCounts, count_groups
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
-from hotload.rollout.trajectory import Problem, Trajectory
-from tests.factories import provenance, scored_group, segment, trajectory
 
 SHA = "0" * 64
 PAD = 99
@@ -59,10 +57,6 @@ TURNS = replace(
     provenance=Provenance(
         "old", "r1", "s", 2, ("old", "now"), "now", runs=((0, "old"), (5, "now"))
     ),
-    segment((20, 21, 22), prompt=(7, 8), logprobs=(-1.0, -2.0, -3.0), mask=(True, True, False)),
-    number=1,
-    provenance=provenance("old", "now", request_id="r1", attempts=2, runs=((0, "old"), (5, "now"))),
-    finish_reason="length",
     turn_count=3,
     completion_token_count=5,
     transcript=({"role": "user", "content": "2 + 2 – ?"}, {"role": "tool", "content": "4"}),
@@ -70,18 +64,16 @@ TURNS = replace(
     is_hedge=True,
 )
 PARTS = ({"format": 0.0, "answer": 1.0}, {"answer": 2.0}, {})
-GROUP = scored_group(
-    sample(0),
-    TURNS,
-    sample(2, 0, failure="timeout"),
-    problem=Problem("p", messages=({"role": "user", "content": "2 + 2 – ?"},), answer=4),
-    rewards=(1.0, 2.0, None),
-    advantages_G=(-0.5, 0.5, None),
-    reward_parts_G=PARTS,
-    mark="partial",
+GROUP = ScoredGroup(
+    Problem("p", messages=({"role": "user", "content": "2 + 2 – ?"},), answer=4),
+    (sample(0), TURNS, sample(2, 0, failure="timeout")),
+    (1.0, 2.0, None),
+    (-0.5, 0.5, None),
+    PARTS,
+    "partial",
 )
-UNUSED = scored_group(
-    sample(0, problem_id="q"), rewards=(3.0,), advantages_G=(None,), mark="incomplete"
+UNUSED = ScoredGroup(
+    Problem("q", "x"), (replace(sample(0), problem_id="q"),), (3.0,), (None,), mark="incomplete"
 )
 FRAME = rollouts_frame([GROUP, UNUSED], run_id="run", policy_version=4)
 BATCH = make_batch(FRAME, pad_token_id=PAD)

@@ -17,7 +17,7 @@ def sample(text: str, tokens: int = 1) -> Trajectory:
 
 def score(name: str, answer: object, text: str, tokens: int = 1, **arguments: object) -> float:
     problem = Problem("p", "x", answer=answer)
-    return BUILT_INS[name](problem, trajectory(segment((5,) * tokens), text=text), **arguments)
+    return BUILT_INS[name](problem, sample(text, tokens), **arguments)
 
 
 @pytest.mark.parametrize(

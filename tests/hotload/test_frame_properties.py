@@ -55,9 +55,9 @@ def changes(draw: st.DrawFn) -> np.ndarray:
 
 
 @pytest.mark.slow
-@given(changes(), st.sampled_from(Writer))
-@example(np.zeros(BLOCK_BYTES, np.uint8), Writer.SEQUENCES)
-@example(np.ones(PIECE_BYTES, np.uint8), Writer.SEQUENCES)
+@given(changes(), st.sampled_from(FrameMethod))
+@example(np.zeros(BLOCK_BYTES, np.uint8), FrameMethod.SEQUENCES)
+@example(np.ones(PIECE_BYTES, np.uint8), FrameMethod.SEQUENCES)
 @settings(max_examples=250)
 def test_every_reader_sees_the_xor(difference: np.ndarray, writer: FrameMethod) -> None:
     size = len(difference)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hotload.options import Groups
+from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts, RolloutSummary
 from hotload.rollout.group_rules import (
     GroupTally,
@@ -29,16 +30,15 @@ from hotload.rollout.trajectory import (
     Trajectory,
     sample_seed,
 )
-from tests.factories import provenance, scored_group, segment, trajectory
 
 PROBLEM = Problem("p", "x")
 
 
-def sample(number: int = 0, failure: str | None = None, *tokens: int, **fields: Any) -> Trajectory:
+def sample(number: int = 0, failure: str | None = None, **fields: Any) -> Trajectory:
     # Failed samples had one attempt, and it met their cause.
-    origin = provenance(failed_attempts=() if failure is None else (failure,))
-    fields = {"provenance": origin, "failure": failure, "number": number} | fields
-    return trajectory(segment(tokens), **fields)
+    met = () if failure is None else (failure,)
+    origin = Provenance("run-000001-00000000", f"r{number}", "s", 1, failed_attempts=met)
+    return Trajectory("p", number, number, origin, 0.5, failure=failure, **fields)
 
 
 def samples(*failures: str | None) -> tuple[Trajectory, ...]:
@@ -47,7 +47,7 @@ def samples(*failures: str | None) -> tuple[Trajectory, ...]:
 
 def scored(*rewards: float | None) -> ScoredGroup:
     drawn = samples(*("timeout" if reward is None else None for reward in rewards))
-    return scored_group(*drawn, rewards=rewards)
+    return ScoredGroup(PROBLEM, drawn, rewards, advantages(rewards))
 
 
 def test_every_draw_of_a_group_has_a_number_of_its_own() -> None:
@@ -187,10 +187,12 @@ def test_rows_the_breaker_counts_and_rows_that_are_not_recorded(
 
 def test_every_rule_s_effect_is_counted() -> None:
     rules = Groups(on_straddling="mask_from_change", on_incomplete="accept_partial")
-    origin = provenance(
+    origin = Provenance(
         "a",
-        "b",
+        "r",
+        "s",
         attempts=3,
+        observed=("a", "b"),
         runs=((0, "a"), (1, "b")),
         failed_attempts=("429", "truncated"),
     )
@@ -246,7 +248,7 @@ def test_what_failed_before_was_not_masked() -> None:
     said = replace(tokens, provenance=origin)
     failed = replace(said, sample_number=1, failure="turn_timeout")
     settled = tuple(settle_weights(each, "mask_from_change") for each in (said, failed))
-    group = scored_group(*settled, rewards=(1.0, None))
+    group = ScoredGroup(PROBLEM, settled, (1.0, None), advantages((1.0, None)))
     rules = Groups(on_straddling="mask_from_change")
     counts = GroupTally().settle(JudgedGroup(group), rules, is_refill=False).counts
     assert (counts.straddling_samples, counts.tokens_masked) == (2, 2)
@@ -270,7 +272,7 @@ def test_time_that_was_up_counts_where_nothing_was_said(cause: str) -> None:
     assert not is_outage((spoke, sample(0)))
     assert not is_unanswered((silent, spoke))
     # It waited for a slot of ours until the time was up.
-    unsent = replace(silent, provenance=provenance(attempts=0))
+    unsent = replace(silent, provenance=Provenance("a", "r", "s", attempts=0))
     assert is_unanswered((unsent, unsent))
     assert not is_outage((unsent, unsent))
     assert is_outage((unsent, silent))

@@ -28,10 +28,10 @@ from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines, prometheus_text
 from hotload.report.page import render_report
 from hotload.report.sample_statistics import SampleStatistics
+from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts, SampleCounts, count_groups
 from hotload.rollout.group_rules import judge_group
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
-from tests.factories import provenance, scored_group, segment
 
 SHA = "0" * 64
 NOW, NEXT = "run-000003-0123abcd", "run-000004-0123abcd"
@@ -60,14 +60,12 @@ def sample(number: int, tokens: int = 2, **changes: Any) -> Trajectory:
     return replace(made, **changes)
 
 
-SWAPPED = provenance(NOW, NEXT, request_id="r1", attempts=2)
+SWAPPED = Provenance(NOW, "r1", "s", 2, (NOW, NEXT), NEXT)
 CHAT = ({"role": "user", "content": EVIL}, {"role": "assistant", "content": ["part"], "tool": 1})
 SAMPLES = (
     sample(0, text=EVIL),
     sample(
         1,
-        2,
-        segment((4, 5), prompt=(3,), logprobs=(-1.5, 0.0), mask=(True, False)),
         provenance=SWAPPED,
         turn_count=2,
         completion_token_count=3,
@@ -76,13 +74,14 @@ SAMPLES = (
     ),
     sample(2, 0, text="", failure="timeout", detail=EVIL),
 )
-UNIFORM = tuple(sample(number, problem_id="q") for number in range(2))
+UNIFORM = tuple(replace(sample(number), problem_id="q") for number in range(2))
 
 
 def group(samples: tuple[Trajectory, ...], rewards: tuple[float | None, ...]) -> ScoredGroup:
+    name = samples[0].problem_id
     mark = None if all(reward is not None for reward in rewards) else "partial"
-    problem = Problem(samples[0].problem_id, EVIL, answer=EVIL)
-    return scored_group(*samples, rewards=rewards, problem=problem, mark=mark)
+    problem = Problem(name, EVIL, answer=EVIL)
+    return ScoredGroup(problem, samples, rewards, advantages(rewards), mark=mark)
 
 
 GROUPS = [
@@ -430,7 +429,7 @@ def test_uniform_groups_are_those_that_were_judged_so() -> None:
 
     def named(name: str, rewards: tuple[float | None, ...]) -> ScoredGroup:
         made = tuple(
-            sample(i, failure=None if reward is not None else "timeout", problem_id=name)
+            replace(sample(i, failure=None if reward is not None else "timeout"), problem_id=name)
             for i, reward in enumerate(rewards)
         )
         return judge_group(group(made, rewards), Groups()).group

@@ -17,13 +17,10 @@ from hotload.dataset.rollout_plan import (
 )
 from hotload.dataset.table import check_rollouts, rollouts_frame
 from hotload.errors import StoreError
+from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts, count_groups
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.spec import CycleSpec
-from tests.factories import (
-    cycle_spec,
-    scored_group,
-)
 
 SHA = "0" * 64
 
@@ -46,7 +43,9 @@ def sample(number: int, *observed: str, failure: str | None = None) -> Trajector
 
 
 def group(*samples: Trajectory, problem_id: str = "p") -> ScoredGroup:
-    return scored_group(*(replace(each, problem_id=problem_id) for each in samples))
+    rewards = tuple(None if each.failure else float(each.sample_number) for each in samples)
+    samples = tuple(replace(each, problem_id=problem_id) for each in samples)
+    return ScoredGroup(Problem(problem_id, "x"), samples, rewards, advantages(rewards))
 
 
 GROUPS = [
@@ -124,7 +123,7 @@ def spec(**changes: object) -> CycleSpec:
         "problems": {"dataset": "/d", "prompt_groups_per_step": 4},
         "sampling": {"problems_per_task": 3},
     }
-    return cycle_spec(**fields | changes)
+    return CycleSpec.model_validate(fields | changes)
 
 
 PROBLEMS = [Problem(str(i), "x") for i in range(10)]

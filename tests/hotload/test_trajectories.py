@@ -101,7 +101,7 @@ def test_seeds_are_spread_and_never_change() -> None:
 
 
 def sample(
-    *observed: str, tokens: tuple[int, ...] = (1,), runs: tuple[tuple[int, str], ...] = ()
+    *observed: str, token_ids: tuple[int, ...] = (1,), runs: tuple[tuple[int, str], ...] = ()
 ) -> Trajectory:
     last = observed[-1] if observed else None
     origin = Provenance("now", "r", "s", 1, observed, last, runs=runs)
@@ -120,7 +120,7 @@ def test_weights_in_words() -> None:
         assert sample("now", runs=untold).weights is Weights.ASSUMED
         assert sample("old", runs=untold).weights is Weights.OTHER
     assert replace(sample("now"), failure="too_long").weights is Weights.EXPECTED
-    assert replace(sample(tokens=()), failure="timeout").weights is Weights.NONE
+    assert replace(sample(token_ids=()), failure="timeout").weights is Weights.NONE
     assert sample("old", "now").provenance.first == "old"
 
 

@@ -12,8 +12,7 @@ from hotload.rollout.completions_api import Answer
 from hotload.rollout.merge_turns import Turns
 from hotload.rollout.routing import join_routing, routing_array
 from hotload.rollout.straddling import settle_weights
-from hotload.rollout.trajectory import Segment, Trajectory
-from tests.factories import trajectory
+from hotload.rollout.trajectory import Provenance, Segment, Trajectory
 
 
 def answered(
@@ -161,7 +160,7 @@ NOW, NEXT, OTHER = "run-000003-0badf00d", "run-000004-0badf00d", "raid-000003-0b
 def test_weights_that_are_no_version_of_the_run_fail_a_sample(
     observed: tuple[str, ...], failure: str | None
 ) -> None:
-    made = made_by((), 3, observed=observed)
+    made = trajectory((), 3, observed=observed)
     sample = replace(made, provenance=replace(made.provenance, identity=NOW))
     settled = settle_weights(sample, "accept")
     assert settled.failure == failure
@@ -181,7 +180,7 @@ def test_weights_that_are_no_version_of_the_run_fail_a_sample(
     ],
 )
 def test_tokens_from_the_change_on_are_masked(runs: tuple[tuple[int, str], ...], kept: int) -> None:
-    masked = settle_weights(made_by(runs, 3, 3), "mask_from_change")
+    masked = settle_weights(trajectory(runs, 3, 3), "mask_from_change")
     assert masked.failure is None
     found = [flag for segment in masked.segments for flag in segment.loss_mask_T]
     assert found == [True] * kept + [False] * (6 - kept)
@@ -189,7 +188,7 @@ def test_tokens_from_the_change_on_are_masked(runs: tuple[tuple[int, str], ...],
 
 
 def test_what_is_dropped_and_what_is_left_alone() -> None:
-    straddling = made_by(((0, "a"), (1, "b")), 3)
+    straddling = trajectory(((0, "a"), (1, "b")), 3)
     assert settle_weights(straddling, "accept") == straddling
     dropped = settle_weights(straddling, "drop")
     assert dropped.failure == "straddling"
@@ -198,5 +197,5 @@ def test_what_is_dropped_and_what_is_left_alone() -> None:
     for policy in ("drop", "mask_from_change"):
         assert settle_weights(single, policy) == single
         assert settle_weights(failed, policy) == failed
-    unknown = made_by((), 3, observed=("a", "b"))
+    unknown = trajectory((), 3, observed=("a", "b"))
     assert settle_weights(unknown, "mask_from_change").failure == "straddling"

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotload.dataset.table import rollouts_frame
 from hotload.rollout.straddling import settle_weights
-from hotload.rollout.trajectory import Problem, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 
 VOCABULARY = 512
 TEMPERATURE = 0.7
@@ -90,7 +90,6 @@ def frame() -> pl.DataFrame:
             ),
             "mask_from_change",
         )
-        return settle_weights(made, "mask_from_change")
 
     def failed(problem_id: str) -> Trajectory:
         return replace(sample(problem_id, Segment((), (), (), ())), failure="timeout")

@@ -7,29 +7,37 @@ from pathlib import Path
 
 import pytest
 
-from hotload.clients.store import Store
+from blocks.checkpoint_store import CheckpointStore
 from hotload.dataset.rollout_plan import RolloutPart, RolloutPlan
 from hotload.rollout.counts import GroupCounts
 from hotload.rollout.group_rules import SettledGroup
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.sampling.part_files import read_parts, write_part
 from hotload.sampling.problems import plan_rollouts
-from tests.factories import cycle_spec
+from hotload.spec import CycleSpec
 
 IDENTITY = "run-000003-0badf00d"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> CheckpointStore:
     (tmp_path / "store").mkdir()
-    return Store(url=f"file://{tmp_path}/store")
+    return CheckpointStore(url=f"file://{tmp_path}/store")
 
 
 @pytest.fixture
 async def plan(tmp_path: Path) -> RolloutPlan:
     dataset = tmp_path / "problems.jsonl"
     dataset.write_text("".join(json.dumps({"id": n, "prompt": "x"}) + "\n" for n in range(4)))
-    spec = cycle_spec(work_dir=str(tmp_path), problems={"dataset": str(dataset)})
+    spec = CycleSpec.model_validate(
+        {
+            "checkpoint": str(tmp_path),
+            "work_dir": str(tmp_path),
+            "run_id": "run",
+            "policy_version": 3,
+            "problems": {"dataset": str(dataset)},
+        }
+    )
     return await plan_rollouts(spec, IDENTITY)
 
 
@@ -48,17 +56,19 @@ def group(problem_id: str, text: str, identity: str = IDENTITY) -> ScoredGroup:
 
 
 async def write(
-    store: Store, plan: RolloutPlan, *groups: ScoredGroup, piece: int = 0
+    store: CheckpointStore, plan: RolloutPlan, *groups: ScoredGroup, piece: int = 0
 ) -> RolloutPart:
     settled = [SettledGroup(group, GroupCounts(), is_dropped=False) for group in groups]
     return (await write_part(store, plan, plan.parts[0], piece, settled)).part
 
 
-async def sha256(store: Store, path: str) -> str:
+async def sha256(store: CheckpointStore, path: str) -> str:
     return hashlib.sha256(await store.read_bytes(path, limit_bytes=1 << 20)).hexdigest()
 
 
-async def test_runs_at_once_take_files_of_their_own(store: Store, plan: RolloutPlan) -> None:
+async def test_runs_at_once_take_files_of_their_own(
+    store: CheckpointStore, plan: RolloutPlan
+) -> None:
     runs = (write(store, plan, group(str(n), f"run {n}")) for n in range(4))
     written = await asyncio.gather(*runs)
     files = [f"part-00000-{n:02d}.parquet" for n in range(4)]
@@ -72,14 +82,14 @@ async def test_runs_at_once_take_files_of_their_own(store: Store, plan: RolloutP
 
 
 async def test_an_answer_that_was_lost_makes_no_second_file(
-    store: Store, plan: RolloutPlan
+    store: CheckpointStore, plan: RolloutPlan
 ) -> None:
     first = await write(store, plan, group("0", "x"))
     assert await write(store, plan, group("0", "x")) == first
     assert await store.names(plan.directory) == [first.file]
 
 
-async def test_what_is_not_ours_is_left_as_it_is(store: Store, plan: RolloutPlan) -> None:
+async def test_what_is_not_ours_is_left_as_it_is(store: CheckpointStore, plan: RolloutPlan) -> None:
     await store.put_bytes(b"of an earlier plan", plan.path("part-00000-00.parquet"))
     part = await write(store, plan, group("0", "ours"))
     assert part.file == "part-00000-01.parquet"
