@@ -3,6 +3,7 @@ cancellation."""
 
 import asyncio
 import zlib
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -18,22 +19,20 @@ from tests.blocks.scripted_inference import (
     IDENTITY,
     MODEL,
     PROBLEM,
-    Script,
     client,
     event,
-    http,
     sample_once,
     token,
 )
+from tests.scripted_server import Request, ScriptedServer, http
 
 PING = b"event: ping\ndata: {}\n\n"
 
 
-class Pieces(Script):
+class Pieces:
     """Writes the next of these pieces when the one before was read, with the time."""
 
     def __init__(self, *pieces: bytes) -> None:
-        super().__init__(http(b"", length=sum(map(len, pieces))))
         self.pieces = pieces
         self.wanted = asyncio.Semaphore(0)
         self.seconds = 0
@@ -44,19 +43,20 @@ class Pieces(Script):
         self.seconds += 1
         return float(self.seconds)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await super()._serve(reader, writer)
+    async def reply(self, _: Request) -> AsyncIterator[bytes]:
+        yield http(b"", length=sum(map(len, self.pieces)))
         for piece in self.pieces:
             await self.wanted.acquire()
-            writer.write(piece)
+            yield piece
 
 
 async def answered(
     monkeypatch: pytest.MonkeyPatch, *pieces: bytes, silence_seconds: float
 ) -> tuple[Answer, Cause | None]:
-    async with Pieces(*pieces).running() as script:
-        monkeypatch.setattr("hotload.clients.inference.attempt.time", script)
-        origin = f"http://127.0.0.1:{script.port}"
+    clock = Pieces(*pieces)
+    async with ScriptedServer(clock.reply).running() as server:
+        monkeypatch.setattr("hotload.clients.inference.attempt.time", clock)
+        origin = f"http://127.0.0.1:{server.port}"
         async with HttpTransport(
             origin, {}, connect_timeout_seconds=10, read_timeout_seconds=10, connections=1
         ) as transport:
@@ -67,7 +67,7 @@ async def answered(
             answer = Answer(sampling, None)
             fault = await send_once(transport, request, b"{}", answer)
         for _ in pieces:
-            script.wanted.release()
+            clock.wanted.release()
     return answer, fault and fault.cause
 
 
@@ -95,13 +95,13 @@ async def test_nothing_is_sent_but_what_we_send(monkeypatch: pytest.MonkeyPatch)
     for name, value in (("http_proxy", "http://127.0.0.1:1"), ("no_proxy", "")):
         monkeypatch.setenv(name, value)
         monkeypatch.delenv(name.upper(), raising=False)
-    async with Script(http(GOOD, set_cookie="replica=1; Path=/")).running() as script:
+    async with ScriptedServer(http(GOOD, set_cookie="replica=1; Path=/")).running() as script:
         # No jar keeps the cookie of a bare address.
         named = client(script.port, base_url=f"http://localhost:{script.port}")
         async with named.session(Sampling(), identity=IDENTITY, policy_version=3) as sampler:
             for number in range(2):
                 assert (await sampler.sample(PROBLEM, number)).failure is None
-    first, second = ({*headers} for headers, _ in script.requests)
+    first, second = ({*request.headers} for request in script.requests)
     assert first == second
     assert "cookie" not in first
 

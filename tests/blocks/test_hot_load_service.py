@@ -366,7 +366,9 @@ async def test_a_key_that_the_server_repeats_is_shown_nowhere(
     told = f'{{"error": "Bearer {KEY} is wrong", "at": "{"x" * 2000}{KEY}"}}'
     raw_server.replies = [http(told.encode(), status, JSON)]
     service = client(raw_server.address, hint_body_template={"f": "{file}"})
-    shown = [repr(service), str(service), repr(service.model_dump()), service.model_dump_json()]
+    block = HotLoadService(base_url=raw_server.address, api_key=KEY, **NAMES)
+    shown = [repr(block), str(block), repr(block.model_dump()), block.model_dump_json()]
+    shown += [repr(service), str(service)]
     for call in (service.observe(), service.signal(snapshot_manifest("id-1")), service.describe()):
         try:
             shown.append(repr(await call))

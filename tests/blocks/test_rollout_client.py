@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.attempt import Chunks
 from hotload.errors import ProtocolError, ServiceRefusedError
 from hotload.options import Sampling
@@ -21,6 +20,7 @@ from tests.blocks.scripted_inference import (
     MODEL,
     PROBLEM,
     Naps,
+    block,
     client,
     event,
     last,
@@ -444,8 +444,8 @@ async def test_no_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_secrets_and_addresses() -> None:
-    block = RolloutClient(account_id="a", model_id="m", deployment_id="d", api_key=KEY)
-    assert KEY not in repr(block) + str(block) + repr(block.open())
+    saved = block(1)
+    assert KEY not in repr(saved) + str(saved) + repr(saved.open())
     assert client(1, model_addressing="deployment").model == "accounts/a/deployments/d"
     for url in ("ftp://x", "http://user:pw@x", "x", "http://"):
         with pytest.raises(ValueError, match="expected an"):

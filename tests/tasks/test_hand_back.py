@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import RolloutPart, RolloutPlan
 from hotload.rollout.counts import GroupCounts
 from hotload.rollout.group_rules import SettledGroup
@@ -20,9 +20,9 @@ IDENTITY = "run-000003-0badf00d"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
+def store(tmp_path: Path) -> Store:
     (tmp_path / "store").mkdir()
-    return CheckpointStore(url=f"file://{tmp_path}/store")
+    return Store(url=f"file://{tmp_path}/store")
 
 
 @pytest.fixture
@@ -56,19 +56,17 @@ def group(problem_id: str, text: str, identity: str = IDENTITY) -> ScoredGroup:
 
 
 async def write(
-    store: CheckpointStore, plan: RolloutPlan, *groups: ScoredGroup, piece: int = 0
+    store: Store, plan: RolloutPlan, *groups: ScoredGroup, piece: int = 0
 ) -> RolloutPart:
     settled = [SettledGroup(group, GroupCounts(), is_dropped=False) for group in groups]
     return (await write_part(store, plan, plan.parts[0], piece, settled)).part
 
 
-async def sha256(store: CheckpointStore, path: str) -> str:
+async def sha256(store: Store, path: str) -> str:
     return hashlib.sha256(await store.read_bytes(path, limit_bytes=1 << 20)).hexdigest()
 
 
-async def test_runs_at_once_take_files_of_their_own(
-    store: CheckpointStore, plan: RolloutPlan
-) -> None:
+async def test_runs_at_once_take_files_of_their_own(store: Store, plan: RolloutPlan) -> None:
     runs = (write(store, plan, group(str(n), f"run {n}")) for n in range(4))
     written = await asyncio.gather(*runs)
     files = [f"part-00000-{n:02d}.parquet" for n in range(4)]
@@ -82,14 +80,14 @@ async def test_runs_at_once_take_files_of_their_own(
 
 
 async def test_an_answer_that_was_lost_makes_no_second_file(
-    store: CheckpointStore, plan: RolloutPlan
+    store: Store, plan: RolloutPlan
 ) -> None:
     first = await write(store, plan, group("0", "x"))
     assert await write(store, plan, group("0", "x")) == first
     assert await store.names(plan.directory) == [first.file]
 
 
-async def test_what_is_not_ours_is_left_as_it_is(store: CheckpointStore, plan: RolloutPlan) -> None:
+async def test_what_is_not_ours_is_left_as_it_is(store: Store, plan: RolloutPlan) -> None:
     await store.put_bytes(b"of an earlier plan", plan.path("part-00000-00.parquet"))
     part = await write(store, plan, group("0", "ours"))
     assert part.file == "part-00000-01.parquet"

@@ -194,7 +194,7 @@ class SlowToTidy(Store):
 
     async def abort_orphaned_uploads(self, prefix: str = "") -> int:
         first = await read(self, 1)
-        self._found += [first, await renewed(self, first)]
+        self.leases.extend([first, await renewed(self, first)])
         return await super().abort_orphaned_uploads(prefix)
 
 

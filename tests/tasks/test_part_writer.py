@@ -2,12 +2,12 @@
 
 import asyncio
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from blocks.checkpoint_store import CheckpointStore
+from hotload.clients.store import Store
 from hotload.dataset.parquet import render_rollouts
 from hotload.dataset.rollout_plan import PartPlan, RolloutPart, RolloutPlan
 from hotload.dataset.sample_extracts import merge_extracts
@@ -33,10 +33,8 @@ PLAN = RolloutPlan(
 )
 
 
-class Store(CheckpointStore):
+class WaitingStore(Store):
     """A store that writes as soon as it may."""
-
-    _block_type_slug = "store-that-waits"
 
     async def create_bytes(self, data: bytes, path: str) -> bool:
         begun.set()
@@ -57,7 +55,7 @@ def settled(problem: Problem, text: str = "a", *, is_dropped: bool = False) -> S
 
 
 async def test_groups_that_end_during_a_write_still_count(tmp_path: Path) -> None:
-    writer = PartWriter(Store(url=f"file://{tmp_path}"), PLAN, PLAN.parts[0])
+    writer = PartWriter(WaitingStore(url=f"file://{tmp_path}"), PLAN, PLAN.parts[0])
     writer.take(settled(PROBLEMS[0]))
     writing = asyncio.create_task(writer.write())
     await begun.wait()
@@ -73,7 +71,7 @@ async def test_groups_that_end_during_a_write_still_count(tmp_path: Path) -> Non
 async def test_of_what_two_runs_wrote_the_file_that_a_reader_may_have_counts(
     tmp_path: Path,
 ) -> None:
-    store = CheckpointStore(url=f"file://{tmp_path}")
+    store = Store(url=f"file://{tmp_path}")
     written = []
     for text in ("one run", "another"):
         writer = PartWriter(store, PLAN, PLAN.parts[0])
@@ -88,17 +86,16 @@ async def test_of_what_two_runs_wrote_the_file_that_a_reader_may_have_counts(
         assert [part.file for part in resumed.parts] == [kept]
 
 
-class Forgetful(CheckpointStore):
+@dataclass(frozen=True, eq=False)
+class Forgetful(Store):
     """A store that wrote the first file, and the answer to that was lost."""
 
-    _block_type_slug = "forgetful-store"
-
-    has_forgotten: bool = False
+    forgotten: list[str] = field(default_factory=list)
 
     async def create_bytes(self, data: bytes, path: str) -> bool:
         is_new = await super().create_bytes(data, path)
-        if not self.has_forgotten:
-            self.has_forgotten = True
+        if not self.forgotten:
+            self.forgotten.append(path)
             raise StoreUnavailableError(path, "no answer")
         return is_new
 
@@ -121,7 +118,7 @@ async def test_a_dropped_group_that_two_files_have_counts_once(tmp_path: Path) -
     """Two runs at once dropped it, and each sampled another row beside."""
     part = replace(PLAN.parts[0], reserve=(Problem("r0", "x"), Problem("r1", "x")))
     plan = replace(PLAN, parts=(part,))
-    store = CheckpointStore(url=f"file://{tmp_path}")
+    store = Store(url=f"file://{tmp_path}")
     written = []
     for other in (PROBLEMS[1], part.reserve[0]):
         writer = PartWriter(store, plan, part)
@@ -142,7 +139,7 @@ async def test_a_dropped_group_that_two_files_have_counts_once(tmp_path: Path) -
 
 async def test_the_counts_that_are_read_back_are_those_that_were_written(tmp_path: Path) -> None:
     """However the groups were split into files, and whoever reads them, they add up to the same."""
-    store = CheckpointStore(url=f"file://{tmp_path}")
+    store = Store(url=f"file://{tmp_path}")
     together, first, second = (PartWriter(store, PLAN, PLAN.parts[0]) for _ in range(3))
     groups = [settled(PROBLEMS[0], "ab"), settled(PROBLEMS[1], "x" * 5000)]
     for writer, some in ((first, groups[:1]), (second, groups[1:])):
@@ -162,7 +159,7 @@ async def test_the_counts_that_are_read_back_are_those_that_were_written(tmp_pat
 
 async def test_a_file_without_counts_has_those_that_its_manifest_names(tmp_path: Path) -> None:
     """An earlier version of hotload wrote it; without a manifest's entry it is sampled again."""
-    store = CheckpointStore(url=f"file://{tmp_path}")
+    store = Store(url=f"file://{tmp_path}")
     group = settled(PROBLEMS[0]).group
     frame = rollouts_frame([group], run_id="run", policy_version=3)
     data = render_rollouts(frame, digest=DIGEST, notes='{"groups": {"raw_samples": 1}}')

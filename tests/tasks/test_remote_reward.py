@@ -52,7 +52,7 @@ async def asking(
 async def test_one_request_for_each_sample() -> None:
     arguments = {"arguments": {"rubric": "tone"}}
     async with asking(answer(0.5), arguments=arguments) as (reward, script, _):
-        assert await reward.judge(PROBLEM, samples(3)) == [Score(0.5)] * 3
+        assert await reward.score_samples(PROBLEM, samples(3)) == [Score(0.5)] * 3
     assert [request.path for request in script.requests] == ["/v1/score"] * 3
     bodies = [request.body for request in script.requests]
     assert sorted(body["trajectories"][0]["text"] for body in bodies) == [
@@ -78,7 +78,7 @@ async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     arguments = {"key_variable": "REWARD_JUDGE_KEY"}
     refused = http(f"no such key: {KEY}".encode(), status=401)
     async with asking(answer(1), refused, arguments=arguments) as (reward, script, _):
-        assert await reward.judge(PROBLEM, samples()) == [Score(1)]
+        assert await reward.score_samples(PROBLEM, samples()) == [Score(1)]
         assert script.requests[0].headers["authorization"] == f"Bearer {KEY}"
         with pytest.raises(
             RewardError, match="HTTP 401: mend the key in REWARD_JUDGE_KEY"

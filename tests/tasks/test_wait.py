@@ -65,7 +65,7 @@ async def test_what_another_cycle_signalled_is_waited_out(
         ({"fault": "empty_replicas"}, "the replica list is empty"),
         ({"fault": "respond", "operation": "status", "status": 503}, "HTTP 503"),
         ({"fault": "respond", "operation": "status", "status": 200, "body": HTML}, "expected JSON"),
-        ({"fault": "respond", "operation": "status", "status": 200, "body": ""}, "found: nothing"),
+        ({"fault": "respond", "operation": "status", "status": 200, "body": ""}, "found nothing"),
         ({"fault": "disconnect", "operation": "status"}, "Error: "),
     ],
     ids=["no replicas", "503", "HTML", "empty", "disconnected"],

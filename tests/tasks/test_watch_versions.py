@@ -16,7 +16,7 @@ from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
 from hotload.options import ReadinessPolicy, Sampling
 from hotload.rollout.admission import Admission
 from hotload.sampling.problems import plan_rollouts
-from hotload.sampling.rollout import Rollout, open_rollout
+from hotload.sampling.rollout import LOGGER, Rollout, open_rollout
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.watch_versions import first_look
 from tests.blocks.scripted_inference import IDENTITY, KEY, client
@@ -47,7 +47,7 @@ async def look(*answers: bytes) -> tuple[str, Gate, int]:
         ):
             server.replies += answers
             service = HotLoadClient(base_url=server.address, api_key=KEY, **NAMES)
-            await first_look(service, "run", sampler, gate, IMPATIENT)
+            await first_look(service, "run", sampler, gate, IMPATIENT, LOGGER)
             return sampler.identity, gate, len(server.requests)
 
 

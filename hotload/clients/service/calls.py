@@ -116,7 +116,7 @@ def parse_json(operation: str, text: str, key: str, error: type[ServiceError]) -
         return json.loads(text)
     except (ValueError, RecursionError):
         head = " ".join(redact(text, [key])[:HEAD_CHARS].split()) or "nothing"
-        raise error(operation, 200, f"expected JSON, not: {head}") from None
+        raise error(operation, 200, f"found {head}, expected JSON") from None
 
 
 def advice_for(error: ServiceError) -> str:
