@@ -2,11 +2,13 @@
 
 _hotload/metrics/<run>-<version>.jsonl    its numbers under the names of protocol §19
 _hotload/reports/<run>-<version>.html     the same to look at
+_hotload/runs/<run>.html                  the run up to now
 _hotload/reports/<run>-<version>.json     last of all: the cycle has ended
 """
 
 import asyncio
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import cast
 
@@ -15,24 +17,33 @@ from prefect import get_run_logger, task
 from prefect.artifacts import acreate_link_artifact, acreate_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
+from pydantic import ValidationError
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.clients.handoff.directory import acknowledged_drift, read_manifest, version_before
 from hotload.clients.metrics.send import send_metrics
-from hotload.clients.store.records import REPORTS, read_report, write_report
+from hotload.clients.store.records import METRICS, REPORTS, read_report, write_report
+from hotload.clients.store.run_records import (
+    add_missing,
+    read_history,
+    read_unfinished,
+    write_history,
+)
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.dataset.rollout_plan import rollout_directory
 from hotload.errors import StoreError, StoreUnavailableError
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines
 from hotload.report.page import render_report
+from hotload.report.run_history import RunVersion
 from hotload.report.sample_statistics import Figures
 from hotload.spec import CycleSpec
 from tasks.retrying import RETRIED
 from tasks.validate import require_content
 
-METRICS = "_hotload/metrics"
 DRIFT_SECONDS = 60.0
+ADDED_ROWS_LIMIT = 64
+"""Versions a cycle adds to its run's page where they are missing there; the next one adds more."""
 
 
 @task(cache_policy=NO_CACHE, task_run_name="report-{spec.name}", **RETRIED)
@@ -61,7 +72,8 @@ async def conclude_cycle(store: CheckpointStore, spec: CycleSpec, report: CycleR
     trained = await _read_trained(store, spec)
     ended_at = datetime.now(UTC)
     metrics = cycle_metrics(report, figures, trained)
-    lines = json_lines(report, metrics, rollouts_ended_at=rollouts_ended_at or ended_at)
+    handed_back_at = rollouts_ended_at or ended_at
+    lines = json_lines(report, metrics, rollouts_ended_at=handed_back_at)
     await store.put_bytes(lines, f"{METRICS}/{report.name}.jsonl")
     page = await asyncio.to_thread(
         render_report,
@@ -73,6 +85,7 @@ async def conclude_cycle(store: CheckpointStore, spec: CycleSpec, report: CycleR
     )
     page_path = f"{REPORTS}/{report.name}.html"
     await store.put_bytes(page.encode(), page_path)
+    await _write_run(store, report, {**metrics, "at": handed_back_at})
     await send_metrics(spec, report, metrics)
     await write_report(store, report)
     await _show(report, f"{store.url}/{page_path}")
@@ -123,6 +136,26 @@ async def _read_trained(store: CheckpointStore, spec: CycleSpec) -> TrainedAgain
         get_run_logger().warning("the report is without the trainer's drift: %s", told)
         return None
     return TrainedAgainst(version, drift) if drift is not None else None
+
+
+async def _write_run(
+    store: CheckpointStore, report: CycleReport, metrics: Mapping[str, object]
+) -> None:
+    """Add this cycle to its run's page, which only informs: it does without what is damaged."""
+    try:
+        history = (await read_history(store, report.run_id)).adding(
+            [RunVersion.of(report, metrics)]
+        )
+        history, unreadable = await add_missing(store, history, limit=ADDED_ROWS_LIMIT)
+        unfinished = await read_unfinished(store, history)
+        await write_history(store, history, unfinished)
+    except StoreUnavailableError:
+        raise
+    except (StoreError, ValidationError) as error:
+        get_run_logger().warning("the run's page was not written: %s", error)
+        return
+    if unreadable:
+        get_run_logger().warning("the run's page is without %s", ", ".join(unreadable))
 
 
 async def _show(report: CycleReport, page: str) -> None:

@@ -10,6 +10,7 @@ from hotload.cli.contents import inspect
 from hotload.cli.deltas import apply, encode, fold, redress, verify
 from hotload.cli.outcome import Outcome
 from hotload.cli.progress import Bar
+from hotload.cli.report import report
 
 COMMANDS: Mapping[str, Callable[[Namespace, Bar | None], Outcome]] = {
     "encode": encode,
@@ -20,4 +21,5 @@ COMMANDS: Mapping[str, Callable[[Namespace, Bar | None], Outcome]] = {
     "inspect": inspect,
     "check": check,
     "doctor": doctor,
+    "report": report,
 }

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
 
+import numpy as np
+
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.report.cycle_report import CycleReport
 from hotload.report.sample_statistics import Figures
@@ -51,6 +53,7 @@ def _rollout(report: CycleReport, figures: Figures) -> dict[str, float]:
             if did.raw_reward_count
             else rollouts.mean_reward
         ),
+        "reward_std": float(np.std(figures.rewards)) if figures.rewards else None,
         "filtered_reward": _mean_of(figures.filtered_reward_sum, used),
         "raw_samples": raw,
         "filtered_samples": used,

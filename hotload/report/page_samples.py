@@ -1,4 +1,4 @@
-"""One sample of a cycle as a piece of HTML. Every text in it is somebody else's: all is escaped."""
+"""Prepares single samples of a cycle for its page: who said what, turn by turn."""
 
 from __future__ import annotations
 
@@ -6,114 +6,54 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hotload.dataset.table import weights_told
-from hotload.quantities import duration, number, plural
-from hotload.report.markup import safe
-from hotload.report.sample_statistics import Shown
+from hotload.quantities import plural
 
-TEXT_LIMIT = 2400
 MESSAGES_SHOWN = 12
 
-
-def article(shown: Shown) -> str:
-    """The sample with its problem, its text or turns, and what is known about it."""
-    facts = shown.facts
-    heading = f"problem {facts['problem_id']}, sample {facts['sample_number']}"
-    chips = [f'<span class="chip">{safe(why)}</span>' for why in shown.why]
-    if facts["failure"]:
-        cause = facts["failure"].replace("_", " ")
-        chips.append(f'<span class="chip bad">{safe(cause)}</span>')
-    if facts["mark"]:
-        chips.append(f'<span class="chip">group {safe(facts["mark"])}</span>')
-    return (
-        f"<article><header><h3>{safe(heading)}</h3>{''.join(chips)}</header>"
-        f"{''.join(_said(facts))}"
-        f'<p class="foot">{safe(_told(facts))}</p></article>'
-    )
+Utterance = tuple[str, str, str]
+"""Who wrote a text, the text, and a class of the style sheet."""
 
 
-def _said(facts: Mapping[str, Any]) -> Iterable[str]:
+def utterances(facts: Mapping[str, Any]) -> Iterable[Utterance]:
+    """Yield the texts of a sample, given as the columns of its first row."""
     turns = _messages(facts["transcript"])
-    if turns:
-        yield from _turns(turns)
-    else:
-        prompt = _messages(facts["prompt"])
-        if prompt:
-            yield from _turns(prompt)
-        elif facts["prompt"]:
-            yield _block("prompt", facts["prompt"], "")
-        yield _block("answer of the model", facts["text"], "model")
+    yield from _turns(turns or _messages(facts["prompt"]))
+    if not turns:
+        if facts["prompt"] and not _messages(facts["prompt"]):
+            yield "prompt", facts["prompt"], ""
+        yield "answer of the model", facts["text"], "model"
     if facts["answer"] is not None:
-        yield _block("expected", _plain(facts["answer"]), "")
+        answer = json.loads(facts["answer"])
+        yield "expected", answer if isinstance(answer, str) else facts["answer"], ""
     if facts["failure"] and facts["detail"]:
-        yield _block("why it failed", facts["detail"], "bad")
+        yield "why it failed", facts["detail"], "bad"
 
 
-def _turns(messages: list[dict[str, Any]]) -> Iterable[str]:
+def _turns(messages: list[dict[str, Any]]) -> Iterable[Utterance]:
     # The beginning sets the scene and the end decides; the middle is what may be missed.
-    head = messages if len(messages) <= MESSAGES_SHOWN else messages[: MESSAGES_SHOWN // 2]
-    tail = [] if head is messages else messages[-MESSAGES_SHOWN // 2 :]
-    for message in head:
-        yield _message(message)
-    if tail:
-        left = len(messages) - len(head) - len(tail)
-        yield f'<div class="said"><em>… {plural(left, "message")} left out</em></div>'
-    for message in tail:
-        yield _message(message)
+    half = MESSAGES_SHOWN // 2
+    left = len(messages) - MESSAGES_SHOWN
+    yield from map(_message, messages if left <= 0 else messages[:half])
+    if left > 0:
+        yield f"… {plural(left, 'message')} left out", "", "gap"
+        yield from map(_message, messages[-half:])
 
 
-def _message(message: dict[str, Any]) -> str:
+def _message(message: dict[str, Any]) -> Utterance:
     role = str(message.get("role", "message"))
     content = message.get("content")
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     rest = {name: each for name, each in message.items() if name not in ("role", "content")}
     if rest:
         text = f"{text if content else ''}\n{json.dumps(rest, ensure_ascii=False)}".strip()
-    return _block(role, text, "model" if role == "assistant" else "")
-
-
-def _block(who: str, text: str, kind: str) -> str:
-    shown = text[:TEXT_LIMIT]
-    more = ""
-    if len(text) > TEXT_LIMIT:
-        more = f"<em>… {len(text) - TEXT_LIMIT:,} more characters</em>"
-    body = f"<pre>{safe(shown)}</pre>" if shown else "<em>nothing</em>"
-    return f'<div class="said {kind}"><b>{safe(who)}</b>{body}{more}</div>'
+    return role, text, "model" if role == "assistant" else ""
 
 
 def _messages(text: str | None) -> list[dict[str, Any]]:
     """The messages in `text`, if it is JSON of such."""
     try:
-        found = json.loads(text or "")
+        messages = json.loads(text or "")
     except (ValueError, RecursionError):
         return []
-    is_chat = isinstance(found, list) and all(isinstance(each, dict) for each in found)
-    return found if is_chat else []
-
-
-def _plain(answer: str) -> str:
-    """A text without its quotes, anything else as the JSON it is."""
-    value = json.loads(answer)
-    return value if isinstance(value, str) else answer
-
-
-def _told(facts: Mapping[str, Any]) -> str:
-    told = []
-    if facts["reward"] is not None:
-        parts = ", ".join(
-            f"{each['name']} {number(each['value'])}" for each in facts["reward_parts"]
-        )
-        told.append(f"reward {number(facts['reward'])}" + (f" ({parts})" if parts else ""))
-    if facts["advantage"] is not None:
-        told.append(f"advantage {number(facts['advantage'])}")
-    told.append(plural(facts["completion_token_count"], "token"))
-    if facts["turn_count"] > 1:
-        told.append(plural(facts["turn_count"], "turn"))
-    told.append(duration(facts["latency_seconds"]))
-    if facts["attempts"] > 1:
-        told.append(plural(facts["attempts"], "request"))
-    if facts["finish_reason"]:
-        told.append(f"ended by {facts['finish_reason']}")
-    if made := weights_told(facts["weights"], facts["identity"], facts["identities"]):
-        told.append(made)
-    return " · ".join(told)
+    is_chat = isinstance(messages, list) and all(isinstance(each, dict) for each in messages)
+    return messages if is_chat else []

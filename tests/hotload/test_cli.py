@@ -24,7 +24,7 @@ from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest
 
 ROOT = Path(hotload.__file__).parents[1]
-COMMANDS = ("encode", "apply", "verify", "redress", "fold", "inspect", "check", "doctor")
+COMMANDS = ("encode", "apply", "verify", "redress", "fold", "inspect", "check", "doctor", "report")
 
 
 def save(directory: Path, step: int, *, files: int) -> Path:

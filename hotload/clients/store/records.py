@@ -26,6 +26,9 @@ SIGNALS = "_hotload/signals"
 REPORTS = "_hotload/reports"
 
 
+METRICS = "_hotload/metrics"
+
+
 READ_CONCURRENCY = 16
 
 
