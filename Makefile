@@ -102,7 +102,7 @@ wheel: install  ## build the library and test it alone, without Prefect, outside
 	$(PY) -m venv build/venv
 	sed -n 's/^\([a-z].*\) \\$$/\1/p' requirements.lock > build/versions.txt
 	build/venv/bin/python -m pip install --quiet --constraint build/versions.txt dist/*.whl \
-		hypothesis pytest pytest-asyncio pytest-timeout safetensors
+		hypothesis jinja2 pytest pytest-asyncio pytest-timeout safetensors
 	mkdir -p build/alone/tests && cp -R tests/factories.py tests/signals.py tests/hotload tests/golden build/alone/tests/
 	cd build/alone && ../venv/bin/python -m pytest -c ../../pyproject.toml -o pythonpath= tests/hotload
 

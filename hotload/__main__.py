@@ -17,10 +17,12 @@ from hotload.cli.deltas import apply, convert, encode, fold, verify
 from hotload.cli.outcome import MACHINE, CommandResult, tell
 from hotload.cli.progress import progress_bar
 from hotload.cli.refusals import UsageError, refusal
+from hotload.cli.report import report
 from hotload.errors import HotLoadError
 
 COMMANDS = {
-    one.__name__: one for one in (encode, apply, verify, convert, fold, inspect, check, doctor)
+    one.__name__: one
+    for one in (encode, apply, verify, convert, fold, inspect, check, doctor, report)
 }
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -2,10 +2,12 @@
 
 _hotload/metrics/<run>-<version>.jsonl    its numbers under the names of protocol §19
 _hotload/reports/<run>-<version>.html     the same to look at
+_hotload/runs/<run>.html                  the run up to now
 _hotload/reports/<run>-<version>.json     last of all: the cycle has ended
 """
 
 import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
@@ -13,15 +15,23 @@ from time import monotonic
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
+from pydantic import ValidationError
 
 from hotload.clients.handoff.directory import acknowledged_drift, version_before
 from hotload.clients.metrics.send import send_metrics
 from hotload.clients.store import Store
 from hotload.clients.store.records import (
+    METRICS,
     page_path,
     read_report,
     read_rollout_manifest,
     write_report,
+)
+from hotload.clients.store.run_records import (
+    add_missing,
+    read_history,
+    read_unfinished,
+    write_history,
 )
 from hotload.dataset.logprob_drift import TrainedAgainst
 from hotload.dataset.rollout_plan import rollout_directory
@@ -30,14 +40,17 @@ from hotload.publish.publication import Publication
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines
 from hotload.report.page import render_report
+from hotload.report.run_history import RunVersion
+from hotload.report.run_page import render_run
 from hotload.report.sample_statistics import SampleStatistics
 from hotload.rollout.counts import RolloutSummary
 from hotload.spec import CycleSpec
 from tasks import RETRIED
 from tasks.validate import require_content
 
-METRICS = "_hotload/metrics"
 DRIFT_SECONDS = 60.0
+ADDED_ROWS_LIMIT = 64
+"""Versions a cycle adds to its run's page where they are missing there; the next one adds more."""
 
 
 @task(cache_policy=NO_CACHE, task_run_name="report-{spec.name}", **RETRIED)
@@ -77,7 +90,8 @@ async def conclude_cycle(
     trained = await _read_trained(store, spec)
     ended_at = datetime.now(UTC)
     metrics = cycle_metrics(report, statistics, trained)
-    lines = json_lines(report, metrics, rollouts_ended_at=rollouts_ended_at or ended_at)
+    handed_back_at = rollouts_ended_at or ended_at
+    lines = json_lines(report, metrics, rollouts_ended_at=handed_back_at)
     await store.put_bytes(lines, f"{METRICS}/{report.name}.jsonl")
     page = await asyncio.to_thread(
         render_report,
@@ -88,6 +102,7 @@ async def conclude_cycle(
         trained=trained,
     )
     await store.put_bytes(page.encode(), page_path(report.name))
+    await _write_run(store, report, {**metrics, "at": handed_back_at})
     await send_metrics(spec, report, metrics, get_run_logger())
     await write_report(store, report)
     return report
@@ -141,6 +156,25 @@ async def _read_trained(store: Store, spec: CycleSpec) -> TrainedAgainst | None:
         get_run_logger().warning("the report is without the trainer's drift: %s", told)
         return None
     return TrainedAgainst(version, drift) if drift is not None else None
+
+
+async def _write_run(store: Store, report: CycleReport, metrics: Mapping[str, object]) -> None:
+    """Add this cycle to its run's page, which only informs: it does without what is damaged."""
+    try:
+        history = (await read_history(store, report.run_id)).adding(
+            [RunVersion.of(report, metrics)]
+        )
+        history, unreadable = await add_missing(store, history, limit=ADDED_ROWS_LIMIT)
+        unfinished = await read_unfinished(store, history)
+        page = await asyncio.to_thread(render_run, history, unfinished)
+        await write_history(store, history, page)
+    except StoreUnavailableError:
+        raise
+    except (StoreError, ValidationError) as error:
+        get_run_logger().warning("the run's page was not written: %s", error)
+        return
+    if unreadable:
+        get_run_logger().warning("the run's page is without %s", ", ".join(unreadable))
 
 
 def already_done(report: CycleReport) -> State[CycleReport]:

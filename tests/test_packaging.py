@@ -76,7 +76,7 @@ def test_every_package_of_the_library_is_in_the_wheel_and_nothing_else(tmp_path:
     present = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "hotload").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in {".py", ".jinja", ".css"} or path.name == "py.typed"
     }
     assert shipped == present
 

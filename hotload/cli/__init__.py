@@ -8,5 +8,6 @@ __all__ = [
     "outcome",
     "progress",
     "refusals",
+    "report",
     "wording",
 ]

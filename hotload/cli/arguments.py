@@ -18,8 +18,8 @@ from hotload.delta.dialects import Dialect
 
 ABOUT = """
 Lossless deltas between the checkpoints of a training run: write them, apply them, look into them,
-and bring a checkpoint into the layout an inference service wants. Works on local directories; no
-service is contacted. Outputs appear whole or not at all.
+and bring a checkpoint into the layout an inference service wants. Works on local directories; only
+`report` reads a store. Outputs appear whole or not at all.
 """
 MORE = """
 from two checkpoints, as a trainer saves them:
@@ -92,6 +92,17 @@ a file; embeddings, final norm and head each in a file of their own; index and s
 below 5 GB. A head that is a copy of the embeddings is left out where config.json ties the two.
 Optimizer and trainer state, sub-directories and other formats stay behind. No weight changes: the
 output is read back and compared byte for byte before it gets its name.
+"""
+
+_REPORT = """
+Write the page of the training run RUN, from the reports that its cycles left in the store at URL:
+s3://, gs://, file:// or a path. Reward with its spread, bytes, seconds, failures and drift over the
+policy versions, and the chain with what is served. The page is one HTML file that loads
+nothing. Every cycle writes the same into the store, as _hotload/runs/RUN.html.
+"""
+_CREDENTIALS = """
+credentials come from the environment, as for the cloud's own tools: an AWS
+profile or AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS
 """
 
 
@@ -233,6 +244,23 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         _DOCTOR,
         ("DIR", "OUT"),
         "saved-by-trainer ready-to-publish",
+    )
+    report = command(
+        "report",
+        "write the page of a run from what its cycles left in the store",
+        _REPORT,
+        (),
+        "s3://acme-rl/acme-rollouts grpo7",
+        "/data/store grpo7 --out page.html",
+        more=_CREDENTIALS,
+    )
+    report.add_argument("url", metavar="URL", help="the store that the run's snapshots are in")
+    report.add_argument("run", metavar="RUN", help="run_id of the training run")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the page is written, replacing what is there (RUN.html)",
     )
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help(sys.stderr)

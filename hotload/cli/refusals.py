@@ -14,6 +14,7 @@ from hotload.errors import (
     InvalidCheckpointError,
     InvalidIdentityError,
     NeedsFullSnapshotError,
+    StoreError,
 )
 
 _ADVICE = {
@@ -54,6 +55,8 @@ def refusal(error: Exception) -> CommandResult:
         return _refused(error, MACHINE, "operator", line)
     if isinstance(error, UsageError | InvalidIdentityError):
         return _refused(error, USAGE, "caller", str(error))
+    if isinstance(error, StoreError):
+        return _refused(error, REFUSED, "operator", str(error))
     if isinstance(error, NeedsFullSnapshotError):
         line = f"{error}, expected one layout: run doctor on both, or publish the target in full"
         return _refused(error, REFUSED, "publisher", line)

@@ -1,14 +1,15 @@
-"""What a person looks at after a cycle: the report, its metrics and its page."""
+"""What a person looks at after a cycle: the report, its metrics, its page and the run's."""
 
 __all__ = [
     "charts",
     "cycle_report",
     "markdown",
-    "markup",
     "metrics",
     "page",
-    "page_samples",
+    "page_parts",
     "page_sections",
-    "page_style",
+    "run_history",
+    "run_page",
     "sample_statistics",
+    "templating",
 ]

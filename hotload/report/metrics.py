@@ -63,6 +63,7 @@ def _samples(report: CycleReport, statistics: SampleStatistics) -> dict[str, flo
     found: dict[str, float | None] = {
         "filtered_reward": _mean_of(counts.trained_reward_sum, counts.trained_count),
         "filtered_samples": counts.trained_count,
+        "reward_std": counts.rewards.std,
         "filter_ratio": _mean_of(counts.trained_count, did.raw_samples),
         "entropy": statistics.entropy_nats,
         "uniform_group_ratio": _mean_of(*statistics.uniform_groups(did)),

@@ -47,6 +47,10 @@ async def test_a_cycle_leaves_a_page_metrics_and_groups(fleet: Fleet) -> None:
     for heading in ("Where the time went", "roll out and score", "Requests in flight", "Rewards"):
         assert heading in page
 
+    run_page = (fleet.bucket / "_hotload/runs/run.html").read_text()
+    assert f"<td>{report.snapshot.identity}</td>" in run_page
+    assert run_page.count('<span class="chip">served</span>') == 1
+
     metrics = (fleet.bucket / "_hotload/metrics/run-000001.jsonl").read_text().splitlines()
     last = json.loads(metrics[-1])
     assert last["perf/step_time"] == report.seconds
@@ -176,6 +180,7 @@ async def test_what_only_informs_fails_no_cycle(
     assert "the Prometheus file was not written" in caplog.text
     assert "the package wandb is not installed" in caplog.text
     assert fleet.reports() == [again]
+    assert (fleet.bucket / "_hotload/runs/run.html").read_text().count('class="served"') == 1
 
 
 async def test_a_report_tells_what_the_trainer_told_of_the_version_before(fleet: Fleet) -> None:
@@ -193,6 +198,9 @@ async def test_a_report_tells_what_the_trainer_told_of_the_version_before(fleet:
             await reader.acknowledge(delivery, logprobs)
     await checkpoint_to_rollout(fleet.spec(2))
     assert metrics(2)["async/trained_against_version"] == 1
+    run_page = (fleet.bucket / "_hotload/runs/run.html").read_text()
+    assert run_page.count('class="served"') == 2
+    assert "Trainer against sampler" in run_page
     assert metrics(2)["rollout/trainer_drift_k1"] == pytest.approx(0.25)
     page = (fleet.bucket / "_hotload/reports/run-000002.html").read_text()
     assert "samples of version 1" in page

@@ -23,7 +23,7 @@ from tests.factories import snapshot_manifest
 from tests.signals import signals_are_heard
 
 ROOT = Path(hotload.__file__).parents[1]
-COMMANDS = ("encode", "apply", "verify", "convert", "fold", "inspect", "check", "doctor")
+COMMANDS = ("encode", "apply", "verify", "convert", "fold", "inspect", "check", "doctor", "report")
 
 
 def save(directory: Path, step: int, *, files: int) -> Path:

@@ -21,6 +21,7 @@ from hotload.report.cycle_report import CycleReport
 SNAPSHOTS = "_hotload/snapshots"
 SIGNALS = "_hotload/signals"
 REPORTS = "_hotload/reports"
+METRICS = "_hotload/metrics"
 READ_CONCURRENCY = 16
 
 

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from hotload.dataset.logprob_drift import LogprobDrift, TrainedAgainst
 from hotload.dataset.rollout_plan import PartNotes, RolloutManifest, RolloutPart, summarize
-from hotload.dataset.sample_extracts import choose_extracts
+from hotload.dataset.sample_extracts import ShownMessage, choose_extracts
 from hotload.identity import SnapshotKind
 from hotload.options import Groups
 from hotload.publish.publication import Published
 from hotload.quantities import duration, number, percent, size
-from hotload.report.charts import Bar, bars, columns, histogram, nice_ticks, stack, steps, timeline
+from hotload.records import Record
+from hotload.report.charts import Bar, histogram, nice_ticks, steps, timeline
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines, prometheus_text
 from hotload.report.page import render_report
@@ -221,6 +222,51 @@ def test_what_others_wrote_is_text_and_nothing_else() -> None:
     assert "\x1b" not in page()
 
 
+def evil(value: Any) -> Any:
+    """The value with every text in it, names of counts included, replaced by a hostile one."""
+    if isinstance(value, dict):
+        return {f"{name}{EVIL}": evil(each) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(evil, value))
+    return EVIL if type(value) is str else value
+
+
+def test_a_report_of_nothing_but_hostile_text() -> None:
+    made = report(fallback_reason="x")
+
+    def poisoned(record: Record) -> dict[str, Any]:
+        fields = {name: getattr(record, name) for name in type(record).model_fields}
+        return {
+            name: each if name in {"seconds_by_stage", "outcome"} else evil(each)
+            for name, each in fields.items()
+            if not isinstance(each, Record)
+        }
+
+    groups = made.rollouts.groups.model_copy(update=poisoned(made.rollouts.groups))
+    rollouts = made.rollouts.model_copy(update=poisoned(made.rollouts) | {"groups": groups})
+    snapshot = made.snapshot.model_copy(update=poisoned(made.snapshot))
+    # JSON may hold half a surrogate pair, which no UTF-8 can.
+    said = (ShownMessage("", EVIL), ShownMessage(f"{EVIL}\ud800", f"{EVIL}\ud800"))
+    texts = ("problem_id", "expected", "detail", "mark", "failure", "weights", "finish_reason")
+    update = dict.fromkeys(texts, EVIL) | {"messages": said, "reward_parts": {EVIL: 1.0}}
+    counted = statistics()
+    shown = tuple(
+        replace(one, extract=one.extract.model_copy(update=update)) for one in counted.shown
+    )
+    text = page(
+        made.model_copy(update=poisoned(made) | {"snapshot": snapshot, "rollouts": rollouts}),
+        replace(counted, shown=shown),
+    )
+    assert text.encode()
+    read = Page(text)
+    assert read.open == []
+    assert not {"script", "img"} & set(read.tags)
+    assert not [name for name, _ in read.attributes if name.startswith("on") or name == "src"]
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    # What was asked for is seen: title, heading, reason, both notes, footer, samples and counts.
+    assert read.text.count("<script>alert") > 40
+
+
 def test_nothing_is_loaded_from_anywhere() -> None:
     text = page()
     style = text[text.index("<style>") : text.index("</style>")]
@@ -245,7 +291,7 @@ def test_nothing_is_loaded_from_anywhere() -> None:
         "two versions of the weights",
         f"{NOW} → {NEXT}",
         "requests per sample 1.33",
-        "Requests that met these were sent again or given up; share of 12 requests",
+        "Requests without an answer Sent again or given up; share of 12 requests",
         "HTTP 429 3 · 25 % truncated 1 · 8.3 % HTTP 404 1 · 8.3 % cancelled 1 · 8.3 %",
         "prompt tokens from the cache",
         "2026-01-02 03:04:05 UTC",
@@ -274,7 +320,10 @@ def test_a_page_of_nothing() -> None:
     read = Page(render_report(empty, SampleStatistics(SampleCounts()), ended_at=ENDED))
     assert read.open == []
     assert "version 2 was sampled again on 0 replicas" in read.text
-    assert "No sample with a reward was handed back" in read.text
+    assert "0 samples of 0 problems came back" in read.text
+    for heading in ("Rewards", "Latency", "Throughput", "Replicas converge", "Samples without"):
+        assert heading in Page(page()).text
+        assert heading not in read.text
     assert "nan" not in read.text.casefold().split()
 
 
@@ -285,7 +334,7 @@ def test_requests_without_an_answer_are_told_in_the_table_too() -> None:
     )
     quiet = report(rollouts=summarize(NOW, [], parts_uri="", seconds=0))
     assert "requests sent again or given up" not in {row["what"] for row in quiet.rows()}
-    assert "Requests that met these" not in Page(page(quiet)).text
+    assert "Requests without an answer" not in Page(page(quiet)).text
 
 
 def test_a_fallback_is_told() -> None:
@@ -335,7 +384,8 @@ def test_statistics_that_an_earlier_version_did_not_count_are_not_made_up() -> N
     known, unknown = cycle_metrics(made, statistics()), cycle_metrics(made, None)
     assert {name.partition("_")[0] for name in known.keys() - unknown.keys()} == {
         "rollout/filtered", "rollout/filter", "rollout/entropy", "rollout/uniform",
-        "rollout/cached", "rollout/trainable", "rollout/latency", "async/version",
+        "rollout/cached", "rollout/trainable", "rollout/latency", "rollout/reward",
+        "async/version",
     }  # fmt: skip
     assert unknown.items() <= known.items()
 
@@ -344,6 +394,7 @@ def test_metrics_by_their_names() -> None:
     metrics = cycle_metrics(report(), statistics())
     assert metrics["rollout/raw_reward"] == 0.0  # with the dropped groups
     assert metrics["rollout/filtered_reward"] == 0.75
+    assert metrics["rollout/reward_std"] == pytest.approx(0.433, abs=0.001)
     assert (metrics["rollout/raw_samples"], metrics["rollout/filtered_samples"]) == (9, 4)
     assert metrics["rollout/trainable_tokens_total"] == 9
     assert metrics["async/version_offset_max"] == 1
@@ -366,9 +417,10 @@ def test_a_version_that_was_not_due_sent_nothing() -> None:
     assert metrics["perf/step_samples_per_s"] == 0.5
     read = Page(page(told))
     assert read.open == []
-    assert "This version was not sent." in read.text
-    assert "They served this snapshot before." in read.text
-    for said in ("2.0 MB", "Fetched by", "to converge", "encode and upload", "encode 4 s"):
+    for said in (
+        "2.0 MB", "Fetched by", "to converge", "encode and upload", "encode 4 s",
+        "Replicas converge",
+    ):  # fmt: skip
         assert said in Page(page()).text
         assert said not in read.text
     rows = {row["what"] for row in told.rows()}
@@ -404,7 +456,6 @@ def test_rates_are_those_of_what_this_run_sampled() -> None:
     assert "and the others in 10 s, with a mean reward" in text
     assert "tokens per second 0.900 0.500 samples per second" in text
     assert "10 s of sampling and scoring; 5 samples of an earlier run are not in the rates" in text
-    assert "samples per second 0.500 completion tokens per second 0.900" in text
     assert cycle_metrics(resumed(), statistics())["perf/step_samples_per_s"] == 1.0
 
 
@@ -413,7 +464,7 @@ def test_a_run_that_sampled_nothing_has_no_rate() -> None:
     assert not [name for name in cycle_metrics(everything, statistics()) if name.endswith("per_s")]
     text = Page(page(everything)).text
     assert "10 samples of 4 problems came back in an earlier run of this cycle, with" in text
-    assert "tokens per second – – samples per second" in text
+    assert "tokens per second – mean reward" in text
 
 
 def test_free_slots_are_none_while_the_window_is_overdrawn() -> None:
@@ -470,7 +521,7 @@ def test_weights_that_were_assumed_or_none_are_told_as_such() -> None:
     made = group((assumed, silent), (1.0, None))
     text = Page(page(report(made), statistics(made))).text
     assert f"{NOW} (assumed) 1 · 100 %" in text
-    assert text.count("(assumed)") == 3  # in bar and key, and with the sample itself
+    assert text.count("(assumed)") == 2  # beside the bar, and with the sample itself
 
 
 DRIFT = LogprobDrift(
@@ -608,7 +659,7 @@ def ticks(svg: str) -> list[str]:
 
 def test_counts_beside_an_axis_are_whole() -> None:
     def served(count: int) -> list[str]:
-        return ticks(steps([([(0.0, 0.0), (2.0, count)], "main-line")], 2.0, count, "", duration))
+        return ticks(steps([([(0.0, 0.0), (2.0, count)], "main line")], 2.0, count, "", duration))
 
     assert served(10)[:5] == ["2", "4", "6", "8", "10"]
     assert served(12)[:2] == ["5", "10"]
@@ -618,20 +669,17 @@ def test_counts_beside_an_axis_are_whole() -> None:
 
 
 def test_an_area_begins_with_its_first_point() -> None:
-    drawn = steps([([(1.0, 3.0), (1.5, 2.0)], "wash-area")], 2.0, 3.0, "", duration)
+    drawn = steps([([(1.0, 3.0), (1.5, 2.0)], "wash area")], 2.0, 3.0, "", duration)
     assert re.findall(r'd="([^"]*)"', drawn) == ["M500.0 16.0H750.0V60.0H1000V148H500.0Z"]
 
 
 def test_drawings_keep_inside_the_picture() -> None:
     drawn = [
         timeline([Bar("a", 0, 3, "3 s"), Bar("b", 3, 3, "0 s")], 3.0, duration),
-        bars([Bar("a", 0, 3, "3"), Bar("b", 0, 0, "0")], "bars"),
-        stack([Bar("a", 0, 3, "3"), Bar("b", 0, 1, "1")], "stack"),
         histogram([0.0, 1.0, 2.0], [3, 0], "bins", number, marks=[(1.0, "median")]),
         histogram([1.0, 1.0], [3], "one", number),
-        columns([Bar("0", 0, 3, "3"), Bar("1", 0, 1, "1")], "columns"),
         steps(
-            [([(0.0, 0.0), (2.0, 3.0)], "main-line"), ([], "wash-area")], 2.0, 3.0, "s", duration
+            [([(0.0, 0.0), (2.0, 3.0)], "main line"), ([], "wash area")], 2.0, 3.0, "s", duration
         ),
     ]
     for svg in drawn:
