@@ -81,7 +81,7 @@ fuzz: .fuzz-venv/installed  ## the readers of headers, indexes and frames with b
 	.fuzz-venv/bin/python -m tests.fuzz $(SECONDS) build/corpus
 
 lock: install  ## resolve pyproject.toml into requirements.lock; delete the file first to upgrade everything
-	$(VENV)/bin/uv pip compile pyproject.toml --extra pipeline --extra dev --quiet --no-config \
+	$(VENV)/bin/uv pip compile pyproject.toml --extra pipeline --extra math --extra dev --quiet --no-config \
 		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--output-file requirements.lock
 

@@ -52,6 +52,8 @@ def test_the_lock_meets_what_the_project_asks_for() -> None:
         *extras["dev"],
     ]:
         asked = Requirement(text)
+        if asked.name == "hotload":
+            continue  # with an extra: those are among them
         for pin, _ in pins[canonicalize_name(asked.name)]:
             (version,) = (one.version for one in pin.specifier)
             assert asked.specifier.contains(version), f"{text}: locked {version}"
@@ -59,7 +61,7 @@ def test_the_lock_meets_what_the_project_asks_for() -> None:
 
 def test_the_library_does_not_ask_for_the_engine() -> None:
     asked = {Requirement(text).name for text in PROJECT["project"]["dependencies"]}
-    library = {"blake3", "numpy", "pandera", "polars", "pydantic", "xxhash", "zlib-ng", "zstandard"}
+    library = {"blake3", "numpy", "pydantic", "xxhash", "zlib-ng", "zstandard"}
     assert asked == library
 
 

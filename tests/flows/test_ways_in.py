@@ -338,7 +338,7 @@ def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:
     with holder:
         wait_until(lambda: holder.poll() is not None or slow_fleet.log()["signals"])
         assert holder.poll() is None
-        second = python("flows.cycle", cycle_file(slow_fleet, 2, "second.yaml"))
+        second = python("flows", cycle_file(slow_fleet, 2, "second.yaml"))
         assert second.returncode == 1
         assert f"{slow_fleet.name}-000001" in said(second)
 
