@@ -96,15 +96,21 @@ deploy: install  ## blocks, work pool and cycle on the Prefect server of your pr
 		|| $(PY) -m prefect work-pool create hotload-$(POOL) --type $(POOL)
 	$(PY) -m prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --name $(POOL)
 
-wheel: install  ## build the library and test it alone, without Prefect, outside this directory
+# What is not the codec and the values needs the extra `clients`.
+NEEDS_CLIENTS := polars|jsonschema|hotload\.(clients|dataset|report|sampling)
+ALONE := ../venv/bin/python -m pytest -c ../../pyproject.toml -o pythonpath=
+wheel: install  ## build the library; test it outside this directory, alone and with its clients, without Prefect
 	rm -rf build dist
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(PY) -m venv build/venv
 	sed -n 's/^\([a-z].*\) \\$$/\1/p' requirements.lock > build/versions.txt
 	build/venv/bin/python -m pip install --quiet --constraint build/versions.txt dist/*.whl \
-		hypothesis jinja2 pytest pytest-asyncio pytest-timeout safetensors
-	mkdir -p build/alone/tests && cp -R tests/factories.py tests/signals.py tests/hotload tests/golden build/alone/tests/
-	cd build/alone && ../venv/bin/python -m pytest -c ../../pyproject.toml -o pythonpath= tests/hotload
+		hypothesis pytest pytest-asyncio pytest-timeout safetensors
+	mkdir -p build/alone/tests
+	cp -R tests/factories.py tests/signals.py tests/hotload tests/golden build/alone/tests/
+	cd build/alone && $(ALONE) $$(grep -LE '$(NEEDS_CLIENTS)' tests/hotload/test_*.py)
+	build/venv/bin/python -m pip install --quiet --constraint build/versions.txt "$$(echo dist/*.whl)[clients]"
+	cd build/alone && $(ALONE) $$(grep -lE '$(NEEDS_CLIENTS)' tests/hotload/test_*.py)
 
 clean:  ## remove what was built, measured and cached; the environments stay
 	rm -rf build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
