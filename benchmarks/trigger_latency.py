@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,22 +82,33 @@ def trigger(api: str, deployment: str, spec: dict[str, Any]) -> tuple[float, flo
     import httpx
 
     with httpx.Client(base_url=api, timeout=60) as http:
-        while (found := http.get(f"/deployments/name/{deployment}")).status_code == 404:
-            time.sleep(0.1)
+        name = f"/deployments/name/{deployment}"
+        found = ask(lambda: http.get(name), lambda answer: answer.status_code != 404)
         posted = time.time()
         path = f"/deployments/{found.json()['id']}/create_flow_run"
         body = {"parameters": {"spec": spec}, "idempotency_key": f"{spec['policy_version']}"}
-        while (made := http.post(path, json=body)).status_code == 503:  # a locked SQLite file
-            time.sleep(0.1)
-        run = made.raise_for_status().json()
-        while run.get("state_type") not in ENDED:
-            time.sleep(0.05)
-            run = http.get(f"/flow_runs/{run['id']}").raise_for_status().json()
+        # 503 says that another has locked the SQLite file.
+        made = ask(lambda: http.post(path, json=body), lambda answer: answer.status_code != 503)
+        run_path = f"/flow_runs/{made.raise_for_status().json()['id']}"
+        run = ask(
+            lambda: http.get(run_path).raise_for_status().json(),
+            lambda answer: answer.get("state_type") in ENDED,
+        )
         if run["state_type"] != "COMPLETED":
             raise SystemExit(f"{run['state_name']}: {run['state']['message']}")
         states = http.get("/flow_run_states/", params={"flow_run_id": run["id"]}).json()
     at = {state["name"]: moment(state["timestamp"]) for state in states}
     return at["Running"] - posted, at["Completed"] - posted
+
+
+def ask(question: Callable[[], Any], is_answer: Callable[[Any], bool]) -> Any:
+    """Ask the server until its answer will do; give up after five minutes."""
+    deadline = time.monotonic() + 300
+    while not is_answer(answer := question()):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the Prefect server says the same for 300 s: {answer}")
+        time.sleep(0.05)
+    return answer
 
 
 def moment(text: str) -> float:

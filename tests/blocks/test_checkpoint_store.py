@@ -307,7 +307,6 @@ async def test_an_upload_that_is_cut_is_invisible_and_can_be_repeated(
     assert await s3_store.abort_orphaned_uploads("id-1") == 0
 
 
-@pytest.mark.timeout(60)  # 33 MiB twice, through a server in one thread
 async def test_an_upload_to_gcs_that_is_cut_is_invisible_and_can_be_repeated(
     gs_store: Store, tmp_path: Path
 ) -> None:

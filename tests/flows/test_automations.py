@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.events.clients import get_events_client
 from prefect.events.schemas.events import Event, RelatedResource, Resource
 
 from tests.flows.test_ways_in import python
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -39,5 +38,8 @@ async def test_three_fallbacks_of_a_run_pause_its_deployment(prefect_api: str) -
             for count in (1, 2, 3):
                 assert not (await client.read_deployment(deployment_id)).paused, count
                 await events.emit(Event.model_validate(fell_back))
-        while not (await client.read_deployment(deployment_id)).paused:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
+
+        async def is_paused() -> bool:
+            return (await client.read_deployment(deployment_id)).paused
+
+        assert await until(is_paused)
