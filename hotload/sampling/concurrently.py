@@ -20,7 +20,7 @@ async def overlap(steps: Iterable[Coroutine[Any, Any, A]]) -> list[A]:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(step) for step in steps]
     except BaseExceptionGroup as failed:
-        _raise_first(failed)
+        raise_first(failed)
     return [task.result() for task in running]
 
 
@@ -30,11 +30,12 @@ async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) ->
         async with asyncio.TaskGroup() as group:
             one, other = group.create_task(first), group.create_task(second)
     except BaseExceptionGroup as failed:
-        _raise_first(failed)
+        raise_first(failed)
     return one.result(), other.result()
 
 
-def _raise_first(failed: BaseExceptionGroup[BaseException]) -> NoReturn:
+def raise_first(failed: BaseExceptionGroup[BaseException]) -> NoReturn:
+    """Raise the first error of a task group, and log the others."""
     first, *others = failed.exceptions
     for other in others:
         logger.error("failed as well: %s: %s", type(other).__name__, other)

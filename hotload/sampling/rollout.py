@@ -30,6 +30,7 @@ from hotload.rollout.group_rules import (
     stale_group,
 )
 from hotload.rollout.trajectory import Problem, TrajectoryGroup
+from hotload.sampling.concurrently import raise_first
 from hotload.sampling.draw import Drawing
 from hotload.sampling.part_files import named_parts, sum_up
 from hotload.sampling.part_writer import PartWriter
@@ -129,7 +130,7 @@ class Rollout:
                         if writer.is_held_up:
                             break
         except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from None
+            raise_first(failed)
 
     async def _end(self, writer: PartWriter) -> None:
         """Write the rest of a part, every problem of which is settled or left out.
