@@ -91,11 +91,6 @@ def store(request: pytest.FixtureRequest) -> Store:
     return make_store(request.param, request)
 
 
-@pytest.fixture
-def file_store(request: pytest.FixtureRequest) -> Store:
-    return make_store("file", request)
-
-
 @dataclass(frozen=True, eq=False)
 class Watched(Store):
     """A store that knows what is listed, and so when a reader has looked again."""

@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,45 +18,33 @@ from hotload.dataset.table import check_rollouts, rollouts_frame
 from hotload.dataset.trainer_batch import make_batch, slime_batch, to_tensors, trl_batch, verl_batch
 from hotload.errors import StoreError
 from hotload.rollout.counts import GroupCounts, count_groups
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import Problem, Trajectory
+from tests.factories import provenance, scored_group, segment, trajectory
 
 SHA = "0" * 64
 PAD = 99
 
 
-def sample(number: int, tokens: int = 2, *, failure: str | None = None) -> Trajectory:
-    return Trajectory(
-        problem_id="p",
-        sample_number=number,
-        seed=number,
-        provenance=Provenance("now", f"r{number}", "s", 1, ("now",), "now"),
-        latency_seconds=0.5,
-        segments=(
-            Segment(
-                (1, 2, 3)[: number + 1],
-                tuple(range(10, 10 + tokens)),
-                (-0.5,) * tokens,
-                (True,) * tokens,
-            ),
-        ),
-        text="ab",
-        finish_reason="length" if number else "stop",
-        completion_token_count=tokens,
-        failure=failure,
-    )
+def sample(number: int, tokens: int = 2, **fields: Any) -> Trajectory:
+    made = segment(range(10, 10 + tokens), prompt=(1, 2, 3)[: number + 1])
+    origin = provenance("now", request_id=f"r{number}")
+    reason = "length" if number else "stop"
+    return trajectory(made, number=number, provenance=origin, finish_reason=reason, **fields)
 
 
 # Two turns and a tool's result between them; then a turn whose prompt was rewritten, made by two
 # versions of the weights: tokens 0-3 and 4 by "old", 5 and 6 by "now".
-TURNS = replace(
-    sample(1, 4),
-    segments=(
-        Segment((1, 2), (10, 11, 12, 13), (-0.5, 0.0, 0.0, -0.25), (True, False, False, True)),
-        Segment((7, 8), (20, 21, 22), (-1.0, -2.0, -3.0), (True, True, False)),
+TURNS = trajectory(
+    segment(
+        (10, 11, 12, 13),
+        prompt=(1, 2),
+        logprobs=(-0.5, 0.0, 0.0, -0.25),
+        mask=(True, False, False, True),
     ),
-    provenance=Provenance(
-        "old", "r1", "s", 2, ("old", "now"), "now", runs=((0, "old"), (5, "now"))
-    ),
+    segment((20, 21, 22), prompt=(7, 8), logprobs=(-1.0, -2.0, -3.0), mask=(True, True, False)),
+    number=1,
+    provenance=provenance("old", "now", request_id="r1", attempts=2, runs=((0, "old"), (5, "now"))),
+    finish_reason="length",
     turn_count=3,
     completion_token_count=5,
     transcript=({"role": "user", "content": "2 + 2 – ?"}, {"role": "tool", "content": "4"}),
@@ -64,16 +52,18 @@ TURNS = replace(
     is_hedge=True,
 )
 PARTS = ({"format": 0.0, "answer": 1.0}, {"answer": 2.0}, {})
-GROUP = ScoredGroup(
-    Problem("p", messages=({"role": "user", "content": "2 + 2 – ?"},), answer=4),
-    (sample(0), TURNS, sample(2, 0, failure="timeout")),
-    (1.0, 2.0, None),
-    (-0.5, 0.5, None),
-    PARTS,
-    "partial",
+GROUP = scored_group(
+    sample(0),
+    TURNS,
+    sample(2, 0, failure="timeout"),
+    problem=Problem("p", messages=({"role": "user", "content": "2 + 2 – ?"},), answer=4),
+    rewards=(1.0, 2.0, None),
+    advantages_G=(-0.5, 0.5, None),
+    reward_parts_G=PARTS,
+    mark="partial",
 )
-UNUSED = ScoredGroup(
-    Problem("q", "x"), (replace(sample(0), problem_id="q"),), (3.0,), (None,), mark="incomplete"
+UNUSED = scored_group(
+    sample(0, problem_id="q"), rewards=(3.0,), advantages_G=(None,), mark="incomplete"
 )
 FRAME = rollouts_frame([GROUP, UNUSED], run_id="run", policy_version=4)
 BATCH = make_batch(FRAME, pad_token_id=PAD)

@@ -5,19 +5,13 @@ from typing import Any
 import pytest
 
 from hotload.reward.built_ins import BUILT_INS, check_built_in
-from hotload.rollout.trajectory import Problem, Provenance, Segment, Trajectory
-
-ORIGIN = Provenance("i", "r", "s", 1)
-
-
-def sample(text: str, tokens: int = 1) -> Trajectory:
-    segment = Segment((), (5,) * tokens, (-0.5,) * tokens, (True,) * tokens)
-    return Trajectory("p", 0, 1, ORIGIN, 0.0, (segment,), text, completion_token_count=tokens)
+from hotload.rollout.trajectory import Problem
+from tests.factories import segment, trajectory
 
 
 def score(name: str, answer: object, text: str, tokens: int = 1, **arguments: object) -> float:
     problem = Problem("p", "x", answer=answer)
-    return BUILT_INS[name](problem, sample(text, tokens), **arguments)
+    return BUILT_INS[name](problem, trajectory(segment((5,) * tokens), text=text), **arguments)
 
 
 @pytest.mark.parametrize(

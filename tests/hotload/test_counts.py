@@ -7,29 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.rollout.counts import GroupCounts, RolloutCounts, SampleCounts, Spread, count_groups
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import ScoredGroup
+from tests.factories import IDENTITY, scored_group, segment, trajectory
 
-IDENTITY = "run-000003-0badf00d"
 NUMBERS = st.lists(st.floats(-1e30, 1e30), max_size=40)
 
 
 def group(problem_id: str, *rewards: float | None) -> ScoredGroup:
     """Samples of as many tokens as their number, the last of each masked."""
-    samples = tuple(
-        Trajectory(
-            problem_id,
-            number,
-            0,
-            Provenance(IDENTITY, "r", "s", 1, (IDENTITY,), IDENTITY),
+    samples = (
+        trajectory(
+            segment((7,) * number, prompt=(1, 2), mask=(True,) * (number - 1) + (False,)),
+            number=number,
+            problem_id=problem_id,
             latency_seconds=0.125 * number,
-            segments=(
-                Segment(
-                    (1, 2),
-                    (7,) * number,
-                    (-0.5,) * number,
-                    (True,) * (number - 1) + (False,),
-                ),
-            ),
             finish_reason="length",
             prompt_token_count=2,
             completion_token_count=number,
@@ -37,7 +28,7 @@ def group(problem_id: str, *rewards: float | None) -> ScoredGroup:
         )
         for number, reward in enumerate(rewards, start=1)
     )
-    return ScoredGroup(Problem(problem_id, "x"), samples, rewards, rewards)
+    return scored_group(*samples, rewards=rewards, advantages_G=rewards)
 
 
 GROUPS = [group("p", 0.0, 1.0, 0.25), group("q", 0.5, None), group("r", None)]

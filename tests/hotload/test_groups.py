@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from hotload.options import Groups
-from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts, RolloutSummary
 from hotload.rollout.group_rules import (
     GroupTally,
@@ -22,23 +21,17 @@ from hotload.rollout.group_rules import (
     usable_count,
 )
 from hotload.rollout.straddling import settle_weights
-from hotload.rollout.trajectory import (
-    Problem,
-    Provenance,
-    ScoredGroup,
-    Segment,
-    Trajectory,
-    sample_seed,
-)
+from hotload.rollout.trajectory import Problem, ScoredGroup, Trajectory, sample_seed
+from tests.factories import provenance, scored_group, segment, trajectory
 
 PROBLEM = Problem("p", "x")
 
 
-def sample(number: int = 0, failure: str | None = None, **fields: Any) -> Trajectory:
+def sample(number: int = 0, failure: str | None = None, *tokens: int, **fields: Any) -> Trajectory:
     # Failed samples had one attempt, and it met their cause.
-    met = () if failure is None else (failure,)
-    origin = Provenance("run-000001-00000000", f"r{number}", "s", 1, failed_attempts=met)
-    return Trajectory("p", number, number, origin, 0.5, failure=failure, **fields)
+    origin = provenance(failed_attempts=() if failure is None else (failure,))
+    fields = {"provenance": origin, "failure": failure, "number": number} | fields
+    return trajectory(segment(tokens), **fields)
 
 
 def samples(*failures: str | None) -> tuple[Trajectory, ...]:
@@ -47,7 +40,7 @@ def samples(*failures: str | None) -> tuple[Trajectory, ...]:
 
 def scored(*rewards: float | None) -> ScoredGroup:
     drawn = samples(*("timeout" if reward is None else None for reward in rewards))
-    return ScoredGroup(PROBLEM, drawn, rewards, advantages(rewards))
+    return scored_group(*drawn, rewards=rewards)
 
 
 def test_every_draw_of_a_group_has_a_number_of_its_own() -> None:
@@ -187,25 +180,21 @@ def test_rows_the_breaker_counts_and_rows_that_are_not_recorded(
 
 def test_every_rule_s_effect_is_counted() -> None:
     rules = Groups(on_straddling="mask_from_change", on_incomplete="accept_partial")
-    origin = Provenance(
+    origin = provenance(
         "a",
-        "r",
-        "s",
+        "b",
         attempts=3,
-        observed=("a", "b"),
         runs=((0, "a"), (1, "b")),
         failed_attempts=("429", "truncated"),
     )
-    straddling = sample(
-        1,
-        segments=(Segment((), (5, 6, 7), (-1.0,) * 3, (True, False, False)),),
-    )
-    drawn = (sample(0), replace(straddling, provenance=origin), sample(2, "timeout"))
+    masked = segment((5, 6, 7), mask=(True, False, False))
+    straddling = trajectory(masked, number=1, provenance=origin)
+    drawn = (sample(0), straddling, sample(2, "timeout"))
     rewards = (0.0, 1.0, None)
     tally = GroupTally(hedges=2, hedges_won=1, cut_off=2)
     tally.leave_out(replace(origin, attempts=4, failed_attempts=("503", "429", "cancelled")))
     tally.replace(sample(9, "truncated"))
-    judged = judge_group(ScoredGroup(PROBLEM, drawn, rewards, advantages(rewards)), rules)
+    judged = judge_group(scored_group(*drawn, rewards=rewards), rules)
     kept = tally.settle(judged, rules, is_refill=True).counts
     assert kept == GroupCounts(
         groups_by_mark={"partial": 1},
@@ -243,12 +232,11 @@ def test_every_rule_s_effect_is_counted() -> None:
 
 def test_what_failed_before_was_not_masked() -> None:
     """Its tokens are as they came, so none of them was taken out of the loss."""
-    origin = Provenance("a", "r", "s", 1, observed=("a", "b"), runs=((0, "a"), (1, "b")))
-    tokens = sample(segments=(Segment((), (5, 6, 7), (-1.0,) * 3, (True,) * 3),))
-    said = replace(tokens, provenance=origin)
-    failed = replace(said, sample_number=1, failure="turn_timeout")
+    origin = provenance("a", "b", runs=((0, "a"), (1, "b")))
+    said = sample(0, None, 5, 6, 7, provenance=origin)
+    failed = sample(1, "turn_timeout", 5, 6, 7, provenance=origin)
     settled = tuple(settle_weights(each, "mask_from_change") for each in (said, failed))
-    group = ScoredGroup(PROBLEM, settled, (1.0, None), advantages((1.0, None)))
+    group = scored_group(*settled, rewards=(1.0, None))
     rules = Groups(on_straddling="mask_from_change")
     counts = GroupTally().settle(JudgedGroup(group), rules, is_refill=False).counts
     assert (counts.straddling_samples, counts.tokens_masked) == (2, 2)
@@ -264,15 +252,14 @@ def test_counts_that_were_written_before_failed_attempts_were_counted() -> None:
 
 @pytest.mark.parametrize("cause", ["deadline", "trajectory_timeout"])
 def test_time_that_was_up_counts_where_nothing_was_said(cause: str) -> None:
-    silent = sample(0, cause)
-    spoke = sample(1, cause, segments=(Segment((), (5,), (-1.0,), (True,)),))
+    silent, spoke = sample(0, cause), sample(1, cause, 5)
     assert is_outage((silent, sample(1, "timeout")))
     assert is_unanswered((silent, sample(1, "timeout")))
     assert not is_outage((silent, sample(1)))  # a tight deadline
     assert not is_outage((spoke, sample(0)))
     assert not is_unanswered((silent, spoke))
     # It waited for a slot of ours until the time was up.
-    unsent = replace(silent, provenance=Provenance("a", "r", "s", attempts=0))
+    unsent = replace(silent, provenance=provenance(attempts=0))
     assert is_unanswered((unsent, unsent))
     assert not is_outage((unsent, unsent))
     assert is_outage((unsent, silent))

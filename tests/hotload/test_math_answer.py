@@ -5,12 +5,13 @@ import sys
 import pytest
 
 from hotload.reward.built_ins import BUILT_INS, check_built_in
-from hotload.rollout.trajectory import Problem, Provenance, Trajectory
+from hotload.rollout.trajectory import Problem
+from tests.factories import trajectory
 
 
 def score(answer: object, text: str) -> float:
     pytest.importorskip("math_verify")  # the extra `math`
-    sample = Trajectory("p", 0, 1, Provenance("i", "r", "s", 1), 0.0, text=text)
+    sample = trajectory(text=text)
     return BUILT_INS["math_verify"](Problem("p", "x", answer=answer), sample)
 
 

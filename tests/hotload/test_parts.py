@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from typing import Any
 
 import polars as pl
 import pytest
@@ -17,35 +17,29 @@ from hotload.dataset.rollout_plan import (
 )
 from hotload.dataset.table import check_rollouts, rollouts_frame
 from hotload.errors import StoreError
-from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts, count_groups
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import Problem, ScoredGroup, Trajectory
 from hotload.spec import CycleSpec
+from tests.factories import (
+    cycle_spec,
+    provenance,
+    rollout_manifest,
+    scored_group,
+    segment,
+    trajectory,
+)
 
 SHA = "0" * 64
 
 
-def sample(number: int, *observed: str, failure: str | None = None) -> Trajectory:
-    origin = Provenance("now", f"r{number}", "s", 1, observed, observed[-1] if observed else None)
-    tokens = () if failure else (5, 6)
-    return Trajectory(
-        problem_id="p",
-        sample_number=number,
-        seed=number,
-        provenance=origin,
-        latency_seconds=0.5,
-        segments=(Segment((1,), tokens, (-0.5,) * len(tokens), (True,) * len(tokens)),),
-        text="ab",
-        finish_reason="stop",
-        completion_token_count=len(tokens),
-        failure=failure,
-    )
+def sample(number: int, *observed: str, **fields: Any) -> Trajectory:
+    tokens = () if fields.get("failure") else (5, 6)
+    origin = provenance(*observed, identity="now")
+    return trajectory(segment(tokens), number=number, provenance=origin, **fields)
 
 
 def group(*samples: Trajectory, problem_id: str = "p") -> ScoredGroup:
-    rewards = tuple(None if each.failure else float(each.sample_number) for each in samples)
-    samples = tuple(replace(each, problem_id=problem_id) for each in samples)
-    return ScoredGroup(Problem(problem_id, "x"), samples, rewards, advantages(rewards))
+    return scored_group(*(replace(each, problem_id=problem_id) for each in samples))
 
 
 GROUPS = [
@@ -114,16 +108,12 @@ def test_rollouts_that_break_the_schema(change: pl.Expr, told: str) -> None:
         check_rollouts(frame)
 
 
-def spec(**changes: object) -> CycleSpec:
-    fields: dict[str, object] = {
-        "checkpoint": "/c",
-        "work_dir": "/w",
-        "run_id": "run",
-        "policy_version": 3,
+def spec(**changes: Any) -> CycleSpec:
+    fields: dict[str, Any] = {
         "problems": {"dataset": "/d", "prompt_groups_per_step": 4},
         "sampling": {"problems_per_task": 3},
     }
-    return CycleSpec.model_validate(fields | changes)
+    return cycle_spec(**fields | changes)
 
 
 PROBLEMS = [Problem(str(i), "x") for i in range(10)]
@@ -186,15 +176,7 @@ def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
 
 
 def test_the_manifest_there_and_back() -> None:
-    part = part_of(GROUPS)
-    manifest = RolloutManifest(
-        identity="now",
-        policy_version=4,
-        digest=SHA,
-        parts=(part,),
-        summary=summarize("now", [part], parts_uri="file:///x", seconds=1.0),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
+    manifest = rollout_manifest("now", [part_of(GROUPS)])
     assert RolloutManifest.parse(manifest.render(), path="p") == manifest
     for data in (
         b"",

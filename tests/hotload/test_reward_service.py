@@ -10,7 +10,8 @@ from hotload.options import RewardSpec
 from hotload.reward.http_service import parse_rewards, read_reward_service, request_body
 from hotload.reward.outcome import RewardOutcome, Score
 from hotload.rollout.failures import Cause
-from hotload.rollout.trajectory import Problem, Provenance, Segment, Trajectory
+from hotload.rollout.trajectory import Problem
+from tests.factories import segment, trajectory
 
 URL = "https://judge.example/v1/score"
 
@@ -18,19 +19,7 @@ URL = "https://judge.example/v1/score"
 def test_a_request() -> None:
     problem = Problem("p-1", None, ({"role": "user", "content": "hi"},), 4, {"level": "easy"})
     said = ({"role": "assistant", "content": "\ud800"},)
-    sample = Trajectory(
-        "p-1",
-        3,
-        9,
-        Provenance("run-000001-0badf00d", "request", "session", 1),
-        0.5,
-        (Segment((1, 2), (3, 4), (-0.5, -0.25), (True, True)),),
-        "four",
-        "stop",
-        completion_token_count=2,
-        turn_count=2,
-        transcript=said,
-    )
+    sample = trajectory(segment((3, 4)), number=3, text="four", turn_count=2, transcript=said)
     assert json.loads(request_body(problem, [sample], {"rubric": "tone"})) == {
         "problem": {
             "id": "p-1",

@@ -1,6 +1,5 @@
 """Samples to show: which ones, and how much of them."""
 
-from dataclasses import replace
 from typing import Any
 
 from hotload.dataset.sample_extracts import (
@@ -11,20 +10,20 @@ from hotload.dataset.sample_extracts import (
     choose_extracts,
     merge_extracts,
 )
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Trajectory
+from hotload.rollout.trajectory import Problem, ScoredGroup, Trajectory
+from tests.factories import provenance, scored_group, trajectory
 
 NOW, NEXT = "run-000003-0123abcd", "run-000004-0123abcd"
 
 
 def sample(number: int, text: str = "four", **changes: Any) -> Trajectory:
-    origin = Provenance(NOW, "r", "s", 1, (NOW,), NOW)
-    return replace(Trajectory("p", number, 0, origin, 0.1, text=text), **changes)
+    return trajectory(number=number, text=text, **{"provenance": provenance(NOW)} | changes)
 
 
 def group(*scored: tuple[Trajectory, float | None], **problem: Any) -> ScoredGroup:
     samples = tuple(one for one, _ in scored)
     rewards = tuple(reward for _, reward in scored)
-    return ScoredGroup(Problem("p", **problem), samples, rewards, rewards)
+    return scored_group(*samples, problem=Problem("p", **problem), rewards=rewards)
 
 
 def numbers(extracts: tuple[SampleExtract, ...]) -> dict[str, int]:
@@ -32,7 +31,7 @@ def numbers(extracts: tuple[SampleExtract, ...]) -> dict[str, int]:
 
 
 def test_which_samples_are_shown() -> None:
-    straddling = Provenance(NOW, "r", "s", 1, (NOW, NEXT), NEXT)
+    straddling = provenance(NOW, NEXT)
     made = group(
         (sample(0), 0.5),
         (sample(1), 0.0),

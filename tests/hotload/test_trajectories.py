@@ -9,8 +9,6 @@ import pytest
 from hotload.errors import InvalidProblemsError
 from hotload.rollout.trajectory import (
     Problem,
-    Provenance,
-    Segment,
     Trajectory,
     Weights,
     chunk,
@@ -18,6 +16,7 @@ from hotload.rollout.trajectory import (
     problems_for,
     sample_seed,
 )
+from tests.factories import provenance, segment, trajectory
 
 GOOD = b'{"id": "a", "prompt": "x", "answer": 3, "level": 2}\n'
 
@@ -101,13 +100,9 @@ def test_seeds_are_spread_and_never_change() -> None:
 
 
 def sample(
-    *observed: str, token_ids: tuple[int, ...] = (1,), runs: tuple[tuple[int, str], ...] = ()
+    *observed: str, tokens: tuple[int, ...] = (1,), runs: tuple[tuple[int, str], ...] = ()
 ) -> Trajectory:
-    last = observed[-1] if observed else None
-    origin = Provenance("now", "r", "s", 1, observed, last, runs=runs)
-    count = len(token_ids)
-    segment = Segment((), token_ids, (-0.5,) * count, (True,) * count)
-    return Trajectory("p", 0, 1, origin, 0.0, (segment,))
+    return trajectory(segment(tokens), provenance=provenance(*observed, identity="now", runs=runs))
 
 
 def test_weights_in_words() -> None:
@@ -120,7 +115,7 @@ def test_weights_in_words() -> None:
         assert sample("now", runs=untold).weights is Weights.ASSUMED
         assert sample("old", runs=untold).weights is Weights.OTHER
     assert replace(sample("now"), failure="too_long").weights is Weights.EXPECTED
-    assert replace(sample(token_ids=()), failure="timeout").weights is Weights.NONE
+    assert replace(sample(tokens=()), failure="timeout").weights is Weights.NONE
     assert sample("old", "now").provenance.first == "old"
 
 

@@ -12,7 +12,8 @@ from hotload.rollout.completions_api import Answer
 from hotload.rollout.merge_turns import Turns
 from hotload.rollout.routing import join_routing, routing_array
 from hotload.rollout.straddling import settle_weights
-from hotload.rollout.trajectory import Provenance, Segment, Trajectory
+from hotload.rollout.trajectory import Segment, Trajectory
+from tests.factories import provenance, segment, trajectory
 
 
 def answered(
@@ -126,20 +127,11 @@ def test_routing_of_a_real_models_form() -> None:
         routing_array("?", 1, active_expert_count=1)
 
 
-def trajectory(runs: tuple[tuple[int, str], ...], *lengths: int, **fields: Any) -> Trajectory:
-    segments = tuple(
-        Segment((7,), (1,) * length, (-1.0,) * length, (True,) * length) for length in lengths
-    )
-    observed = tuple(dict.fromkeys(identity for _, identity in runs if identity))
-    return Trajectory(
-        "p",
-        0,
-        0,
-        Provenance("a", "r", "s", 1, observed=fields.pop("observed", observed), runs=runs),
-        0.0,
-        segments,
-        **fields,
-    )
+def made_by(runs: tuple[tuple[int, str], ...], *lengths: int, **fields: Any) -> Trajectory:
+    named = tuple(dict.fromkeys(identity for _, identity in runs if identity))
+    origin = provenance(*fields.pop("observed", named), identity="a", runs=runs)
+    segments = (segment((1,) * length, prompt=(7,)) for length in lengths)
+    return trajectory(*segments, provenance=origin, **fields)
 
 
 NOW, NEXT, OTHER = "run-000003-0badf00d", "run-000004-0badf00d", "raid-000003-0badf00d"
@@ -160,7 +152,7 @@ NOW, NEXT, OTHER = "run-000003-0badf00d", "run-000004-0badf00d", "raid-000003-0b
 def test_weights_that_are_no_version_of_the_run_fail_a_sample(
     observed: tuple[str, ...], failure: str | None
 ) -> None:
-    made = trajectory((), 3, observed=observed)
+    made = made_by((), 3, observed=observed)
     sample = replace(made, provenance=replace(made.provenance, identity=NOW))
     settled = settle_weights(sample, "accept")
     assert settled.failure == failure
@@ -180,7 +172,7 @@ def test_weights_that_are_no_version_of_the_run_fail_a_sample(
     ],
 )
 def test_tokens_from_the_change_on_are_masked(runs: tuple[tuple[int, str], ...], kept: int) -> None:
-    masked = settle_weights(trajectory(runs, 3, 3), "mask_from_change")
+    masked = settle_weights(made_by(runs, 3, 3), "mask_from_change")
     assert masked.failure is None
     found = [flag for segment in masked.segments for flag in segment.loss_mask_T]
     assert found == [True] * kept + [False] * (6 - kept)
@@ -188,14 +180,14 @@ def test_tokens_from_the_change_on_are_masked(runs: tuple[tuple[int, str], ...],
 
 
 def test_what_is_dropped_and_what_is_left_alone() -> None:
-    straddling = trajectory(((0, "a"), (1, "b")), 3)
+    straddling = made_by(((0, "a"), (1, "b")), 3)
     assert settle_weights(straddling, "accept") == straddling
     dropped = settle_weights(straddling, "drop")
     assert dropped.failure == "straddling"
     assert dropped.segments == straddling.segments
-    single, failed = trajectory(((0, "b"),), 3), trajectory(((0, "a"),), 3, failure="too_long")
+    single, failed = made_by(((0, "b"),), 3), made_by(((0, "a"),), 3, failure="too_long")
     for policy in ("drop", "mask_from_change"):
         assert settle_weights(single, policy) == single
         assert settle_weights(failed, policy) == failed
-    unknown = trajectory((), 3, observed=("a", "b"))
+    unknown = made_by((), 3, observed=("a", "b"))
     assert settle_weights(unknown, "mask_from_change").failure == "straddling"

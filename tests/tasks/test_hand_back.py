@@ -11,10 +11,10 @@ from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import RolloutPart, RolloutPlan
 from hotload.rollout.counts import GroupCounts
 from hotload.rollout.group_rules import SettledGroup
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import ScoredGroup
 from hotload.sampling.part_files import read_parts, write_part
 from hotload.sampling.problems import plan_rollouts
-from hotload.spec import CycleSpec
+from tests.factories import cycle_spec, provenance, scored_group, trajectory
 
 IDENTITY = "run-000003-0badf00d"
 
@@ -29,30 +29,13 @@ def store(tmp_path: Path) -> Store:
 async def plan(tmp_path: Path) -> RolloutPlan:
     dataset = tmp_path / "problems.jsonl"
     dataset.write_text("".join(json.dumps({"id": n, "prompt": "x"}) + "\n" for n in range(4)))
-    spec = CycleSpec.model_validate(
-        {
-            "checkpoint": str(tmp_path),
-            "work_dir": str(tmp_path),
-            "run_id": "run",
-            "policy_version": 3,
-            "problems": {"dataset": str(dataset)},
-        }
-    )
+    spec = cycle_spec(work_dir=str(tmp_path), problems={"dataset": str(dataset)})
     return await plan_rollouts(spec, IDENTITY)
 
 
 def group(problem_id: str, text: str, identity: str = IDENTITY) -> ScoredGroup:
-    sample = Trajectory(
-        problem_id=problem_id,
-        sample_number=0,
-        seed=0,
-        provenance=Provenance(identity, "r", "s", 1, (identity,), identity),
-        latency_seconds=0.5,
-        segments=(Segment((1,), (5,), (-0.5,), (True,)),),
-        text=text,
-        finish_reason="stop",
-    )
-    return ScoredGroup(Problem(problem_id, "x"), (sample,), (1.0,), (0.0,))
+    sample = trajectory(problem_id=problem_id, provenance=provenance(identity), text=text)
+    return scored_group(sample, rewards=(1.0,))
 
 
 async def write(

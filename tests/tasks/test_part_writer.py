@@ -16,8 +16,9 @@ from hotload.errors import StoreUnavailableError
 from hotload.options import Groups
 from hotload.rollout.counts import RolloutCounts
 from hotload.rollout.group_rules import GroupTally, JudgedGroup, SettledGroup
-from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from hotload.rollout.trajectory import Problem
 from hotload.sampling.part_writer import FULL_TOKENS, PartWriter
+from tests.factories import scored_group, segment, trajectory
 
 IDENTITY = "run-000003-0badf00d"
 PROBLEMS = tuple(Problem(str(number), "x") for number in range(2))
@@ -47,10 +48,10 @@ begun, may_end = asyncio.Event(), asyncio.Event()
 
 def settled(problem: Problem, text: str = "a", *, is_dropped: bool = False) -> SettledGroup:
     """A group of one sample that fills a file."""
-    origin = Provenance(IDENTITY, "r", "s", 1, (IDENTITY,), IDENTITY)
-    segment = Segment((7,) * FULL_TOKENS, (2,), (-0.5,), (True,))
-    sample = Trajectory(problem.id, 0, 0, origin, 0.1, (segment,), text, "stop")
-    group = ScoredGroup(problem, (sample,), (1.0,), (0.0,), mark="uniform" if is_dropped else None)
+    sample = trajectory(segment((2,), prompt=(7,) * FULL_TOKENS), problem_id=problem.id, text=text)
+    group = scored_group(
+        sample, problem=problem, rewards=(1.0,), mark="uniform" if is_dropped else None
+    )
     return GroupTally().settle(JudgedGroup(group, is_dropped), Groups(), is_refill=False)
 
 
