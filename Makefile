@@ -32,7 +32,7 @@ test: install  ## the whole suite; starts its own servers on loopback
 	$(PY) -m pytest
 
 test-fast: install  ## what needs no server and little time: under a minute on two quiet cores
-	$(PY) -m pytest -m 'not server and not slow'
+	$(PY) -m pytest -n 2 -m 'not server and not slow'
 
 check: install  ## ruff, format, mypy, the floors of the house
 	$(PY) -m ruff check .

@@ -121,7 +121,11 @@ def _gcs(port: int) -> list[str]:
 
 
 COMMANDS = {"prefect_api": _prefect, "s3_server": _moto, "gcs_server": _gcs}
-SLOW = ("tests/conformance", "tests/fuzz", "tests/test_benchmarks.py", "tests/test_packaging.py")
+SLOW = (
+    *("tests/conformance", "tests/fuzz", "tests/blocks/test_bad_days.py"),
+    *("tests/hotload/test_math_answer.py", "tests/hotload/test_bad_seconds.py"),
+    *("tests/test_benchmarks.py", "tests/test_conformance_kit.py", "tests/test_packaging.py"),
+)
 SERVERS = pytest.StashKey[dict[str, LoopbackServer]]()
 DIRECTORY = pytest.StashKey[Path]()
 _unmarked: str | None = None  # the running test, if it may start no server

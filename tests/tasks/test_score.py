@@ -362,6 +362,7 @@ async def test_a_pattern_without_end_costs_one_sample() -> None:
     assert scored.trajectories_G[1].failure == "reward_timeout"
 
 
+@pytest.mark.slow
 async def test_mathematics_without_end_costs_one_sample() -> None:
     pytest.importorskip("math_verify")  # the extra `math`
     spec = RewardSpec(name="math_verify", timeout_seconds=5)
