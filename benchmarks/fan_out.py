@@ -33,18 +33,18 @@ async def by_hand(url: str, spec: Any, problems: Any) -> int:
     import aiohttp
     import orjson
 
-    from hotload.publish import fireworks_names
+    from hotload.publish import fireworks_api
     from hotload.rollout import completions_api
     from hotload.rollout.completions_api import first_request
 
     gate = asyncio.Semaphore(spec.sampling.concurrency.initial_window)
-    model = fireworks_names.model_name(NAMES["account_id"], NAMES["model_id"])
-    service = fireworks_names.deployment_name(NAMES["account_id"], NAMES["deployment_id"])
+    model = fireworks_api.model_name(NAMES["account_id"], NAMES["model_id"])
+    service = fireworks_api.deployment_name(NAMES["account_id"], NAMES["deployment_id"])
     headers = {
         "Authorization": "Bearer bench",
         "Content-Type": "application/json",
-        fireworks_names.MODEL_HEADER: model,
-        fireworks_names.DEPLOYMENT_HEADER: service,
+        fireworks_api.MODEL_HEADER: model,
+        fireworks_api.DEPLOYMENT_HEADER: service,
     }
     connector = aiohttp.TCPConnector(limit=256)
     async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
@@ -56,7 +56,7 @@ async def by_hand(url: str, spec: Any, problems: Any) -> int:
             )
             content = orjson.dumps(completions_api.sample_body(request, model))
             answer, events = completions_api.Answer(sampling, None), completions_api.EventStream()
-            target = url + fireworks_names.COMPLETIONS_PATH
+            target = url + fireworks_api.COMPLETIONS_PATH
             async with gate, session.post(target, data=content) as response:
                 async for piece in response.content.iter_any():
                     for _, data in events.feed(piece):
@@ -93,20 +93,20 @@ async def without_prefect(spec: Any, url: str, root: Path) -> Any:
 
 
 async def measure(options: argparse.Namespace, url: str, root: Path) -> tuple[float, float]:
-    """The median ratios over the turns: to the plain calls, to the faster loop."""
+    """The median ratios over the turns: to the plain calls, to the loop."""
     from prefect import flow
 
-    from blocks.checkpoint_store import CheckpointStore
     from blocks.rollout_client import RolloutClient
     from flows.sampling import roll_out
+    from hotload.clients.store import Store
     from hotload.sampling.problems import read_problems
     from hotload.spec import CycleSpec
 
     dataset = root / "problems.jsonl"
     rows = ({"id": i, "prompt": f"{i}: say ab", "answer": "ab"} for i in range(options.problems))
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    client = RolloutClient(base_url=url, api_key="bench", **NAMES)
-    store = CheckpointStore(url=(root / "bucket").as_uri())
+    client = RolloutClient(base_url=url, api_key="bench", **NAMES).open()
+    store = Store(url=(root / "bucket").as_uri())
 
     @flow(name="roll-out")
     async def with_prefect(spec: CycleSpec) -> Any:
@@ -146,16 +146,15 @@ async def measure(options: argparse.Namespace, url: str, root: Path) -> tuple[fl
     print("  turn" + "".join(f"{name:>21}" for name in names) + "  ratio  to loop")
     for turn in range(options.turns):
         spec = spec_of(2 * turn)
-        loop = await timed(by_hand(url, spec, problems, is_bare=False))
-        bare = await timed(by_hand(url, spec, problems, is_bare=True))
+        loop = await timed(by_hand(url, spec, problems))
         plain = await timed(without_prefect(spec_of(2 * turn + 1), url, root))
-        engine = await timed(with_prefect(spec))
-        tokens = (plain[0].completion_token_count, engine[0].completion_token_count)
-        if engine[0].failed_samples or {loop[0], bare[0], *tokens} != {loop[0]}:
-            raise SystemExit(f"the sides did not do the same work: {loop[0]}, {engine[0]}")
-        ratios.append(engine[1] / plain[1])
-        loop_ratios.append(engine[1] / min(loop[1], bare[1]))
-        sides = [f"{wall:8.2f} s {cpu:5.2f} CPU" for _, wall, cpu in (loop, bare, plain, engine)]
+        sampled = await timed(with_prefect(spec))
+        tokens = (plain[0].completion_token_count, sampled[0].completion_token_count)
+        if sampled[0].failed_samples or set(tokens) != {loop[0]}:
+            raise SystemExit(f"the sides did not do the same work: {loop[0]}, {sampled[0]}")
+        ratios.append(sampled[1] / plain[1])
+        loop_ratios.append(sampled[1] / loop[1])
+        sides = [f"{wall:8.2f} s {cpu:5.2f} CPU" for _, wall, cpu in (loop, plain, sampled)]
         told = "".join(f"{side:>21}" for side in sides)
         print(f"{turn + 1:6}{told} {ratios[-1]:6.2f} {loop_ratios[-1]:8.2f}", flush=True)
     return statistics.median(ratios), statistics.median(loop_ratios)

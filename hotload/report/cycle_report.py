@@ -13,7 +13,7 @@ from pydantic import Field
 from hotload.publish.publication import Publication, Published
 from hotload.quantities import size
 from hotload.records import Record
-from hotload.rollout.counts import RolloutSummary, _told, join_counts
+from hotload.rollout.counts import RolloutSummary, join_counts, rule_rows
 from hotload.spec import CycleSpec
 
 
@@ -84,7 +84,7 @@ class CycleReport(Record):
             "… rollouts": f"{rollouts.seconds:.2f}",
             "groups": f"{rollouts.group_count} ({rollouts.sample_count} samples)",
             "samples without reward": join_counts(rollouts.failed_samples),
-            **_told(rollouts.groups),
+            **rule_rows(rollouts.groups),
             "mean reward": "" if mean is None else f"{mean:.3f}",
             "samples by identity": join_counts(rollouts.samples_by_identity),
             "warnings": "; ".join(snapshot.warnings),

@@ -326,8 +326,8 @@ class RolloutSummary(Record):
         return count / self.seconds if is_sampled and self.seconds else None
 
 
-def _told(groups: GroupCounts) -> dict[str, str]:
-    """The rules that did something, in words."""
+def rule_rows(groups: GroupCounts) -> dict[str, str]:
+    """Word what the rules did, one row each."""
     hedged = f"{groups.hedges} ({groups.hedges_won} came first)" if groups.hedges else ""
     masked = f", {groups.tokens_masked} tokens masked" if groups.tokens_masked else ""
     refilled = f", {groups.refilled_groups} refilled" if groups.refilled_groups else ""
