@@ -33,18 +33,18 @@ async def by_hand(url: str, spec: Any, problems: Any) -> int:
     import aiohttp
     import orjson
 
-    from hotload.publish import fireworks_api
+    from hotload.publish import fireworks_names
     from hotload.rollout import completions_api
     from hotload.rollout.completions_api import first_request
 
     gate = asyncio.Semaphore(spec.sampling.concurrency.initial_window)
-    model = fireworks_api.model_name(NAMES["account_id"], NAMES["model_id"])
-    service = fireworks_api.deployment_name(NAMES["account_id"], NAMES["deployment_id"])
+    model = fireworks_names.model_name(NAMES["account_id"], NAMES["model_id"])
+    service = fireworks_names.deployment_name(NAMES["account_id"], NAMES["deployment_id"])
     headers = {
         "Authorization": "Bearer bench",
         "Content-Type": "application/json",
-        fireworks_api.MODEL_HEADER: model,
-        fireworks_api.DEPLOYMENT_HEADER: service,
+        fireworks_names.MODEL_HEADER: model,
+        fireworks_names.DEPLOYMENT_HEADER: service,
     }
     connector = aiohttp.TCPConnector(limit=256)
     async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
@@ -56,7 +56,7 @@ async def by_hand(url: str, spec: Any, problems: Any) -> int:
             )
             content = orjson.dumps(completions_api.sample_body(request, model))
             answer, events = completions_api.Answer(sampling, None), completions_api.EventStream()
-            target = url + fireworks_api.COMPLETIONS_PATH
+            target = url + fireworks_names.COMPLETIONS_PATH
             async with gate, session.post(target, data=content) as response:
                 async for piece in response.content.iter_any():
                     for _, data in events.feed(piece):
