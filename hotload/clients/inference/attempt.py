@@ -18,6 +18,9 @@ from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
 from hotload.rollout.retry_after import retry_after_seconds
 
 EVENT_STREAM = "text/event-stream"
+# The objects of a larger piece, decoded at once, would be so many that Python's collector goes over
+# the whole heap while they are made: four times the cost, 0.2 ms of a sample.
+PIECE_BYTES = 16 << 10
 PLAIN_LIMIT_BYTES = 64 << 10
 ANSWER_LIMIT_BYTES = 1 << 20
 ANSWER_LIMIT_BYTES_PER_TOKEN = 16 << 10
@@ -71,7 +74,7 @@ async def _read(
     size_bytes = 0
     limit_bytes = ANSWER_LIMIT_BYTES + ANSWER_LIMIT_BYTES_PER_TOKEN * sampling.max_completion_tokens
     progress_at = time.monotonic()
-    async for piece in response.content.iter_any():
+    async for piece in response.content.iter_chunked(PIECE_BYTES):
         size_bytes += len(piece)
         if size_bytes > limit_bytes:
             detail = f"more than {limit_bytes} bytes"
