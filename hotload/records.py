@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Annotated, Self
 
@@ -12,10 +11,6 @@ from hotload.errors import StoreError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
-
-
-# A module's logger, or the one of an engine's run, whose lines a person reads there.
-RunLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 
 class Record(BaseModel):

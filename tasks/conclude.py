@@ -103,7 +103,8 @@ async def conclude_cycle(
     )
     await store.put_bytes(page.encode(), page_path(report.name))
     await _write_run(store, report, {**metrics, "at": handed_back_at})
-    await send_metrics(spec, report, metrics, get_run_logger())
+    for problem in await send_metrics(spec, report, metrics):
+        get_run_logger().warning(problem)
     await write_report(store, report)
     return report
 

@@ -24,13 +24,14 @@ from prefect.client.orchestration import get_client
 from prefect.events import emit_event
 
 from hotload.clients.store import Store
-from hotload.clients.store.records import REPORTS, page_path, read_report
+from hotload.clients.store.records import page_path
+from hotload.clients.store.run_records import read_history
 from hotload.errors import StoreError
-from hotload.identity import cycle_name
 from hotload.publish.publication import Published
 from hotload.publish.snapshot import SnapshotPlan
 from hotload.report.cycle_report import CycleReport
 from hotload.report.markdown import render_markdown
+from hotload.report.run_history import RunHistory, RunVersion
 from hotload.spec import CycleSpec
 
 SECONDS_BEFORE_THE_FIRST = 5.0
@@ -135,10 +136,10 @@ async def show_cycle(store: Store, report: CycleReport) -> None:
             "seconds": report.seconds,
         },
     )
-    earlier = await _read_earlier(store, report)
+    versions = await _read_versions(store, report)
     with best_effort():
         await acreate_markdown_artifact(
-            render_markdown(report, earlier, f"{store.url}/{page_path(report.name)}"),
+            render_markdown(report, versions, f"{store.url}/{page_path(report.name)}"),
             key=re.sub(r"[^a-z0-9]+", "-", f"hotload-{report.run_id}".lower()).strip("-"),
             description=f"Training run {report.run_id}: its versions, and the last cycle's figures",
         )
@@ -146,19 +147,16 @@ async def show_cycle(store: Store, report: CycleReport) -> None:
         await _warn_of_a_slow_server()
 
 
-async def _read_earlier(store: Store, report: CycleReport) -> list[CycleReport]:
-    """The reports of the versions before, oldest first; none where one cannot be read."""
-    of_this_run = re.compile(re.escape(report.run_id) + r"-(\d{6,9})\.json")
+async def _read_versions(store: Store, report: CycleReport) -> list[RunVersion]:
+    """Read the rows of the versions up to this one, oldest first; it alone where that fails."""
     try:
-        listed = (of_this_run.fullmatch(name) for name in await store.names(REPORTS))
-        versions = sorted(int(name[1]) for name in listed if name)
-        before = [version for version in versions if version < report.policy_version]
-        names = [cycle_name(report.run_id, version) for version in before[-VERSIONS_SHOWN:]]
-        found = await asyncio.gather(*(read_report(store, name) for name in names))
+        history = await read_history(store, report.run_id)
     except StoreError as error:
         get_run_logger().warning("the versions before are not shown: %s", error)
-        return []
-    return [one for one in found if one is not None]
+        history = RunHistory(run_id=report.run_id)
+    versions = history.adding([RunVersion.of(report, {})]).versions
+    shown = [one for one in versions if one.policy_version <= report.policy_version]
+    return shown[-VERSIONS_SHOWN:]
 
 
 async def _warn_of_a_slow_server() -> None:

@@ -149,7 +149,7 @@ def drifts_of(
     Args:
         trainer_logprobs: for each row of `frame` one number per completion token, or `None`: not
             given.
-        frame: rows of `frames.Rollouts`.
+        frame: rows of `table.Rollouts`.
         row_counts: the rows of each run, in order; together they are the frame.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rollout parts as Parquet bytes: rows of `frames.Rollouts`, checked when written and when read."""
+"""Rollout parts as Parquet bytes: rows of `table.Rollouts`, checked when written and when read."""
 
 from __future__ import annotations
 

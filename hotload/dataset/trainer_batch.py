@@ -130,7 +130,7 @@ def make_batch(frame: pl.DataFrame, *, pad_token_id: int = 0) -> Batch:
     """Make arrays of the trainable rows of `frame`; without any, arrays of zero rows.
 
     Args:
-        frame: rows of `frames.Rollouts`.
+        frame: rows of `table.Rollouts`.
         pad_token_id: what stands where there is no token; the masks are false there.
     """
     rows = trainable(frame)

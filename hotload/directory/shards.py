@@ -146,7 +146,7 @@ def encode_file(
     with_sha256: bool = True,
     on_bytes: Callable[[int], object] | None = None,
 ) -> DeltaStats:
-    """Write the delta from shard `base` to shard `target` at `out`; see `codec.encode_shard`.
+    """Write the delta from shard `base` to shard `target` at `out`; see `delta.encode_shard`.
 
     Raises:
         InvalidCheckpointError: one of the two cannot be read.

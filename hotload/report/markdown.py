@@ -7,20 +7,20 @@ from collections.abc import Iterable, Sequence
 
 from hotload.quantities import number, size
 from hotload.report.cycle_report import CycleReport
+from hotload.report.run_history import RunVersion
 
 BAR_WIDTH = 20
 # Text of others goes into these tables: no markup, no link, no further column.
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~!&:@])")
 
 
-def render_markdown(report: CycleReport, earlier: Sequence[CycleReport], page: str) -> str:
+def render_markdown(report: CycleReport, versions: Sequence[RunVersion], page: str) -> str:
     """Render the figures of one cycle, below those of its run's versions so far.
 
     Args:
-        earlier: reports of versions before, oldest first.
+        versions: rows of the run's last versions, this one among them, oldest first.
         page: where the page with all charts lies in the store.
     """
-    versions = [*earlier, report]
     return "\n".join(
         [
             f"## Run {_plain(report.run_id)}",
@@ -37,30 +37,28 @@ def render_markdown(report: CycleReport, earlier: Sequence[CycleReport], page: s
     )
 
 
-def _version_rows(reports: Sequence[CycleReport]) -> list[tuple[str, ...]]:
+def _version_rows(versions: Sequence[RunVersion]) -> list[tuple[str, ...]]:
     """One row a version: the chain, bytes sent, and the reward as a bar from the lowest up."""
-    rewards = [one.rollouts.mean_reward for one in reports]
-    known = [reward for reward in rewards if reward is not None]
+    known = [one.mean_reward for one in versions if one.mean_reward is not None]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
     return [
         (
-            str(report.policy_version),
-            _snapshot(report),
-            size(report.snapshot.size_bytes) if report.is_published else "",
-            "–" if reward is None else number(reward),
-            "" if reward is None else _bar(reward, low, high),
+            str(one.policy_version),
+            _snapshot(one),
+            "" if one.outcome == "not due" else size(one.size_bytes),
+            "–" if one.mean_reward is None else number(one.mean_reward),
+            "" if one.mean_reward is None else _bar(one.mean_reward, low, high),
         )
-        for report, reward in zip(reports, rewards, strict=True)
+        for one in versions
     ]
 
 
-def _snapshot(report: CycleReport) -> str:
-    snapshot = report.snapshot
-    if not report.is_published:
-        return f"not due, sampled {_plain(snapshot.identity)}"
-    follows = f" on {_plain(snapshot.previous)}" if snapshot.previous else ""
-    fell_back = ", a delta failed" if report.fallback_reason else ""
-    return f"{snapshot.kind.value} {_plain(snapshot.identity)}{follows}{fell_back}"
+def _snapshot(version: RunVersion) -> str:
+    if version.outcome == "not due":
+        return f"not due, sampled {_plain(version.identity)}"
+    follows = f" on {_plain(version.previous)}" if version.previous else ""
+    fell_back = ", a delta failed" if version.outcome == "fell back" else ""
+    return f"{version.kind.value} {_plain(version.identity)}{follows}{fell_back}"
 
 
 def _bar(value: float, low: float, high: float) -> str:

@@ -16,7 +16,6 @@ from hotload.clients.service.client import HotLoadClient
 from hotload.clients.store.store import Store
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
-from hotload.records import RunLogger
 from hotload.rollout.admission import Admission
 from hotload.rollout.breaker import Breaker
 from hotload.rollout.counts import in_words
@@ -37,7 +36,7 @@ from hotload.sampling.part_writer import PartWriter
 from hotload.sampling.reward.scorer import Scorer, open_scorer
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.sample_group import GroupSampler
-from hotload.sampling.watch_versions import first_look, watch_versions
+from hotload.sampling.watch_versions import RunLogger, first_look, watch_versions
 from hotload.spec import CycleSpec
 
 SECONDS_BETWEEN_WRITES = 10.0

@@ -1,6 +1,7 @@
 """Watch versions: notice while sampling that the replicas serve newer weights (protocol §16)."""
 
 import asyncio
+import logging
 from time import monotonic
 
 from hotload.clients.inference.sampler import Sampler
@@ -9,8 +10,10 @@ from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailab
 from hotload.identity import version_of
 from hotload.options import ReadinessPolicy
 from hotload.publish.readiness import ServiceStatus
-from hotload.records import RunLogger
 from hotload.sampling.row_gate import Gate
+
+# A module's logger, or the one of an engine's run, whose lines a person reads there.
+RunLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 
 async def first_look(

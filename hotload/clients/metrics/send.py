@@ -1,7 +1,7 @@
 """Send metrics: a cycle's numbers to Prometheus and Weights & Biases, where the spec names them.
 
-Neither may fail a cycle (design, rule 7): what goes wrong is logged, and the numbers lie in the
-store.
+Neither may fail a cycle (design, rule 7): what goes wrong is for the caller to log, and the numbers
+lie in the store.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hotload.directory.files import write_atomic
-from hotload.records import RunLogger
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import prometheus_text
 from hotload.spec import CycleSpec
@@ -24,18 +23,23 @@ WANDB_SECONDS = 120.0
 
 
 async def send_metrics(
-    spec: CycleSpec, report: CycleReport, metrics: Mapping[str, float], logger: RunLogger
-) -> None:
-    """Replace the Prometheus file and log one step at Weights & Biases, as far as declared."""
+    spec: CycleSpec, report: CycleReport, metrics: Mapping[str, float]
+) -> list[str]:
+    """Replace the Prometheus file and log one step at Weights & Biases, as far as declared.
+
+    Returns what went wrong, a sentence each.
+    """
+    problems = []
     if spec.prometheus_file is not None:
         numbers = {**metrics, "policy_version": report.policy_version}
         text = prometheus_text(numbers, {"run": spec.run_id})
         try:
             await asyncio.to_thread(write_atomic, Path(spec.prometheus_file), text.encode())
         except OSError as error:
-            logger.warning("the Prometheus file was not written: %s", error)
+            problems.append(f"the Prometheus file was not written: {error}")
     if spec.wandb.entity is not None and (wrong := await _log_to_wandb(spec, metrics)):
-        logger.warning("Weights & Biases did not take the metrics: %s", wrong)
+        problems.append(f"Weights & Biases did not take the metrics: {wrong}")
+    return problems
 
 
 async def _log_to_wandb(spec: CycleSpec, metrics: Mapping[str, float]) -> str | None:
