@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "--latency-seconds": "before the first token of an answer",
         "--startup-seconds": "until the replicas are listed",
     }
-    for name, told in waits.items():
-        add(name, type=_seconds, default=0.0, metavar="F", help=f"{told} (0)")
+    for name, meaning in waits.items():
+        add(name, type=_seconds, default=0.0, metavar="F", help=f"{meaning} (0)")
     add("--chain-error", choices=_choices("chain_error"), default="400", help="a refused delta is")
     modes = _choices("sync_new_requests")
     add("--sync-new-requests", choices=modes, default="reject", help="during a SYNC swap")

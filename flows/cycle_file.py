@@ -115,5 +115,5 @@ def _checked(model: type[Model], given: object, place: str) -> Model:
         return model.model_validate(given)
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False, include_context=False)
-        told = [f"  {'.'.join(map(str, one['loc'])) or 'all'}: {one['msg']}" for one in found]
-        raise ValueError("\n".join([f"{place} is refused", *told])) from None
+        lines = [f"  {'.'.join(map(str, one['loc'])) or 'all'}: {one['msg']}" for one in found]
+        raise ValueError("\n".join([f"{place} is refused", *lines])) from None

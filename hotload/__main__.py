@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _ending():
             return _main(arguments)
-    except _Ended as ended:  # while it was told
+    except _Ended as ended:  # while the result was printed
         return _SIGNALLED + ended.number
     except OSError as error:
         # Nobody reads, or its disk is full: what is still buffered must not fail once more when the
@@ -71,9 +71,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     except (HotLoadError, UsageError, OSError, MemoryError) as error:
         outcome = refusal(error)
     except _Ended as ended:
-        told = f"ended by {signal.Signals(ended.number).name}; nothing half-written is left"
-        facts = {"error": {"class": "Interrupted", "who": "caller", "message": told}}
-        outcome = CommandResult(facts, notes=(told,), exit_code=_SIGNALLED + ended.number)
+        line = f"ended by {signal.Signals(ended.number).name}; nothing half-written is left"
+        facts = {"error": {"class": "Interrupted", "who": "caller", "message": line}}
+        outcome = CommandResult(facts, notes=(line,), exit_code=_SIGNALLED + ended.number)
     tell(options.command, outcome, is_json=options.json)
     return outcome.exit_code
 

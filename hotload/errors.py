@@ -57,12 +57,12 @@ class Finding:
         return self.file if self.tensor is None else f"{self.file}, tensor {shorten(self.tensor)}"
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The rule, what was found and what was expected."""
         return f"{self.rule}: found {self.found}, expected {self.expected}"
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.told} [{self.severity}, {self.who} acts]"
+        return f"{self.where}: {self.summary} [{self.severity}, {self.who} acts]"
 
 
 def shorten(value: object) -> str:

@@ -251,8 +251,8 @@ class Sampling(Declared):
     @model_validator(mode="after")
     def _has_room_for_its_quorum(self) -> Self:
         if self.groups.min_group_size > self.completions_per_prompt:
-            told = f"{self.groups.min_group_size} is above completions_per_prompt"
-            raise ValueError(f"groups.min_group_size {told} {self.completions_per_prompt}")
+            problem = f"{self.groups.min_group_size} is above completions_per_prompt"
+            raise ValueError(f"groups.min_group_size {problem} {self.completions_per_prompt}")
         return self
 
 

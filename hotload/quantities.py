@@ -14,12 +14,12 @@ def number(value: float) -> str:
     size = abs(value)
     shown = float(f"{size:.3g}")  # 9.999 has as many figures as 10.0
     if size >= LONG or 0 < shown < 0.01:
-        told = f"{size:.3g}"
+        text = f"{size:.3g}"
     elif shown >= 100 or float(value).is_integer():
-        told = f"{size:,.0f}"
+        text = f"{size:,.0f}"
     else:
-        told = f"{size:.{1 if shown >= 10 else 2 if shown >= 1 else 3}f}"
-    return f"−{told}" if value < 0 else told
+        text = f"{size:.{1 if shown >= 10 else 2 if shown >= 1 else 3}f}"
+    return f"−{text}" if value < 0 else text
 
 
 def duration(seconds: float) -> str:

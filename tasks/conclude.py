@@ -139,8 +139,8 @@ async def _read_rollouts(
 
 
 async def _read_trained(store: Store, spec: CycleSpec) -> TrainedAgainst | None:
-    """What the trainer told of this version's samples or, if it has not yet come to them, of those
-    of the one before.
+    """Read what the trainer said of this version's samples or, if it has not yet come to them,
+    of those of the one before.
 
     It only informs: where it cannot be read, or not soon, the report does without.
     """
@@ -153,8 +153,8 @@ async def _read_trained(store: Store, spec: CycleSpec) -> TrainedAgainst | None:
                 if before is not None:
                     version, drift = before, await acknowledged_drift(store, spec.run_id, before)
     except (StoreError, TimeoutError) as error:
-        told = str(error) or f"not read in {DRIFT_SECONDS:g} s"
-        get_run_logger().warning("the report is without the trainer's drift: %s", told)
+        reason = str(error) or f"not read in {DRIFT_SECONDS:g} s"
+        get_run_logger().warning("the report is without the trainer's drift: %s", reason)
         return None
     return TrainedAgainst(version, drift) if drift is not None else None
 

@@ -73,13 +73,13 @@ def create_app(config: EmulatorConfig) -> Starlette:
 async def _refuse(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the documented shape."""
     status = error.status_code if isinstance(error, HTTPException) else 404
-    told = f"{request.method} {request.url.path}: not found"
+    reason = f"{request.method} {request.url.path}: not found"
     if status == 405:
-        told = f"{request.method} is not allowed here"
-    return RefusedError(status, told).response(request.url.path)
+        reason = f"{request.method} is not allowed here"
+    return RefusedError(status, reason).response(request.url.path)
 
 
 async def _confess(request: Request, error: Exception) -> Response:
     """A defect of the emulator itself, said so that nobody looks for it elsewhere."""
-    told = f"defect of the emulator: {type(error).__name__}: {error}"
-    return RefusedError(500, told[:2000]).response(request.url.path)
+    reason = f"defect of the emulator: {type(error).__name__}: {error}"
+    return RefusedError(500, reason[:2000]).response(request.url.path)

@@ -91,8 +91,8 @@ async def struck(
         headers["retry-after"] = str(fault["retry_after"])
     if fault["body"] is not None:
         return Response(str(fault["body"]), status, headers, media_type="text/html")
-    told = str(fault["message"] or f"ordered fault: {status}")
-    return RefusedError(status, told).response(request.url.path, headers)
+    reason = str(fault["message"] or f"ordered fault: {status}")
+    return RefusedError(status, reason).response(request.url.path, headers)
 
 
 def check_key(service: Service, request: Request) -> None:

@@ -155,8 +155,8 @@ async def _broken(
             yield None
     else:
         status = int(spoilt["status"]) if spoilt else 500
-        told = RefusedError(status, f"ordered fault: {status} inside the stream").body()
-        yield _error_event(status, told, as_event=bool(spoilt and spoilt["as_event"]))
+        body = RefusedError(status, f"ordered fault: {status} inside the stream").body()
+        yield _error_event(status, body, as_event=bool(spoilt and spoilt["as_event"]))
 
 
 class EventResponse(Response):

@@ -175,14 +175,14 @@ def _max_tokens(
     wanted = _whole(body, name, lowest, 1 << 31, default=DEFAULT_MAX_TOKENS)
     behavior = body.get("context_length_exceeded_behavior", "truncate")
     if behavior not in ("truncate", "error"):
-        told = "context_length_exceeded_behavior: Input should be 'truncate' or 'error'"
-        raise RefusedError(400, told)
+        reason = "context_length_exceeded_behavior: Input should be 'truncate' or 'error'"
+        raise RefusedError(400, reason)
     longest = max(map(len, prompts))
     room = context_length - longest
     is_explicit = body.get(name) is not None
     if room < lowest or (behavior == "error" and is_explicit and wanted > room):
-        told = f"prompt of {longest} tokens and max_tokens {wanted} exceed the context of"
-        raise RefusedError(400, f"{told} {context_length}", "context_length_exceeded")
+        reason = f"prompt of {longest} tokens and max_tokens {wanted} exceed the context of"
+        raise RefusedError(400, f"{reason} {context_length}", "context_length_exceeded")
     return min(wanted, room)
 
 

@@ -78,8 +78,8 @@ class Tokens:
             UntokenizableError: there is no tokenizer.
         """
         if self.tokenizer is None:
-            told = f"the model has no {TOKENIZER_FILE}: send the prompt as token ids"
-            raise UntokenizableError(told)
+            reason = f"the model has no {TOKENIZER_FILE}: send the prompt as token ids"
+            raise UntokenizableError(reason)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
         return ids
 

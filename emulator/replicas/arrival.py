@@ -23,7 +23,7 @@ from hotload.identity import SnapshotKind
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One snapshot a replica is told to load."""
+    """One snapshot a replica has to load."""
 
     identity: str
     kind: SnapshotKind

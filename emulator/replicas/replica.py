@@ -168,7 +168,7 @@ class Replica:
             weights = await self._weights(load, arrived)
             await self._keep(load, arrived, "applied")
             await self._swap(weights, load)
-        except Exception as error:  # noqa: BLE001 - a replica outlives whatever it is told to load
+        except Exception as error:  # noqa: BLE001 - a replica outlives whatever it has to load
             self._fail(load, error)
         else:
             self._around.on_served(self.name, load.identity)

@@ -1,4 +1,4 @@
-"""The service: signals in, replicas told, status out (protocol §4-§8, §21)."""
+"""The service: signals in, replicas loading, status out (protocol §4-§8, §21)."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ class Service:
         known = self.ledger.get(identity)
         if known is not None:
             if known.load.previous != signal.previous:
-                told = f"identity {identity!r} was signalled before with other metadata"
-                raise RefusedError(400, told)
+                message = f"identity {identity!r} was signalled before with other metadata"
+                raise RefusedError(400, message)
             note["result"] = "repeated"
             return None
         if not self.is_up or not self.replicas:

@@ -44,14 +44,14 @@ class Signal:
         refuse_extra(validation, ("extra_fields_ignore",), "validation.")
         ignored = validation.get("extra_fields_ignore", [])
         if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
-            told = "validation.extra_fields_ignore: Input should be a list of strings"
-            raise RefusedError(400, told)
+            reason = "validation.extra_fields_ignore: Input should be a list of strings"
+            raise RefusedError(400, reason)
         policy = body.get("reset_prompt_cache", "all")
         if isinstance(policy, bool):
             policy = "all" if policy else "none"  # the SDK sends a boolean
         if policy not in POLICIES:
-            told = f"reset_prompt_cache: Input should be one of {', '.join(POLICIES)}"
-            raise RefusedError(400, told)
+            reason = f"reset_prompt_cache: Input should be one of {', '.join(POLICIES)}"
+            raise RefusedError(400, reason)
         return cls(identity, previous, policy, tuple(ignored))
 
 
@@ -70,8 +70,8 @@ def _previous(metadata: object) -> str:
     for name, expected in formats.items():
         # Older docs omitted the checksum's name.
         if metadata.get(name, CHECKSUM_FORMAT if name == "checksum_format" else None) != expected:
-            told = f"incremental_snapshot_metadata.{name}: Input should be {expected!r}"
-            raise RefusedError(400, told)
+            reason = f"incremental_snapshot_metadata.{name}: Input should be {expected!r}"
+            raise RefusedError(400, reason)
     field = "previous_snapshot_identity"
     return _identity(metadata.get(field), f"incremental_snapshot_metadata.{field}")
 

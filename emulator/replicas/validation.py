@@ -91,8 +91,8 @@ def validate_full(
         indexed = {tensor for tensor, file in weight_map.items() if file == name}
         differing = indexed ^ set(header.by_name)
         if differing:
-            told = f"{name}: tensor {min(differing)!r}: shard and {INDEX_FILE} disagree"
-            raise InvalidSnapshotError(told)
+            reason = f"{name}: tensor {min(differing)!r}: shard and {INDEX_FILE} disagree"
+            raise InvalidSnapshotError(reason)
     _check_spec(_document(bucket, identity, files, SPEC_FILE), headers)
     is_quantized = "quantization_config" in config
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
@@ -106,8 +106,8 @@ def validate_full(
         for tensor in header.tensors:
             expected = base.shapes.get(tensor.name, tensor.shape)
             if tensor.shape != expected and not is_quantized:
-                told = f"tensor {tensor.name!r}: shape {list(tensor.shape)}, base model has"
-                raise InvalidSnapshotError(f"{told} {list(expected)}")
+                reason = f"tensor {tensor.name!r}: shape {list(tensor.shape)}, base model has"
+                raise InvalidSnapshotError(f"{reason} {list(expected)}")
 
 
 def validate_config(config: Mapping[str, Any], base: Mapping[str, Any], ignored: list[str]) -> None:

@@ -126,8 +126,8 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
     """Tell whether the model's head shares the bytes of its embeddings; None where unknown."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    told = config.get("tie_word_embeddings", inner)
-    return told if isinstance(told, bool) else None
+    declared = config.get("tie_word_embeddings", inner)
+    return declared if isinstance(declared, bool) else None
 
 
 def is_head(name: str) -> bool:

@@ -241,9 +241,9 @@ def _read_entry(name: str, entry: object, file: str) -> TensorInfo:
         _refuse("shape", file, name, shorten(shape), "fewer than 2^63 elements")
     expected = storage_bytes(dtype, shape)
     if end < start or end - start != expected:
-        told = "whole bytes" if expected is None else f"{expected} bytes"
+        size = "whole bytes" if expected is None else f"{expected} bytes"
         found = f"data_offsets [{start}, {end}]"
-        _refuse("tensor_size", file, name, found, f"{told} for {dtype} {shorten(shape)}")
+        _refuse("tensor_size", file, name, found, f"{size} for {dtype} {shorten(shape)}")
     return TensorInfo(name, dtype, tuple(shape), start, end)
 
 

@@ -1,4 +1,4 @@
-"""The command line, `python -m hotload`: arguments, commands, what is told and how."""
+"""The command line, `python -m hotload`: arguments, commands, what is printed and how."""
 
 __all__ = [
     "arguments",

@@ -43,7 +43,7 @@ An error is one line: what was found, what was expected, who acts.
 
 _DIALECTS = """
 dialects:
-  fireworks  every tensor, Adler-32 in decimal; what the delta follows is told
+  fireworks  every tensor, Adler-32 in decimal; what the delta follows stands
              in the signal, which --identity and --previous print
   slime      tensors that changed; miles and SGLang's /pull_weights read it,
              too. Versions count: --identity 000002 --previous 000001
@@ -114,8 +114,8 @@ class Parser(argparse.ArgumentParser):
         name = self.prog.split()[-1]
         if "--json" in sys.argv:
             found = {"class": "UsageError", "who": "caller", "message": message}
-            told = {"command": name, "ok": False, "exit_code": USAGE, "error": found}
-            print(json.dumps(told))
+            facts = {"command": name, "ok": False, "exit_code": USAGE, "error": found}
+            print(json.dumps(facts))
             self.exit(USAGE)
         command = "hotload" if name == "hotload" else f"hotload {name}"
         self.exit(USAGE, f"{command}: {message}; see {self.prog} --help [caller acts]\n")
@@ -157,12 +157,14 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         return added
 
     def workers(added: Parser) -> None:
-        told = "threads that work at a time (all cores, %(default)s)"
-        added.add_argument("--workers", type=_count, default=worker_count, metavar="N", help=told)
+        help_text = "threads that work at a time (all cores, %(default)s)"
+        added.add_argument(
+            "--workers", type=_count, default=worker_count, metavar="N", help=help_text
+        )
 
     def lineage(added: Parser) -> None:
-        told = "what this delta makes; see dialects"
-        added.add_argument("--identity", metavar="NAME", help=told)
+        help_text = "what this delta makes; see dialects"
+        added.add_argument("--identity", metavar="NAME", help=help_text)
         added.add_argument("--previous", metavar="NAME", help="what it follows")
 
     encode = command(
@@ -176,10 +178,10 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
     )
     dialects = [dialect.value for dialect in Dialect]
     checksums = [checksum.value for checksum in Checksum]
-    told = "family of receivers (%(default)s)"
-    encode.add_argument("--dialect", choices=dialects, default=dialects[0], help=told)
-    told = "of each tensor (%(default)s); another only with slime"
-    encode.add_argument("--checksum", choices=checksums, default=checksums[0], help=told)
+    help_text = "family of receivers (%(default)s)"
+    encode.add_argument("--dialect", choices=dialects, default=dialects[0], help=help_text)
+    help_text = "of each tensor (%(default)s); another only with slime"
+    encode.add_argument("--checksum", choices=checksums, default=checksums[0], help=help_text)
     lineage(encode)
     workers(encode)
     apply = command(
@@ -207,8 +209,8 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         "cw again --dialect fireworks --base base",
         more=_filled(_CONVERT_BASE) + "\n" + _DIALECTS,
     )
-    told = "family of receivers"
-    convert.add_argument("--dialect", choices=dialects, required=True, help=told)
+    help_text = "family of receivers"
+    convert.add_argument("--dialect", choices=dialects, required=True, help=help_text)
     lineage(convert)
     convert.add_argument("--base", type=_existing, metavar="DIR", help="what the delta applies to")
     workers(convert)
@@ -236,8 +238,8 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         "target",
         "delta --previous base",
     )
-    told = "the checkpoint it follows"
-    check.add_argument("--previous", type=_existing, metavar="DIR", help=told)
+    help_text = "the checkpoint it follows"
+    check.add_argument("--previous", type=_existing, metavar="DIR", help=help_text)
     command(
         "doctor",
         "bring a checkpoint into the layout a service wants",

@@ -45,7 +45,7 @@ def check(options: Namespace, _: ProgressBar | None) -> CommandResult:
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
     noun = "directory" if kind is None else f"{kind.value} snapshot"
-    told = (
+    line = (
         f"{plural(errors, 'error')}, {plural(warnings, 'warning')}" if findings else "nothing found"
     )
     return CommandResult(
@@ -57,7 +57,7 @@ def check(options: Namespace, _: ProgressBar | None) -> CommandResult:
             "findings": [asdict(finding) for finding in findings],
         },
         lines=tuple(map(str, findings)),
-        notes=(f"{directory}: {noun}, {told}",),
+        notes=(f"{directory}: {noun}, {line}",),
         exit_code=FOUND if errors else OK,
     )
 

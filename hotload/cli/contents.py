@@ -152,7 +152,7 @@ def _delta_lines(facts: dict[str, Any]) -> list[str]:
     if lineage is not None:
         lines.append(f"makes {lineage['version']} of {lineage['base_version']}")
     elif chain is None:
-        lines.append("its files do not say what it follows: that is told in the signal")
+        lines.append("its files do not say what it follows: that is in the signal")
     if chain is not None:
         length, anchor = chain["chain_length"], chain["anchor"]
         lines.append(f"follows {chain['previous']}; number {length} after the full {anchor}")
@@ -174,11 +174,11 @@ def _total_lines(facts: dict[str, Any], everything: PartFacts) -> list[str]:
     lines = [f"{tensors} in {shards}: {dtypes or 'nothing'}"]
     if everything.changed_element_count is not None:
         stored, whole = everything.stored_size_bytes, everything.size_bytes
-        told = f"{size(stored)} for {size(whole)}, 1 : {ratio(whole, stored)}"
+        line = f"{size(stored)} for {size(whole)}, 1 : {ratio(whole, stored)}"
         changed = f"{density_percent(everything.density)} of the {facts['counted_in']} changed"
         unchanged = facts["unchanged_tensor_count"]
         more = "" if unchanged is None else f"; {plural(unchanged, 'tensor')} unchanged"
-        lines.append(f"{told}; {changed}{more}")
+        lines.append(f"{line}; {changed}{more}")
     return lines
 
 

@@ -74,8 +74,8 @@ def apply(options: Namespace, bar: ProgressBar | None) -> CommandResult:
             options.base, options.delta, options.out, workers=options.workers, progress=bar
         )
     size_bytes = _size_bytes(options.out)
-    told = f"{options.out}: {size(size_bytes)}, every tensor in the delta as its checksum says"
-    return CommandResult({"out": str(options.out), "size_bytes": size_bytes}, (told,))
+    line = f"{options.out}: {size(size_bytes)}, every tensor in the delta as its checksum says"
+    return CommandResult({"out": str(options.out), "size_bytes": size_bytes}, (line,))
 
 
 def verify(options: Namespace, bar: ProgressBar | None) -> CommandResult:
@@ -90,8 +90,8 @@ def verify(options: Namespace, bar: ProgressBar | None) -> CommandResult:
             )
     except DeltaError as error:
         return replace(refusal(error), exit_code=FOUND)
-    told = f"{options.delta} makes {options.target} of {options.base}, bit for bit"
-    return CommandResult({"delta": str(options.delta), "target": str(options.target)}, (told,))
+    line = f"{options.delta} makes {options.target} of {options.base}, bit for bit"
+    return CommandResult({"delta": str(options.delta), "target": str(options.target)}, (line,))
 
 
 def convert(options: Namespace, bar: ProgressBar | None) -> CommandResult:
@@ -114,8 +114,8 @@ def convert(options: Namespace, bar: ProgressBar | None) -> CommandResult:
         "size_bytes": _size_bytes(options.out),
         **_signal(options, lineage),
     }
-    told = f"{options.out}: {size(_size_bytes(options.out))}"
-    return CommandResult(facts, (told, *_signal_lines(facts)))
+    line = f"{options.out}: {size(_size_bytes(options.out))}"
+    return CommandResult(facts, (line, *_signal_lines(facts)))
 
 
 def fold(options: Namespace, bar: ProgressBar | None) -> CommandResult:
@@ -128,8 +128,8 @@ def fold(options: Namespace, bar: ProgressBar | None) -> CommandResult:
         "delta_size_bytes": stored,
         "size_bytes": _size_bytes(options.out),
     }
-    told = f"{plural(len(options.delta), 'delta')} of {size(stored)}"
-    return CommandResult(facts, (f"{options.out}: {size(facts['size_bytes'])}, from {told}",))
+    line = f"{plural(len(options.delta), 'delta')} of {size(stored)}"
+    return CommandResult(facts, (f"{options.out}: {size(facts['size_bytes'])}, from {line}",))
 
 
 def _lineage(options: Namespace, dialect: Dialect) -> Lineage | None:

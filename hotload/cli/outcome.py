@@ -1,4 +1,4 @@
-"""What a command ends with, and how it is told: to a person in lines, to a program in JSON."""
+"""What a command ends with, and how it is printed: in lines for a person, in JSON for a program."""
 
 from __future__ import annotations
 

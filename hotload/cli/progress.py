@@ -60,10 +60,10 @@ def _line(label: str, done: int, total: int, seconds: float, columns: int) -> st
     part = done / total if total else 1.0
     rate = done / seconds if seconds > 0 else 0.0
     left = f"{_clock((total - done) / rate)} left" if rate else ""
-    told = f"{size(done)} of {size(total)}  {size(int(rate))}/s  {left}"
-    width = max(0, min(30, columns - len(label) - len(told) - 12))
+    figures = f"{size(done)} of {size(total)}  {size(int(rate))}/s  {left}"
+    width = max(0, min(30, columns - len(label) - len(figures) - 12))
     bar = "#" * int(part * width)
-    return f"{label} {part:4.0%} [{bar:<{width}}] {told}"[: max(0, columns - 1)]
+    return f"{label} {part:4.0%} [{bar:<{width}}] {figures}"[: max(0, columns - 1)]
 
 
 def _clock(seconds: float) -> str:

@@ -69,15 +69,15 @@ def refusal(error: Exception) -> CommandResult:
 
 
 def _refused(error: Exception, exit_code: int, who: str, line: str) -> CommandResult:
-    told = line if line.endswith("acts]") else f"{line} [{who} acts]"
-    return _refusal(error, exit_code, who, (told,), {"message": line})
+    summary = line if line.endswith("acts]") else f"{line} [{who} acts]"
+    return _refusal(error, exit_code, who, (summary,), {"message": line})
 
 
 def _refusal(
     error: Exception, exit_code: int, who: str, lines: tuple[str, ...], facts: dict[str, Any]
 ) -> CommandResult:
-    told = {"class": type(error).__name__, "who": who, "message": "; ".join(lines), **facts}
-    return CommandResult({"error": told}, notes=lines, exit_code=exit_code)
+    error_facts = {"class": type(error).__name__, "who": who, "message": "; ".join(lines), **facts}
+    return CommandResult({"error": error_facts}, notes=lines, exit_code=exit_code)
 
 
 def _os_line(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""How numbers and names are told to a person."""
+"""How numbers and names are worded for a person."""
 
 from __future__ import annotations
 

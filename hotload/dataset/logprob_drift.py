@@ -63,7 +63,7 @@ class LogprobDrift(Record):
 
 @dataclass(frozen=True, slots=True)
 class TrainedAgainst:
-    """The policy version whose samples a trainer told log-probabilities of, and their drift."""
+    """The policy version for whose samples a trainer gave log-probabilities, and their drift."""
 
     policy_version: int
     drift: LogprobDrift

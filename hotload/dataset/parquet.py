@@ -44,8 +44,8 @@ def parse_rollouts(data: bytes, *, path: str) -> tuple[pl.DataFrame, str]:
         facts = pl.read_parquet_metadata(io.BytesIO(data))
         number = facts.get(SCHEMA_KEY)
         if number != str(ROWS_SCHEMA_NUMBER):
-            told = f"schema {number!r}" if number else "no schema number"
-            raise StoreError(path, f"rows with {told}, expected {ROWS_SCHEMA_NUMBER}")
+            reason = f"schema {number!r}" if number else "no schema number"
+            raise StoreError(path, f"rows with {reason}, expected {ROWS_SCHEMA_NUMBER}")
         frame = check_rollouts(pl.read_parquet(io.BytesIO(data)))
     except pl.exceptions.PolarsError as error:
         raise StoreError(path, f"not a Parquet file: {str(error)[:200]}") from None
@@ -60,5 +60,5 @@ def notes_of(data: bytes) -> str:
 
 
 def _breaches(error: SchemaErrors) -> str:
-    told = [str(breach) for breach in error.failure_cases["check"].unique(maintain_order=True)]
-    return "; ".join(told)[:400]
+    breaches = [str(breach) for breach in error.failure_cases["check"].unique(maintain_order=True)]
+    return "; ".join(breaches)[:400]

@@ -44,7 +44,7 @@ def payloads(
     found = {}
     for tensor in header.tensors:
         for finding in check_payload(header, tensor, envelope):
-            raise DeltaError(finding.where, finding.told)
+            raise DeltaError(finding.where, finding.summary)
         at = header.data_start
         checksum = envelope.parse(header.metadata.get(tensor.name)) or ""
         found[tensor.name] = Payload(

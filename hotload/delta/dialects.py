@@ -2,7 +2,7 @@
 
 The payloads are the same for all. What differs: how a checksum is written, whether unchanged
 tensors stand in the shards, and whether the directory itself says what it follows. Fireworks is
-told in the signal, so its index is the previous snapshot's, byte for byte; the others read it from
+said in the signal, so its index is the previous snapshot's, byte for byte; the others read it from
 the index.
 
 Shards keep the names they have in the checkpoint in every dialect: Fireworks wants exactly these,
@@ -97,7 +97,7 @@ def check_lineage(dialect: Dialect, lineage: Lineage | None) -> None:
             raise InvalidIdentityError("", f"{dialect} deltas state a version and its base")
         return
     if not dialect.tells_lineage:
-        reason = f"{dialect} is told identity and previous in the signal, not in the delta"
+        reason = f"{dialect} gets identity and previous in the signal, not in the delta"
         raise InvalidIdentityError(lineage.version, reason)
     _check_form(dialect, lineage)
     if dialect is Dialect.SLIME and int(lineage.version) != int(lineage.base_version) + 1:
@@ -115,12 +115,12 @@ def join_lineages(lineages: list[Lineage | None]) -> Lineage | None:
     Raises:
         DeltaError: one does not follow the one before it.
     """
-    told = [lineage for lineage in lineages if lineage is not None]
-    for before, after in pairwise(told):
+    known = [lineage for lineage in lineages if lineage is not None]
+    for before, after in pairwise(known):
         if before.version != after.base_version:
             reason = f"follows {after.base_version}, not {before.version}"
             raise DeltaError(f"delta {after.version}", reason)
-    return Lineage(told[-1].version, told[0].base_version) if told else None
+    return Lineage(known[-1].version, known[0].base_version) if known else None
 
 
 def render_index(lineage: Lineage, checksum: Checksum, weight_map: Mapping[str, str]) -> bytes:
@@ -149,7 +149,7 @@ def parse_index(data: bytes) -> DeltaIndex:
     try:
         index = read_json_object(data, file=INDEX_FILE)
     except InvalidCheckpointError as error:
-        raise DeltaError(INDEX_FILE, error.findings[0].told) from None
+        raise DeltaError(INDEX_FILE, error.findings[0].summary) from None
     metadata = index.get("metadata", {})
     if not isinstance(metadata, dict):
         _refuse("metadata", metadata, "an object")

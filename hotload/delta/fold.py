@@ -133,13 +133,13 @@ def _append_xor(
     writer = method_for(size_bytes, best_method())
     frame = FrameWriter(size_bytes, file.append, writer=writer)
     payload_bytes = _total(changes)
-    reached, told = 0, 0
+    reached, reported = 0, 0
     for piece in _folded(name, changes, size_bytes):
         reached += len(piece)
         frame.add(pack_piece(piece, writer=writer, is_last=reached == size_bytes), len(piece))
         done = payload_bytes * reached // size_bytes
-        on_bytes(done - told)
-        told = done
+        on_bytes(done - reported)
+        reported = done
     return frame.end(keep_zeros=keep_zeros)
 
 

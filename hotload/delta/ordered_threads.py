@@ -69,8 +69,8 @@ def run_in_order(
 ) -> Generator[T, None, None]:
     """Run the jobs, a few at a time, and yield their results in order.
 
-    Without a pool the caller does the work. When a job or the caller fails, the others are told by
-    their turns, and none is running once this ends.
+    Without a pool the caller does the work. When a job or the caller fails, their turns stop
+    the others, and none is running once this ends.
     """
     if pool is None:
         yield from (job() for job in jobs)

@@ -126,19 +126,19 @@ def read_delta(directory: Path) -> DeltaDirectory:
     try:
         checkpoint = read_checkpoint(directory)
     except InvalidCheckpointError as error:
-        raise DeltaError(error.findings[0].where, error.findings[0].told) from None
+        raise DeltaError(error.findings[0].where, error.findings[0].summary) from None
     index = checkpoint.documents.get(INDEX_FILE)
     said = DeltaIndex(Dialect.FIREWORKS, ARC_V2, None, {}) if index is None else parse_index(index)
     if not checkpoint.shards and not said.dialect.tells_lineage:
         raise DeltaError(directory.name, "neither shards nor the index of a delta")
     if checkpoint.shards or said.weight_map:  # a delta that changes nothing has neither
         for finding in check_index(checkpoint, said.weight_map) if index is not None else ():
-            raise DeltaError(finding.where, finding.told)
+            raise DeltaError(finding.where, finding.summary)
     files: dict[str, str] = {}
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
             for finding in check_payload(shard, tensor, said.envelope):
-                raise DeltaError(finding.where, finding.told)
+                raise DeltaError(finding.where, finding.summary)
             if tensor.name in files:
                 raise DeltaError(f"{shard.file}: {tensor.name}", f"also in {files[tensor.name]}")
             files[tensor.name] = shard.file

@@ -292,7 +292,7 @@ def fold_directory(
 
     Raises:
         DeltaError: one cannot be read; they differ in dialect, checksum, tensors or other files; or
-        one does not follow the one before it, as far as that can be told.
+        one does not follow the one before it, as far as that is known.
     """
     if not deltas:
         raise DeltaError("fold", "found no delta, expected one or more")

@@ -89,7 +89,7 @@ class _OpenDelta(OpenShard):
         try:
             super().read_into(offset, view)
         except InvalidCheckpointError as error:
-            raise DeltaError(self.file, error.findings[0].told) from None
+            raise DeltaError(self.file, error.findings[0].summary) from None
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
         DeltaError: keys or payloads are not those of a delta on this base.
     """
     for finding in check_delta_shard(delta.header, base.header):
-        raise DeltaError(finding.where, finding.told)
+        raise DeltaError(finding.where, finding.summary)
     return payloads(delta, delta.header)
 
 
@@ -214,7 +214,7 @@ def open_delta_shard(path: Path) -> Iterator[OpenShard]:
             descriptor = stack.enter_context(open_regular(path))
             delta = _OpenDelta(descriptor, path.name, os.fstat(descriptor).st_size)
         except InvalidCheckpointError as error:
-            raise DeltaError(path.name, error.findings[0].told) from None
+            raise DeltaError(path.name, error.findings[0].summary) from None
         yield delta
 
 

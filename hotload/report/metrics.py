@@ -33,7 +33,7 @@ def cycle_metrics(
 
     Args:
         statistics: of its samples; `None` leaves out what rests on them.
-        trained: what the trainer told of the samples it acknowledged last.
+        trained: what the trainer said of the samples it acknowledged last.
     """
     return {
         **_rollout(report),
@@ -181,17 +181,17 @@ def json_lines(
     """Write one JSON object a line, each with its moment, run, version and identity: the producer's
     first and the cycle's own last.
     """
-    told = {
+    facts = {
         "run_id": report.run_id,
         "policy_version": report.policy_version,
         "identity": report.snapshot.identity,
     }
     began_at = rollouts_ended_at - timedelta(seconds=report.rollouts.seconds)
     lines = [
-        {"at": (began_at + timedelta(seconds=at)).isoformat(), **told, **numbers}
+        {"at": (began_at + timedelta(seconds=at)).isoformat(), **facts, **numbers}
         for at, numbers in producer_metrics(report)
     ]
-    lines.append({"at": rollouts_ended_at.isoformat(), **told, **metrics})
+    lines.append({"at": rollouts_ended_at.isoformat(), **facts, **metrics})
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
 
 
@@ -199,11 +199,11 @@ def prometheus_text(metrics: Mapping[str, float], labels: Mapping[str, str]) -> 
     """Write the metrics as gauges in Prometheus' text format: `rollout/raw_reward` becomes
     `hotload_rollout_raw_reward`.
     """
-    told = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    label_text = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
     lines = []
     for name in sorted(metrics):
         gauge = "hotload_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
-        lines += [f"# TYPE {gauge} gauge", f"{gauge}{{{told}}} {metrics[name]!r}"]
+        lines += [f"# TYPE {gauge} gauge", f"{gauge}{{{label_text}}} {metrics[name]!r}"]
     return "\n".join([*lines, ""])
 
 

@@ -187,7 +187,7 @@ class Answer:
         self.last_identity: str | None = None
         self.runs: list[tuple[int, str]] = []
         """Which tokens each identity made: (number of the first token, identity); an empty identity
-        is one that was not told."""
+        is one that was not named."""
         self.finish_reason: Any = None
         self.text = ""
         self.token_ids: tuple[int, ...] = ()
@@ -256,15 +256,15 @@ class Answer:
         count = len(self.sampling_logprobs)
         if self.runs and self.runs[-1][0] == count:
             self.runs.pop()  # it made no token
-        told = "" if identity is None else identity[:256]
-        is_new = told != self.runs[-1][1] if self.runs else told != ""
+        name = "" if identity is None else identity[:256]
+        is_new = name != self.runs[-1][1] if self.runs else name != ""
         if is_new and len(self.runs) < IDENTITY_LIMIT:
-            self.runs.append((count, told))
+            self.runs.append((count, name))
         if identity is None:
             return
-        self.last_identity = told
-        if told not in self.observed and len(self.observed) < IDENTITY_LIMIT:
-            self.observed.append(told)
+        self.last_identity = name
+        if name not in self.observed and len(self.observed) < IDENTITY_LIMIT:
+            self.observed.append(name)
 
     def _add_raw(self, raw: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
         ids = raw.get("completion_token_ids") or choice.get("token_ids")
@@ -307,11 +307,11 @@ class Answer:
 
     def _settle(self) -> Failure | None:
         if self.finish_reason is None:
-            told = "the stream ended without a finish reason"
-            return Failure(Action.RETRY, Cause.TRUNCATED, 200, told)
+            detail = "the stream ended without a finish reason"
+            return Failure(Action.RETRY, Cause.TRUNCATED, 200, detail)
         if self.finish_reason not in FINISH_REASONS:
-            told = "the answer did not finish properly"
-            return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, told)
+            detail = "the answer did not finish properly"
+            return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, detail)
         lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
         values = self.sampling_logprobs
         count = len(values)
@@ -322,23 +322,23 @@ class Answer:
             return malformed("a log-probability out of range")
         ids = self._ids(count)
         if ids is None:
-            told = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
-            return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
+            detail = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
+            return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
         self.token_ids = ids
         while self.runs and self.runs[-1][0] >= count:
             self.runs.pop()  # it made no token
         if not _are_ids(self.prompt_token_ids):
             return malformed("the prompt's token ids are not ids")
         if count and not self.prompt_token_ids:
-            told = "the prompt's token ids are missing"
-            return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, told)
+            detail = "the prompt's token ids are missing"
+            return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
         if self._sent_prompt is not None and self.prompt_token_ids != self._sent_prompt:
             return malformed("the prompt's token ids came back changed", Action.FAIL_SAMPLE)
         if self._routing and None not in self._routing:
             self.routing = join_routing(self._routing)
         if count > self._max_tokens:
-            told = f"{count} tokens, {self._max_tokens} asked for"
-            return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, told)
+            detail = f"{count} tokens, {self._max_tokens} asked for"
+            return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
         return None
 
     def _ids(self, count: int) -> tuple[int, ...] | None:
@@ -367,7 +367,7 @@ def _are_ids(tokens: Collection[Any]) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A statistic as text or number; what cannot be one was not told."""
+    """A statistic as text or number; what cannot be one was not sent."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -389,9 +389,9 @@ def failure_in_stream(chunk: Mapping[str, Any]) -> Failure:
     codes = [place.get(name) for place in places for name in ("status_code", "status")]
     code = next((code for code in codes if type(code) is int and 400 <= code <= 599), 502)
     # Texts alone: what is nested may be nested too deep to be written out.
-    told = [value for place in places for value in place.values() if isinstance(value, str)]
+    messages = [value for place in places for value in place.values() if isinstance(value, str)]
     names = error_names(chunk)
-    return failure_of_status(code, " ".join(told)[:2048], f"error inside the answer: {names}")
+    return failure_of_status(code, " ".join(messages)[:2048], f"error inside the answer: {names}")
 
 
 def error_names(body: Any) -> str:

@@ -142,7 +142,7 @@ class GroupCounts(Counts):
     attempts: int = Field(0, ge=0)
     """Requests sent for all samples: dropped, replaced and cut-off ones included."""
     failed_attempts: dict[str, int] = Field({})
-    """Those of them that got no usable answer, by what they met: the status of an error, be it told
+    """Those of them that got no usable answer, by what they met: the status of an error, be it sent
     before the answer or inside a 200 (`429`), or else the cause (`connection`, `truncated`);
     `cancelled` are those that were given up while under way. `attempts` is the number of requests
     that were answered (be it beyond `max_seq_len`) plus the sum of these. At most one key for each

@@ -74,7 +74,7 @@ class Turns:
             self._open = Segment(prompt, *sampled, mask)
             self._routing = answer.routing
         start = sum(len(segment.token_ids_T) for segment in self.segments) - len(mask)
-        # An empty identity says that none was told, where one was before.
+        # An empty identity says that none was named, where one was before.
         for number, identity in answer.runs or ([(0, "")] if self.runs and mask else []):
             if not self.runs or self.runs[-1][1] != identity:
                 self.runs += ((start + number, identity),)

@@ -38,8 +38,8 @@ def routing_array(
     flat = np.frombuffer(_bytes_of(routing), np.uint8)
     per_token = active_expert_count * token_count
     if per_token <= 0 or not len(flat) or len(flat) % per_token:
-        told = f"{token_count} tokens of {active_expert_count} experts"
-        raise ValueError(f"{len(flat)} bytes of routing for {told}")
+        expected = f"{token_count} tokens of {active_expert_count} experts"
+        raise ValueError(f"{len(flat)} bytes of routing for {expected}")
     return flat.reshape(token_count, -1, active_expert_count)
 
 

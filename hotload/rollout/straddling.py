@@ -28,13 +28,13 @@ def settle_weights(trajectory: Trajectory, policy: OnStraddling) -> Trajectory:
     sent_to = trajectory.provenance.identity
     strange = [one for one in trajectory.provenance.observed if not is_of_run(sent_to, one)]
     if strange and version_of(sent_to) is not None:
-        told = f"made by {strange[0]!r}, sent to {sent_to!r}"
-        return replace(trajectory, failure=Cause.OTHER_WEIGHTS.value, detail=told)
+        detail = f"made by {strange[0]!r}, sent to {sent_to!r}"
+        return replace(trajectory, failure=Cause.OTHER_WEIGHTS.value, detail=detail)
     if trajectory.weights is not Weights.STRADDLING:
         return trajectory
     if policy == "drop" or (policy == "mask_from_change" and not trajectory.provenance.runs):
-        told = f"{len(trajectory.provenance.observed)} versions of the weights made it"
-        return replace(trajectory, failure=Cause.STRADDLING.value, detail=told)
+        detail = f"{len(trajectory.provenance.observed)} versions of the weights made it"
+        return replace(trajectory, failure=Cause.STRADDLING.value, detail=detail)
     if policy == "accept":
         return trajectory
     left = change_of(trajectory)

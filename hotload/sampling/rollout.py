@@ -150,9 +150,9 @@ class Rollout:
             await each.write()
         missing = sum((each.missing for each in ending), Counter[str]())
         if is_outage_now and missing:
-            told = ", ".join(f"{cause} {count}" for cause, count in missing.items())
+            causes = ", ".join(f"{cause} {count}" for cause, count in missing.items())
             example = next((each.example for each in ending if each.example), "")
-            raise RolloutsFailedError(self.plan.identity, told, example)
+            raise RolloutsFailedError(self.plan.identity, causes, example)
         await self._tell()
 
     async def _find(self, writer: PartWriter) -> None:
@@ -218,11 +218,11 @@ class Rollout:
         """Say how far the rollout is, for a reader."""
         ended = sum(writer.progress.settled_count for writer in self._writers)
         met = in_words(dict(self._sampler.failed_attempts))
-        told = ", ".join(f"{count} × {name}" for name, count in met.items())
+        causes = ", ".join(f"{count} × {name}" for name, count in met.items())
         return (
             f"{ended} groups ended, {self.plan.problem_count} planned; "
             f"{self.gate.in_flight} samples under way, window {self._sampler.size}"
-            + (f"; requests without an answer: {told}" if told else "")
+            + (f"; requests without an answer: {causes}" if causes else "")
         )
 
     async def write_along(self) -> None:
@@ -286,7 +286,7 @@ class Rollout:
     def log_window(self) -> None:
         """Say what the window did, in the flow run's log."""
         report = self._sampler.end_step()
-        queue = "not told" if report.avg_pq is None else f"{report.avg_pq:.3g} s"
+        queue = "not known" if report.avg_pq is None else f"{report.avg_pq:.3g} s"
         self._logger.info(
             "%d requests, window %d → %d, at most %d in flight, %d congested answers, "
             "%d samples out of attempts, prefill queue on average %s",

@@ -134,9 +134,9 @@ class _Round:
 
     def _lose_patience(self) -> None:
         if self._ends_at is not None and _now() >= self._ends_at:
-            told = f"the group's {self._rules.deadline_seconds:g} s were up"
+            detail = f"the group's {self._rules.deadline_seconds:g} s were up"
             for task, (position, draw, _) in list(self._running.items()):
-                self._settle(position, draw.cut_off(Cause.DEADLINE, told))
+                self._settle(position, draw.cut_off(Cause.DEADLINE, detail))
                 self._cut_off(task)
         elif self._seconds_to_hedge(_now()) == 0:
             (position,) = {position for position, _, _ in self._running.values()}

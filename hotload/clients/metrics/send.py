@@ -53,7 +53,7 @@ async def _log_to_wandb(spec: CycleSpec, metrics: Mapping[str, float]) -> str | 
         "name": named.run_name or spec.run_id,
         "id": spec.run_id,
     }
-    told = {"run": run, "metrics": dict(metrics), "step": spec.policy_version}
+    step = {"run": run, "metrics": dict(metrics), "step": spec.policy_version}
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -66,7 +66,7 @@ async def _log_to_wandb(spec: CycleSpec, metrics: Mapping[str, float]) -> str | 
     )
     try:
         async with asyncio.timeout(WANDB_SECONDS):
-            wrong, _ = await child.communicate(json.dumps(told).encode())
+            wrong, _ = await child.communicate(json.dumps(step).encode())
     except TimeoutError:
         return f"not done in {WANDB_SECONDS:g} s"
     finally:

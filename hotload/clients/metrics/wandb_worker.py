@@ -14,12 +14,12 @@ def main() -> int:
 
     On an error its name alone is written: what it says may hold a key.
     """
-    told = json.load(sys.stdin)
+    step = json.load(sys.stdin)
     try:
         wandb = importlib.import_module("wandb")
         settings = wandb.Settings(console="off", silent=True)
-        run = wandb.init(**told["run"], resume="allow", settings=settings)
-        run.log(told["metrics"], step=told["step"])
+        run = wandb.init(**step["run"], resume="allow", settings=settings)
+        run.log(step["metrics"], step=step["step"])
         run.finish()
     except Exception as error:  # noqa: BLE001 - its client raises anything
         sys.stdout.write(type(error).__name__)
