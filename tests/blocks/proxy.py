@@ -50,11 +50,11 @@ async def proxying(upstream: str) -> AsyncIterator[Proxy]:
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            far_writer.transport.abort()
+            writer.transport.abort()
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            far_writer.transport.abort()
-            writer.transport.abort()
 
     async with listening(serve) as address:
         proxy.address = address

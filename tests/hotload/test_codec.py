@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from math import prod
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -66,10 +67,11 @@ def golden(name: str) -> bytes:
 
 
 class Buffer:
-    """An output in memory."""
+    """An output in memory; threads write it where they like, as they do a file."""
 
     def __init__(self) -> None:
         self.data = bytearray()
+        self._lock = Lock()
 
     @property
     def size_bytes(self) -> int:
@@ -79,8 +81,9 @@ class Buffer:
         InMemory(bytes(self.data[offset : offset + len(view)])).read_into(0, view)
 
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        self.data.extend(bytes(max(offset - len(self.data), 0)))
-        self.data[offset : offset + len(data)] = data
+        with self._lock:  # between the look at its end and the growth
+            self.data.extend(bytes(max(offset - len(self.data), 0)))
+            self.data[offset : offset + len(data)] = data
 
     def truncate(self, size_bytes: int) -> None:
         del self.data[size_bytes:]
