@@ -12,8 +12,12 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
+SEED := 0
+STEPS := 1
+LESSON := even_numbers
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-fast check bench swaps test-stores oracles conformance fuzz lock golden deploy wheel clean
+.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train oracles families strangers conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -25,14 +29,20 @@ install: $(VENV)/installed  ## set up $(VENV) from requirements.lock (every targ
 demo: install  ## five cycles on this machine: emulator, Prefect server, real weights; under two minutes
 	$(PY) -m examples.demo
 
+learn: install  ## a training run whose reward rises, in a minute: SEED=1, STEPS=4 a version
+	$(PY) -m examples.rl_loop.$(LESSON) --seed $(SEED) --steps-per-version $(STEPS)
+
+your-trainer: install .trainers-venv/installed  ## a plain transformers loop on the cycle, against three emulated replicas
+	$(PY) -m examples.your_trainer --python .trainers-venv/bin/python
+
 ui: install  ## the flow runs of the last demo, in a browser
 	$(PY) -m examples.demo --ui
 
 test: install  ## the whole suite; starts its own servers on loopback
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not heavy'
 
 test-fast: install  ## what needs no server and little time: under a minute on two quiet cores
-	$(PY) -m pytest -n 2 -m 'not server and not slow'
+	$(PY) -m pytest -n 2 -m 'not server and not slow and not heavy'
 
 check: install  ## ruff, format, mypy, the floors of the house
 	$(PY) -m ruff check .
@@ -42,26 +52,68 @@ check: install  ## ruff, format, mypy, the floors of the house
 	$(PY) -m pytest tests/test_architecture.py
 
 WITNESS := .oracle-venv/bin/python
-bench: install  ## the measured promises: codec (`make oracles` first adds its peers), rollouts, cost of a cycle
+bench: install  ## the measured promises: codec (`make oracles` first adds its peers), publishing, losses, ranks, rollouts, cost of a cycle
 	$(PY) -m benchmarks.codec --witness $(WITNESS) --write
+	$(PY) -m benchmarks.losses
+	$(PY) -m benchmarks.ranks
 	$(PY) -m benchmarks.client
 	$(PY) -m benchmarks.whole_path
 	$(PY) -m benchmarks.fan_out
 	$(PY) -m benchmarks.rollout_memory
+	$(PY) -m benchmarks.publish
+	$(PY) -m benchmarks.nodes
+	$(PY) -m benchmarks.from_bucket
 	$(PY) -m benchmarks.cycle_overhead
 	$(PY) -m benchmarks.trigger_latency
+	$(PY) -m benchmarks.async_loop
 
 swaps: install  ## a run over three policy versions with swaps and faults: the report against the emulator's own log
 	$(PY) -m benchmarks.swaps --mode ASYNC
 	$(PY) -m benchmarks.swaps --mode SYNC
 
+long: install  ## what `make test` leaves out because it takes minutes, and more kills of what it has
+	$(PY) -m pytest -m heavy
+	HOTLOAD_KILLS=10 $(PY) -m pytest tests/flows/test_kill.py tests/flows/test_retain.py tests/flows/test_rollout_swaps.py -k random
+
+CYCLES := 10000
+WHOLE := 1000
+simulate: install  ## 10,000 publishing cycles and 1,000 whole ones under faults; SEED=7 CYCLES=300 WHOLE=0
+	$(PY) -m tests.simulation --seed $(SEED) --cycles $(CYCLES) --whole $(WHOLE)
+
+BAD_DAYS := tests/flows/test_prefect_bad_days.py tests/flows/test_worker_bad_days.py
+bad-days: install  ## Prefect's server away, locked, gone for good; a worker killed: also what `make test` leaves out
+	$(PY) -m pytest $(BAD_DAYS)
+
+train-kills: install  ## training runs killed at every arrow of a step: the same bits as a straight one; some minutes
+	$(PY) -m pytest tests/flows/test_rl_loop_kills.py tests/flows/test_async_rl_loop_kills.py
+
+nodes: install  ## shards placed on two nodes with directories of their own, one of them killed; some minutes
+	$(PY) -m pytest tests/flows/test_nodes.py
+
+postgres: install  ## the ways in and a cycle with PostgreSQL behind Prefect (Debian: postgresql-15)
+	$(PY) -m tests.postgres $(PY) -m pytest tests/flows/test_ways_in.py tests/flows/test_cycle.py
+
 test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: ceph-mon ceph-osd radosgw)
 	$(PY) -m tests.radosgw $(PY) -m pytest tests/blocks -m stores
 
+test-train: .trainers-venv/installed  ## the trainers, with torch and transformers: the properties of both, one against the other
+	HF_HUB_OFFLINE=1 .trainers-venv/bin/$(ORACLES) tests/trainers/test_trainers.py \
+		tests/trainers/test_torch_trainer.py
+
 ORACLES := python -m pytest -c tests/oracles/pytest.ini
-oracles: .oracle-venv/installed .trainers-venv/installed  ## our bytes in the vendor's own package, our batches in TRL and verl
+oracles: .oracle-venv/installed .trainers-venv/installed  ## our bytes in the vendor's own package, our batches and losses in TRL, verl and torch
 	.oracle-venv/bin/$(ORACLES) tests/oracles/test_arc_v2.py
-	HF_HUB_OFFLINE=1 .trainers-venv/bin/$(ORACLES) tests/oracles/test_trl.py tests/oracles/test_verl.py
+	HF_HUB_OFFLINE=1 .trainers-venv/bin/$(ORACLES) tests/oracles/test_trl.py tests/oracles/test_verl.py \
+		tests/oracles/test_losses.py tests/oracles/test_rank_tensors.py
+
+FAMILIES := build/families
+families: install .families-venv/installed  ## model families in miniature: doctor, check, encode, apply, verify, a whole cycle
+	rm -rf $(FAMILIES)
+	HF_HUB_OFFLINE=1 .families-venv/bin/python tests/families/build.py $(FAMILIES)
+	$(PY) -m tests.families $(FAMILIES)
+
+strangers: install .strangers-venv/installed  ## the vendor's SDK, its typed client and openai against the emulator
+	.strangers-venv/bin/python -m pytest -c tests/strangers/pytest.ini tests/strangers --ours $(PY)
 
 # The implementations on trial together in each environment: each is tried alone, and with the others.
 ADAPTERS := tests/conformance/adapters
@@ -90,11 +142,12 @@ golden: install  ## rebuild the golden files; fails if one of them changed
 	git diff --exit-code --stat -- tests/golden ':!*.py'
 
 POOL := process
-deploy: install  ## blocks, work pool and cycle on the Prefect server of your profile; POOL=docker, kubernetes
+deploy: install  ## blocks, work pool, cycle, watch and retention on the Prefect server of your profile; POOL=docker, kubernetes
 	$(PY) -m prefect block register -m blocks.__main__
 	$(PY) -m prefect work-pool inspect hotload-$(POOL) >/dev/null 2>&1 \
 		|| $(PY) -m prefect work-pool create hotload-$(POOL) --type $(POOL)
-	$(PY) -m prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --name $(POOL)
+	$(PY) -m prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --name $(POOL) \
+		$(if $(filter process,$(POOL)),--name watch --name retention --name training --name async-training)
 
 # What is not the codec and the values needs the extra `clients`.
 NEEDS_CLIENTS := polars|jsonschema|hotload\.(clients|dataset|report|sampling)
@@ -128,7 +181,7 @@ $(VENV)/locked: requirements.lock
 	@touch $@
 
 $(VENV)/installed: $(VENV)/locked pyproject.toml
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	PYTHONWARNINGS=ignore $(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 .oracle-venv/installed: tests/oracles/requirements.txt tests/oracles/requirements-alone.txt
@@ -138,6 +191,20 @@ $(VENV)/installed: $(VENV)/locked pyproject.toml
 		-r tests/oracles/requirements.txt
 	.oracle-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 		-r tests/oracles/requirements-alone.txt
+	@touch $@
+
+.families-venv/installed: tests/families/requirements.txt
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… families' >&2; exit 1; }
+	$(PYTHON) -m venv .families-venv
+	.families-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/families/requirements.txt
+	@touch $@
+
+.strangers-venv/installed: tests/strangers/requirements.txt
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… strangers' >&2; exit 1; }
+	$(PYTHON) -m venv .strangers-venv
+	.strangers-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/strangers/requirements.txt
 	@touch $@
 
 # cwtrain asks for 3.12; pyenv keeps its Pythons where no PATH finds them.

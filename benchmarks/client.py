@@ -26,6 +26,7 @@ from pydantic import SecretStr
 from benchmarks.profiles import print_costs
 from benchmarks.stub_service import PROMPT
 from examples.processes import free_port, process
+from hotload.clients.access import Access
 from hotload.clients.inference.attempt import Chunks
 from hotload.clients.inference.client import InferenceClient
 from hotload.options import Concurrency, Sampling
@@ -65,7 +66,7 @@ def problem_of(number: int) -> Problem:
 
 async def ours(url: str, options: argparse.Namespace, count: int) -> Sampled:
     """Ids and log-probabilities by this client."""
-    client = InferenceClient(base_url=url, api_key=KEY, **NAMES)
+    client = InferenceClient(Access(base_url=url, api_key=KEY, **NAMES))
     async with client.session(sampling_of(options), identity=IDENTITY, policy_version=1) as sampler:
         samples = await asyncio.gather(
             *(sampler.sample(problem_of(number), 0) for number in range(count))
@@ -203,7 +204,7 @@ def compare(url: str, options: argparse.Namespace) -> dict[str, float]:
 async def _through(url: str, options: argparse.Namespace) -> tuple[list[float], int, Any]:
     """Moments at which samples ended, how many failed, the window's trace."""
     window = Concurrency(initial_window=64, max_window=64)
-    client = InferenceClient(base_url=url, api_key=KEY, **NAMES)
+    client = InferenceClient(Access(base_url=url, api_key=KEY, **NAMES))
     ended: list[float] = []
     failed = 0
     async with client.session(

@@ -74,15 +74,16 @@ async def without_prefect(spec: Any, url: str, root: Path) -> Any:
     """What the flow does, called as plain functions; the summary."""
     from prefect.logging import disable_run_logger
 
-    from blocks.rollout_client import RolloutClient
+    from hotload.clients.access import Access
+    from hotload.clients.inference.client import InferenceClient
     from hotload.clients.store import Store
+    from hotload.concurrently import overlap
     from hotload.dataset.rollout_plan import MANIFEST_FILE
-    from hotload.sampling.concurrently import overlap
     from hotload.sampling.problems import plan_rollouts
     from hotload.sampling.rollout import open_rollout
-    from tasks.hand_back import hand_back
+    from tasks.roll_out import hand_back
 
-    client = RolloutClient(base_url=url, api_key="bench", **NAMES).open()
+    client = InferenceClient(Access(base_url=url, api_key="bench", **NAMES))
     store = Store(url=(root / "bucket").as_uri())
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
@@ -96,21 +97,23 @@ async def measure(options: argparse.Namespace, url: str, root: Path) -> tuple[fl
     """The median ratios over the turns: to the plain calls, to the loop."""
     from prefect import flow
 
-    from blocks.rollout_client import RolloutClient
     from flows.sampling import roll_out
+    from hotload.clients.access import Access
+    from hotload.clients.inference.client import InferenceClient
     from hotload.clients.store import Store
     from hotload.sampling.problems import read_problems
+    from hotload.sampling.rollout import SampledService
     from hotload.spec import CycleSpec
 
     dataset = root / "problems.jsonl"
     rows = ({"id": i, "prompt": f"{i}: say ab", "answer": "ab"} for i in range(options.problems))
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    client = RolloutClient(base_url=url, api_key="bench", **NAMES).open()
+    client = InferenceClient(Access(base_url=url, api_key="bench", **NAMES))
     store = Store(url=(root / "bucket").as_uri())
 
     @flow(name="roll-out")
     async def with_prefect(spec: CycleSpec) -> Any:
-        return await roll_out(spec, client, store, IDENTITY)
+        return await roll_out(spec, [SampledService(client, IDENTITY)], store)
 
     def spec_of(version: int) -> CycleSpec:
         return CycleSpec.model_validate(

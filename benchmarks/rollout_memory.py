@@ -22,10 +22,10 @@ import psutil
 
 from hotload.clients.inference.conversation import Conversation, Outcome
 from hotload.clients.store import Store
+from hotload.concurrently import overlap
 from hotload.dataset.rollout_plan import plan_rollout
 from hotload.rollout.completions_api import Answer, Request, first_request
 from hotload.rollout.trajectory import Problem
-from hotload.sampling.concurrently import overlap
 from hotload.sampling.reward.scorer import open_scorer
 from hotload.sampling.rollout import Rollout
 from hotload.spec import CycleSpec

@@ -163,16 +163,17 @@ def spec_of(options: argparse.Namespace, root: Path, version: int) -> "CycleSpec
 
 async def run_cycles(options: argparse.Namespace, root: Path, url: str) -> "list[CycleReport]":
     """Three cycles, each begun while the one before still samples."""
+    from blocks.account import InferenceAccount
     from blocks.checkpoint_store import CheckpointStore
     from blocks.hot_load_service import HotLoadService
     from blocks.rollout_client import RolloutClient
     from flows.cycle import checkpoint_to_rollout
 
-    access = {"base_url": url, "api_key": "bench", **NAMES}
-    service = HotLoadService(hot_load_transition_type=options.mode, **access)
+    account = InferenceAccount(base_url=url, api_key="bench", **NAMES)
+    service = HotLoadService(account=account, hot_load_transition_type=options.mode)
     for block in (
         service,
-        RolloutClient(**access),
+        RolloutClient(account=account),
         CheckpointStore(url=(root / "bucket").as_uri()),
     ):
         await block.save("swaps", overwrite=True)

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 import httpx
 
+from blocks import require_server
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
-from hotload.publish.check_line import CheckLine
+from hotload.check_line import CheckLine
+from hotload.errors import ServiceUnavailableError
 
 EPILOG = """\
 examples:
@@ -34,7 +36,9 @@ async def check_block(kind: str, name: str, store_name: str | None) -> list[Chec
 
     Raises:
         ValueError: the server knows no such block.
+        ServiceUnavailableError: no Prefect server answers.
     """
+    await require_server()
     if kind == "store":
         return await (await CheckpointStore.load(name)).open().check()
     if kind == "rollouts":
@@ -72,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{asked.name}: {error}", file=sys.stderr)
         return 2
-    except httpx.HTTPError as error:
-        print(f"the Prefect server does not answer: {error}", file=sys.stderr)
+    except (ServiceUnavailableError, httpx.HTTPError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     for line in lines:
         print(line)

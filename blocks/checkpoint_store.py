@@ -12,8 +12,9 @@ from hotload.clients.store import Store, check_url
 class CheckpointStore(Block):
     """The bucket through which snapshots reach the inference service.
 
-    Everything below its url belongs to one service: snapshots by identity, and hotload's own
-    records below `_hotload/`. Credentials come from the environment unless `options` names them.
+    Everything below its url belongs to the services that load from it: snapshots by identity, and
+    hotload's own records below `_hotload/`. Credentials come from the environment unless
+    `options` names them.
     """
 
     _block_type_name = "Checkpoint Store"
@@ -25,7 +26,7 @@ class CheckpointStore(Block):
     url: str = Field(
         examples=["s3://bucket/account/account-deployment", "gs://bucket", "file:///data/store"]
     )
-    """The service's bucket, which exists: s3://, gs://, file:// or an absolute path, memory://."""
+    """The services' bucket, which exists: s3://, gs://, file:// or an absolute path, memory://."""
     options: SecretDict = SecretDict({})
     """fsspec options, kept secret: endpoint_url, key, secret, token; empty: the environment's."""
 

@@ -1,15 +1,14 @@
-"""The document of a hot-load service: names, address and key, and what opens the client."""
+"""The document of a hot-load service: how it is announced to, and what opens the client."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, Field, JsonValue, SecretStr, field_validator
+from pydantic import ConfigDict, Field, JsonValue
 
-from hotload.clients.access import RESOURCE_ID, check_origin
+from blocks.account import InferenceAccount
 from hotload.clients.service import HotLoadClient
-from hotload.publish import fireworks_names
 
 
 class HotLoadService(Block):
@@ -19,19 +18,10 @@ class HotLoadService(Block):
     _block_type_slug = "hot-load-service"
     _description = "An inference service that loads new weights while it serves."
 
-    # The UI makes a paragraph of every line break, so fields are described in one line each.
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    account_id: str = Field(pattern=RESOURCE_ID, max_length=128)
-    """Account that owns model and service."""
-    model_id: str = Field(pattern=RESOURCE_ID, max_length=128)
-    """The base model, as the service names it."""
-    deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
-    """The service, in the vendor's word; it exists beforehand, with hot-loading switched on."""
-    base_url: str | None = Field(None, examples=[fireworks_names.BASE_URL])
-    """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
-    api_key: SecretStr = SecretStr("")
-    """Empty takes FIREWORKS_API_KEY from the environment. An inference-only key is not enough."""
+    account: InferenceAccount
+    """Which service, and the key to it. An inference-only key is not enough."""
     base_model: str | None = Field(None, examples=["accounts/fireworks/models/qwen3-8b"])
     """Resource name of the model the service was made with; the preflight compares it."""
     hot_load_transition_type: Literal["ASYNC", "SYNC"] | None = None
@@ -43,19 +33,10 @@ class HotLoadService(Block):
     hint_body_template: dict[str, JsonValue] | None = None
     """Posted per file, {identity} {file} {uri} {size} {kind} {previous} filled in; empty: none."""
 
-    @field_validator("base_url")
-    @classmethod
-    def _origin(cls, url: str | None) -> str | None:
-        return None if url is None else check_origin(url)
-
     def open(self) -> HotLoadClient:
         """Open the client; it connects anew for every call."""
         return HotLoadClient(
-            account_id=self.account_id,
-            model_id=self.model_id,
-            deployment_id=self.deployment_id,
-            base_url=self.base_url,
-            api_key=self.api_key.get_secret_value(),
+            self.account.access(self),
             base_model=self.base_model,
             hot_load_transition_type=self.hot_load_transition_type,
             reset_prompt_cache=self.reset_prompt_cache,

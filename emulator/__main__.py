@@ -43,6 +43,8 @@ def main() -> int:
         plan = read_plan(arguments.faults) if arguments.faults else ()
     except (InvalidFaultError, OSError, ValueError) as error:
         parser.error(str(error))
+    if arguments.base_identity is not None and arguments.dialect != "plain":
+        parser.error("--base-identity goes with --dialect plain")
     config = EmulatorConfig(
         bucket=arguments.bucket,
         base_model=arguments.base_model,
@@ -68,6 +70,9 @@ def main() -> int:
         sync_new_requests=arguments.sync_new_requests,
         hint_status_code=arguments.hint_status,
         reject_reset_prompt_cache=arguments.reject_reset_prompt_cache,
+        adapter_slots=arguments.adapter_slots,
+        dialect=arguments.dialect,
+        base_identity=arguments.base_identity,
     )
     try:
         run(config, lambda url: print(f"emulator: {url}", flush=True))
@@ -101,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("account", "model", "deployment"):
         default = getattr(EmulatorConfig, f"{name}_id")
         add(f"--{name}", default=default, metavar="ID", help="(%(default)s)")
+    add(
+        "--dialect", choices=_choices("dialect"), default="fireworks", help="the door (%(default)s)"
+    )
+    add("--base-identity", metavar="ID", help="name of the base weights; no other full is taken")
     add("--transition", choices=_choices("transition"), default="ASYNC", help="how weights swap")
     add("--faults", type=Path, metavar="PLAN", help="YAML list of faults, see below")
     add("--work-dir", type=Path, metavar="DIR", help="where replicas keep their bytes (temporary)")
@@ -118,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sync-new-requests", choices=modes, default="reject", help="during a SYNC swap")
     codes = get_args(get_type_hints(EmulatorConfig)["hint_status_code"])
     add("--hint-status", type=int, choices=codes, default=200, help="how hints are answered")
+    add("--adapter-slots", type=_count, default=1, metavar="N", help="adapters side by side (1)")
     add("--reject-reset-prompt-cache", action="store_true", help="400 for that field of a signal")
     return parser
 

@@ -8,6 +8,8 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
+from hotload.publish.fireworks_names import ACCOUNTS_PATH
+
 CONTROL_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 413: 3, 429: 8, 500: 13, 503: 14}
 CODES = {
     400: "INVALID_ARGUMENT",
@@ -22,6 +24,11 @@ CODES = {
     429: "RATE_LIMIT_EXCEEDED",
     503: "SERVICE_UNAVAILABLE",
 }
+
+
+def refused_field(name: str) -> RefusedError:
+    """Make the refusal of a request field, in the sentence the vendor's SDK looks for."""
+    return RefusedError(400, f"Extra inputs are not permitted, field: '{name[:200]}'")
 
 
 class RefusedError(Exception):
@@ -46,9 +53,14 @@ class RefusedError(Exception):
         return {"code": code, "message": self.message, "details": []}
 
     def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
-        """Answer at `path`: control-plane shape below /v1, the gateway's elsewhere."""
-        body = self.control_body() if path.startswith("/v1/") else self.body()
+        """Answer at `path`, in the shape of the side it belongs to."""
+        body = self.control_body() if is_control_plane(path) else self.body()
         return json_response(body, self.status_code, headers)
+
+
+def is_control_plane(path: str) -> bool:
+    """Tell whether `path` is the control plane's; every other is the gateway's (protocol §3)."""
+    return path.startswith(ACCOUNTS_PATH)
 
 
 def json_response(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 
+from blocks.account import InferenceAccount
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
@@ -48,14 +49,12 @@ async def run_cycles(
 
 
 async def declare_blocks(service_url: str, bucket: str, names: dict[str, str]) -> None:
-    """Save the three blocks that the cycles name."""
-    await HotLoadService(base_url=service_url, api_key="local-demo-key", **names).save(
-        "demo", overwrite=True
-    )
+    """Save the three blocks that the cycles name, and the account that two of them share."""
+    account = InferenceAccount(base_url=service_url, api_key="local-demo-key", **names)
+    await account.save("demo", overwrite=True)
+    await HotLoadService(account=account).save("demo", overwrite=True)
     await CheckpointStore(url=bucket).save("demo", overwrite=True)
-    await RolloutClient(base_url=service_url, api_key="local-demo-key", **names).save(
-        "demo", overwrite=True
-    )
+    await RolloutClient(account=account).save("demo", overwrite=True)
 
 
 def spec_of(root: Path, checkpoints: list[Path], version: int) -> CycleSpec:

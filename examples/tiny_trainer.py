@@ -8,6 +8,7 @@ reinforcement learning does. It does not learn: the demo is about the journey of
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import TensorSpec, serialize_file
@@ -18,7 +19,6 @@ from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.directory.shards import read_checkpoint
 
 VOCABULARY = 512
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 128, 6, 8, 4, 16, 352
 LEARNING_RATE = 3e-6
 MOMENTUM = 0.9
 
@@ -26,12 +26,12 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": MLP,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": HEAD_DIM,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
@@ -48,11 +48,19 @@ CHAT_TEMPLATE = (
 
 
 class TinyTrainer:
-    """fp32 master weights of a Llama-shaped model (about 1.4 million), and checkpoints of them."""
+    """fp32 master weights of a Llama-shaped model (about 1.4 million), and checkpoints of them.
 
-    def __init__(self, seed: int = 7) -> None:
+    Args:
+        config: the model's `config.json`.
+        tokenizer: goes with every checkpoint; without it, the one of `make_tokenizer`.
+    """
+
+    def __init__(
+        self, seed: int = 7, config: dict[str, Any] = CONFIG, tokenizer: Tokenizer | None = None
+    ) -> None:
         self._random = np.random.default_rng(seed)
-        self._masters = {name: self._first(name, shape) for name, shape in _shapes().items()}
+        self._config, self._tokenizer = config, tokenizer or make_tokenizer()
+        self._masters = {n: self._first(n, shape) for n, shape in _shapes(config).items()}
         self._moments = {name: np.zeros_like(w) for name, w in self._masters.items()}
 
     def step(self) -> None:
@@ -68,7 +76,7 @@ class TinyTrainer:
         """Write a checkpoint in HuggingFace layout, one layer a file, complete when this
         returns."""
         directory.mkdir(parents=True)
-        files = {name: _file_of(name) for name in self._masters}
+        files = {name: self._file_of(name) for name in self._masters}
         for file in sorted(set(files.values())):
             # numpy has no bf16: the library is told the type of arrays that hold its bits.
             rounded = {n: bf16(w) for n, w in self._masters.items() if files[n] == file}
@@ -85,8 +93,8 @@ class TinyTrainer:
         shards = read_checkpoint(directory).shards
         (directory / INDEX_FILE).write_bytes(build_index(shards))
         (directory / SPEC_FILE).write_bytes(build_spec(shards))
-        (directory / CONFIG_FILE).write_text(json.dumps(CONFIG, indent=1))
-        make_tokenizer().save(str(directory / "tokenizer.json"))
+        (directory / CONFIG_FILE).write_text(json.dumps(self._config, indent=1))
+        self._tokenizer.save(str(directory / "tokenizer.json"))
         settings = {"chat_template": CHAT_TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
@@ -94,6 +102,12 @@ class TinyTrainer:
         if name.endswith("norm.weight"):
             return np.ones(shape, np.float32)
         return np.float32(0.05) * self._random.standard_normal(shape, np.float32)
+
+    def _file_of(self, name: str) -> str:
+        layers = [f"layers.{layer}" for layer in range(self._config["num_hidden_layers"])]
+        files = ["embed_tokens", *layers, "norm", "lm_head"]
+        number = next(n for n, part in enumerate(files, start=1) if f"{part}." in f"{name}.")
+        return f"model-{number:05d}-of-{len(files):05d}.safetensors"
 
 
 def bf16(weights: np.ndarray) -> np.ndarray:
@@ -103,28 +117,26 @@ def bf16(weights: np.ndarray) -> np.ndarray:
     return (rounded >> np.uint32(16)).astype("<u2")
 
 
-def _shapes() -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(LAYERS):
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, mlp = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"] * config["head_dim"]
+    pairs = config["num_key_value_heads"] * config["head_dim"]
+    words = (config["vocab_size"], hidden)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": words}
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         shapes |= {
-            f"{prefix}.input_layernorm.weight": (HIDDEN,),
-            f"{prefix}.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
-            f"{prefix}.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-            f"{prefix}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-            f"{prefix}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
-            f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
-            f"{prefix}.mlp.gate_proj.weight": (MLP, HIDDEN),
-            f"{prefix}.mlp.up_proj.weight": (MLP, HIDDEN),
-            f"{prefix}.mlp.down_proj.weight": (HIDDEN, MLP),
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.self_attn.q_proj.weight": (heads, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (pairs, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (pairs, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, heads),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{prefix}.mlp.gate_proj.weight": (mlp, hidden),
+            f"{prefix}.mlp.up_proj.weight": (mlp, hidden),
+            f"{prefix}.mlp.down_proj.weight": (hidden, mlp),
         }
-    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
-
-
-def _file_of(name: str) -> str:
-    files = ["embed_tokens", *(f"layers.{layer}" for layer in range(LAYERS)), "norm", "lm_head"]
-    number = next(n for n, part in enumerate(files, start=1) if f"{part}." in f"{name}.")
-    return f"model-{number:05d}-of-{len(files):05d}.safetensors"
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": words}
 
 
 def make_tokenizer() -> Tokenizer:

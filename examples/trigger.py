@@ -9,59 +9,39 @@ number. deployments/README.md shows the same with plain HTTP.
 """
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
 
-from prefect.client.schemas.objects import FlowRun
-from prefect.deployments import arun_deployment
-
+from blocks import server_door
+from flows.command_line import run_command
 from flows.cycle_file import load_cycle_file
+from hotload.clients.trigger import SERVED, publish
 from hotload.spec import CycleSpec
-
-DEPLOYMENT = "checkpoint-to-rollout/served"
-POLL_SECONDS = 0.5
-
-
-async def trigger(spec: CycleSpec, deployment: str, attempt: int) -> FlowRun:
-    """The flow run of this cycle and attempt, in its final state.
-
-    Raises:
-        ValueError: this cycle and attempt was triggered before, as something else.
-        prefect.exceptions.ObjectNotFound: there is no such deployment.
-    """
-    declared = spec.model_dump(mode="json")
-    run = await arun_deployment(
-        deployment,
-        parameters={"spec": declared},
-        idempotency_key=f"cycle/{deployment}/{spec.name}/{attempt}",
-        timeout=None,
-        poll_interval=POLL_SECONDS,
-    )
-    if run.parameters["spec"] != declared:
-        raise ValueError(f"attempt {attempt} of {spec.name} was triggered with other parameters")
-    return run
 
 
 def main() -> int:
-    """Trigger and wait; 0 when every replica serves the checkpoint and the groups are scored."""
+    """Trigger and wait; exit codes as `run_command`, 1 also when the cycle failed."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.trigger", description="Trigger a cycle and wait for its end."
     )
     parser.add_argument("cycle_file", type=Path)
-    parser.add_argument("--deployment", default=DEPLOYMENT, help="default: %(default)s")
+    parser.add_argument("--deployment", default=SERVED, help="default: %(default)s")
     parser.add_argument("--attempt", type=int, default=1, help="count up after a failure")
     given = parser.parse_args()
 
-    async def triggered() -> FlowRun:
-        return await trigger(
-            await load_cycle_file(given.cycle_file), given.deployment, given.attempt
+    def publish_loaded(spec: CycleSpec) -> int:
+        api_url, authorization = server_door()
+        run = publish(
+            api_url,
+            spec.model_dump(mode="json"),
+            deployment=given.deployment,
+            attempt=given.attempt,
+            authorization=authorization,
         )
+        print(f"{run.name} {run.id}: {run.state} {run.message}".rstrip())
+        return 0 if run.is_completed else 1
 
-    run = asyncio.run(triggered())
-    assert run.state is not None
-    print(f"{run.name} {run.id}: {run.state.name} {run.state.message or ''}".rstrip())
-    return 0 if run.state.is_completed() else 1
+    return run_command(load_cycle_file(given.cycle_file), publish_loaded)
 
 
 if __name__ == "__main__":

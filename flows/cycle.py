@@ -8,22 +8,25 @@ it and how it is put on a schedule.
 
 from contextlib import AsyncExitStack
 from pathlib import Path
-from time import monotonic
 
 from prefect import State, flow
 from prefect.settings import get_current_settings
 
 from blocks.checkpoint_store import CheckpointStore
-from blocks.hot_load_service import HotLoadService
-from blocks.rollout_client import RolloutClient
-from flows.publish import publish_policy
-from flows.sampling import roll_out_and_score
-from hotload.publish.workspace import Workspace
+from flows.publish import load_services, publish_policy
+from flows.sampling import load_rollouts, roll_out_and_score
+from hotload.clock import monotonic
+from hotload.concurrently import both
 from hotload.report.cycle_report import CycleReport
+from hotload.sampling.reward.processes import keep_reward_processes
 from hotload.spec import CycleSpec
 from tasks.baseline import Baseline
-from tasks.conclude import already_done, completed, conclude_cycle, find_report
-from tasks.show import show_cycle
+from tasks.conclude import completed, conclude_cycle, ended_before, find_earlier
+from tasks.publication import Publishing
+from tasks.show import emit_failure, show_cycle, tell_once
+from tasks.validate import place_of
+
+tell_once()
 
 
 @flow(
@@ -33,12 +36,15 @@ from tasks.show import show_cycle
     # Prefect's own default, but said: else every run asks the server for another one.
     result_storage=get_current_settings().results.local_storage_path,
     result_serializer="json",
+    on_failure=[emit_failure],
+    on_crashed=[emit_failure],
 )
 async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleReport]:
     """Carry one checkpoint to scored rollouts.
 
     Safe to kill anywhere and to start again: the replicas and the store say what is done. A cycle
-    that has ended is answered with its report.
+    that has ended is answered with its report while the service serves its snapshot, or a later one
+    of the run; a service that has lost it is served again, and nothing is sampled twice.
 
     One cycle publishes at a time. On-policy it samples before the next may publish; where the spec
     allows `max_head_offpolicy_versions`, the next may publish while this one samples.
@@ -47,16 +53,25 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
         spec: what to publish, where, and how to sample from it.
     """
     began = monotonic()
-    service = (await HotLoadService.load(spec.service)).open()
+    services = await load_services(spec)
     store = (await CheckpointStore.load(spec.store)).open()
-    client = (await RolloutClient.load(spec.rollouts)).open()
-    workspace = Workspace(Path(spec.work_dir), service.account_id, service.deployment_id)
-    baseline = Baseline(workspace, store, Path(spec.checkpoint))
-    if report := await find_report(store, spec):
-        return already_done(report)
-    async with AsyncExitStack() as right_to_publish:
-        publication = await publish_policy(spec, service, baseline, right_to_publish)
-        rollouts = await roll_out_and_score(spec, publication, client, service, baseline)
-        report = await conclude_cycle(store, spec, publication, rollouts, began)
+    clients = await load_rollouts(spec)
+    workspace = services[spec.service].access.workspace(Path(spec.work_dir))
+    checkpoint, snapshot = await place_of(spec), spec.snapshot
+    baseline = Baseline(
+        workspace, store, checkpoint, snapshot.spec_dtype_style, links=snapshot.link_baseline
+    )
+    earlier = await find_earlier(store, services.values(), spec)
+    if earlier.answers(spec.again):
+        return ended_before(earlier)
+    publishing = Publishing.of(spec, services.values(), clients.values())
+    # Filled with the publisher's leases by what publishes. The report is written while they are
+    # held: until then, a cycle that is killed needs the replicas as it left them.
+    async with AsyncExitStack() as right_to_publish, keep_reward_processes():
+        publication, rollouts = await both(
+            publish_policy(spec, services, baseline, earlier, publishing, right_to_publish),
+            roll_out_and_score(spec, publishing, earlier, clients, services, store),
+        )
+        report = await conclude_cycle(store, spec, publication, rollouts, baseline.trouble, began)
     await show_cycle(store, report)
-    return completed(report)
+    return completed(report, earlier)

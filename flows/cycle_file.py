@@ -1,9 +1,10 @@
 """Cycle files: a whole cycle in one YAML file, for a run from the shell.
 
     blocks:                        # only what is not configured on the Prefect server
-      service:  {base_url: …, account_id: …, model_id: …, deployment_id: …}
+      account:  {base_url: …, account_id: …, model_id: …, deployment_id: …}
       store:    {url: …}
-      rollouts: {base_url: …, account_id: …, model_id: …, deployment_id: …}
+      service:  {…}                # what it has beside the account, and so the rollouts
+      rollouts: {…}
     cycle:                         # the fields of CycleSpec
       checkpoint: /checkpoints/grpo7/000012
       …
@@ -15,27 +16,38 @@ import asyncio
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_args
 
-import yaml
 from prefect.blocks.core import Block
-from prefect.client.orchestration import get_client
 from pydantic import BaseModel, ValidationError
 
+from blocks import require_server
+from blocks.account import InferenceAccount
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
-from hotload.errors import ServiceUnavailableError
+from hotload.cli.cycle_file import did_you_mean, read_cycle_file, read_run_file
+from hotload.identity import slug
 from hotload.spec import CycleSpec
+from hotload.trainers.declaration import TrainingSpec
 
 BLOCKS: dict[str, type[Block]] = {
     "service": HotLoadService,
     "store": CheckpointStore,
+    "checkpoint_store": CheckpointStore,
     "rollouts": RolloutClient,
 }
-LIMIT_BYTES = 1 << 20
+OF_THE_ACCOUNT = ("service", "rollouts")
+# What examples/cycle.yaml has in place of names: a cycle would look for such a host for minutes.
+PLACEHOLDER = re.compile(
+    r"ACCOUNT|MODEL|DEPLOYMENT|RUN|TEAM|/checkpoints/RUN/\d+"
+    r"|[a-z0-9]+://(?:.*[/-])?(?:BUCKET|ACCOUNT|DEPLOYMENT)(?:[/-].*)?"
+)
 Model = TypeVar("Model", bound=BaseModel)
+SpecT = TypeVar("SpecT", bound=CycleSpec)
+TrainingSpecT = TypeVar("TrainingSpecT", bound=TrainingSpec)
 
 
 async def load_cycle_file(path: Path) -> CycleSpec:
@@ -48,24 +60,20 @@ async def load_cycle_file(path: Path) -> CycleSpec:
     return await save_inline_blocks(*await asyncio.to_thread(parse_cycle_file, path))
 
 
-async def save_inline_blocks(spec: CycleSpec, blocks: dict[str, Block]) -> CycleSpec:
+async def save_inline_blocks(spec: SpecT, blocks: dict[str, Block]) -> SpecT:
     """Save the inline blocks of a cycle, under a name that no person has configured.
 
     Raises:
         ServiceUnavailableError: the Prefect server does not answer.
     """
-    async with get_client() as client:
-        if trouble := await client.api_healthcheck():
-            reason = f"{client.api_url} does not answer: {trouble}"
-            raise ServiceUnavailableError("Prefect server", None, reason)
+    await require_server()
     # A cycle loads its blocks again by name, so files that declare other blocks need other names.
     declared = [
         spec.run_id,
         *(f"{kind} {block.model_dump_json()}" for kind, block in blocks.items()),
     ]
     digest = hashlib.sha256(json.dumps(declared).encode()).hexdigest()[:8]
-    slug = re.sub(r"[^a-z0-9]+", "-", spec.run_id.lower()).strip("-")
-    name = f"file-{slug}-{digest}"
+    name = f"file-{slug(spec.run_id)}-{digest}"
     for block in blocks.values():
         await block.save(name, overwrite=True)
     return spec.model_copy(update=dict.fromkeys(blocks, name))
@@ -79,41 +87,91 @@ def parse_cycle_file(path: Path) -> tuple[CycleSpec, dict[str, Block]]:
         ValueError: the file is not a cycle file; says which field, without its value.
         OSError: the file cannot be read.
     """
-    if path.stat().st_size > LIMIT_BYTES:
-        raise ValueError(f"{path} is larger than {LIMIT_BYTES} bytes: not a cycle file")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, RecursionError) as error:
-        # The error's own text quotes the line, and that may hold a secret.
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
-        raise ValueError(f"{path} is not YAML{where}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("cycle"), dict):
-        raise ValueError(f"{path}: expected a mapping with `cycle:` and, if needed, `blocks:`")
-    inline = data.get("blocks") or {}
-    if not isinstance(inline, dict):
-        raise ValueError(f"{path}: expected a mapping below `blocks:`")
-    unknown = sorted(map(str, (data.keys() - {"cycle", "blocks"}) | (inline.keys() - BLOCKS)))
-    if unknown:
-        known = ", ".join(BLOCKS)
-        raise ValueError(f"{path}: unknown {unknown}; expected cycle, and blocks {known}")
-    spec = _checked(CycleSpec, data["cycle"], f"{path}: cycle")
-    blocks = {
-        kind: _checked(BLOCKS[kind], inline[kind], f"{path}: blocks.{kind}") for kind in inline
-    }
-    return spec, blocks
+    cycle, inline = read_cycle_file(path)
+    _refuse_placeholders(path, {"cycle": cycle, "blocks": inline})
+    return checked(CycleSpec, cycle, f"{path}: cycle"), _parse_blocks(inline, path)
 
 
-def _checked(model: type[Model], given: object, place: str) -> Model:
-    """`given` as the model; ValueError with every finding, and without a value."""
+def parse_run_file(
+    path: Path, model: type[TrainingSpecT]
+) -> tuple[TrainingSpecT, dict[str, Block]]:
+    """Parse the training run that a file declares, and its inline blocks, as `parse_cycle_file`
+    does: a cycle file without what the loop sets, with `training:` beside `cycle:`.
+
+    Raises:
+        ValueError, OSError: as `parse_cycle_file`.
+    """
+    cycle, training, inline = read_run_file(path)
+    _refuse_placeholders(path, {"cycle": cycle, "training": training, "blocks": inline})
+    checked(part_model(model, "cycle"), cycle, f"{path}: cycle")
+    spec = checked(model, {**training, "cycle": cycle}, f"{path}: training")
+    return spec, _parse_blocks(inline, path)
+
+
+def _refuse_placeholders(path: Path, document: Mapping[object, object]) -> None:
+    if left := [*_placeholders(document, "")]:
+        raise ValueError("\n".join([f"{path} has names of the example: put in yours", *left]))
+
+
+def _parse_blocks(inline: dict[str, Any], path: Path) -> dict[str, Block]:
+    if "account" in inline:
+        account = checked(InferenceAccount, inline.pop("account"), f"{path}: blocks.account")
+        for kind in OF_THE_ACCOUNT:
+            own = inline.get(kind) or {}
+            if isinstance(own, dict) and "account" in own:
+                raise ValueError(f"{path}: blocks.{kind}.account: it belongs in blocks.account")
+            inline[kind] = {"account": account, **own} if isinstance(own, dict) else own
+    for kind in OF_THE_ACCOUNT:
+        own = inline.get(kind)
+        if isinstance(own, dict) and isinstance(own.get("account"), dict):
+            place = f"{path}: blocks.{kind}.account"
+            inline[kind] = {**own, "account": checked(InferenceAccount, own["account"], place)}
+    return {kind: checked(BLOCKS[kind], inline[kind], f"{path}: blocks.{kind}") for kind in inline}
+
+
+def checked(model: type[Model], given: object, place: str) -> Model:
+    """Parse `given` as the model.
+
+    Raises:
+        ValueError: with every finding, and without a value.
+    """
     if isinstance(given, dict):
         # Prefect's blocks take fields they do not know, and would save a misspelt key in clear.
         unknown = given.keys() - model.model_fields.keys() if issubclass(model, Block) else set()
         if unknown:
-            raise ValueError(f"{place}: unknown {sorted(map(str, unknown))}")
+            found = sorted(map(str, unknown))
+            hint = did_you_mean(found[0], model.model_fields)
+            raise ValueError(f"{place}: unknown {found}{hint}")
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False, include_context=False)
-        lines = [f"  {'.'.join(map(str, one['loc'])) or 'all'}: {one['msg']}" for one in found]
+        faults = error.errors(include_input=False, include_url=False, include_context=False)
+        lines = [
+            f"  {'.'.join(map(str, one['loc'])) or 'all'}: {one['msg']}"
+            + (_field_meant(model, one["loc"]) if one["type"] == "extra_forbidden" else "")
+            for one in faults
+        ]
         raise ValueError("\n".join([f"{place} is refused", *lines])) from None
+
+
+def _field_meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """Name the field that a misspelt one is close to, in the part of the model that it is in."""
+    for step in place[:-1]:
+        model = part_model(model, str(step))
+    return did_you_mean(str(place[-1]), model.model_fields)
+
+
+def part_model(model: type[BaseModel], field: str) -> type[BaseModel]:
+    """Find the model that a field of a model has."""
+    annotation = model.model_fields[field].annotation
+    parts = [annotation, *get_args(annotation)]
+    return next(one for one in parts if isinstance(one, type) and issubclass(one, BaseModel))
+
+
+def _placeholders(part: Mapping[object, object], place: str) -> Iterator[str]:
+    """Name every field that still has a name of the example."""
+    for name, value in part.items():
+        if isinstance(value, dict):
+            yield from _placeholders(value, f"{place}{name}.")
+        elif isinstance(value, str) and PLACEHOLDER.fullmatch(value):
+            yield f"  {place}{name}: {value}"

@@ -1,45 +1,99 @@
-"""Publish: the policy to every replica by one snapshot, and by a full one when a delta failed."""
+"""Publish: the policy to every replica by one snapshot, and by a full one when a delta failed.
 
+To several services side by side, each by the snapshot that its own replicas can load; what two of
+them load is encoded and uploaded once.
+"""
+
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from time import monotonic
 
 from prefect import flow
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
+from blocks.rollout_client import RolloutClient
+from flows.carry import carry_content, keep_baselines, read_on_nodes
+from hotload.clients.inference.client import InferenceClient
 from hotload.clients.service import HotLoadClient
+from hotload.clients.service.served import side_by_side
 from hotload.clients.store import Store, publisher_lease
+from hotload.clock import monotonic, utc_now
+from hotload.concurrently import overlap, taking_turns, turn
+from hotload.directory.files import FileDigests
 from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
-from hotload.identity import SnapshotKind
+from hotload.identity import SnapshotKind, is_identity
 from hotload.options import LedgerReset
 from hotload.publish.lease import Lease
-from hotload.publish.publication import Publication, Published
-from hotload.publish.snapshot import CheckpointContent, ShardBatch, SnapshotPlan, batches
+from hotload.publish.publication import Publication, Published, ServicePublication
+from hotload.publish.snapshot import (
+    CheckpointContent,
+    ShardBatch,
+    SnapshotManifest,
+    SnapshotPlan,
+)
 from hotload.publish.workspace import Workspace
-from hotload.records import FileDigest
-from hotload.sampling.concurrently import overlap
+from hotload.report.earlier_run import EarlierRun
 from hotload.spec import CycleSpec
-from tasks.announce import hint_shards, reset_ledger, signal_snapshot
-from tasks.baseline import Baseline, keep_baseline
-from tasks.encode import DeltaEncoder, encode_once
+from tasks.announce import reset_ledger, signal_snapshot
+from tasks.baseline import Baseline, with_checkpoint
+from tasks.conclude import find_earlier
 from tasks.plan import plan_fallback, plan_snapshot
 from tasks.preflight import preflight_service
-from tasks.publication import find_publication, record_publication
-from tasks.records import find_manifest
-from tasks.show import Progress, emit_fallback, emit_served
-from tasks.upload import upload_manifests, upload_once
-from tasks.validate import validate_checkpoint, validate_rollouts
-from tasks.wait import wait_for_replicas, wait_until_ready
+from tasks.probe import probe_replicas, read_probe
+from tasks.publication import Publishing, find_manifest, record_publication
+from tasks.show import emit_fallback, emit_served
+from tasks.upload import adopt_committed, upload_manifests
+from tasks.validate import (
+    check_both,
+    place_of,
+    validate_checkpoint,
+    validate_rollouts,
+    view_of,
+)
+from tasks.wait import wait_for_replicas, wait_until_ready, wait_until_settled
 
-# Every task run costs the server work (about 30 ms), so many shards share one.
-BATCHES = 25
 FULLS_TRIED = 2
 
 
+async def load_services(spec: CycleSpec) -> dict[str, HotLoadClient]:
+    """Open the services of a cycle, by the names of their blocks.
+
+    Raises:
+        ServiceRefusedError: two blocks are of one service.
+    """
+    return side_by_side({name: (await HotLoadService.load(name)).open() for name in spec.services})
+
+
+async def hold_services(
+    right_to_publish: AsyncExitStack,
+    services: Mapping[str, HotLoadClient],
+    store: Store,
+    holder: str,
+) -> dict[str, Lease]:
+    """Take the publisher's leases of all services, by their names; `right_to_publish` gives them
+    back.
+
+    Raises:
+        LeaseLostError: another cycle publishes to one of them.
+    """
+    # In one order everywhere: of two cycles that want the same services, one gets them all.
+    names = sorted(service.access.service for service in services.values())
+    return {
+        name: await right_to_publish.enter_async_context(publisher_lease(store, name, holder))
+        for name in names
+    }
+
+
 async def publish_policy(
-    spec: CycleSpec, service: HotLoadClient, baseline: Baseline, right_to_publish: AsyncExitStack
+    spec: CycleSpec,
+    services: Mapping[str, HotLoadClient],
+    baseline: Baseline,
+    earlier: EarlierRun,
+    publishing: Publishing,
+    right_to_publish: AsyncExitStack,
 ) -> Publication:
     """Publish this policy version, or find what an earlier run of the cycle published.
 
@@ -48,51 +102,184 @@ async def publish_policy(
     is given back, and the record of the publication lets a cycle that is killed go on sampling.
 
     Args:
-        right_to_publish: holds the publisher's lease; its owner gives it back.
+        publishing: what has become of each service; sampling begins by it, beside this.
+        right_to_publish: holds the publisher's leases; its owner gives them back.
 
     Raises:
-        LeaseLostError: another cycle publishes to this service.
+        LeaseLostError: another cycle publishes to one of the services.
         InvalidCheckpointError, InvalidProblemsError, RewardError, RolloutFunctionError: the
-            caller's input; nothing was uploaded.
-        FullSnapshotFailedError, SnapshotRejectedError: as `full_snapshot`.
+            caller's input, InvalidInputError for several of them; nothing was uploaded.
+        FullSnapshotFailedError, SnapshotRejectedError: as `full_snapshot`, of the only service.
+        ServicesFailedError: too few of several services serve it.
     """
-    if not spec.sampling.may_overlap:
-        return await _publish(spec, service, baseline, right_to_publish)
-    store = baseline.store
-    if publication := await find_publication(store, spec.name, baseline.checkpoint):
-        return publication
-    publication = await _publish(spec, service, baseline, right_to_publish)
-    await keep_baseline(baseline, publication.snapshot.identity)
-    await record_publication(store, spec.name, publication)
-    await right_to_publish.aclose()
+    if spec.sampling.may_overlap and (found := publishing.find(earlier)):
+        return found
+    content = await check_both(
+        find_content(spec, services, baseline, earlier), validate_rollouts(spec, baseline.store)
+    )
+    leases = await hold_services(right_to_publish, services, baseline.store, spec.name)
+    publication = await publish_to_all(
+        spec, services, baseline, content, leases, earlier, publishing
+    )
+    await keep_baselines(spec, baseline, content, publication.identities)
+    if spec.sampling.may_overlap:
+        await record_publication(baseline.store, spec.name, publication)
+        await right_to_publish.aclose()
     return publication
 
 
-async def _publish(
-    spec: CycleSpec, service: HotLoadClient, baseline: Baseline, right_to_publish: AsyncExitStack
+@flow(name="publish-version", flow_run_name="publish-{spec.name}", persist_result=False)
+async def publish_version(spec: CycleSpec) -> Publication:
+    """Publish a version that nothing is sampled from: the last one of a training run.
+
+    Raises:
+        As `publish_policy`.
+    """
+    services = await load_services(spec)
+    store = (await CheckpointStore.load(spec.store)).open()
+    clients = {name: (await RolloutClient.load(name)).open() for name in spec.sampled_with}
+    workspace = services[spec.service].access.workspace(Path(spec.work_dir))
+    style = spec.snapshot.spec_dtype_style
+    baseline = Baseline(workspace, store, await place_of(spec), style)
+    earlier = await find_earlier(store, services.values(), spec)
+    publishing = Publishing.of(spec, services.values(), clients.values())
+    async with AsyncExitStack() as right_to_publish:
+        publication = await publish_policy(
+            spec, services, baseline, earlier, publishing, right_to_publish
+        )
+        await record_publication(store, spec.name, publication)
+    return publication
+
+
+async def find_content(
+    spec: CycleSpec,
+    services: Mapping[str, HotLoadClient],
+    baseline: Baseline,
+    earlier: EarlierRun,
+) -> CheckpointContent:
+    """Read what is to be published: the trainer's directory, validated, or what its ranks have
+    committed, whose tensors are those of the snapshot that it follows.
+
+    Where the shards are placed on nodes, those read their bytes, and foresee a delta on what is
+    served now.
+
+    Raises:
+        InvalidCheckpointError: as `validate_checkpoint` and `adopt_committed`.
+    """
+    if spec.placement:
+        served = [one.served_everywhere for one in earlier.statuses.values()]
+        bases = sorted(filter(is_identity, set().union(*served)))
+        read = partial(read_on_nodes, spec=spec, baseline=baseline, bases=bases)
+        return await validate_checkpoint(spec, services.values(), baseline.digests, read)
+    if not spec.is_of_ranks:
+        return await validate_checkpoint(spec, services.values(), baseline.digests)
+    committed = await adopt_committed(baseline.store, spec)
+    baseline.take(committed)
+    return committed.content
+
+
+async def publish_to_all(
+    spec: CycleSpec,
+    services: Mapping[str, HotLoadClient],
+    baseline: Baseline,
+    content: CheckpointContent,
+    leases: Mapping[str, Lease],
+    earlier: EarlierRun,
+    publishing: Publishing,
+    *,
+    may_go_back: bool = False,
 ) -> Publication:
-    """Publish what the plan says, and by a full snapshot where that cannot be loaded."""
-    store, readiness = baseline.store, spec.readiness
-    content = await validate_checkpoint(spec, service, baseline.digests)
-    await validate_rollouts(spec)
-    lease = await right_to_publish.enter_async_context(publisher_lease(store, spec.name))
-    expected = await preflight_service(spec.name, service, store, readiness.replica_count)
+    """Publish to every service side by side; one that fails does not hold the others.
+
+    Args:
+        content: of the checkpoint that the spec names, validated.
+        may_go_back: as `plan_next`.
+
+    Raises:
+        As `publish_to`, of the only service; ServicesFailedError: too few of several serve it.
+    """
+    baseline.reserved = {name: one.mentioned for name, one in earlier.statuses.items()}
+    with taking_turns():
+        await overlap(
+            publishing.settle(
+                service,
+                partial(
+                    publish_to,
+                    spec.at(block),
+                    service,
+                    baseline,
+                    content,
+                    leases[service.access.service],
+                    earlier,
+                    may_go_back=may_go_back,
+                ),
+            )
+            for block, service in services.items()
+        )
+    return publishing.publication(content)
+
+
+async def publish_to(
+    spec: CycleSpec,
+    service: HotLoadClient,
+    baseline: Baseline,
+    content: CheckpointContent,
+    lease: Lease,
+    earlier: EarlierRun,
+    *,
+    may_go_back: bool,
+) -> ServicePublication:
+    """Publish to one service what its plan says, and by a full snapshot where that cannot be
+    loaded.
+
+    Args:
+        spec: of this service alone.
+        may_go_back: as `plan_next`.
+
+    Raises:
+        LeaseLostError: another cycle publishes to this service now.
+        FullSnapshotFailedError, SnapshotRejectedError: as `full_snapshot`.
+    """
+    name, store, readiness = service.access.service, baseline.store, spec.readiness
+    if not may_go_back and not spec.again and (found := earlier.found(name)):
+        return found
+    expected = await preflight_service(
+        spec.name, service, store, readiness.replica_count, content.adapted_model
+    )
     await wait_for_replicas(spec.name, service, readiness, expected)
-    plan = await plan_snapshot(spec, service, baseline, content)
-    fallback = None
+    plan = await plan_snapshot(
+        spec,
+        service,
+        baseline,
+        content,
+        lease,
+        served_before=earlier.served_before(name),
+        may_go_back=may_go_back,
+    )
+    fallback, workspace = None, baseline.workspace
     try:
-        snapshot = await publish_snapshot(spec, service, store, content, plan, lease, expected)
+        spec = await with_checkpoint(spec, baseline, plan.identity)
+        snapshot = await publish_snapshot(
+            spec, service, store, workspace, baseline.digests, content, plan, lease, expected
+        )
     except NeedsFullSnapshotError as reason:
         fallback = str(reason)
-        emit_fallback(spec, plan, fallback)
-        snapshot = await full_snapshot(spec, content, fallback, lease, expected)
-    return Publication(content=content, snapshot=snapshot, fallback=fallback)
+        baseline.digests.doubt()
+        emit_fallback(spec, service, plan, fallback)
+        spec = await with_checkpoint(spec, baseline, "")
+        snapshot = await full_snapshot(
+            spec, content, fallback, lease, expected, workspace, service.label
+        )
+    baseline.reserved.pop(name, None)
+    return ServicePublication(service=name, snapshot=snapshot, fallback=fallback)
 
 
 async def publish_snapshot(
     spec: CycleSpec,
     service: HotLoadClient,
     store: Store,
+    workspace: Workspace,
+    digests: FileDigests,
     content: CheckpointContent,
     plan: SnapshotPlan,
     lease: Lease,
@@ -101,89 +288,118 @@ async def publish_snapshot(
     """Carry the planned snapshot to every replica.
 
     Shards durable, then manifests, then the signal (design, rule 2). Every step finds what an
-    earlier run of it has done, so a killed publication goes on where it was.
+    earlier run of it has done, or another service's publication beside it, so a killed publication
+    goes on where it was.
 
     Raises:
         NeedsFullSnapshotError: a full snapshot under a new identity can still succeed.
     """
-    started, began_at = monotonic(), datetime.now(UTC)
-    manifest = await find_manifest(store, plan.identity)
+    started, began_at = monotonic(), utc_now()
     carried: list[ShardBatch] = []
-    if manifest is None:
-        checkpoint = Path(spec.checkpoint)
-        workspace = Workspace(Path(spec.work_dir), service.account_id, service.deployment_id)
-        progress = Progress(f"{plan.kind.value} {plan.identity}", content.size_bytes)
-        with DeltaEncoder(workspace, checkpoint, plan) as encoder:
-            carried = await overlap(
-                _carry(encoder, service, store, batch, progress)
-                for batch in batches(content.shards, BATCHES)
+    async with turn(plan.identity):
+        manifest = await find_manifest(store, plan.identity)
+        if manifest is None:
+            manifest, carried = await _carry_all(
+                spec, service, store, workspace, digests, content, plan
             )
-        shards = tuple(shard for batch in carried for shard in batch.shards)
-        manifest = await upload_manifests(store, checkpoint, plan, content, shards)
     published_at = monotonic()
     warnings = await signal_snapshot(service, store, manifest, lease)
     signalled_at = monotonic()
     convergence = await wait_until_ready(service, manifest, spec.readiness, expected_replica_count)
+    converged_at = monotonic()
+    if spec.readiness.probe_sessions and manifest.kind is not SnapshotKind.LORA:
+        client = await _probing(spec, service)
+        # The trainer's own figures are about its checkpoint: not about an earlier version's.
+        probe = await read_probe(
+            await place_of(spec), has_figures=manifest.content_sha256 == content.sha256
+        )
+        count = convergence.ready_count
+        warnings += await probe_replicas(client, probe, manifest, spec.readiness, count)
     seconds = {
         "publish": published_at - started,
         "signal": signalled_at - published_at,
-        "converge": monotonic() - signalled_at,
+        "converge": converged_at - signalled_at,
     }
     published = Published.of(
         manifest, plan.reason, carried, convergence, warnings, seconds, began_at=began_at
     )
-    emit_served(spec, published)
+    emit_served(spec, service, published)
     return published
 
 
-async def _carry(
-    encoder: DeltaEncoder,
+async def _carry_all(
+    spec: CycleSpec,
     service: HotLoadClient,
     store: Store,
-    files: tuple[FileDigest, ...],
-    progress: Progress,
-) -> ShardBatch:
-    """Encode, upload and hint one batch, while other batches are at other steps."""
-    plan, directory = encoder.plan, encoder.checkpoint
-    batch = ShardBatch.as_written(files)
-    if plan.kind is SnapshotKind.DELTA:
-        batch, directory = await encode_once(encoder, files), encoder.directory
-    batch = await upload_once(store, plan.identity, directory, batch, encoder.workspace.results)
-    if service.hint_body_template is not None:
-        batch = await hint_shards(service, store, plan, batch)
-    await progress.advance(sum(file.size_bytes for file in files))
-    return batch
+    workspace: Workspace,
+    digests: FileDigests,
+    content: CheckpointContent,
+    plan: SnapshotPlan,
+) -> tuple[SnapshotManifest, list[ShardBatch]]:
+    view = await view_of(spec)
+    carried = await carry_content(spec, service, store, workspace, view, digests, content, plan)
+    shards = tuple(shard for batch in carried for shard in batch.shards)
+    return await upload_manifests(store, view, plan, content, shards, digests), carried
+
+
+async def _probing(spec: CycleSpec, service: HotLoadClient) -> InferenceClient:
+    """Open what asks the replicas of a service: what the cycle samples with, if that is of it."""
+    opened = [(await RolloutClient.load(name)).open() for name in spec.sampled_with]
+    if not service.is_one_of_several:
+        return opened[0]
+    ours = [one for one in opened if one.access.service == service.access.service]
+    return ours[0] if ours else InferenceClient(service.access)
 
 
 # A flow run of its own, with the reason among its parameters: a fallback is to be seen. Blocks are
 # loaded again, because Prefect would store a flow's parameters.
-@flow(name="full-snapshot", flow_run_name="full-for-{spec.name}")
+@flow(name="full-snapshot", flow_run_name="full-for-{spec.name}{label}")
 async def full_snapshot(
     spec: CycleSpec,
     content: CheckpointContent,
     reason: str,
     lease: Lease,
     expected_replica_count: int | None,
+    workspace: Workspace,
+    label: str = "",
 ) -> Published:
     """Publish a full snapshot under a new identity because of `reason`: the fallback.
 
     The ladder of protocol §18: a full, one more full, and where the spec allows it a ledger reset
     and a last full. A full that the service refuses by validation ends the ladder at once.
 
+    Args:
+        spec: of one service alone.
+        label: names that service where the cycle has others.
+
     Raises:
         FullSnapshotFailedError: the ladder has no more rungs.
         SnapshotRejectedError: the service refuses the checkpoint itself.
     """
-    service = (await HotLoadService.load(spec.service)).open()
+    service = replace(
+        (await HotLoadService.load(spec.service)).open(), is_one_of_several=bool(label)
+    )
     store = (await CheckpointStore.load(spec.store)).open()
+    digests = FileDigests()  # after a doubt, what was known is read again
     may_reset = spec.snapshot.ledger_reset is LedgerReset.ON_FAILURE
     for rung in range(FULLS_TRIED + may_reset):
         if rung == FULLS_TRIED:
             await reset_ledger(service)
-        plan = await plan_fallback(store, content, reason, spec.run_id, spec.policy_version)
+        await wait_until_settled(spec.name, service, spec.readiness)
+        plan = await plan_fallback(
+            service, store, content, reason, spec.run_id, spec.policy_version, spec.line
+        )
         try:
             return await publish_snapshot(
-                spec, service, store, content, plan, lease, expected_replica_count
+                spec,
+                service,
+                store,
+                workspace,
+                digests,
+                content,
+                plan,
+                lease,
+                expected_replica_count,
             )
         except NeedsFullSnapshotError as error:
             reason = str(error)

@@ -1,55 +1,66 @@
 """Sampling: every problem of this policy version sampled, scored and handed back."""
 
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+
 from prefect import get_run_logger
 
+from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
-from hotload.dataset.rollout_plan import MANIFEST_FILE
-from hotload.publish.publication import Publication
+from hotload.concurrently import overlap
+from hotload.dataset.rollout_plan import MANIFEST_FILE, share_parts
+from hotload.report.earlier_run import EarlierRun
 from hotload.rollout.counts import RolloutSummary
-from hotload.sampling.concurrently import both, overlap
-from hotload.sampling.problems import plan_rollouts
-from hotload.sampling.rollout import Rollout, open_rollout
+from hotload.sampling.rollout import Rollout, SampledService, Together, open_rollout
 from hotload.spec import CycleSpec
-from tasks.baseline import Baseline, keep_baseline
-from tasks.hand_back import find_rollout, hand_back
-from tasks.roll_out import roll_out_chunk
+from tasks.publication import Publishing, sources_of
+from tasks.roll_out import find_rollout, hand_back, read_rollout_plan, roll_out_chunk, warm_up
 from tasks.show import Progress
-from tasks.warm_up import warm_up
+
+
+async def load_rollouts(spec: CycleSpec) -> dict[str, InferenceClient]:
+    """Open what the cycle samples with, by the names of its blocks."""
+    return {name: (await RolloutClient.load(name)).open() for name in spec.sampled_with}
 
 
 async def roll_out_and_score(
     spec: CycleSpec,
-    publication: Publication,
-    client: InferenceClient,
-    service: HotLoadClient,
-    baseline: Baseline,
+    publishing: Publishing,
+    earlier: EarlierRun,
+    clients: Mapping[str, InferenceClient],
+    services: Mapping[str, HotLoadClient],
+    store: Store,
 ) -> RolloutSummary:
-    """Sample from the published snapshot; on-policy the baseline moves on beside it.
+    """Sample from the published snapshot, as soon as enough services serve it.
 
-    Where the next cycle may publish meanwhile, publishing has moved the baseline on, and the
-    service is watched for newer versions.
+    Where the next cycle may publish meanwhile, each service is watched for newer versions. Samples
+    that an earlier run of the cycle took from the same weights are not taken again.
 
     Raises:
-        As `roll_out`; StoreError: the baseline's manifest is gone.
+        As `roll_out`.
     """
-    snapshot = publication.snapshot
-    sampled_from = (snapshot.identity, snapshot.replica_count)
-    if spec.sampling.may_overlap:
-        return await roll_out(spec, client, baseline.store, *sampled_from, service)
-    sampling = roll_out(spec, client, baseline.store, *sampled_from)
-    rollouts, _ = await both(sampling, keep_baseline(baseline, snapshot.identity))
-    return rollouts
+    served = await publishing.sampled()
+    if done := await find_earlier_rollout(spec, store, earlier):
+        return done
+    sources = sources_of(spec, served, clients, services.values())
+    return await roll_out(spec, sources, store)
+
+
+async def find_earlier_rollout(
+    spec: CycleSpec, store: Store, earlier: EarlierRun
+) -> RolloutSummary | None:
+    """Find what an ended run of this cycle sampled, if it is still there; None to sample now."""
+    if earlier.report is None or spec.again:
+        return None
+    ended = earlier.report.rollouts
+    directory = ended.parts_uri.removeprefix(f"{store.url}/")
+    return await find_rollout(store, directory, ended.declaration_sha256)
 
 
 async def roll_out(
-    spec: CycleSpec,
-    client: InferenceClient,
-    store: Store,
-    identity: str,
-    replica_count: int | None = None,
-    service: HotLoadClient | None = None,
+    spec: CycleSpec, sources: Sequence[SampledService], store: Store
 ) -> RolloutSummary:
     """Sample the problems in chunks, score the groups, leave them as Parquet in the store.
 
@@ -58,9 +69,8 @@ async def roll_out(
 
     Args:
         spec: what to sample, how, and what scores it.
-        identity: the snapshot every replica was seen to serve.
-        replica_count: replicas there are, for the first size of the window.
-        service: watched for newer versions, where somebody may publish while this samples.
+        sources: what every replica of a service was seen to serve, of one or of several that share
+            the parts by their weights; the rollouts lie under what the first serves.
 
     Raises:
         InvalidProblemsError, RewardError, RolloutFunctionError: the caller's input; nothing was
@@ -70,16 +80,40 @@ async def roll_out(
         RolloutsFailedError: the service failed row after row; started again, it goes on.
         StoreError: the store refuses.
     """
-    plan = await plan_rollouts(spec, identity)
+    plan = await read_rollout_plan(spec, sources[0].identity, store)
     if done := await find_rollout(store, plan.directory, plan.digest):
         return done
-    await warm_up(client, spec.readiness)
-    logger = get_run_logger()
-    async with open_rollout(spec, plan, client, store, replica_count, service, logger) as rollout:
-        progress = Progress(f"rollouts {identity}", plan.problem_count)
-        await overlap(_carry(rollout, number, progress) for number in range(len(plan.parts)))
-        rollout.log_window()
-        manifest = rollout.manifest(is_complete=True)
+    await overlap(warm_up(source.client, spec.readiness) for source in sources)
+    progress, together = Progress(f"rollouts {plan.identity}", plan.problem_count), Together()
+    shares = share_parts(plan.parts, [source.weight for source in sources])
+    # Of few parts a small weight gets none.
+    shared = [(one, numbers) for one, numbers in zip(sources, shares, strict=True) if numbers]
+    async with AsyncExitStack() as opened:
+        rollouts = [
+            await opened.enter_async_context(
+                open_rollout(
+                    spec,
+                    plan,
+                    source.client,
+                    store,
+                    source.replica_count,
+                    source.watched,
+                    get_run_logger(),
+                    identity=source.identity,
+                    numbers=numbers,
+                    together=together,
+                )
+            )
+            for source, numbers in shared
+        ]
+        await overlap(
+            _carry(rollout, number, progress)
+            for rollout, (_, numbers) in zip(rollouts, shared, strict=True)
+            for number in sorted(numbers)
+        )
+        for rollout in rollouts:
+            rollout.log_window()
+        manifest = rollouts[0].manifest(is_complete=True)
     return await hand_back(store, manifest, plan.path(MANIFEST_FILE))
 
 

@@ -1,9 +1,11 @@
-"""hotload: values, decisions and bytes of a hot-load cycle, without any I/O."""
+"""hotload: the library. Rooms that decide, rooms that act, and none that knows an engine."""
 
 __all__ = [
+    "check_line",
     "checkpoint",
     "cli",
     "clients",
+    "concurrently",
     "dataset",
     "delta",
     "directory",
@@ -19,4 +21,5 @@ __all__ = [
     "rollout",
     "sampling",
     "spec",
+    "training",
 ]

@@ -18,11 +18,30 @@ from hotload.cli.outcome import MACHINE, CommandResult, tell
 from hotload.cli.progress import progress_bar
 from hotload.cli.refusals import UsageError, refusal
 from hotload.cli.report import report
+from hotload.cli.service import reset_ledger_by_hand, show_ledger, show_status
+from hotload.cli.store import (
+    delete_snapshot,
+    list_snapshots,
+    pin_snapshot,
+    show_chain,
+    unpin_snapshot,
+    verify_store,
+)
 from hotload.errors import HotLoadError
 
 COMMANDS = {
     one.__name__: one
     for one in (encode, apply, verify, convert, fold, inspect, check, doctor, report)
+} | {
+    "store list": list_snapshots,
+    "store show": show_chain,
+    "store verify": verify_store,
+    "store pin": pin_snapshot,
+    "store unpin": unpin_snapshot,
+    "store delete": delete_snapshot,
+    "service status": show_status,
+    "service ledger": show_ledger,
+    "service reset": reset_ledger_by_hand,
 }
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -5,6 +5,7 @@ HotLoadError
 ├── InvalidIdentityError (ValueError)         caller: choose another run, version or name; we stop
 │   └── IdentityConflictError                   the name is taken by other content
 ├── InvalidProblemsError (ValueError)         caller: mend the problem file; we stop
+├── InvalidInputError (ValueError)            caller, trainer: mend several of these; we stop
 ├── DeltaError (ValueError)                   the bytes are not the delta they claim; we stop
 │   └── ChecksumMismatchError                   a tensor is not what its checksum says
 ├── NeedsFullSnapshotError                    flow: publish a full snapshot; all that a flow catches
@@ -16,9 +17,11 @@ HotLoadError
 │   └── ReadinessTimeoutError (TimeoutError)    replicas did not converge in time
 ├── RolloutsFailedError                       operator: no sample of a part got an answer; we stop
 ├── FullSnapshotFailedError                   operator: fulls failed too; look at the replicas
-├── LeaseLostError                            nobody: another holds the service or groups; we stop
+├── ServicesFailedError                       operator: too few services serve it; look at those
+├── LeaseLostError                            nobody: another holds it, or it ran out; we stop
 ├── RewardError                               caller: mend the reward, or its service's key; we stop
 ├── RolloutFunctionError                      caller: the rollout function cannot be used; we stop
+├── TrainerError                              caller: the trainer cannot be used; we stop
 ├── StoreError (OSError)                      operator: bucket, path or rights are wrong; we stop
 │   └── StoreUnavailableError                   task: retry
 └── ServiceError                              carries status_code and the head of the body
@@ -33,6 +36,7 @@ late.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,6 +118,30 @@ class InvalidProblemsError(HotLoadError, ValueError):
     def __str__(self) -> str:
         where = f"{self.source}, row {self.row}" if self.row else self.source
         return f"problems refused: {where}: {self.reason}"
+
+
+class InvalidInputError(HotLoadError, ValueError):
+    """Several things that a cycle was given cannot be used: checkpoint, problems, reward, …"""
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
+
+    def __str__(self) -> str:
+        return "\n".join(self.reasons)
+
+
+def raise_together(errors: Sequence[HotLoadError]) -> None:
+    """Raise errors as one that tells each once; the error itself where there is one, none for none.
+
+    Raises:
+        HotLoadError: of several, InvalidInputError.
+    """
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        parts = (getattr(error, "reasons", (str(error),)) for error in errors)
+        raise InvalidInputError(tuple(reason for part in parts for reason in part))
 
 
 class DeltaError(HotLoadError, ValueError):
@@ -204,7 +232,19 @@ class FullSnapshotFailedError(HotLoadError):
         self.identity, self.detail = identity, detail
 
     def __str__(self) -> str:
-        return f"full snapshot {self.identity!r} failed: {self.detail}; look at the replicas"
+        look = "look at the replicas: `hotload service status` says what is next"
+        return f"full snapshot {self.identity!r} failed: {self.detail}; {look}"
+
+
+class ServicesFailedError(HotLoadError):
+    """Too few of a cycle's services serve its snapshot; `failures` says which do not, and why."""
+
+    def __init__(self, name: str, expected: str, failures: str) -> None:
+        super().__init__(name, expected, failures)
+        self.name, self.expected, self.failures = name, expected, failures
+
+    def __str__(self) -> str:
+        return f"{self.name}: expected {self.expected}; failed: {self.failures}; look at those"
 
 
 class RolloutsFailedError(HotLoadError):
@@ -225,7 +265,8 @@ class RolloutsFailedError(HotLoadError):
 
 
 class LeaseLostError(HotLoadError):
-    """Another holds, or took over, a lease: the publisher's, or a consumer's on rollouts."""
+    """A lease is lost, the publisher's or a consumer's on rollouts: to `holder`, or to time where
+    that is None."""
 
     def __init__(self, holder: str | None, detail: str) -> None:
         super().__init__(holder, detail)
@@ -258,6 +299,17 @@ class RolloutFunctionError(HotLoadError):
         return f"rollout function {self.name!r}: {self.reason}"
 
 
+class TrainerError(HotLoadError):
+    """The trainer of this name cannot be used, or did not keep to what a trainer is."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"trainer {self.name!r}: {self.reason}"
+
+
 class StoreError(HotLoadError, OSError):
     """The object store refused an operation for good."""
 
@@ -274,15 +326,26 @@ class StoreUnavailableError(StoreError):
 
 
 class ServiceError(HotLoadError):
-    """The hot-load service answered with an error, or not at all (`status_code` None)."""
+    """The hot-load service answered with an error, or not at all (`status_code` None).
 
-    def __init__(self, operation: str, status_code: int | None, detail: str) -> None:
-        super().__init__(operation, status_code, detail)
+    `advice` says which block it is about and what to do; empty where `detail` says that itself.
+    """
+
+    def __init__(
+        self, operation: str, status_code: int | None, detail: str, advice: str = ""
+    ) -> None:
+        super().__init__(operation, status_code, detail, advice)
         self.operation, self.status_code, self.detail = operation, status_code, detail
+        self.advice = advice
+
+    @property
+    def answer(self) -> str:
+        """What was asked and what came back, without the advice."""
+        status = "" if self.status_code is None else f"HTTP {self.status_code}: "
+        return f"{self.operation}: {status}{self.detail}"
 
     def __str__(self) -> str:
-        answer = "" if self.status_code is None else f"HTTP {self.status_code}: "
-        return f"{self.operation}: {answer}{self.detail}"
+        return f"{self.answer}. {self.advice}" if self.advice else self.answer
 
 
 class ServiceUnavailableError(ServiceError):

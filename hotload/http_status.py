@@ -1,6 +1,7 @@
 """HTTP status codes: what each says, whoever sent it (protocol §2, §13).
 
-What to do about it is the caller's to decide.
+What to do about it each caller decides: `clients.service.calls` for the hot-load service,
+`rollout.failures` for samples, `clients.store.failures` for a store.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ class StatusMeaning(Enum):
     GOOD = "the request was carried out"
     REDIRECT = "the answer is elsewhere, or not final"
     BAD_REQUEST = "this request is wrong or too large"
-    NO_ACCESS = "the key, its account or its rights do not do"
+    NO_ACCESS = "the key, its account or its rights are not enough"
     NOT_FOUND = "no such name, or not yet"
     NOT_LOADABLE = "suspended, or the adapter cannot be loaded"
     TOO_EARLY = "not yet; the service is swapping weights"
@@ -48,7 +49,8 @@ MAY_PASS = frozenset(
         StatusMeaning.SERVER_ERROR,
     }
 )
-"""What may be answered otherwise the next time."""
+"""What may be answered otherwise the next time, by inference or a store. The hot-load service's own
+answers are fewer: it knows no 425."""
 
 
 def meaning_of(status_code: int) -> StatusMeaning:

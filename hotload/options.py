@@ -9,9 +9,17 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 TRAINER_OWNED = "your trainer owns its own training; remove the field"
 VENDOR_TRAINER = "it belongs to the vendor's own trainer, which does not run here; remove the field"
@@ -23,7 +31,7 @@ REFUSED_FIELDS = {
     "job_id": VENDOR_TRAINER,
     "policy_job_id": VENDOR_TRAINER,
     "hot_load_trainer_job": "the bucket is yours: set the store's url instead",
-    "weight_sync_scope": "there is one service per cycle: choose it with `service`",
+    "weight_sync_scope": "choose services by name: `service`, and `other_services` beside it",
     "reattach_settle_timeout_s": VENDOR_TRAINER,
     "helm_args": "the service exists beforehand; hotload never creates one",
     "extra_args": "the service exists beforehand; hotload never creates one",
@@ -102,6 +110,12 @@ class SnapshotOptions(Declared):
     """Spelling of dtypes in model.weight.spec.json: `bfloat16` or `BF16`."""
     ledger_reset: LedgerReset = LedgerReset.NEVER
     """Reset the service's ledger when two full snapshots have failed, then try one more."""
+    trust_digests: bool = False
+    """Take the SHA-256 of shards from SHA256SUMS beside them, instead of reading them for it. The
+    trainer vouches for it: a wrong one is not found before the next full snapshot."""
+    link_baseline: bool = False
+    """Keep the trainer's files as the baseline by hard link. The trainer promises never to write
+    into a file of a published checkpoint again; removing them is fine."""
 
 
 class ReadinessPolicy(Declared):
@@ -118,6 +132,11 @@ class ReadinessPolicy(Declared):
     off-policy."""
     replica_count: int | None = Field(None, ge=1, le=10_000)
     """Replicas expected; empty asks the service's description."""
+    probe_sessions: int = Field(0, ge=0, le=256)
+    """After a load, sessions at most in which fixed tokens' log-probabilities are asked for, until
+    every replica has answered; a replica that differs has not loaded. 0 asks none."""
+    probe_tolerance: float = Field(0.05, gt=0, le=10)
+    """Nats a token by which replicas, and the trainer's probe.json, may differ on average."""
     warmup_after_hotload: bool = True
     """Send small requests after a load, since the first ones may be slow. Never fatal."""
     warmup_max_retries: int = Field(10, ge=0, le=100)
@@ -159,10 +178,19 @@ class Concurrency(Declared):
         return self
 
 
+def _function_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        raise ValueError("expected `package.module:function`")
+    return name
+
+
+FunctionName = Annotated[str, Field(min_length=3, max_length=256), AfterValidator(_function_name)]
+
+
 class RolloutFunction(Declared):
     """A rollout of more than one turn, in the user's own code."""
 
-    name: str = Field(min_length=3, max_length=256)
+    name: FunctionName
     """`package.module:function`: `async def rollout(problem, sampler)`, returning a Trajectory, a
     list of Segments, or None to skip the sample."""
     arguments: dict[str, JsonValue] = {}
@@ -173,13 +201,6 @@ class RolloutFunction(Declared):
     trajectory_timeout_seconds: float = Field(3600, gt=0, le=86_400)
     """Seconds a whole trajectory may take, waits for a slot included; beyond, the sample is
     marked."""
-
-    @field_validator("name")
-    @classmethod
-    def _form(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-            raise ValueError("expected `package.module:function`")
-        return name
 
 
 class Groups(Declared):
@@ -260,7 +281,12 @@ class Problems(Declared):
     """Where the problems come from."""
 
     dataset: str = Field(min_length=1)
-    """Absolute path or file:// URI of a JSON-lines file: `id`, `prompt` or `messages`, `answer`."""
+    """Absolute path or URL (file://, s3://, gs://, hf://, …) of a file, of files (`train-*`), or of
+    a directory of shards: JSON lines, a JSON array, Parquet or Arrow, plain, .gz or .zst."""
+    prompt_field: str | None = Field(None, min_length=1, max_length=128)
+    """Field with the prompt: text, token ids or messages. Empty is `prompt` or `messages`."""
+    answer_field: str = Field("answer", min_length=1, max_length=128)
+    """Field with the answer; `reward_model.ground_truth` is a field within a field."""
     max_rows: int | None = Field(None, ge=1)
     """Use the first N rows only."""
     prompt_groups_per_step: int | None = Field(None, ge=1)
@@ -277,7 +303,7 @@ class RewardSpec(Declared):
     a number or a mapping of named parts."""
     arguments: dict[str, JsonValue] = {}
     """Keyword arguments for the reward. Everybody who may look at the server sees them: a key of a
-    judge belongs into the worker's environment."""
+    judge belongs in the worker's environment."""
     environment: tuple[str, ...] = Field((), max_length=32)
     """Variables of a cloud that your reward may read (AWS_…, GOOGLE_…, AZURE_…); without being
     named they are withheld from it."""
@@ -298,9 +324,22 @@ class RewardSpec(Declared):
         return name
 
 
+class Prices(Declared):
+    """What publishing costs, in any currency. Without a price, money is neither shown nor compared;
+    with one, those that are left out are 0."""
+
+    per_gb_egress: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
+    """Of 10^9 bytes that a replica fetches from the store."""
+    per_gb_month: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
+    """Of 10^9 bytes stored for a month."""
+    per_hour_waited: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
+    """Of an hour from the first encoded byte until every replica serves: trainer and replicas that
+    wait."""
+
+
 class Wandb(Declared):
     """A run at Weights & Biases that gets every cycle's metrics; off unless `entity` is given. Its
-    package and WANDB_API_KEY belong into the worker's environment."""
+    package and WANDB_API_KEY belong in the worker's environment."""
 
     entity: str | None = Field(None, min_length=1, max_length=128)
     """User or team the run belongs to."""

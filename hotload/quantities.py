@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LONG = 1e12
+BYTES_PER_GB = 1e9
 
 
 def number(value: float) -> str:
@@ -63,3 +64,8 @@ def percent(part: float, whole: float) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 sample`, `2,000 samples`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def version_words(policy_version: int, line: int = 0) -> str:
+    """`3`, and `3 of line 1` where the run has gone on from an earlier version."""
+    return f"{policy_version} of line {line}" if line else str(policy_version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Self
 
@@ -32,6 +33,17 @@ class Record(BaseModel):
             where = [".".join(map(str, found["loc"]))] if found["loc"] else []
             noun = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
             raise StoreError(path, ": ".join([f"not a {noun}", *where, found["msg"]])) from None
+
+
+def schema_number_of(data: bytes) -> int:
+    """Read the schema number of a stored record that may be of a newer version; 0 if it has
+    none."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return 0
+    number = document.get("schema_number") if isinstance(document, dict) else None
+    return number if isinstance(number, int) else 0
 
 
 class FileDigest(Record):

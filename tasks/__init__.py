@@ -16,17 +16,17 @@ __all__ = [
     "baseline",
     "conclude",
     "encode",
-    "hand_back",
+    "nodes",
     "plan",
     "preflight",
+    "probe",
     "publication",
-    "records",
+    "retain",
     "roll_out",
     "show",
     "upload",
     "validate",
     "wait",
-    "warm_up",
 ]
 
 TRANSIENT = (ServiceUnavailableError, StoreUnavailableError)

@@ -15,7 +15,7 @@ from hotload.publish.snapshot import ShardBatch, SnapshotManifest, SnapshotPlan
 from tasks import RETRIED
 
 
-@task(cache_policy=NO_CACHE, task_run_name="hint-{batch.shards[0].file}")
+@task(cache_policy=NO_CACHE, task_run_name="hint-{batch.shards[0].file}{service.label}")
 async def hint_shards(
     service: HotLoadClient, store: Store, plan: SnapshotPlan, batch: ShardBatch
 ) -> ShardBatch:
@@ -35,7 +35,7 @@ async def hint_shards(
     return batch.model_copy(update={"hint_count": taken})
 
 
-@task(cache_policy=NO_CACHE, task_run_name="signal-{manifest.identity}", **RETRIED)
+@task(cache_policy=NO_CACHE, task_run_name="signal-{manifest.identity}{service.label}", **RETRIED)
 async def signal_snapshot(
     service: HotLoadClient, store: Store, manifest: SnapshotManifest, lease: Lease
 ) -> tuple[str, ...]:
@@ -55,15 +55,15 @@ async def signal_snapshot(
         return ()
     # Before the mark too: a publisher that lost the lease must not make its delta doubtful.
     await check_lease(store, lease)
-    await mark_signalled(store, manifest.identity)
+    await mark_signalled(store, service.access.service, manifest.identity)
     await check_lease(store, lease)
     try:
         return await service.signal(manifest)
     except SnapshotRejectedError as error:
         if error.status_code == 409 and (await service.observe()).mentions(manifest.identity):
             return ()
-        # 400 on a full is about its files, and the next full would have the same.
-        if manifest.kind is SnapshotKind.DELTA or error.status_code == 409:
+        # A refused full is about its files or its names, and the next full would have the same.
+        if manifest.kind is SnapshotKind.DELTA:
             raise LoadFailedError(manifest.identity, str(error)) from None
         raise
     except ServiceRefusedError as error:
@@ -73,7 +73,7 @@ async def signal_snapshot(
         raise
 
 
-@task(cache_policy=NO_CACHE, task_run_name="reset-ledger", **RETRIED)
+@task(cache_policy=NO_CACHE, task_run_name="reset-ledger{service.label}", **RETRIED)
 async def reset_ledger(service: HotLoadClient) -> None:
     """Make the service forget every hot-loaded snapshot; base weights answer until the next
     full."""

@@ -1,4 +1,4 @@
-"""Encode: delta shards against the baseline, each decoded again before it may travel."""
+"""Encode: delta shards against the baseline, every frame decoded again before it may travel."""
 
 import asyncio
 import hashlib
@@ -7,14 +7,16 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.context import TaskRunContext
 
-from hotload.directory.files import sha256_file
-from hotload.directory.shards import encode_file, open_shard, verify_file
+from hotload.clock import monotonic
+from hotload.delta.encode import DeltaStats
+from hotload.directory.files import AnyFile, FileDigests, sha256_file
+from hotload.directory.relayout import CheckpointView
+from hotload.directory.shards import encode_file, open_shard
 from hotload.errors import (
     BaselineLostError,
     DeltaError,
@@ -25,14 +27,21 @@ from hotload.publish.snapshot import Shard, ShardBatch, SnapshotPlan
 from hotload.publish.workspace import Workspace
 from hotload.quantities import size
 from hotload.records import FileDigest
+from tasks import RETRIED
 from tasks.validate import changed_since_validation
 
 
 class DeltaEncoder:
-    """Encodes the deltas of one plan, on one thread a core for as long as it is open."""
+    """Encodes the deltas of one plan, on one thread a core for as long as it is open.
 
-    def __init__(self, workspace: Workspace, checkpoint: Path, plan: SnapshotPlan) -> None:
-        self.workspace, self.checkpoint, self.plan = workspace, checkpoint, plan
+    Args:
+        digests: what they know of the checkpoint, and stays as it is, is not summed again.
+    """
+
+    def __init__(
+        self, workspace: Workspace, view: CheckpointView, plan: SnapshotPlan, digests: FileDigests
+    ) -> None:
+        self.workspace, self.view, self.plan, self.digests = workspace, view, plan, digests
         # numpy and zstd release the interpreter lock, so threads use every core there is.
         self._pool = ThreadPoolExecutor(os.cpu_count(), "encode")
 
@@ -61,20 +70,18 @@ class DeltaEncoder:
         base, out = self.workspace.baseline(previous), self.directory
         out.mkdir(parents=True, exist_ok=True)
         shards: list[Shard] = []
-        encode_seconds = verify_seconds = 0.0
+        start = monotonic()
         for shard in batch:
             if ended.is_set():
                 raise asyncio.CancelledError
-            files = base / shard.file, self.checkpoint / shard.file, out / shard.file
-            _require_base(files[0], previous)
-            start = monotonic()
-            delta = encode_file(*files)
-            encode_seconds += monotonic() - start
+            source = self.view.file(shard.file)
+            _require_base(base / shard.file, previous)
+            try:
+                delta = self._encode_file(base / shard.file, source, out / shard.file)
+            except DeltaError as error:
+                raise SelfCheckError(shard.file, str(error)) from error
             if delta.target_sha256 != shard.sha256:
                 raise changed_since_validation(shard.file, shard.sha256, delta.target_sha256)
-            start = monotonic()
-            _verify(*files)
-            verify_seconds += monotonic() - start
             shards.append(
                 Shard(
                     file=shard.file,
@@ -84,9 +91,14 @@ class DeltaEncoder:
                     content_sha256=delta.content_sha256,
                 )
             )
-        return ShardBatch(
-            shards=tuple(shards), encode_seconds=encode_seconds, verify_seconds=verify_seconds
-        )
+        return ShardBatch(shards=tuple(shards), encode_seconds=monotonic() - start)
+
+    def _encode_file(self, base: Path, target: AnyFile, out: Path) -> DeltaStats:
+        known = self.digests.known(target)
+        delta = encode_file(base, target, out, target_sha256=known, self_check=True)
+        if known is not None and self.digests.known(target) != known:  # it was touched meanwhile
+            delta = encode_file(base, target, out, self_check=True)
+        return delta
 
 
 def encode_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -94,7 +106,7 @@ def encode_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     encoder: DeltaEncoder = parameters["encoder"]
     workspace, plan = encoder.workspace, encoder.plan
     facts = [
-        ["encode", 2, workspace.account_id, workspace.deployment_id],
+        ["encode", 3, workspace.account_id, workspace.deployment_id],
         [plan.identity, plan.previous, "arc_v2"],
         [[shard.file, shard.sha256] for shard in parameters["batch"]],
     ]
@@ -106,13 +118,14 @@ def encode_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     persist_result=True,
     result_serializer="json",
     task_run_name="encode-{batch[0].file}",
+    **RETRIED,
 )
 async def encode_shards(encoder: DeltaEncoder, batch: tuple[FileDigest, ...]) -> ShardBatch:
     """Encode shards of the checkpoint against the baseline of the previous identity (wire-format
     §2).
 
-    Every delta is decoded with its base and compared with the target bit for bit before it is
-    believed (protocol §18, self-check). Written to a temporary file and renamed.
+    Every frame is decoded again and compared with what went into it, bit for bit, while that is in
+    memory (protocol §18, self-check). Written to a temporary file and renamed.
 
     Raises:
         InvalidCheckpointError: the trainer changed a file since it was validated.
@@ -141,13 +154,6 @@ def _require_base(path: Path, identity: str) -> None:
             return
     except InvalidCheckpointError as error:
         raise BaselineLostError(identity, str(error)) from error
-
-
-def _verify(base: Path, target: Path, delta: Path) -> None:
-    try:
-        verify_file(base, delta, target)
-    except DeltaError as error:
-        raise SelfCheckError(delta.name, str(error)) from error
 
 
 def _lie_in(directory: Path, shards: tuple[Shard, ...]) -> bool:

@@ -1,13 +1,45 @@
-"""Roll out: sample a chunk of problems as one task."""
+"""Roll out: small requests first, then the problems chunk by chunk, and the manifest that hands the
+parts back (design, rule 2; protocol §14)."""
 
 from collections.abc import Sequence
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from hotload.dataset.rollout_plan import RolloutPart
+from hotload.clients.inference.client import InferenceClient
+from hotload.clients.store import Store
+from hotload.dataset.rollout_plan import RolloutManifest, RolloutPart, RolloutPlan
+from hotload.options import ReadinessPolicy
+from hotload.rollout.counts import RolloutSummary, unnamed_samples
+from hotload.rollout.group_rules import usable_count
+from hotload.sampling.part_files import usable_manifest
+from hotload.sampling.problems import plan_rollouts
 from hotload.sampling.rollout import Rollout
+from hotload.spec import CycleSpec
 from tasks import RETRIED
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="plan-{identity}", **RETRIED)
+async def read_rollout_plan(spec: CycleSpec, identity: str, store: Store) -> RolloutPlan:
+    """Read the problems, and plan which of them this policy version samples under `identity`.
+
+    Raises:
+        InvalidProblemsError: they cannot be used, although they could before the cycle published.
+    """
+    return await plan_rollouts(spec, identity, store)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="warm-up")
+async def warm_up(client: InferenceClient, readiness: ReadinessPolicy) -> bool:
+    """Send a small request, and tell whether it was answered in time: the first ones after a swap
+    can be slow or fail. Best effort: nothing depends on it.
+    """
+    if not readiness.warmup_after_hotload:
+        return True
+    is_warm = await client.warm_up(retries=readiness.warmup_max_retries)
+    if not is_warm:
+        get_run_logger().warning("no answer to %d warm-up requests", readiness.warmup_max_retries)
+    return is_warm
 
 
 # A retry writes what was sampled; only the sampler's own budget repeats a request.
@@ -31,3 +63,44 @@ async def roll_out_chunk(rollout: Rollout, number: int) -> Sequence[RolloutPart]
         sum(part.size_bytes for part in parts),
     )
     return parts
+
+
+# Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.
+@task(cache_policy=NO_CACHE, **RETRIED)
+async def find_rollout(store: Store, directory: str, digest: str) -> RolloutSummary | None:
+    """Find the summary of a rollout that was handed back complete, by the plan with this digest.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    manifest = await usable_manifest(store, directory)
+    if manifest is None or not manifest.is_complete or manifest.digest != digest:
+        return None
+    return manifest.summary
+
+
+@task(cache_policy=NO_CACHE, task_run_name="hand-back-{manifest.identity}", **RETRIED)
+async def hand_back(store: Store, manifest: RolloutManifest, path: str) -> RolloutSummary:
+    """Write the manifest that names every part. From now on a reader may rely on it.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    await store.put_bytes(manifest.render(), path)
+    summary = manifest.summary
+    if unknown := unnamed_samples(summary):
+        get_run_logger().warning(
+            "%d samples are of unknown weights, although the service named those of others: a "
+            "replica served something else meanwhile, base weights perhaps; look at the replicas",
+            unknown,
+        )
+    if not usable_count(summary):
+        did = summary.groups
+        get_run_logger().warning(
+            "nothing to train on: %d groups, marked %s, dropped %s; samples failed by cause: %s",
+            summary.group_count,
+            did.groups_by_mark or "none",
+            did.dropped_groups or "none",
+            summary.failed_samples or "none",
+        )
+    return summary

@@ -12,6 +12,12 @@ settings.register_profile("hotload", deadline=None, suppress_health_check=[Healt
 settings.load_profile("hotload")
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes that are no text by their length: what is compressed differs from second to
+    second, and two workers must collect the same tests."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) and not val.isascii() else None
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The base model, then five steps after it: about 3 MB each, read only."""

@@ -131,8 +131,8 @@ async def listening(serve: Serve) -> AsyncIterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        # A client may connect at this very moment. asyncio fails an accepted connection whose server
-        # is closed before its handler has begun, some turns of the loop later: let it begin.
+        # A client may connect at this very moment. asyncio fails an accepted connection whose
+        # server is closed before its handler has begun, some turns of the loop later: let it begin.
         for listener in server.sockets:
             asyncio.get_running_loop().remove_reader(listener.fileno())
         for _ in range(10):

@@ -61,13 +61,18 @@ class LoopbackServer:
         """Where it answers, without a trailing slash."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int | None:
+        """The number of the process that holds the group, while it runs."""
+        return None if self._process is None else self._process.pid
+
     def start(self) -> None:
         """Start the process once; does not wait."""
         if self._process is not None:
             return
         refuse_unmarked(self._name)
         self._reserved.close()
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 ["sh", "-c", SHEPHERD, "sh", *self._command(self.port)],
                 stdin=subprocess.PIPE,
@@ -95,15 +100,18 @@ class LoopbackServer:
         raise RuntimeError(f"{self._name} did not start:\n{tail}")
 
     def stop(self) -> None:
-        """End the whole process group; safe to repeat."""
+        """Kill the whole process group; safe to repeat. It may be started again on its port."""
         self._reserved.close()
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             self._process.wait()
+        self._process = None
 
 
 def _prefect(port: int) -> list[str]:
+    url = os.environ.get("HOTLOAD_TEST_DATABASE")  # of tests/postgres.py; else SQLite
     return [
+        *(["env", f"PREFECT_SERVER_DATABASE_CONNECTION_URL={url}"] if url else []),
         *(sys.executable, "-m", "prefect", "server", "start"),
         *("--no-ui", "--host", "127.0.0.1", "--port", str(port)),
     ]

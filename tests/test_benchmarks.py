@@ -13,6 +13,7 @@ import pytest
 from benchmarks import checkpoints, swaps
 from benchmarks.peers import Plain, Sparse
 from hotload.rollout.counts import GroupCounts, RolloutSummary
+from hotload.training.policy_loss import PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,3 +124,18 @@ def test_swaps_names_the_count_that_is_not_equal(capsys: pytest.CaptureFixture[s
 
 def _rows(table: list[list[str]]) -> list[list[str]]:
     return [[cell.strip("| ") for cell in line] for line in table[2:]]
+
+
+def test_the_benchmark_of_losses_times_every_loss() -> None:
+    command = [sys.executable, "-m", "benchmarks.losses", "--tokens", "2000"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.findall(r"^\| (\w+) \| \d+ ms", run.stdout, re.MULTILINE) == list(PARAMETERS)
+    assert run.stdout.endswith("met\n")
+
+
+def test_the_benchmark_of_ranks_runs() -> None:
+    command = [sys.executable, "-m", "benchmarks.ranks", "--quick", "--layers", "1", "--turns", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"of the codec's in-memory encode: \d\.\d\d by wall", run.stdout)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.draw_losses import PICTURES, draw
 from hotload.publish.chain import TRANSITIONS
+from hotload.training.policy_loss import PARAMETERS, PolicyLoss
+from hotload.training.resume import RESUMPTION, STEP_TRANSITIONS, StepEvent
 
 ROOT = Path(__file__).resolve().parents[1]
 README_WORDS = 900
@@ -31,6 +34,36 @@ def test_the_picture_of_the_chain_is_drawn_from_the_table() -> None:
     )
     page = (ROOT / "docs" / "chain.md").read_text()
     assert f"stateDiagram-v2\n{drawn}\n" in page, f"docs/chain.md should show:\n{drawn}"
+
+
+def test_the_picture_of_a_step_is_drawn_from_the_table() -> None:
+    page = (ROOT / "docs" / "resume.md").read_text()
+    drawn = "\n".join(
+        f"    {before.value} --> {after.value}: {event.value}"
+        for (before, event), after in STEP_TRANSITIONS.items()
+        if event is not StepEvent.KILLED
+    )
+    assert f"stateDiagram-v2\n{drawn}\n" in page, f"docs/resume.md should show:\n{drawn}"
+    rows = "\n".join(
+        f"| {before.value} | {after.value} | {', '.join(RESUMPTION[after]) or '–'} |"
+        for (before, event), after in STEP_TRANSITIONS.items()
+        if event is StepEvent.KILLED
+    )
+    assert f"\n{rows}\n" in page, f"docs/resume.md should show:\n{rows}"
+
+
+def test_the_page_of_losses_shows_the_defaults_in_force() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text()
+    rows = []
+    for name, takes in PARAMETERS.items():
+        loss = PolicyLoss(policy_loss=name)
+        in_force = [(each, getattr(loss, each)) for each in (*takes, "kl_beta")]
+        shown = ", ".join(
+            f"`{each}` {'off' if value is None else f'{value:g}'}" for each, value in in_force
+        )
+        rows.append(f"| `{name}` | {shown} |")
+    drawn = "\n".join(rows)
+    assert f"\n{drawn}\n" in page, f"docs/losses.md should show:\n{drawn}"
 
 
 def test_the_readme_is_short() -> None:
@@ -71,3 +104,10 @@ def test_every_module_that_is_named_exists(page: Path) -> None:
         if path.with_suffix(".py").is_file() or path.is_dir():
             continue
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_pictures_of_the_losses_are_what_the_losses_do() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text()
+    for name in PARAMETERS:
+        assert f"](pictures/{name}.svg)" in page
+        assert (PICTURES / f"{name}.svg").read_text() == draw(name), "benchmarks.draw_losses"

@@ -19,9 +19,9 @@ def wait_until(is_so: Callable[[], object]) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-async def until(look: Callable[[], Awaitable[T]]) -> T:
+async def until(look: Callable[[], Awaitable[T]], patience_seconds: float = PATIENCE_SECONDS) -> T:
     """Look until the answer is true, and return it; TimeoutError if none is within a minute."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(patience_seconds):
         while not (found := await look()):  # noqa: ASYNC110 - it is asked, and says nothing by itself
             await asyncio.sleep(_LOOK_SECONDS)
         return found

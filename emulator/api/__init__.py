@@ -2,6 +2,7 @@
 
 __all__ = [
     "app",
+    "deployed_models",
     "extensions",
     "gateway",
     "generation",
@@ -9,4 +10,6 @@ __all__ = [
     "inference",
     "inference_request",
     "inference_response",
+    "plain_door",
+    "request_fields",
 ]

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from emulator.api import extensions, hot_load
-from emulator.api.inference import infer
+from emulator.api import deployed_models, extensions, hot_load, plain_door
+from emulator.api.inference import infer, list_models
 from emulator.control.settings import EmulatorConfig
 from emulator.failures import RefusedError
 from emulator.replicas.service import Service
@@ -22,10 +22,15 @@ from hotload.publish.fireworks_names import (
     COMPLETIONS_PATH,
     HINT_PATH,
     HOT_LOAD_PATH,
+    INFERENCE_PREFIX,
+    MODELS_PATH,
 )
 
-DEPLOYMENTS = "/v1/accounts/{account}/deployments"
+ACCOUNT = f"{ACCOUNTS_PATH}/{{account}}"
+DEPLOYMENTS = f"{ACCOUNT}/deployments"
 DEPLOYMENT = f"{DEPLOYMENTS}/{{deployment}}"
+MODELS = f"{ACCOUNT}/models"
+DEPLOYED = f"{ACCOUNT}/deployedModels"
 
 
 def create_app(config: EmulatorConfig) -> Starlette:
@@ -45,8 +50,15 @@ def create_app(config: EmulatorConfig) -> Starlette:
             await service.stop()
 
     routes = [
-        Route(COMPLETIONS_PATH, infer, methods=["POST"]),
-        Route(CHAT_PATH, infer, methods=["POST"]),
+        Route(prefix + path.removeprefix(INFERENCE_PREFIX), endpoint, methods=[method])
+        for path, endpoint, method in (
+            (COMPLETIONS_PATH, infer, "POST"),
+            (CHAT_PATH, infer, "POST"),
+            (MODELS_PATH, list_models, "GET"),
+        )
+        for prefix in (INFERENCE_PREFIX, "")  # the vendor's typed client leaves it out
+    ]
+    routes += [
         Route(HOT_LOAD_PATH, hot_load.signal, methods=["POST"]),
         Route(HOT_LOAD_PATH, hot_load.status, methods=["GET"]),
         Route(HINT_PATH, hot_load.hint, methods=["POST"]),
@@ -55,7 +67,19 @@ def create_app(config: EmulatorConfig) -> Starlette:
         Route(DEPLOYMENT, hot_load.get_deployment, methods=["GET"]),
         Route(DEPLOYMENT, hot_load.change_deployment, methods=["PATCH", "DELETE"]),
         Route(DEPLOYMENTS, hot_load.create_deployment, methods=["POST"]),
+        Route(DEPLOYMENTS, hot_load.list_deployments, methods=["GET"]),
+        Route(f"{MODELS}/{{model}}", hot_load.get_model, methods=["GET"]),
+        Route(MODELS, hot_load.list_account_models, methods=["GET"]),
+        Route(DEPLOYED, deployed_models.list_deployed, methods=["GET"]),
+        Route(DEPLOYED, deployed_models.load, methods=["POST"]),
+        Route(f"{DEPLOYED}/{{deployed}}", deployed_models.get_deployed, methods=["GET"]),
+        Route(f"{DEPLOYED}/{{deployed}}", deployed_models.unload, methods=["DELETE"]),
+        Route(ACCOUNT, hot_load.get_account, methods=["GET"]),
         Route(ACCOUNTS_PATH, hot_load.list_accounts, methods=["GET"]),
+    ]
+    if config.dialect == "plain":
+        routes = list(plain_door.ROUTES)
+    routes += [
         Route("/emulator/faults", extensions.add_faults, methods=["POST"]),
         Route("/emulator/faults", extensions.list_faults, methods=["GET"]),
         Route("/emulator/faults", extensions.clear_faults, methods=["DELETE"]),

@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from emulator.failures import RefusedError
+from emulator.failures import RefusedError, is_control_plane
 from emulator.replicas.service import Service
-from hotload.publish.fireworks_names import DEPLOYMENT_HEADER, MODEL_HEADER
+from hotload.publish.fireworks_names import API_KEY_HEADER
 
 CONTROL_LIMIT_BYTES = 1 << 20
 INFERENCE_LIMIT_BYTES = 16 << 20
@@ -98,10 +98,16 @@ async def struck(
 def check_key(service: Service, request: Request) -> None:
     """Return if the request carries a key, and the right one where one is set.
 
+    The control plane takes it in either header, the gateway as a bearer token alone; where there
+    are both, the bearer token counts (protocol §1).
+
     Raises:
         RefusedError: 401.
     """
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    authorization = request.headers.get("authorization", "")
+    if is_control_plane(request.url.path) and not authorization:
+        authorization = f"Bearer {request.headers.get(API_KEY_HEADER, '')}"
+    scheme, _, key = authorization.partition(" ")
     key = key.strip()
     if scheme.lower() != "bearer" or not key:
         raise RefusedError(401, "missing bearer token")
@@ -116,7 +122,11 @@ def check_names(service: Service, request: Request) -> None:
     Raises:
         RefusedError: 400 for a missing header, 404 for a wrong name.
     """
-    expected = {MODEL_HEADER: service.config.model, DEPLOYMENT_HEADER: service.config.deployment}
+    config = service.config
+    expected = {
+        config.api.model_header: config.model,
+        config.api.deployment_header: config.deployment,
+    }
     for header, name in expected.items():
         given = request.headers.get(header)
         if not given:

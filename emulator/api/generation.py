@@ -59,45 +59,52 @@ class GeneratedAnswer:
             piece.offsets.append(self._length + len(self._held) + len(piece.text))
             self.token_ids.append(token.id)
             is_last = len(self.token_ids) == self._request.max_tokens
+            text = ""
             if token.id in self._request.stop_ids:
                 piece.finish_reason = "stop"
             else:
-                piece.text += self._stream.add(token.id)
+                text = self._stream.add(token.id)
                 if is_last:
                     piece.finish_reason = "length"
-                    piece.text += self._stream.rest()
-            if self._request.stop and self._cut(piece):
-                piece.finish_reason = "stop"
+                    text += self._stream.rest()
+            piece.text += self._release(text, piece) if self._request.stop else text
             if piece.finish_reason is not None:
                 break
         self.is_done = piece.finish_reason is not None
         self._length += len(piece.text)
         return piece
 
-    def _cut(self, piece: Piece) -> bool:
-        """Whether a stop text was found; what may be the beginning of one is held back."""
-        text = self._held + piece.text
+    def _release(self, text: str, piece: Piece) -> str:
+        """Give out what came before and `text`, up to a stop text, which ends the piece; what may
+        be the beginning of one is held back.
+        """
+        text = self._held + text
         found = [at for stop in self._request.stop if (at := text.find(stop)) >= 0]
         if found:
-            piece.text, self._held = text[: min(found)], ""
-            return True
+            piece.finish_reason, self._held = "stop", ""
+            return text[: min(found)]
         keep = 0
         if piece.finish_reason is None:
             for stop in self._request.stop:
                 sizes = range(1, min(len(stop), len(text) + 1))
                 keep = max([keep, *(size for size in sizes if text.endswith(stop[:size]))])
-        piece.text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        return False
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
 
 
 class Generation:
     """Runs a request; afterwards knows its usage, timings and the identities it met."""
 
     def __init__(
-        self, service: Service, replica: Replica, request: InferenceRequest, session: str | None
+        self,
+        service: Service,
+        replica: Replica,
+        request: InferenceRequest,
+        session: str | None,
+        adapter: str | None,
     ) -> None:
         self._service, self.replica, self._request = service, replica, request
-        self._session = session
+        self._session, self._adapter = session, adapter
         self.prompt_count = sum(map(len, request.prompts))
         self.cached_count = self.completion_count = 0
         self.identities: list[str | None] = []
@@ -145,12 +152,11 @@ class Generation:
             for answer in waiting:
                 await service.clock.sleep(pause)
                 await self._open()
-                weights, served = self.replica.weights, self.replica.served
+                served = self.replica.serving(self._adapter)
                 left = request.max_tokens - len(answer.token_ids)
                 count = 1 if pause else min(burst, left)
-                yield answer.take(
-                    await self._compute(answer.choice.advance, weights, count), served
-                )
+                tokens = await self._compute(answer.choice.advance, served.weights, count)
+                yield answer.take(tokens, served.identity)
             waiting = [answer for answer in waiting if not answer.is_done]
         self._remember(answers, session)
 
@@ -158,28 +164,29 @@ class Generation:
         await self._open()
         started_at = time.perf_counter()
         replica, sampling = self.replica, self._request.sampling
-        engine, weights = self._service.around.engine, replica.weights
-        self._generation = replica.prompt_cache.generation
-        held, length = replica.prompt_cache.find(ids, session)
+        engine, served = self._service.around.engine, replica.serving(self._adapter)
+        self._cached, self._generation = served.prompt_cache, served.prompt_cache.generation
+        held, length = served.prompt_cache.find(ids, session)
         echo = self._request.echo_count is not None and self._request.logprobs is not None
 
         def prefill() -> Prompt:
             cache = held.prefix(length) if held is not None else None
-            return engine.prefill(weights, ids, sampling, cache, echo=echo)
+            return engine.prefill(served.weights, ids, sampling, cache, echo=echo)
 
         prompt = await self._compute(prefill)
         self.cached_count += prompt.cached_count
         if len(ids) > 1:
-            replica.prompt_cache.put(ids[:-1], prompt.cache, session, self._generation)
+            served.prompt_cache.put(ids[:-1], prompt.cache, session, self._generation)
         self.prefill_seconds += time.perf_counter() - started_at
         return prompt
 
     def _beginning(self, answer: GeneratedAnswer, prompt: Prompt) -> Piece:
         """A piece without tokens of its own; with `echo` it carries the prompt's."""
         request = self._request
-        piece = Piece(answer.index, [], "", [], self.replica.served, prompt=answer.prompt)
+        served = self.replica.serving(self._adapter).identity
+        piece = Piece(answer.index, [], "", [], served, prompt=answer.prompt)
         if request.echo_count is not None:
-            echoed = prompt.echoed or [Token(token, None, None) for token in answer.prompt]
+            echoed = prompt.echoed or [Token(token, 0.0, None) for token in answer.prompt]
             piece.echoed = echoed[max(0, len(echoed) - request.echo_count) :]
             piece.text = self._service.tokens.decode([token.id for token in piece.echoed])
         if not request.max_tokens:
@@ -193,7 +200,7 @@ class Generation:
         cache = getattr(answers[0].choice, "cache", None)
         tokens = answers[0].prompt + answers[0].token_ids
         if cache is not None:
-            self.replica.prompt_cache.put(tokens, cache, session, self._generation)
+            self._cached.put(tokens, cache, session, self._generation)
 
     async def _admit(self) -> None:
         """Wait for, or be refused by, a replica that swaps its weights."""

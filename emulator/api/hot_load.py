@@ -1,4 +1,4 @@
-"""Endpoints A to H: signal, status, hint, ledger, deployment, account (protocol §2)."""
+"""Endpoints A to H: signal, status, hint, ledger, deployment, model, account (protocol §2)."""
 
 from __future__ import annotations
 
@@ -95,11 +95,57 @@ async def change_deployment(request: Request) -> Response:
 
 
 @operation("deployment")
+async def list_deployments(request: Request) -> Response:
+    """List what F answers: the one deployment."""
+    service = service_of(request)
+    _check_account(service, request)
+    return _only("deployments", _deployment(service))
+
+
+@operation("deployment")
+async def get_model(request: Request) -> Response:
+    """Answer with the model that the deployment serves."""
+    service = service_of(request)
+    _check_account(service, request)
+    if request.path_params["model"] != service.config.model_id:
+        raise RefusedError(404, "model not found")
+    return json_response(_model(service))
+
+
+@operation("deployment")
+async def list_account_models(request: Request) -> Response:
+    """List the one model."""
+    service = service_of(request)
+    _check_account(service, request)
+    return _only("models", _model(service))
+
+
+@operation("deployment")
+async def get_account(request: Request) -> Response:
+    """Answer with the account."""
+    service = service_of(request)
+    _check_account(service, request)
+    return json_response(_account(service))
+
+
+@operation("deployment")
 async def list_accounts(request: Request) -> Response:
     """H: exactly one account, as the vendor's SDK insists."""
-    service = service_of(request)
-    accounts = [{"name": f"accounts/{service.config.account_id}", "state": "READY"}]
-    return json_response({"accounts": accounts, "nextPageToken": "", "totalSize": 1})
+    return _only("accounts", _account(service_of(request)))
+
+
+def _only(kind: str, resource: dict[str, Any]) -> Response:
+    """Write a list of one page and one entry."""
+    return json_response({kind: [resource], "nextPageToken": "", "totalSize": 1})
+
+
+def _account(service: Service) -> dict[str, Any]:
+    return {"name": f"accounts/{service.config.account_id}", "state": "READY"}
+
+
+def _model(service: Service) -> dict[str, Any]:
+    length = service.around.base_weights.context_length
+    return {"name": service.config.model, "state": "READY", "contextLength": length}
 
 
 def _check_account(service: Service, request: Request) -> None:

@@ -1,4 +1,6 @@
-"""Endpoints I and J: completions and chat, streamed or whole (protocol §11-§13)."""
+"""Endpoints I and J: completions and chat, streamed or whole, and the list of models
+(protocol §11-§13).
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,18 @@ from emulator.replicas.replica import Replica
 from emulator.replicas.service import Service
 from hotload.publish.fireworks_names import (
     AFFINITY_HEADER,
-    CHAT_PATH,
-    DEPLOYMENT_HEADER,
+    CHAT,
     DRAIN_TIMEOUT_HEADER,
     REQUEST_ID_HEADER,
     SESSION_HEADER,
+    model_name,
 )
 
 DRAIN_SECONDS = 90.0
 CUT = 499  # logged of an answer that did not come to its end, whatever status it began with
 SSE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
+SESSION_CHARS = 512
 
 
 @operation("inference")
@@ -65,6 +68,21 @@ async def infer(request: Request) -> Response:
     return response
 
 
+@operation("deployment")
+async def list_models(request: Request) -> Response:
+    """List the names that `model` of a request may have, in the form of OpenAI's API."""
+    service = service_of(request)
+    config = service.config
+    adapters = (model_name(config.account_id, identity) for identity in service.adapters())
+    beside = (f"{adapter}#{config.deployment}" for adapter in adapters)
+    names = (config.model, config.deployment, *beside)
+    entries = [
+        {"id": name, "object": "model", "created": 0, "owned_by": config.account_id}
+        for name in names
+    ]
+    return json_response({"object": "list", "data": entries})
+
+
 async def _answer(
     service: Service, request: Request, record: dict[str, Any], request_id: str
 ) -> Response:
@@ -73,22 +91,23 @@ async def _answer(
     parsed = InferenceRequest.parse(
         body,
         service.tokens,
-        is_chat=request.url.path == CHAT_PATH,
+        is_chat=request.url.path.endswith(CHAT),
         vocab_size=weights.vocab_size,
         context_length=weights.context_length,
     )
-    _check_model(service, request, parsed.model)
+    adapter = _named_adapter(service, request, parsed.model)
+    record["session"] = record["session"] or parsed.prompt_cache_key[:SESSION_CHARS] or None
     if parsed.wants_routing and service.config.engine != "stub":
         raise RefusedError(400, "include_routing_matrix: the model has no experts")
     drain_seconds = _drain_seconds(request.headers.get(DRAIN_TIMEOUT_HEADER))
     replica = service.pick(record["session"])
     record["replica"] = replica.name
-    where = {"replica": replica.name, "identity": replica.served}
+    where = {"replica": replica.name, "identity": replica.serving(adapter).identity}
 
     async def carry_out() -> Response:
         return await _whole(generation, writer, record, drain_seconds)
 
-    generation = Generation(service, replica, parsed, record["session"])
+    generation = Generation(service, replica, parsed, record["session"], adapter)
     writer = AnswerWriter(service.config, service.tokens, parsed, generation, f"cmpl-{request_id}")
     if service.faults.take("drain_expiry", **where) is not None:
         raise RefusedError(425, "hot loading: drain timeout passed")
@@ -139,7 +158,7 @@ async def _broken(
     service: Service, replica: Replica, chunks: AsyncIterator[tuple[bytes, int]]
 ) -> AsyncIterator[bytes | None]:
     """The events, cut or spoilt by an ordered fault; None breaks the connection."""
-    where = {"replica": replica.name, "identity": replica.served}
+    where = {"replica": replica.name, "identity": replica.served.identity}
     cut = service.faults.take("truncate_stream", **where)
     spoilt = cut or service.faults.take("stream_error", **where)
     count = 0
@@ -218,7 +237,7 @@ async def _disconnected(receive: Receive) -> None:
 
 def _session(request: Request) -> str | None:
     value = request.headers.get(SESSION_HEADER) or request.headers.get(AFFINITY_HEADER)
-    return value[:512] if value else None
+    return value[:SESSION_CHARS] if value else None
 
 
 def _drain_seconds(value: str | None) -> float:
@@ -233,14 +252,27 @@ def _drain_seconds(value: str | None) -> float:
     return seconds
 
 
-def _check_model(service: Service, request: Request, model: str) -> None:
-    """Return if `model` is the deployment, or the model with the deployment in its header (§11)."""
-    config, header = service.config, request.headers.get(DEPLOYMENT_HEADER)
+def _named_adapter(service: Service, request: Request, model: str) -> str | None:
+    """Find the adapter that `model` names, if any; the deployment is named alone, behind a # or in
+    its header (protocol §10, §11).
+
+    Raises:
+        RefusedError: 404 for what is not served here, 400 where the deployment is not named.
+    """
+    config = service.config
+    model, _, named = model.partition("#")
+    header = request.headers.get(config.api.deployment_header) or named or None
     if header is not None and header != config.deployment:
-        raise RefusedError(404, f"{DEPLOYMENT_HEADER} {header[:200]!r} not found")
+        raise RefusedError(404, f"{config.api.deployment_header} {header[:200]!r} not found")
+    if named not in ("", config.deployment):
+        raise RefusedError(404, f"Model not found: {named[:200]!r}")
     if model == config.deployment:
-        return
-    if model != config.model:
+        return None
+    adapters = {
+        model_name(config.account_id, identity): identity for identity in service.adapters()
+    }
+    if model != config.model and model not in adapters:
         raise RefusedError(404, f"Model not found: {model[:200]!r}")
     if header is None:
-        raise RefusedError(400, f"header {DEPLOYMENT_HEADER} is missing")
+        raise RefusedError(400, f"header {config.api.deployment_header} is missing")
+    return adapters.get(model)

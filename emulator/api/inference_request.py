@@ -6,43 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from emulator.api.request_fields import check_fields
 from emulator.engine.engine import SamplingParameters
 from emulator.engine.tokens import Tokens, UntokenizableError
 from emulator.failures import RefusedError
-from emulator.replicas.signals import refuse_extra
 
-SHARED_FIELDS = frozenset(
-    [
-        "model",
-        "n",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "logprobs",
-        "top_logprobs",
-        "stream",
-        "stream_options",
-        "perf_metrics_in_response",
-        "raw_output",
-        "return_token_ids",
-        "seed",
-        "stop",
-        "ignore_eos",
-        "user",
-        "echo",
-        "echo_last",
-        "context_length_exceeded_behavior",
-        "include_routing_matrix",
-        "routing_matrix_format",
-        "prompt_cache_key",
-        "prompt_cache_isolation_key",
-    ]
-)
 DEFAULT_MAX_TOKENS = 2048
 PROMPT_LIMIT = 128
 SEED_LIMIT = 1 << 64
+BIAS_LIMIT = 100
+PENALTY_LIMIT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +38,7 @@ class InferenceRequest:
     stop: tuple[str, ...]
     stop_ids: frozenset[int]
     echo_count: int | None
+    prompt_cache_key: str
 
     @classmethod
     def parse(
@@ -81,11 +55,12 @@ class InferenceRequest:
         Raises:
             RefusedError: 400, naming the field.
         """
-        refuse_extra(body, SHARED_FIELDS | {"messages" if is_chat else "prompt"})
+        check_fields(body, is_chat=is_chat)
         texts: list[str] = []
         try:
             if is_chat:
-                prompts = [tokens.chat(_messages(body.get("messages")))]
+                messages, tools = _messages(body.get("messages")), _tools(body.get("tools"))
+                prompts = [tokens.chat(messages, tools)]
             else:
                 prompts, texts = _prompts(body.get("prompt"), tokens)
         except UntokenizableError as error:
@@ -112,6 +87,10 @@ class InferenceRequest:
                 temperature=_number(body, "temperature", 0.0, 2.0, tokens.defaults, 1.0),
                 top_p=_number(body, "top_p", 0.0, 1.0, tokens.defaults, 1.0),
                 top_k=int(_number(body, "top_k", 0, 100, tokens.defaults, 0, whole=True)),
+                min_p=_number(body, "min_p", 0.0, 1.0, {}, 0.0),
+                logit_bias=_logit_bias(body.get("logit_bias"), vocab_size),
+                frequency_penalty=_penalty(body, "frequency_penalty"),
+                presence_penalty=_penalty(body, "presence_penalty"),
                 top_logprobs=top,
                 seed=None
                 if body.get("seed") is None
@@ -126,6 +105,7 @@ class InferenceRequest:
             stop=_stop(body.get("stop")),
             stop_ids=frozenset() if _flag(body, "ignore_eos") else tokens.stop_ids,
             echo_count=echo_count,
+            prompt_cache_key=body.get("prompt_cache_key") or "",
         )
 
 
@@ -161,6 +141,34 @@ def _messages(messages: object) -> list[dict[str, Any]]:
         elif content is not None and not isinstance(content, str):
             raise RefusedError(400, "messages: content should be text")
     return messages
+
+
+def _tools(tools: object) -> list[dict[str, Any]] | None:
+    """Tools for the chat template; like a template of Hugging Face, None where there are none."""
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RefusedError(400, "tools: Input should be a list of objects")
+    return tools
+
+
+def _logit_bias(biases: object, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    if biases is None:
+        return ()
+    if not isinstance(biases, dict):
+        raise RefusedError(400, "logit_bias: Input should be an object")
+    for token, bias in biases.items():
+        is_number = token.isascii() and token.isdigit() and len(token) < 10
+        if not (is_number and int(token) < vocab_size):
+            raise RefusedError(400, f"logit_bias: token ids should be below {vocab_size}")
+        if type(bias) not in (int, float) or not -BIAS_LIMIT <= bias <= BIAS_LIMIT:
+            reason = f"logit_bias: Input should be numbers from {-BIAS_LIMIT} to {BIAS_LIMIT}"
+            raise RefusedError(400, reason)
+    return tuple((int(token), float(bias)) for token, bias in biases.items())
+
+
+def _penalty(body: Mapping[str, Any], name: str) -> float:
+    return _number(body, name, -PENALTY_LIMIT, PENALTY_LIMIT, {}, 0.0)
 
 
 def _are_ids(values: list[Any]) -> bool:

@@ -109,7 +109,7 @@ class AnswerWriter:
             if request.wants_raw:
                 choice["raw_output"] = self._raw(written)
             choices.append(choice)
-        served = self._generation.identities[-1:] or [self._generation.replica.served]
+        served = self._generation.identities[-1:] or [self._generation.replica.served.identity]
         body = self._body("", served[0], choices)
         body["usage"] = self.usage()
         if request.wants_metrics:
@@ -162,12 +162,13 @@ class AnswerWriter:
         }
 
     def _raw(self, written: Written) -> dict[str, Any]:
+        """What the model gave, after what was echoed: the vendor's SDK counts on both (§12)."""
         return {
-            "completion": written.text,
+            "completion": written.echoed_text + written.text,
             "prompt_fragments": [self._tokens.decode(written.prompt, skip_special=False)],
             "prompt_token_ids": written.prompt,
-            "completion_token_ids": [token.id for token in written.tokens],
-            "completion_logprobs": self._logprobs(written, 0, []),
+            "completion_token_ids": [token.id for token in written.echoed + written.tokens],
+            "completion_logprobs": self._logprobs(written, 0, written.echoed),
         }
 
     def _logprobs(self, written: Written, since: int, echoed: list[Token]) -> object:

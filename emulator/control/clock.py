@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from hotload.clock import monotonic
 
 LOOP_PASSES = 12  # enough for an event to wake a task that wakes a task
 
@@ -21,7 +22,7 @@ class Clock:
 
     def __init__(self, *, is_real: bool) -> None:
         self._is_real = is_real
-        self._started_at = time.monotonic()
+        self._started_at = monotonic()
         self._skipped = 0.0
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
@@ -31,7 +32,7 @@ class Clock:
 
     def now(self) -> float:
         """Return the seconds since the start."""
-        passed = time.monotonic() - self._started_at if self._is_real else 0.0
+        passed = monotonic() - self._started_at if self._is_real else 0.0
         return passed + self._skipped
 
     @contextmanager

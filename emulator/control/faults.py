@@ -70,8 +70,8 @@ FAULTS: Mapping[str, FaultKind] = {
     "slow_swap": FaultKind("the swap of weights takes longer", {"seconds": 10.0}),
     "torn_apply": FaultKind("a delta fails after its first shard was changed in place"),
     "corrupt_object": FaultKind(
-        "flip a byte of a downloaded file (offset from its start; -1 is the last)",
-        {"file": "*.safetensors", "offset": -1},
+        "flip a bit in each of `size` bytes of a downloaded file, from `offset` on (-1: the last)",
+        {"file": "*.safetensors", "offset": -1, "size": 1},
     ),
     "missing_object": FaultKind("a file is not in the bucket", {"file": "*.safetensors"}),
     "late_object": FaultKind(

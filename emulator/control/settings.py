@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hotload.publish.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
 from hotload.publish.fireworks_names import deployment_name, model_name
 
 
@@ -17,7 +18,9 @@ class EmulatorConfig:
     With `clock="ticks"` that clock moves only by `POST /emulator/tick`, so that a test decides when
     a replica goes on to its next state. `chain_error`, `sync_new_requests`, `hint_status_code` and
     `reject_reset_prompt_cache` answer as one chooses what no public source settles (protocol §4,
-    §6, §9).
+    §6, §9). `dialect` chooses the door (protocol §22); with `base_identity` the base weights have
+    that name there, and no other full snapshot is taken. So many adapters as there are
+    `adapter_slots` are loaded side by side (protocol §10).
     """
 
     bucket: str
@@ -44,15 +47,27 @@ class EmulatorConfig:
     sync_new_requests: Literal["reject", "queue"] = "reject"
     hint_status_code: Literal[200, 400, 404, 500] = 200
     reject_reset_prompt_cache: bool = False
+    adapter_slots: int = 1
+    dialect: ApiDialectName = "fireworks"
+    base_identity: str | None = None
+
+    @property
+    def api(self) -> ApiDialect:
+        """How the door spells headers, names, paths and formats."""
+        return API_DIALECTS[self.dialect]
 
     @property
     def model(self) -> str:
-        """Resource name of the model."""
+        """Name of the model at this door."""
+        if not self.api.names_are_resources:
+            return self.model_id
         return model_name(self.account_id, self.model_id)
 
     @property
     def deployment(self) -> str:
-        """Resource name of the service."""
+        """Name of the service at this door."""
+        if not self.api.names_are_resources:
+            return self.deployment_id
         return deployment_name(self.account_id, self.deployment_id)
 
     @property

@@ -5,6 +5,7 @@ __all__ = [
     "engine",
     "llama",
     "numpy_engine",
+    "quantized",
     "stub",
     "tokens",
     "torch_engine",

@@ -1,16 +1,17 @@
-"""From logits to tokens: temperature, top-k, top-p, and both log-probabilities (protocol §12)."""
+"""From logits to tokens: bias, penalties, filters, and both log-probabilities (protocol §12)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from emulator.engine.engine import EngineWeights, SamplingParameters, Token
+from emulator.engine.engine import EngineWeights, SamplingParameters, Token, first_of_prompt
 
 Doubles = npt.NDArray[np.float64]
 
@@ -42,6 +43,7 @@ class DecodedChoice:
     cache: Any
     rng: np.random.Generator
     stop_ids: frozenset[int]
+    counts: Counter[int] = field(default_factory=Counter)  # of the tokens drawn so far
 
     def advance(self, weights: EngineWeights, count: int) -> list[Token]:
         """Sample at most `count` tokens from `weights`; ends early after a stop id, which is
@@ -50,8 +52,9 @@ class DecodedChoice:
         tokens: list[Token] = []
         for _ in range(count):
             logits = weights.forward([self.pending], self.cache)[-1]
-            tokens.append(draw(logits, self.sampling, self.rng))
+            tokens.append(draw(logits, self.sampling, self.rng, self.counts))
             self.pending = tokens[-1].id
+            self.counts[self.pending] += 1
             if self.pending in self.stop_ids:
                 break
         return tokens
@@ -74,7 +77,7 @@ def prefill(
     echoed: list[Token] = []
     rest = list(ids[cached_count:-1])
     if echo:
-        echoed.append(Token(ids[0], None, None))
+        echoed.append(first_of_prompt(ids[0], sampling.top_logprobs))
         if rest:
             logits = weights.forward(rest, held, all_positions=True)
             pairs = zip(ids[1:], logits, strict=True)
@@ -85,20 +88,23 @@ def prefill(
 
 
 def draw(
-    logits: npt.NDArray[np.float32], sampling: SamplingParameters, rng: np.random.Generator
+    logits: npt.NDArray[np.float32],
+    sampling: SamplingParameters,
+    rng: np.random.Generator,
+    counts: Mapping[int, int],
 ) -> Token:
-    """Draw one token from `logits` (`[vocab]`).
+    """Draw one token from `logits` (`[vocab]`), after those that `counts` counts.
 
     Raises:
         FloatingPointError: the logits are not numbers, as with weights that are not.
     """
     raw = _raw(logits)
     top = _top(raw, sampling.top_logprobs)
+    shifted = _shifted(raw, sampling, counts) if sampling.shifts_logits else raw
     if sampling.temperature == 0.0:
-        best = int(raw.argmax())
+        best = int(shifted.argmax())
         return Token(best, float(raw[best]), 0.0, top)
-    plain = sampling.temperature == 1.0 and sampling.top_p >= 1.0 and not sampling.top_k
-    sampled = raw if plain else truncated(raw, sampling)
+    sampled = raw if sampling.is_plain else truncated(shifted, sampling)
     # Inverse of the cumulative distribution: one random number a token, whatever the vocabulary.
     cumulative = np.cumsum(np.exp(sampled))
     chosen = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
@@ -106,11 +112,14 @@ def draw(
 
 
 def truncated(raw: Doubles, sampling: SamplingParameters) -> Doubles:
-    """Compute the log-probabilities really sampled from: temperature, then top-k, then top-p,
-    renormalised.
+    """Compute the log-probabilities really sampled from: temperature, then min-p, then top-k, then
+    top-p, renormalised.
     """
     scaled = log_softmax(raw / sampling.temperature)
     keep = np.ones(len(scaled), dtype=bool)
+    if sampling.min_p:
+        keep = scaled >= scaled.max() + math.log(sampling.min_p)
+        scaled = log_softmax(np.where(keep, scaled, -np.inf))
     order = np.argsort(-scaled, kind="stable")
     if 0 < sampling.top_k < len(scaled):
         keep[order[sampling.top_k :]] = False
@@ -128,6 +137,16 @@ def log_softmax(values: Doubles) -> Doubles:
     with np.errstate(invalid="ignore"):
         shifted = values - values.max()
         return shifted - np.log(np.exp(shifted).sum())
+
+
+def _shifted(raw: Doubles, sampling: SamplingParameters, counts: Mapping[int, int]) -> Doubles:
+    """Add the bias to `raw`, and subtract the penalties of the tokens that the answer has."""
+    shifted = raw.copy()
+    for token, bias in sampling.logit_bias:
+        shifted[token] += bias
+    for token, count in counts.items():
+        shifted[token] -= count * sampling.frequency_penalty + sampling.presence_penalty
+    return shifted
 
 
 def _observed(token: int, logits: npt.NDArray[np.float32], top_logprobs: int) -> Token:

@@ -50,12 +50,13 @@ class EngineWeights(Protocol):
 class Token(NamedTuple):
     """One sampled, or echoed, token.
 
-    `logprob` is raw, at temperature 1; `sampling_logprob` is under the distribution really sampled
-    (protocol §12). Both are None for the first prompt token, the second for every prompt token.
+    `logprob` is raw, at temperature 1, without filters, bias and penalties; `sampling_logprob` is
+    under the distribution really sampled (protocol §12), None for every prompt token. The first
+    prompt token is given, not predicted: its `logprob` is 0.
     """
 
     id: int
-    logprob: float | None
+    logprob: float
     sampling_logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
     routing: str | None = None
@@ -63,13 +64,37 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
-    """How a token is drawn; `top_k` 0 means all, `temperature` 0 the most likely one."""
+    """How a token is drawn; `top_k` 0 means all, `temperature` 0 the most likely one.
+
+    `min_p` is a share of the most likely token's probability; `logit_bias` is per token id; the
+    penalties are for tokens the answer has, per occurrence and once.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     top_logprobs: int = 0
     seed: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution."""
+        is_unfiltered = self.top_p >= 1.0 and not self.top_k and not self.min_p
+        return self.temperature == 1.0 and is_unfiltered and not self.shifts_logits
+
+    @property
+    def shifts_logits(self) -> bool:
+        """Whether a bias or a penalty is added to the logits."""
+        return bool(self.logit_bias or self.frequency_penalty or self.presence_penalty)
+
+
+def first_of_prompt(token: int, top_logprobs: int) -> Token:
+    """Make the echoed first token, its own only alternative where alternatives are asked for."""
+    return Token(token, 0.0, None, ((token, 0.0),) * min(1, top_logprobs))
 
 
 class Choice(Protocol):

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emulator.engine.engine import SamplingParameters, Token
-from emulator.engine.llama import LlamaShape
-from emulator.engine.weights import read_json, read_tensors, shard_names
+from emulator.engine.engine import SamplingParameters, Token, first_of_prompt
+from emulator.engine.weights import read_json, shard_names
 from hotload.checkpoint.names import CONFIG_FILE
+from hotload.checkpoint.sub_configs import language_config, vocab_size
+from hotload.directory.shards import open_shard
 
 # Four layers of two experts: the form of a routing matrix, for clients that ask for one.
 ROUTING = base64.b64encode(bytes([0, 1, 2, 3, 0, 2, 1, 3])).decode()
 FIRST_ID, CYCLE = 5, 11
 LOGPROB = -0.5
+# Of a model whose config does not tell.
+VOCAB_SIZE, CONTEXT_LENGTH = 1000, 2048
 
 
 @dataclass(slots=True)
@@ -89,11 +92,16 @@ class StubEngine:
     is_inline = True
 
     def load(self, directory: Path, adapter: Path | None = None) -> StubWeights:
-        """Vocabulary and context length; every shard is read once, as a server would."""
-        shape = LlamaShape.parse(read_json(directory / CONFIG_FILE))
-        if shard_names(directory):
-            read_tensors(directory)
-        return StubWeights(shape.vocab_size, shape.context_length)
+        """Vocabulary and context length of any model; every tensor is read once."""
+        config = read_json(directory / CONFIG_FILE)
+        for name in shard_names(directory):
+            with open_shard(directory / name) as shard:
+                for tensor in shard.header.tensors:
+                    raw = bytearray(tensor.size_bytes)
+                    shard.read_into(shard.header.data_start + tensor.start, memoryview(raw))
+        length = language_config(config).get("max_position_embeddings")
+        context_length = length if isinstance(length, int) and length > 0 else CONTEXT_LENGTH
+        return StubWeights(vocab_size(config) or VOCAB_SIZE, context_length)
 
     def prefill(
         self,
@@ -106,8 +114,8 @@ class StubEngine:
     ) -> StubPrompt:
         """Count the prompt."""
         cached_count = 0 if cache is None or echo else cache.length
-        echoed = [Token(ids[0], None, None)] if echo else []
-        echoed += [Token(token, LOGPROB, None) for token in ids[1:]] if echo else []
-        return StubPrompt(
-            weights.vocab_size, sampling.top_logprobs, cached_count, StubCache(len(ids) - 1), echoed
-        )
+        top = sampling.top_logprobs
+        echoed = [first_of_prompt(ids[0], top)] if echo else []
+        for token in ids[1:] if echo else ():
+            echoed.append(Token(token, LOGPROB, None, ((token, LOGPROB),) * min(1, top)))
+        return StubPrompt(weights.vocab_size, top, cached_count, StubCache(len(ids) - 1), echoed)

@@ -83,7 +83,9 @@ class Tokens:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
         return ids
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[int]:
         """Turn a conversation into token ids, up to where the assistant speaks next.
 
         Raises:
@@ -91,7 +93,9 @@ class Tokens:
         """
         try:
             compiled = _environment().from_string(self.template)
-            text = compiled.render(messages=messages, add_generation_prompt=True, **self.special)
+            text = compiled.render(
+                messages=messages, tools=tools, add_generation_prompt=True, **self.special
+            )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UntokenizableError(f"chat template: {error}") from None
         return self.encode(text, add_special=False)

@@ -12,7 +12,9 @@ import numpy as np
 
 from emulator.engine.engine import UnsupportedModelError
 from emulator.engine.llama import FloatArray, LlamaWeights
+from emulator.engine.quantized import SCALES, apply_scales, e4m3, e5m2, e8m0
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
+from hotload.checkpoint.quantization import declared_block
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
 from hotload.directory.shards import open_shard
 
@@ -64,17 +66,27 @@ def shard_names(directory: Path) -> list[str]:
 
 
 def read_tensors(directory: Path) -> dict[str, FloatArray]:
-    """Read every tensor of the checkpoint by name, widened to float32."""
+    """Read every tensor of the checkpoint by name, widened to float32; those in FP8 multiplied by
+    their scales.
+    """
     tensors: dict[str, FloatArray] = {}
+    quantized: list[str] = []
     for name in shard_names(directory):
         with open_shard(directory / name) as shard:
             for tensor in shard.header.tensors:
-                widen = WIDEN.get(tensor.dtype)
+                dtype = tensor.dtype
+                if dtype == "U8" and tensor.name.endswith(SCALES):
+                    dtype = "F8_E8M0"  # as it was written before torch had a name for it
+                widen = WIDEN.get(dtype)
                 if widen is None:
-                    raise UnsupportedModelError(f"tensor {tensor.name!r} has dtype {tensor.dtype}")
+                    raise UnsupportedModelError(f"tensor {tensor.name!r} has dtype {dtype}")
                 raw = bytearray(tensor.size_bytes)
                 shard.read_into(shard.header.data_start + tensor.start, memoryview(raw))
                 tensors[tensor.name] = widen(raw).reshape(tensor.shape)
+                if dtype in FP8:
+                    quantized.append(tensor.name)
+    if quantized:
+        apply_scales(tensors, quantized, declared_block(read_json(directory / CONFIG_FILE)))
     return tensors
 
 
@@ -133,4 +145,8 @@ WIDEN: Mapping[str, Callable[[bytearray], FloatArray]] = {
     "BF16": _bfloat16,
     "F16": lambda raw: np.frombuffer(raw, "<f2").astype(np.float32),
     "F32": lambda raw: np.frombuffer(raw, "<f4").copy(),
+    "F8_E4M3": e4m3,
+    "F8_E5M2": e5m2,
+    "F8_E8M0": e8m0,
 }
+FP8 = ("F8_E4M3", "F8_E5M2")

@@ -1,6 +1,7 @@
 """The fleet: the service, its replicas, what they load and serve."""
 
 __all__ = [
+    "adapters",
     "arrival",
     "bucket",
     "ledger",

@@ -70,6 +70,15 @@ class Disk:
             raise MissingObjectError(f"{min(missing)} of {load.identity!r} is missing")
         return staged
 
+    def copy(self, load: Load, directory: Path) -> Path:
+        """Take the files of a local directory for the snapshot, as a base that has a name."""
+        staged = self._directory / "arriving" / load.identity
+        staged.mkdir(parents=True, exist_ok=True)
+        for path in directory.iterdir():
+            if path.is_file():
+                copy_file(path, staged / path.name)
+        return staged
+
     def merge(self, load: Load, arrived: Path, held: Path) -> Path:
         """Merge the delta in `arrived` into a full checkpoint, on the one in `held`.
 
@@ -117,5 +126,7 @@ class Disk:
         if fault is None or not path.stat().st_size:
             return
         data = bytearray(path.read_bytes())
-        data[int(fault["offset"]) % len(data)] ^= 0x01
+        start = int(fault["offset"]) % len(data)
+        for at in range(start, min(len(data), start + int(fault["size"]))):
+            data[at] ^= 0x01
         path.write_bytes(data)

@@ -40,10 +40,13 @@ class LedgerEntry:
 
 
 class Ledger:
-    """Entries in the order they were signalled; `reset` forgets them."""
+    """Entries in the order they were signalled, and the adapters that are loaded; `reset` forgets
+    them.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, adapter_slots: int) -> None:
         self._entries: dict[str, LedgerEntry] = {}
+        self._slots, self._adapters = adapter_slots, list[Load]()
 
     def add(self, entry: LedgerEntry) -> None:
         """Record an accepted signal."""
@@ -53,30 +56,40 @@ class Ledger:
         """Find the entry of an identity."""
         return self._entries.get(identity)
 
+    def serve(self, load: Load) -> None:
+        """Note what replicas serve now: an adapter more, or other weights and no adapter."""
+        others = [one for one in self._adapters if one != load]
+        is_lora = load.kind is SnapshotKind.LORA
+        self._adapters = [*others, load][-self._slots :] if is_lora else []
+
+    def unload(self, identity: str) -> None:
+        """Note that an adapter is not loaded any more."""
+        self._adapters = [one for one in self._adapters if one.identity != identity]
+
     def reset(self) -> None:
         """Forget every entry."""
         self._entries.clear()
+        self._adapters = []
 
     def render(self) -> list[dict[str, Any]]:
         """Show all entries, newest first."""
         return [entry.render() for entry in reversed(self._entries.values())]
 
     def chain(self) -> list[Load]:
-        """List what a late joiner replays: the last full, the deltas after it, the last adapter on
-        top.
+        """List what a late joiner replays: the last full, the deltas after it, the adapters on top.
 
         A snapshot that failed wherever it was tried is left out.
         """
         chain: list[Load] = []
-        adapter: Load | None = None
+        coming: list[Load] = []
         for entry in self._entries.values():
             load = entry.load
             if entry.errors and not entry.ready_at:
                 continue
-            if load.kind is SnapshotKind.LORA:
-                adapter = load
+            if load.kind is SnapshotKind.LORA and not entry.ready_at:
+                coming = [load]
             elif load.kind is SnapshotKind.FULL:
-                chain, adapter = [load], None
+                chain = [load]
             elif chain and chain[-1].identity == load.previous:
-                chain, adapter = [*chain, load], None
-        return [*chain, adapter] if adapter else chain
+                chain = [*chain, load]
+        return [*chain, *self._adapters, *coming]

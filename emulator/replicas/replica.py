@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from emulator.control.clock import Clock
 from emulator.control.faults import Faults
 from emulator.control.settings import EmulatorConfig
 from emulator.engine.engine import Engine
+from emulator.failures import RefusedError
+from emulator.replicas.adapters import FAILED, LOADING, AdapterSlots, ServedWeights
 from emulator.replicas.arrival import Disk, Load
 from emulator.replicas.bucket import MissingObjectError, SnapshotBucket
 from emulator.replicas.prompt_cache import PromptCache
@@ -56,8 +59,8 @@ class Replica:
         self.readiness = True
         self.current: str | None = None
         self.stage, self.target = "idle", ""
-        self.adapters: dict[str, str] = {}
-        self.weights = around.base_weights
+        self.adapters = AdapterSlots(around.config.adapter_slots)
+        self._plain = around.base_weights
         self.prompt_cache = PromptCache()
         self.in_flight = 0
         self.is_down = False
@@ -65,7 +68,6 @@ class Replica:
         self.loading: str | None = None
         self.applications: list[dict[str, Any]] = []
         self._held: Path | None = None
-        self._adapter: Path | None = None
         self._is_torn = False
         self._task: asyncio.Task[None] | None = None
         self.gate = asyncio.Event()
@@ -73,15 +75,30 @@ class Replica:
         self._drained = asyncio.Event()
 
     @property
-    def served(self) -> str | None:
-        """The identity answers come from: the adapter's if one is loaded; None on base weights."""
-        loaded = [identity for identity, status in self.adapters.items() if status == "loaded"]
-        return loaded[-1] if loaded else self.current
+    def served(self) -> ServedWeights:
+        """What answers where no adapter is named: the newest, else the weights without any."""
+        newest = self.adapters.newest
+        if newest is not None:
+            return replace(newest, prompt_cache=self.prompt_cache)
+        return ServedWeights(self.current, self._plain, self.prompt_cache)
+
+    def serving(self, adapter: str | None) -> ServedWeights:
+        """Find what answers a request.
+
+        Raises:
+            RefusedError: 404, the adapter that it names is not loaded.
+        """
+        if adapter is None:
+            return self.served
+        found = self.adapters.find(adapter)
+        if found is None:
+            raise RefusedError(404, f"adapter {adapter!r} is not loaded")
+        return found
 
     def load(self, load: Load) -> None:
         """Begin to load, after whatever this replica does now."""
         self.loading = load.identity
-        self._begin(self._load(load))
+        self._begin(partial(self._load, load))
 
     def refuse(self, load: Load, reason: str) -> None:
         """Show an error for a load that was never begun."""
@@ -91,25 +108,30 @@ class Replica:
         """Go down at once, drop everything, come back with `loads` replayed, or on base weights."""
         self.stop()
         self.starts += 1
-        self.weights = self._around.base_weights
+        self._plain = self._around.base_weights
         self.readiness, self.is_down = False, True
-        self.current, self.loading, self.adapters = None, None, {}
-        self._held = self._adapter = None
+        self.current, self.loading, self._held = None, None, None
+        self.adapters.clear()
         self._is_torn = False
         self.stage, self.target = "pending", ""
         self.prompt_cache = PromptCache()
         self.gate.set()
-        self._begin(self._come_back([] if on_base else loads))
+        self._begin(partial(self._come_back, [] if on_base else loads))
 
     def reset(self) -> None:
         """Serve base weights from now on, as after a ledger reset; running requests go on."""
         self.stop()
-        self.weights, self.current, self.loading = self._around.base_weights, None, None
-        self._held = self._adapter = None
-        self.adapters, self._is_torn = {}, False
+        self._plain, self.current, self.loading = self._around.base_weights, None, None
+        self._held, self._is_torn = None, False
+        self.adapters.clear()
         self.stage, self.target, self.readiness, self.is_down = "idle", "", True, False
         self.prompt_cache.swap("all")
         self.gate.set()
+
+    def unload(self, adapter: str) -> None:
+        """Free the slot of an adapter; requests that named none go on without it."""
+        if self.adapters.remove(adapter):
+            self.prompt_cache.swap("all")
 
     def stop(self) -> None:
         """Cancel what is loading; what begins next waits for its thread."""
@@ -132,12 +154,12 @@ class Replica:
             "current_snapshot_identity": self.current,
             "loading_state": state,
         }
-        if self.adapters:
-            listed = self.adapters.items()
+        if self.adapters.statuses:
+            listed = self.adapters.statuses.items()
             shown["loaded_adapters"] = [{"identity": i, "status": s} for i, s in listed]
         return shown
 
-    def _begin(self, work: Awaitable[None]) -> None:
+    def _begin(self, work: Callable[[], Awaitable[None]]) -> None:
         before = self._task
 
         async def after() -> None:
@@ -145,7 +167,7 @@ class Replica:
                 if before is not None and not before.done():
                     with self._around.clock.resting():
                         await asyncio.wait([before])
-                await work
+                await work()
 
         self._task = asyncio.create_task(after())
 
@@ -153,7 +175,7 @@ class Replica:
         faults = self._around.faults
         self.stage, self.target = "pending", load.identity
         if load.kind is SnapshotKind.LORA:
-            self.adapters[load.identity] = "loading"
+            self.adapters.statuses[load.identity] = LOADING
         try:
             await self._state()
             if faults.take("restart_to_base", replica=self.name, identity=load.identity):
@@ -166,8 +188,8 @@ class Replica:
             await self._state()
             arrived = await self._arrive(load)
             weights = await self._weights(load, arrived)
-            await self._keep(load, arrived, "applied")
-            await self._swap(weights, load)
+            kept = await self._keep(load, arrived, "applied")
+            await self._swap(weights, load, kept)
         except Exception as error:  # noqa: BLE001 - a replica outlives whatever it has to load
             self._fail(load, error)
         else:
@@ -184,8 +206,8 @@ class Replica:
                 await self._state()
                 arrived = await self._arrive(load)
                 weights = await self._weights(load, arrived)
-                await self._keep(load, arrived, "replayed")
-                self._serve(load, weights)
+                kept = await self._keep(load, arrived, "replayed")
+                self._serve(load, weights, kept)
                 served = load
             self.stage = "completed" if loads else "idle"
         except Exception as error:  # noqa: BLE001 - it then serves what it got so far
@@ -199,6 +221,9 @@ class Replica:
 
         A delta that cannot be merged leaves the base torn: later deltas fail until a full arrives.
         """
+        config = self._around.config
+        if load.identity == config.base_identity:
+            return await self._in_thread(self._disk.copy, load, config.base_model)
         for look in range(LOOKS):
             try:
                 arrived = await self._in_thread(self._disk.fetch, load)
@@ -226,16 +251,18 @@ class Replica:
         under = self._held or self._around.base.directory
         return await self._in_thread(self._around.engine.load, under, arrived)
 
-    async def _keep(self, load: Load, arrived: Path, result: str) -> None:
+    async def _keep(self, load: Load, arrived: Path, result: str) -> Path:
         kept = await self._in_thread(self._disk.keep, load, arrived)
+        beside: list[Path | None] = []
         if load.kind is SnapshotKind.LORA:
-            self._adapter = kept
+            beside = [self._held, *self.adapters.directories]
         else:
-            self._held, self._adapter, self._is_torn = kept, None, False
-        await self._in_thread(self._disk.forget_others, self._held, self._adapter)
+            self._held, self._is_torn = kept, False
+        await self._in_thread(self._disk.forget_others, kept, *beside)
         self._log(load, result, None)
+        return kept
 
-    async def _swap(self, weights: Any, load: Load) -> None:
+    async def _swap(self, weights: Any, load: Load, kept: Path) -> None:
         """Change weights, unready; ASYNC pauses requests, SYNC drains them (protocol §9)."""
         clock = self._around.clock
         self.readiness = False
@@ -247,16 +274,16 @@ class Replica:
         await self._state()
         fault = self._around.faults.take("slow_swap", replica=self.name, identity=load.identity)
         await clock.sleep(float(fault["seconds"]) if fault else 0.0)
-        self._serve(load, weights)
+        self._serve(load, weights, kept)
         self.stage, self.readiness = "completed", True
         self.gate.set()
 
-    def _serve(self, load: Load, weights: Any) -> None:
-        self.weights = weights
+    def _serve(self, load: Load, weights: Any, kept: Path) -> None:
         if load.kind is SnapshotKind.LORA:
-            self.adapters = {load.identity: "loaded"}
+            self.adapters.put(load.identity, kept, weights)
         else:
-            self.current, self.adapters = load.identity, {}
+            self.current, self._plain = load.identity, weights
+            self.adapters.clear()
         self.prompt_cache.swap(load.reset_prompt_cache)
 
     async def _lag(self, identity: str) -> None:
@@ -289,7 +316,7 @@ class Replica:
         detail = f"{type(error).__name__}: {error}"[:500]
         self.stage, self.target = "error", load.identity
         if load.kind is SnapshotKind.LORA:
-            self.adapters[load.identity] = "failed"
+            self.adapters.statuses[load.identity] = FAILED
         self._disk.discard(load)
         self._log(load, "error", detail)
         self._around.on_failed(self.name, load.identity, detail)

@@ -49,7 +49,7 @@ class Service:
         self.config = config
         self.clock = Clock(is_real=config.clock == "real")
         self.faults = Faults(config.faults)
-        self.ledger = Ledger()
+        self.ledger = Ledger(config.adapter_slots)
         self.replicas: list[Replica] = []
         self.is_up = False
         self.hints: list[dict[str, Any]] = []
@@ -91,6 +91,8 @@ class Service:
             raise
         for _ in range(config.replica_count):
             self._add()
+        if config.base_identity is not None:
+            self._name_base(config.base_identity)
         self.scale_up()
 
     async def stop(self) -> None:
@@ -213,6 +215,36 @@ class Service:
                     raise
         raise AssertionError("unreachable")
 
+    def adapters(self) -> list[str]:
+        """List the adapters that a replica has, or loads, in the order of their loads."""
+        shown = (identity for each in self.replicas for identity in each.adapters.statuses)
+        return list(dict.fromkeys(shown))
+
+    def unload(self, adapter: str) -> bool:
+        """Free an adapter's slot in every replica; whether one had it."""
+        if adapter not in self.adapters():
+            return False
+        self.ledger.unload(adapter)
+        for replica in self.replicas:
+            replica.unload(adapter)
+        return True
+
+    def reload(self, adapter: str) -> bool:
+        """Load an adapter again that was signalled before; whether there is one of that name.
+
+        Raises:
+            RefusedError: 409, it is loaded.
+        """
+        entry = self.ledger.get(adapter)
+        if entry is None or entry.load.kind is not SnapshotKind.LORA:
+            return False
+        if adapter in self.adapters():
+            raise RefusedError(409, f"adapter {adapter!r} is loaded")
+        self.ledger.serve(entry.load)
+        for replica in self.replicas:
+            replica.load(entry.load)
+        return True
+
     def reset(self) -> None:
         """Carry out operation D: forget every snapshot and serve base weights."""
         self.ledger.reset()
@@ -288,6 +320,13 @@ class Service:
         wanted = f"replica-{name}" if isinstance(name, int) else name
         return next((replica for replica in self.replicas if replica.name == wanted), None)
 
+    def _name_base(self, identity: str) -> None:
+        """Begin the ledger with the base model, which every replica comes back to."""
+        load = Load(identity, SnapshotKind.FULL, None)
+        self.ledger.add(LedgerEntry(load, Signal(identity, None, "all", ()), self.clock.now()))
+        for replica in self.replicas:
+            self.restart(replica)
+
     def _add(self) -> Replica:
         replica = Replica(self._next_index, self.around)
         self._next_index += 1
@@ -303,6 +342,8 @@ class Service:
     def _note_served(self, replica: str, identity: str) -> None:
         entry = self.ledger.get(identity)
         if entry is not None:
+            if not entry.ready_at:
+                self.ledger.serve(entry.load)
             entry.ready_at[replica] = self.clock.now()
             if len(entry.ready_at) >= len(self.replicas):
                 shutil.rmtree(self._work_dir / "hinted" / identity, ignore_errors=True)

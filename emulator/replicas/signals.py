@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from emulator.failures import RefusedError
+from emulator.failures import RefusedError, refused_field
 from hotload.errors import InvalidIdentityError
 from hotload.identity import check_identity
-from hotload.publish.fireworks_api import CHECKSUM_FORMAT, COMPRESSION_FORMAT
+from hotload.publish.fireworks_names import FORMATS
 
 FIELDS = ("identity", "incremental_snapshot_metadata", "reset_prompt_cache", "validation")
 METADATA_FIELDS = ("previous_snapshot_identity", "compression_format", "checksum_format")
@@ -56,20 +56,19 @@ class Signal:
 
 
 def refuse_extra(body: Mapping[str, Any], known: Collection[str], prefix: str = "") -> None:
-    """Refuse fields outside `known`, in the documented words."""
+    """Refuse the first field outside `known`."""
     extra = [name for name in body if name not in known]
     if extra:
-        raise RefusedError(400, f"{prefix}{extra[0][:200]}: Extra inputs are not permitted")
+        raise refused_field(prefix + extra[0])
 
 
 def _previous(metadata: object) -> str:
     if not isinstance(metadata, dict):
         raise RefusedError(400, "incremental_snapshot_metadata: Input should be an object")
     refuse_extra(metadata, METADATA_FIELDS, "incremental_snapshot_metadata.")
-    formats = {"compression_format": COMPRESSION_FORMAT, "checksum_format": CHECKSUM_FORMAT}
-    for name, expected in formats.items():
+    for name, expected in FORMATS.items():
         # Older docs omitted the checksum's name.
-        if metadata.get(name, CHECKSUM_FORMAT if name == "checksum_format" else None) != expected:
+        if metadata.get(name, expected if name == "checksum_format" else None) != expected:
             reason = f"incremental_snapshot_metadata.{name}: Input should be {expected!r}"
             raise RefusedError(400, reason)
     field = "previous_snapshot_identity"

@@ -6,7 +6,8 @@ Written from the contract, not from the client's checks: the two are to find eac
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ TORCH_DTYPES = {
     "F64": "float64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn_x2",
     "I8": "int8",
     "I16": "int16",
     "I32": "int32",
@@ -39,6 +44,12 @@ TORCH_DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+QUANTIZATION = "quantization_config"
+# Endings of what only serves to dequantize another tensor, and of weights in packed form.
+SCALES = re.compile(
+    r"(_scale(_inv|_2|_global)?|[._]scales|\.scale|_zero_point|\.qzeros|[._]g_idx|\.weight_shape)$"
+)
+PACKED = re.compile(r"(?<=weight)_packed$|_blocks$")
 
 
 class InvalidSnapshotError(ValueError):
@@ -94,12 +105,13 @@ def validate_full(
             reason = f"{name}: tensor {min(differing)!r}: shard and {INDEX_FILE} disagree"
             raise InvalidSnapshotError(reason)
     _check_spec(_document(bucket, identity, files, SPEC_FILE), headers)
-    is_quantized = "quantization_config" in config
+    is_quantized = _without_quantization(config) != config
+    _check_scales(headers, is_quantized=is_quantized)
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
-    missing = base.shapes.keys() - weight_map.keys() - tied
+    missing = _weights(base.shapes) - _weights(weight_map) - tied
     if missing:
         raise InvalidSnapshotError(f"tensor {min(missing)!r} of the base model is missing")
-    extra = weight_map.keys() - base.shapes.keys() - tied
+    extra = _weights(weight_map) - _weights(base.shapes) - tied
     if extra and not is_quantized:
         raise InvalidSnapshotError(f"tensor {min(extra)!r} is not of the base model")
     for header in headers.values():
@@ -112,7 +124,8 @@ def validate_full(
 
 def validate_config(config: Mapping[str, Any], base: Mapping[str, Any], ignored: list[str]) -> None:
     """Return if `config` is the base model's, but for ignored keys and `quantization_config`."""
-    ignoring = {*ignored, "quantization_config"}
+    ignoring = {*ignored}
+    config, base = _without_quantization(config), _without_quantization(base)
     lacking = base.keys() - config.keys() - ignoring
     if lacking:
         raise InvalidSnapshotError(f"Extra base model config options: {sorted(lacking)}")
@@ -150,6 +163,38 @@ def validate_lora(
         raise InvalidSnapshotError(f"adapter_model.safetensors is needed, there is {found}")
     for name in shards:
         _header(bucket, identity, files, name)
+
+
+def _check_scales(headers: Mapping[str, ShardHeader], *, is_quantized: bool) -> None:
+    """Return if every tensor in FP8 or FP4 has `quantization_config` and a scale."""
+    names = {name for header in headers.values() for name in header.by_name}
+    for header in headers.values():
+        for tensor in header.tensors:
+            if not tensor.dtype.startswith(("F8", "F4")) or SCALES.search(tensor.name):
+                continue
+            if not is_quantized:
+                reason = f"{tensor.dtype}, and no {QUANTIZATION} in {CONFIG_FILE}"
+                raise InvalidSnapshotError(f"tensor {tensor.name!r}: {reason}")
+            stem = PACKED.sub("", tensor.name)
+            module = stem.rpartition(".")[0]
+            scales = {f"{stem}_scale", f"{stem}_scale_inv", f"{stem}_scales", f"{module}.scale"}
+            if names.isdisjoint(scales):
+                raise InvalidSnapshotError(f"tensor {tensor.name!r}: {tensor.dtype} without scale")
+
+
+def _weights(names: Iterable[str]) -> set[str]:
+    """Names of the weights where none is packed, without what serves to dequantize them."""
+    plain = (name.replace(".qweight", ".weight") for name in names if not SCALES.search(name))
+    return {PACKED.sub("", name) for name in plain}
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave `quantization_config` out, of a composite model's parts, too."""
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != QUANTIZATION
+    }
 
 
 def _check_spec(spec: Mapping[str, Any], headers: Mapping[str, ShardHeader]) -> None:

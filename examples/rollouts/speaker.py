@@ -6,10 +6,14 @@ That column is moved by REINFORCE on the rows that a cycle handed back: too litt
 question, enough to find out which words pay.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import polars as pl
+from tokenizers import Tokenizer
 
-from examples.tiny_trainer import VOCABULARY, TinyTrainer, make_tokenizer
+from examples.tiny_trainer import CONFIG, VOCABULARY, TinyTrainer
 
 CONSTANT = 4.0
 STEP = 0.6
@@ -20,14 +24,19 @@ RARE = 10.0
 class Speaker(TinyTrainer):
     """The tiny trainer's model with a first guess at which texts are worth saying."""
 
-    def __init__(self, texts: dict[str, float], seed: int = 7) -> None:
-        super().__init__(seed)
+    def __init__(
+        self,
+        texts: Mapping[str, float],
+        seed: int = 7,
+        config: dict[str, Any] = CONFIG,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(seed, config, tokenizer)
         self._masters["model.embed_tokens.weight"][:, 0] = CONSTANT
         self.biases = self._masters["lm_head.weight"][:, 0]
         self.biases[:] = 0.0
-        tokenizer = make_tokenizer()
         for text, bias in texts.items():
-            for token in tokenizer.encode(text).ids:
+            for token in self._tokenizer.encode(text).ids:
                 self.biases[token] = bias
 
     def learn(self, rows: pl.DataFrame) -> int:

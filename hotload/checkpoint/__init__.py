@@ -3,10 +3,16 @@
 __all__ = [
     "anatomy",
     "checkpoint",
+    "completeness",
     "index_and_spec",
+    "meaning",
     "model_config",
     "names",
+    "quantization",
     "relayout_plan",
     "rules",
     "safetensors",
+    "side_files",
+    "sub_configs",
+    "tied_head",
 ]

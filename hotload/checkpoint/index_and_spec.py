@@ -79,14 +79,16 @@ def check_index(checkpoint: Checkpoint, weight_map: Mapping[str, Any]) -> Iterat
     if not weight_map:
         yield Finding("empty_index", INDEX_FILE, None, "no tensor", "every tensor in weight_map")
     for name, file in weight_map.items():
-        if reason := name_obstacle(file):
+        if isinstance(file, str) and file in mapped:  # thousands of tensors, few files
+            mapped[file].add(name)
+        elif reason := name_obstacle(file):
             expected = "a plain file name"
             yield Finding("file_name", INDEX_FILE, name, reason, expected)
         elif not file.endswith(SHARD_SUFFIX):
             expected = f"a file ending {SHARD_SUFFIX}"
             yield Finding("file_name", INDEX_FILE, name, shorten(file), expected)
         else:
-            mapped.setdefault(file, set()).add(name)
+            mapped[file] = {name}
     for file in sorted(mapped.keys() - files.keys()):
         found = f"no such file, though {len(mapped[file])} tensors are mapped to it"
         yield Finding(

@@ -1,4 +1,4 @@
-"""config.json against the base model, quantization, and what the base says the tensor set must be.
+"""config.json against the base model, and what the base says the tensor set must be.
 
 wire-format §6, protocol §10. Findings only; nothing is read here.
 """
@@ -6,24 +6,17 @@ wire-format §6, protocol §10. Findings only; nothing is read here.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from hotload.checkpoint.anatomy import Parts, is_name_of_head
 from hotload.checkpoint.checkpoint import Checkpoint
-from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
-from hotload.checkpoint.safetensors import TensorInfo
+from hotload.checkpoint.meaning import canonical_text, key_means_same
+from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE
+from hotload.checkpoint.quantization import is_companion, is_packed, plain_name, plain_shape
+from hotload.checkpoint.safetensors import read_json_object
+from hotload.checkpoint.sub_configs import QUANTIZATION, is_tied, quantization_settings
 from hotload.errors import Finding, shorten
-
-QUANTIZATION = "quantization_config"
-
-_LOW_PRECISION = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
-_PACKED = re.compile(r"(?:weight_packed|qweight|_blocks)$")
-# Tensors that only serve to dequantize another one.
-_COMPANION = re.compile(
-    r"(?:_scale|_scale_inv|_scale_2|_scales|\.scales|_zero_point|\.qzeros|\.g_idx|\.weight_shape)$"
-)
-_COMPANION_SUFFIXES = ("_scale_inv", "_scale", "_scales")
 
 
 def check_config(
@@ -33,81 +26,91 @@ def check_config(
     §10).
 
     `ignored` are the top-level keys of `validation.extra_fields_ignore`. Only `quantization_config`
-    may be extra.
+    may be extra, in a sub-config too. What means the same in other words is a warning.
     """
-    advice = "; take the base value or list the field in extra_fields_ignore"
-    ignored = {*ignored, QUANTIZATION}
-    for key in sorted(base_config.keys() - config.keys() - ignored):
-        expected = f"{shorten(base_config[key])} as in the base model{advice}"
-        yield Finding("extra_base_config", CONFIG_FILE, None, f"no field {shorten(key)}", expected)
-    for key in sorted(config.keys() - base_config.keys() - ignored):
-        expected = f"only fields of the base model{advice}"
-        yield Finding("extra_config", CONFIG_FILE, None, f"field {shorten(key)}", expected)
-    for key in sorted((config.keys() & base_config.keys()) - ignored):
-        found, base = config[key], base_config[key]
-        if _canonical(found) != _canonical(base):
-            rule = "config_value" if type(found) is type(base) else "config_type"
-            expected = f"{shorten(base)} as in the base model{advice}"
-            yield Finding(rule, CONFIG_FILE, None, f"{shorten(key)} = {shorten(found)}", expected)
-    base_quantization = base_config.get(QUANTIZATION)
-    if base_quantization is not None and config.get(QUANTIZATION) != base_quantization:
+    plain, base = _without_quantization(config), _without_quantization(base_config)
+    for key in sorted((plain.keys() | base.keys()) - {*ignored}):
+        if key in plain and key in base and canonical_text(plain[key]) == canonical_text(base[key]):
+            continue
+        if key not in plain:
+            rule, found = "extra_base_config", f"no field {shorten(key)}"
+            expected = f"{shorten(base[key])} as in the base model"
+        elif key not in base:
+            rule, found = "extra_config", f"field {shorten(key)}"
+            expected = "only fields of the base model"
+        else:
+            is_alike = type(plain[key]) is type(base[key])
+            rule = "config_value" if is_alike else "config_type"
+            found = f"{shorten(key)} = {shorten(plain[key])}"
+            expected = f"{shorten(base[key])} as in the base model"
+        if key_means_same(key, plain, base):
+            expected += "; it means the same in the words of another library version"
+            yield Finding(rule, CONFIG_FILE, None, found, expected, severity="warning")
+            continue
+        expected += (
+            "; take the base value (hotload doctor --config-from BASE) or list the field in "
+            "extra_fields_ignore"
+        )
+        yield Finding(rule, CONFIG_FILE, None, found, expected)
+    settings, base_settings = quantization_settings(config), quantization_settings(base_config)
+    if base_settings and settings != base_settings:
         # Allowed as an extra key; whether it may differ or be left out is in no public source.
-        found = f"another {QUANTIZATION}" if QUANTIZATION in config else f"no {QUANTIZATION}"
+        found = f"another {QUANTIZATION}" if settings else f"no {QUANTIZATION}"
         expected = "that of the base model, unless the service is known to convert"
         rule = "quantization_differs"
         yield Finding(rule, CONFIG_FILE, None, found, expected, severity="warning")
 
 
-def check_quantization(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Check that quantized tensors have `quantization_config` and scales in the spec (wire-format
-    §6).
+def take_config(config: bytes, base_config: bytes) -> tuple[bytes, tuple[Finding, ...]]:
+    """Make the config.json of the base model the checkpoint's; warns of all that it changes.
 
-    The spec names exactly the tensors of the shards (another check), so a scale in a shard is a
-    scale in the spec.
+    `quantization_config` stays the checkpoint's own, as its tensors are.
+
+    Raises:
+        InvalidCheckpointError: one of the two is no JSON object.
     """
-    names = {tensor.name for _, tensor in checkpoint.tensors}
-    quantized = [(file, tensor) for file, tensor in checkpoint.tensors if _is_quantized(tensor)]
-    settings = config.get(QUANTIZATION)
-    if settings is not None and not (
-        isinstance(settings, dict) and isinstance(settings.get("quant_method"), str)
-    ):
-        expected = "an object with a quant_method"
-        yield Finding("quantization_config", CONFIG_FILE, None, shorten(settings), expected)
-    if quantized and settings is None:
-        file, tensor = quantized[0]
-        found = f"{tensor.dtype}, and {len(quantized)} quantized tensors in all"
-        expected = f"{QUANTIZATION} in {CONFIG_FILE}, or tensors that are not quantized"
-        yield Finding("quantization_config", file, tensor.name, found, expected)
-    if settings is not None and not quantized:
-        found = f"{QUANTIZATION}, though no tensor is quantized"
-        expected = "quantized tensors, or no such field"
-        yield Finding("quantization_config", CONFIG_FILE, None, found, expected, severity="warning")
-    for file, tensor in quantized:
-        if names.isdisjoint(candidates := _companions(tensor.name)):
-            expected = f"its scale in {file} and {SPEC_FILE}: one of {', '.join(candidates)}"
-            yield Finding("missing_scale", file, tensor.name, f"{tensor.dtype} alone", expected)
+    own = read_json_object(config, file=CONFIG_FILE)
+    base = read_json_object(base_config, file=f"base {CONFIG_FILE}")
+    changed = [
+        Finding(
+            "config_taken", CONFIG_FILE, None, one.found, one.expected.partition(";")[0],
+            severity="warning",
+        )
+        for one in check_config(own, base, ())
+        if one.severity == "error"
+    ]  # fmt: skip
+    if quantization_settings(own) == quantization_settings(base):
+        return base_config, tuple(changed)
+    mixed = _with_quantization(_without_quantization(base), own)
+    return json.dumps(mixed, indent=2).encode() + b"\n", tuple(changed)
 
 
 def check_base(
     checkpoint: Checkpoint,
     config: Mapping[str, Any],
     base_shapes: Mapping[str, tuple[int, ...] | None],
+    parts: Parts,
 ) -> Iterator[Finding]:
     """Check that the tensor set is the base model's, scales aside, and shapes where neither is
     packed.
 
     With `tie_word_embeddings` the head may be missing, and a copy of it is a warning.
     """
-    base = {_plain(name): name for name in base_shapes if not _COMPANION.search(name)}
-    found = {_plain(t.name): (f, t) for f, t in checkpoint.tensors if not _COMPANION.search(t.name)}
-    tied = is_tied(config)
+    names = {tensor.name for _, tensor in checkpoint.tensors}
+    base = {plain_name(name): name for name in base_shapes if not is_companion(name, base_shapes)}
+    found = {
+        plain_name(tensor.name): (file, tensor)
+        for file, tensor in checkpoint.tensors
+        if not is_companion(tensor.name, names)
+    }
+    tied, heads = is_tied(config), {one.name for one in parts.heads}
     for name in sorted(base.keys() - found.keys()):
-        if not (tied and is_head(name)):
+        if not (tied and is_name_of_head(name)):
             expected = "every tensor of the base model"
             yield Finding("missing_tensor", INDEX_FILE, base[name], "no such tensor", expected)
     for name in sorted(found.keys() - base.keys()):
         file, tensor = found[name]
-        if tied and is_head(name):
+        if tied and name in heads:
             expected = "no head, since the embeddings are tied and the base model has none"
             yield Finding("tied_head", file, tensor.name, "a head", expected, severity="warning")
         else:
@@ -116,47 +119,26 @@ def check_base(
     for name in sorted(base.keys() & found.keys()):
         file, tensor = found[name]
         shape = base_shapes[base[name]]
-        is_packed = bool(_PACKED.search(tensor.name) or _PACKED.search(base[name]))
-        if shape is not None and not is_packed and tensor.shape != tuple(shape):
+        if shape is None or is_packed(tensor.name) or is_packed(base[name]):
+            continue
+        if tuple(shape) not in (tensor.shape, plain_shape(tensor)):
             expected = f"{shorten(tuple(shape))} as in the base model"
             yield Finding("base_shape", file, tensor.name, shorten(tensor.shape), expected)
 
 
-def is_tied(config: Mapping[str, Any]) -> bool | None:
-    """Tell whether the model's head shares the bytes of its embeddings; None where unknown."""
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    declared = config.get("tie_word_embeddings", inner)
-    return declared if isinstance(declared, bool) else None
+def _with_quantization(config: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the quantization settings of `source` where it has them."""
+    for key, value in source.items():
+        if key == QUANTIZATION:
+            config[key] = value
+        elif isinstance(value, dict) and isinstance(config.get(key), dict):
+            _with_quantization(config[key], value)
+    return config
 
 
-def is_head(name: str) -> bool:
-    """Tell whether this is the tensor that a tied head duplicates."""
-    return name == "lm_head.weight" or name.endswith(".lm_head.weight")
-
-
-def _is_quantized(tensor: TensorInfo) -> bool:
-    if _COMPANION.search(tensor.name):
-        return False
-    return tensor.dtype in _LOW_PRECISION or _PACKED.search(tensor.name) is not None
-
-
-def _companions(name: str) -> tuple[str, ...]:
-    if name.endswith(".qweight"):
-        return (f"{name.removesuffix('qweight')}scales",)
-    if name.endswith("_blocks"):
-        return (f"{name.removesuffix('_blocks')}_scales",)
-    stem = name.removesuffix("_packed")
-    return tuple(f"{stem}{suffix}" for suffix in _COMPANION_SUFFIXES)
-
-
-def _plain(name: str) -> str:
-    """The name the tensor has where it is not packed."""
-    if name.endswith(".qweight"):
-        return f"{name.removesuffix('qweight')}weight"
-    return name.removesuffix("_packed").removesuffix("_blocks")
-
-
-def _canonical(value: object) -> str:
-    """Text equal where JSON is: key order does not count, true is not 1, NaN is itself."""
-    return json.dumps(value, sort_keys=True)
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != QUANTIZATION
+    }

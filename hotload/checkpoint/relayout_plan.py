@@ -9,16 +9,20 @@ weight changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from hotload.checkpoint.anatomy import Place, is_delta, natural_key, part_of, place_key
-from hotload.checkpoint.checkpoint import Checkpoint
-from hotload.checkpoint.index_and_spec import build_index, build_spec, check_index
-from hotload.checkpoint.model_config import is_head, is_tied
+from hotload.checkpoint.anatomy import Place, find_parts, is_delta, natural_key
+from hotload.checkpoint.checkpoint import Checkpoint, LeftOut
+from hotload.checkpoint.index_and_spec import (
+    SpecDtypeStyle,
+    build_index,
+    build_spec,
+    check_index,
+)
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
-from hotload.checkpoint.rules import FOREIGN_WEIGHT_SUFFIXES, check_full, refuse_errors
+from hotload.checkpoint.rules import check_full, refuse_errors
 from hotload.checkpoint.safetensors import (
     DTYPE_BITS,
     SHARD_SUFFIX,
@@ -28,19 +32,18 @@ from hotload.checkpoint.safetensors import (
     read_json_object,
     render_header,
 )
+from hotload.checkpoint.side_files import FOREIGN_WEIGHT_SUFFIXES, reason_to_leave_out
+from hotload.checkpoint.tied_head import (
+    TiedHead,
+    check_forms,
+    find_tied_heads,
+    without_unwritten_heads,
+)
 from hotload.errors import Finding, InvalidCheckpointError, shorten
 
 SINGLE_FILE = "model.safetensors"
 
 _ENTRY_BYTES = 200  # of a header, beside the name of its tensor
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A file of the source that the output does not have, and why."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,40 +56,37 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
-class TiedHead:
-    """A head, and the embeddings of its dtype and shape; (file, tensor) each."""
-
-    head: tuple[str, TensorInfo]
-    embeddings: tuple[tuple[str, TensorInfo], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """A file to write: its head, then each tensor's bytes from the source shard of that name."""
+    """A file to write: its head, then each tensor's bytes, from a source shard by name and the
+    tensor's place there."""
 
     header: ShardHeader
     head: bytes
-    sources: tuple[str, ...]
+    sources: tuple[tuple[str, TensorInfo], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to write.
 
-    `tied_heads` are left out, if their bytes are a copy of the embeddings; `untold_heads` are kept,
-    since config.json does not say whether they are tied.
+    Of `heads`, those that config.json ties are left out, if their bytes are a copy of the
+    embeddings; `others` names tensors that were recognised as no part of a model.
     """
 
     shards: tuple[PlannedShard, ...]
     index: bytes
     spec: bytes
-    tied_heads: tuple[TiedHead, ...]
-    untold_heads: tuple[TiedHead, ...]
+    heads: tuple[TiedHead, ...]
+    others: tuple[str, ...]
     dropped_metadata: tuple[str, ...]
 
 
-def select_files(files: Iterable[str], index: bytes | None) -> Selection:
+def select_files(
+    files: Iterable[str], index: bytes | None, code: frozenset[str] = frozenset()
+) -> Selection:
     """Sort the files into those that hold the weights, travel along, or stay behind.
+
+    `code` names the modules that a server loads.
 
     With an index the shards are those it lists, as for a loader; without one `model.safetensors`,
     or else every shard.
@@ -118,10 +118,8 @@ def select_files(files: Iterable[str], index: bytes | None) -> Selection:
     for file in files:
         if file in shards or file in (INDEX_FILE, SPEC_FILE):
             continue
-        if file.endswith(FOREIGN_WEIGHT_SUFFIXES):
-            left_out.append(LeftOut(file, f"weights are read from {SHARD_SUFFIX} alone"))
-        elif file.endswith(".index.json"):
-            left_out.append(LeftOut(file, "index of weights in another format"))
+        if reason := reason_to_leave_out(file, code):
+            left_out.append(LeftOut(file, reason))
         else:
             side_files.append(file)
     return Selection(tuple(taken), tuple(side_files), tuple(left_out))
@@ -133,11 +131,13 @@ def plan_relayout(
     index: bytes | None,
     *,
     limit_bytes: int = SHARD_WARNING_BYTES,
+    spec_dtype_style: SpecDtypeStyle = "torch",
 ) -> Plan:
     """Plan the shards to write; no file of more than one tensor reaches `limit_bytes`.
 
     A layer above it is spread over several files. With `tie_word_embeddings` a head is left out;
-    its bytes are compared before that is done.
+    its bytes are compared before that is done. A tensor that a header names as another name of one
+    in its file (`save_model` of the safetensors library) is written as well.
 
     Raises:
         InvalidCheckpointError: shards and index disagree, a tensor is there twice, it is a delta,
@@ -147,58 +147,48 @@ def plan_relayout(
     if config is None:
         _refuse("missing_file", CONFIG_FILE, "no such file", "the model's configuration")
     settings = read_json_object(config, file=CONFIG_FILE)
+    weight_map = None if index is None else _weight_map(index)
     if is_delta(shards, None):
         _refuse("delta", shards[0].file, "payloads of a delta", "a full checkpoint")
-    refuse_errors(_check_source(shards, index))
     tensors = [(shard.file, tensor) for shard in shards for tensor in shard.tensors]
-    tied_heads = tuple(_heads(tensors)) if is_tied(settings) else ()
-    refuse_errors(_untieable(tied_heads))
-    untold_heads = tuple(_heads(tensors)) if is_tied(settings) is None else ()
-    heads = {tied.head[1].name for tied in tied_heads}
+    if weight_map is not None:
+        names = (tensor.name for _, tensor in tensors)
+        weight_map = without_unwritten_heads(weight_map, names, settings)
+    refuse_errors(_check_source(shards, weight_map))
+    aliases = _aliases(shards)
+    tensors += aliases.values()
+    parts = find_parts((tensor for _, tensor in tensors), settings)
+    heads = find_tied_heads(tensors, parts, settings)
+    refuse_errors(check_forms(heads))
+    copies = {tied.head[1].name for tied in heads if tied.is_told}
     groups: dict[Place, list[tuple[str, TensorInfo]]] = {}
     for file, tensor in tensors:
-        if tensor.name not in heads:
-            groups.setdefault(place_key(tensor.name), []).append((file, tensor))
+        if tensor.name not in copies:
+            groups.setdefault(parts.place(tensor.name), []).append((file, tensor))
     contents = [one for key in sorted(groups) for one in _split(groups[key], limit_bytes)]
-    shared, own, dropped_metadata = _metadata(shards)
+    shared, own, dropped_metadata = _metadata(shards, aliases)
     planned = []
     for number, content in enumerate(contents, start=1):
         name = f"model-{number:05d}-of-{len(contents):05d}{SHARD_SUFFIX}"
         planned.append(_planned(name, content, shared, own))
     headers = tuple(one.header for one in planned)
-    written = {INDEX_FILE: build_index(headers), SPEC_FILE: build_spec(headers)}
+    written = {INDEX_FILE: build_index(headers), SPEC_FILE: build_spec(headers, spec_dtype_style)}
     refuse_errors(check_full(Checkpoint(headers, {CONFIG_FILE: config, **written}, ())))
     return Plan(
         tuple(planned),
         written[INDEX_FILE],
         written[SPEC_FILE],
-        tied_heads,
-        untold_heads,
+        heads,
+        tuple(sorted(tensor.name for _, tensor in tensors if tensor.name not in parts.by_name)),
         dropped_metadata,
     )
 
 
-def head_warning(tied: TiedHead, *, is_copy: bool, is_told: bool) -> Finding | None:
-    """Say what is wrong with a head whose bytes were compared with the embeddings; None if nothing
-    is.
-
-    `is_told` says that config.json ties it.
-    """
-    file, head = tied.head
-    names = ", ".join(shorten(tensor.name) for _, tensor in tied.embeddings)
-    if is_told and not is_copy:
-        expected = f"the bytes of {names}, or tie_word_embeddings: false in {CONFIG_FILE}"
-        return Finding("tied_head", file, head.name, "other bytes", expected)
-    if is_copy and not is_told:
-        found = f"the bytes of {names}, and no tie_word_embeddings in {CONFIG_FILE}: it is kept"
-        expected = "that field to be true, if the base model has no head"
-        return Finding("tied_head", file, head.name, found, expected, severity="warning")
-    return None
-
-
-def _check_source(shards: Sequence[ShardHeader], index: bytes | None) -> Iterator[Finding]:
-    if index is not None:
-        yield from check_index(Checkpoint(tuple(shards), {}, ()), _weight_map(index))
+def _check_source(
+    shards: Sequence[ShardHeader], weight_map: Mapping[str, Any] | None
+) -> Iterator[Finding]:
+    if weight_map is not None:
+        yield from check_index(Checkpoint(tuple(shards), {}, ()), weight_map)
         return
     places: dict[str, str] = {}
     for shard in shards:
@@ -206,6 +196,22 @@ def _check_source(shards: Sequence[ShardHeader], index: bytes | None) -> Iterato
             if (first := places.setdefault(tensor.name, shard.file)) != shard.file:
                 found, expected = f"a tensor that is in {first}, too", "every tensor in one shard"
                 yield Finding("duplicate_tensor", shard.file, tensor.name, found, expected)
+
+
+def _aliases(shards: Sequence[ShardHeader]) -> dict[str, tuple[str, TensorInfo]]:
+    """Find the further names of tensors: `save_model` writes one of those that share their bytes,
+    and the others into the metadata, as the key of its name."""
+    written = {tensor.name for shard in shards for tensor in shard.tensors}
+    found: dict[str, tuple[str, TensorInfo]] = {}
+    for shard in shards:
+        for name, of in shard.metadata.items():
+            if name in written or of not in shard.by_name:
+                continue
+            if name in found:
+                twin, expected = found[name][0], "every tensor in one shard"
+                _refuse("duplicate_tensor", shard.file, f"also in {twin}", expected, tensor=name)
+            found[name] = shard.file, replace(shard.by_name[of], name=name)
+    return found
 
 
 def _weight_map(index: bytes) -> Mapping[str, Any]:
@@ -217,24 +223,6 @@ def _weight_map(index: bytes) -> Mapping[str, Any]:
     if isinstance(metadata, dict) and "delta_encoding" in metadata:
         _refuse("delta", INDEX_FILE, "the index of a delta", "a full checkpoint")
     return weight_map
-
-
-def _heads(tensors: Sequence[tuple[str, TensorInfo]]) -> Iterator[TiedHead]:
-    embeddings = [(file, one) for file, one in tensors if part_of(one.name) == "embeddings"]
-    for file, head in tensors:
-        if is_head(head.name):
-            form = head.dtype, head.shape
-            alike = (one for one in embeddings if (one[1].dtype, one[1].shape) == form)
-            yield TiedHead((file, head), tuple(alike))
-
-
-def _untieable(heads: Iterable[TiedHead]) -> Iterator[Finding]:
-    for tied in heads:
-        file, head = tied.head
-        if not tied.embeddings:
-            found = f"{head.dtype} {shorten(list(head.shape))}, and no embeddings of that form"
-            expected = f"embeddings to be tied to, or tie_word_embeddings: false in {CONFIG_FILE}"
-            yield Finding("tied_head", file, head.name, found, expected)
 
 
 def _split(
@@ -253,7 +241,7 @@ def _split(
 
 
 def _metadata(
-    shards: Sequence[ShardHeader],
+    shards: Sequence[ShardHeader], aliases: Collection[str]
 ) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
     """What every file gets, what goes with the tensor it is named after, and what is dropped.
 
@@ -265,7 +253,7 @@ def _metadata(
         for key, value in shard.metadata.items():
             if key in shard.by_name:
                 own[key] = value
-            else:
+            elif key not in aliases:
                 values.setdefault(key, set()).add(value)
     shared = {key: min(found) for key, found in values.items() if len(found) == 1}
     return shared, own, tuple(sorted(values.keys() - shared.keys()))
@@ -286,7 +274,7 @@ def _planned(
     metadata = {**shared, **{one.name: own[one.name] for one in tensors if one.name in own}}
     head = render_header(tensors, metadata)
     header = ShardHeader(file, tuple(tensors), metadata, len(head), len(head) + end)
-    return PlannedShard(header, head, tuple(source for source, _ in placed))
+    return PlannedShard(header, head, tuple(placed))
 
 
 def _refuse(

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from hotload.checkpoint.anatomy import part_of
+from hotload.checkpoint.anatomy import Parts, find_parts
 from hotload.checkpoint.checkpoint import Checkpoint
+from hotload.checkpoint.completeness import check_complete
 from hotload.checkpoint.index_and_spec import SpecDtypeStyle, check_index, check_spec
-from hotload.checkpoint.model_config import check_base, check_config, check_quantization
+from hotload.checkpoint.model_config import check_base, check_config
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
+from hotload.checkpoint.quantization import check_quantization
 from hotload.checkpoint.safetensors import (
-    SHARD_SUFFIX,
     ShardHeader,
     TensorInfo,
     check_size,
@@ -28,7 +29,6 @@ from hotload.errors import Finding, InvalidCheckpointError, shorten
 from hotload.records import FileDigest
 
 _TENSOR_PARALLEL = re.compile(r"(?i)(?:^|[^a-z0-9])(?:mp_?rank|tp(?:_?rank)?)(?![a-z])")
-FOREIGN_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack")
 _ADAPTER_SHARD = re.compile(r"adapter_model(?:-.+)?\.(?:safetensors|bin)")
 
 
@@ -61,25 +61,28 @@ def check_full(
         findings += check_index(checkpoint, weight_map)
         if tensor_map is not None:
             findings += check_spec(checkpoint, weight_map, tensor_map, spec_dtype_style)
+    parts = find_parts((tensor for _, tensor in checkpoint.tensors), config or {})
     for shard in checkpoint.shards:
         findings += check_size(shard.file, shard.size_bytes)
         findings += _check_name(shard.file)
-        findings += _check_layers(shard)
-    findings += _check_foreign_weights(checkpoint)
+        findings += _check_layers(shard, parts)
+    findings += _check_left_out(checkpoint)
     if config is not None:
-        findings += check_quantization(checkpoint, config)
+        findings += check_complete(parts, config)
+        findings += check_quantization(tuple(checkpoint.tensors), config)
         if base_config is not None:
             findings += check_config(config, base_config, extra_fields_ignore)
         if base_shapes is not None:
-            findings += check_base(checkpoint, config, base_shapes)
+            findings += check_base(checkpoint, config, base_shapes, parts)
     return tuple(findings)
 
 
 def check_lora(checkpoint: Checkpoint, *, base_model: str | None = None) -> tuple[Finding, ...]:
     """Collect every broken rule of a LoRA snapshot in PEFT format (wire-format §6, protocol §10).
 
-    `base_model` is the name the service serves the base under; without it any name passes. Adapters
-    in `.bin` are pickles, which nothing here opens: a warning says that they went unchecked.
+    `base_model` is the name the service serves the base under; without it any name passes here, and
+    the cycle asks the service. Adapters in `.bin` are pickles, which nothing here opens: a warning
+    says that they went unchecked.
     """
     findings: list[Finding] = []
     config = _document(checkpoint, ADAPTER_CONFIG_FILE, findings)
@@ -98,12 +101,35 @@ def check_lora(checkpoint: Checkpoint, *, base_model: str | None = None) -> tupl
             expected = "safetensors, which can be checked before the service opens it"
             finding = Finding("pickle", file.file, None, "a pickle", expected, severity="warning")
             findings.append(finding)
+    findings += _check_left_out(checkpoint)
     for shard in checkpoint.shards:
         if shard not in adapters:
             expected = "only adapter_model shards beside adapter_config.json"
             findings.append(Finding("stray_shard", shard.file, None, "a shard", expected))
     findings += _check_adapter_tensors([shard for shard in checkpoint.shards if shard in adapters])
     return tuple(findings)
+
+
+def check_adapted_model(name: str, base_model: str) -> Iterator[Finding]:
+    """Check that an adapter's `base_model_name_or_path` is the model that a service serves.
+
+    Hubs, directories and services write one model under several names: where only the spelling
+    differs, `Qwen/Qwen3-8B` for `accounts/fireworks/models/qwen3-8b`, a warning says so.
+    """
+    if name == base_model:
+        return
+    is_alike = _model_id(name) == _model_id(base_model)
+    expected = f"{shorten(base_model)}, the model that the service serves"
+    if is_alike:
+        expected += "; which spellings of it the service reads is not documented"
+    found = f"an adapter of {shorten(name)}"
+    severity: Literal["error", "warning"] = "warning" if is_alike else "error"
+    yield Finding("base_model", ADAPTER_CONFIG_FILE, None, found, expected, severity=severity)
+
+
+def _model_id(name: str) -> str:
+    """The last part of a model's name; resource names have no dot and no capital."""
+    return name.rstrip("/").rpartition("/")[2].casefold().replace(".", "p")
 
 
 def refuse_errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -150,7 +176,7 @@ def _check_name(file: str) -> Iterator[Finding]:
         )
 
 
-def _check_layers(shard: ShardHeader) -> Iterator[Finding]:
+def _check_layers(shard: ShardHeader, places: Parts) -> Iterator[Finding]:
     """One layer per file; embeddings, final norm and head count as a layer each (wire-format §6).
 
     Other tensors outside the layers have no rule: in company they are a warning.
@@ -158,7 +184,7 @@ def _check_layers(shard: ShardHeader) -> Iterator[Finding]:
     parts: dict[str, str] = {}
     others: list[str] = []
     for tensor in shard.tensors:
-        if part := part_of(tensor.name):
+        if part := places.by_name.get(tensor.name):
             parts.setdefault(part, tensor.name)
         else:
             others.append(tensor.name)
@@ -172,21 +198,24 @@ def _check_layers(shard: ShardHeader) -> Iterator[Finding]:
         yield Finding("one_layer", shard.file, others[0], found, expected, severity="warning")
 
 
-def _check_foreign_weights(checkpoint: Checkpoint) -> Iterator[Finding]:
-    for side in checkpoint.side_files:
-        if side.file.endswith(FOREIGN_WEIGHT_SUFFIXES):
-            expected = (
-                f"weights in {SHARD_SUFFIX} alone; this file would be uploaded and not loaded"
-            )
-            found = f"{side.size_bytes} bytes"
-            yield Finding("foreign_weights", side.file, None, found, expected, severity="warning")
+def _check_left_out(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Warn of what is not published, each reason once."""
+    files: dict[str, list[str]] = {}
+    for one in checkpoint.left_out:
+        name = one.file if one.file.isprintable() else shorten(one.file)
+        files.setdefault(one.reason, []).append(name)
+    for reason, names in files.items():
+        found, expected = f"not published: {reason}", "only what a server reads"
+        yield Finding("left_out", first_names(names), None, found, expected, severity="warning")
 
 
 def _check_adapter_config(config: Mapping[str, Any], base_model: str | None) -> Iterator[Finding]:
     name = config.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name or (base_model is not None and name != base_model):
+    if not isinstance(name, str) or not name:
         expected = f"base_model_name_or_path {shorten(base_model or 'of the served base model')}"
         yield Finding("base_model", ADAPTER_CONFIG_FILE, None, shorten(name), expected)
+    elif base_model is not None:
+        yield from check_adapted_model(name, base_model)
     if config.get("peft_type") != "LORA":
         found = f"peft_type {shorten(config.get('peft_type'))}"
         yield Finding("peft_type", ADAPTER_CONFIG_FILE, None, found, "LORA")

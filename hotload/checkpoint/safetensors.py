@@ -23,6 +23,19 @@ SHARD_SUFFIX = ".safetensors"
 DEPTH_LIMIT = 64  # of JSON read here, so that nobody who walks it overflows the stack
 
 
+# What is often found under the name of a shard: first bytes, what they begin, and the remedy.
+_FOREIGN = (
+    (b"version ", "a Git LFS pointer, not the file it stands for", "the file: git lfs pull"),
+    (b"<", "an HTML or XML page", "the file: what was downloaded is a web page or an error"),
+    (b"PK\3\4", "a zip archive, as torch.save writes", "weights from safetensors' save_file"),
+    (b"\x80\2", "a pickle, as torch.save writes", "weights from safetensors' save_file"),
+    (b"GGUF", "a GGUF file", "the model's safetensors files"),
+    (b"\x89HDF", "an HDF5 file", "the model's safetensors files"),
+    (b"\x1f\x8b", "a gzip archive", "the file unpacked"),
+    (b'{"', "a JSON document", "the file: what was downloaded is an answer about it"),
+    (bytes(PREFIX_BYTES), "zeros", "the file: a copy or download that never finished"),
+)
+
 # Bits per element of every dtype the format knows; F4 and F6 are packed without padding between
 # elements.
 DTYPE_BITS: Mapping[str, int] = {
@@ -97,6 +110,10 @@ def header_size(prefix: bytes, *, file: str, size_bytes: int) -> int:
     """
     if len(prefix) < PREFIX_BYTES:
         _refuse("truncated", file, None, f"{len(prefix)} bytes", "an 8-byte header length")
+    for start, found, remedy in _FOREIGN:
+        # Read as the length of a header, all of them are zero or far above the limit.
+        if prefix.startswith(start) and not _is_possible(prefix):
+            _refuse("not_safetensors", file, None, found, remedy)
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if length > HEADER_LIMIT_BYTES:
         limit = f"at most {HEADER_LIMIT_BYTES}"
@@ -124,9 +141,12 @@ def read_header(head: bytes, *, file: str, size_bytes: int) -> ShardHeader:
     if text[:1] != b"{":
         _refuse("header_not_json", file, None, shorten(bytes(text[:16])), "a JSON object")
     entries = read_json_object(text, file=file)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the safetensors library takes null for none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse("metadata", file, "__metadata__", shorten(metadata), "an object of strings")
+    if not all(_is_utf8(text) for pair in metadata.items() for text in pair):
+        _refuse("metadata", file, "__metadata__", shorten(metadata), "text that UTF-8 can hold")
     tensors = [_read_entry(name, entry, file) for name, entry in entries.items()]
     # Zero-element tensors share their start with the next one; they sort before it by their end.
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
@@ -227,12 +247,13 @@ def first_names(names: Collection[str]) -> str:
 def _read_entry(name: str, entry: object, file: str) -> TensorInfo:
     if not _is_utf8(name):
         _refuse("tensor_name", file, name, shorten(name), "text that UTF-8 can hold")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    # Other keys are passed over, as the safetensors library does.
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         _refuse("tensor_entry", file, name, shorten(entry), "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         _refuse("dtype", file, name, shorten(dtype), "a safetensors dtype")
-    if not isinstance(shape, list) or not all(_is_natural(dimension) for dimension in shape):
+    if not isinstance(shape, list) or not all(map(_is_natural, shape)):
         _refuse("shape", file, name, shorten(shape), "a list of sizes from 0 to 2^63 - 1")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
         _refuse("offsets", file, name, shorten(offsets), "[start, end] in bytes")
@@ -245,6 +266,10 @@ def _read_entry(name: str, entry: object, file: str) -> TensorInfo:
         found = f"data_offsets [{start}, {end}]"
         _refuse("tensor_size", file, name, found, f"{size} for {dtype} {shorten(shape)}")
     return TensorInfo(name, dtype, tuple(shape), start, end)
+
+
+def _is_possible(prefix: bytes) -> bool:
+    return 0 < int.from_bytes(prefix[:PREFIX_BYTES], "little") <= HEADER_LIMIT_BYTES
 
 
 def _element_count(shape: Iterable[int]) -> int | None:

@@ -7,10 +7,10 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hotload.cli.outcome import USAGE
 from hotload.delta.checksums import Checksum
@@ -19,7 +19,7 @@ from hotload.delta.dialects import Dialect
 ABOUT = """
 Lossless deltas between the checkpoints of a training run: write them, apply them, look into them,
 and bring a checkpoint into the layout an inference service wants. Works on local directories; only
-`report` reads a store. Outputs appear whole or not at all.
+`report`, `store` and `service` open a connection. Outputs appear whole or not at all.
 """
 MORE = """
 from two checkpoints, as a trainer saves them:
@@ -33,7 +33,8 @@ from two checkpoints, as a trainer saves them:
 
 exit codes:
   0    done
-  1    check found an error; verify found a difference
+  1    check found an error; verify a difference; store show a broken chain;
+       service status something that a person has to do
   2    the command line is wrong
   3    an input was refused
   4    this machine is in the way: disk full, no permission
@@ -85,13 +86,17 @@ _CHECK = """
 Hold DIR to every layout rule: index, spec, headers, one layer a file, file sizes, quantization; of
 a delta also the frames. One line per finding; warnings do not fail. With --previous a delta is held
 to the layout it follows, and a full checkpoint is warned about where no delta on it is possible.
+A directory without model.weight.spec.json is checked as a cycle publishes it: its layers in files
+of their own, read where they lie. The last line says so.
 """
 _DOCTOR = """
 Write the checkpoint DIR again into the new directory OUT, in the layout a service wants: one layer
 a file; embeddings, final norm and head each in a file of their own; index and spec; every file
 below 5 GB. A head that is a copy of the embeddings is left out where config.json ties the two.
-Optimizer and trainer state, sub-directories and other formats stay behind. No weight changes: the
-output is read back and compared byte for byte before it gets its name.
+What no server reads (optimizer and trainer state, logs, pickles, sub-directories) stays behind. No
+weight changes: the output is read back and compared byte for byte before it gets its name.
+--config-from BASE takes the base model's config.json, where a library has saved it in other words;
+quantization_config stays, and fields with another meaning are named.
 """
 
 _REPORT = """
@@ -99,6 +104,56 @@ Write the page of the training run RUN, from the reports that its cycles left in
 s3://, gs://, file:// or a path. Reward with its spread, bytes, seconds, failures and drift over the
 policy versions, and the chain with what is served. The page is one HTML file that loads
 nothing. Every cycle writes the same into the store, as _hotload/runs/RUN.html.
+"""
+_STORE = """
+See what lies in a store, and say what stays there. `python -m flows.retain`, of the pipeline,
+removes what nothing needs.
+"""
+_LIST = """
+List every snapshot of the store at URL: s3://, gs://, file:// or a path. With --service, once for
+each service that loads from it, also what they serve, load, or failed on.
+"""
+_SHOW = """
+Show the chain that IDENTITY is served by, its full snapshot first, with the bytes that a replica
+which joins late has to load, and what follows it. Exit code 1 if a link is not in the store.
+"""
+_VERIFY_STORE = """
+Read every object of the store's snapshots, or of those named, and hold its size and SHA-256 to the
+manifest that names it. Objects are read in pieces of 8 MiB, so memory stays small. Exit code 1 if
+one is missing or differs.
+"""
+_PIN = """
+Keep the snapshot IDENTITY, with all that its chain needs, from being removed until it is unpinned.
+"""
+_UNPIN = """
+Let the snapshot IDENTITY go again, when nothing else keeps it; also a pin whose snapshot is gone.
+"""
+_DELETE = """
+Remove the snapshot IDENTITY: its manifest, then its objects. Refused while a service serves it,
+another snapshot needs it, it is pinned, or a cycle publishes. Name every service that loads from
+the store: of any other nothing is known.
+"""
+_SERVICES = """
+a service is ACCOUNT/MODEL/DEPLOYMENT, or that with @URL of its API; without
+it FIREWORKS_BASE_URL counts, then the vendor's. Its key is FIREWORKS_API_KEY.
+plain:ACCOUNT/MODEL/DEPLOYMENT@URL is a door without a control plane.
+"""
+_SERVICE = """
+Look at an inference service that is hot-loaded, and at its ledger.
+"""
+_STATUS = """
+Show what every replica serves, whether it is ready, what it loads or failed on. With the store that
+it loads from also: what follows what, what is missing, who publishes, and what to do next. Exit
+code 1 where a person has to do something.
+"""
+_LEDGER = """
+Show what the service has loaded since its ledger was reset, newest first. No public source says how
+the vendor's API shows it; where it does not, its own command line does.
+"""
+_RESET = """
+Make the service forget every snapshot: base weights answer at once, and the next cycle publishes a
+full one. Asks for the name of the deployment on standard input. With the store, refused while a
+cycle publishes.
 """
 _CREDENTIALS = """
 credentials come from the environment, as for the cloud's own tools: an AWS
@@ -111,7 +166,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process: what is wrong with the command line."""
-        name = self.prog.split()[-1]
+        name = self.prog.removeprefix("python -m ").removeprefix("hotload").strip() or "hotload"
         if "--json" in sys.argv:
             found = {"class": "UsageError", "who": "caller", "message": message}
             facts = {"command": name, "ok": False, "exit_code": USAGE, "error": found}
@@ -139,9 +194,15 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
     )
 
     def command(
-        name: str, tells: str, about: str, paths: Sequence[str], *examples: str, more: str = ""
+        name: str,
+        tells: str,
+        about: str,
+        paths: Sequence[str],
+        *examples: str,
+        more: str = "",
+        among: Any = commands,
     ) -> Parser:
-        added = commands.add_parser(
+        added: Parser = among.add_parser(
             name,
             help=tells,
             description=_filled(about),
@@ -240,13 +301,16 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
     )
     help_text = "the checkpoint it follows"
     check.add_argument("--previous", type=_existing, metavar="DIR", help=help_text)
-    command(
+    doctor = command(
         "doctor",
         "bring a checkpoint into the layout a service wants",
         _DOCTOR,
         ("DIR", "OUT"),
         "saved-by-trainer ready-to-publish",
+        "saved new --config-from base-model",
     )
+    help_text = "take config.json from here, the base model"
+    doctor.add_argument("--config-from", type=_existing, metavar="BASE", help=help_text)
     report = command(
         "report",
         "write the page of a run from what its cycles left in the store",
@@ -264,10 +328,112 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         metavar="FILE",
         help="where the page is written, replacing what is there (RUN.html)",
     )
+    _add_store_commands(commands, command)
+    _add_service_commands(commands, command)
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help(sys.stderr)
         parser.exit(USAGE)
     return parser.parse_args(arguments)
+
+
+def _add_store_commands(commands: Any, command: Callable[..., Parser]) -> None:
+    group = commands.add_parser(
+        "store",
+        help="what lies in a store, digests, pins; list, show, verify, pin, unpin, delete",
+        description=_filled(_STORE),
+        epilog="example:\n  %(prog)s list s3://acme-rl/rollouts",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = group.add_subparsers(dest="verb", title="commands", metavar="COMMAND", required=True)
+    url, identity = "s3://acme-rl/rollouts", "grpo7-000012-3fa92c1b"
+    service = "--service acme/qwen3-30b/rollouts"
+
+    def verb(
+        name: str, tells: str, about: str, *examples: str, takes: str | None, asks: bool
+    ) -> Parser:
+        more = _CREDENTIALS + (_SERVICES if asks else "")
+        added = command(name, tells, about, (), *examples, more=more, among=verbs)
+        added.set_defaults(command=f"store {name}")
+        added.add_argument("url", metavar="URL", help="the store")
+        if takes is not None:
+            added.add_argument(
+                "identity", metavar="IDENTITY", nargs=takes or None, help="of a snapshot"
+            )
+        if asks:
+            added.add_argument(
+                "--service",
+                action="append",
+                default=[],
+                required=name == "delete",
+                metavar="NAMES",
+                help="a service that loads from the store; may be given again",
+            )
+        return added
+
+    verb("list", "every snapshot, with what serves or pins it", _LIST, url, takes=None, asks=True)
+    verb(
+        "show",
+        "the chain a snapshot is served by, and what follows it",
+        _SHOW,
+        f"{url} {identity}",
+        takes="",
+        asks=True,
+    )
+    verb(
+        "verify",
+        "every object against the digest in its manifest",
+        _VERIFY_STORE,
+        url,
+        f"{url} {identity}",
+        takes="*",
+        asks=False,
+    )
+    verb(
+        "pin", "keep a snapshot and what it needs", _PIN, f"{url} {identity}", takes="", asks=False
+    )
+    verb("unpin", "let it go again", _UNPIN, f"{url} {identity}", takes="", asks=False)
+    verb(
+        "delete",
+        "remove a snapshot that nothing needs",
+        _DELETE,
+        f"{url} {identity} \\\n      {service}",
+        takes="",
+        asks=True,
+    )
+
+
+def _add_service_commands(commands: Any, command: Callable[..., Parser]) -> None:
+    group = commands.add_parser(
+        "service",
+        help="what its replicas do and what is next, its ledger; status, ledger, reset",
+        description=_filled(_SERVICE),
+        epilog="example:\n  %(prog)s status --cycle cycle.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = group.add_subparsers(dest="verb", title="commands", metavar="COMMAND", required=True)
+    service = "--service acme/qwen3-30b/rollouts"
+
+    def verb(name: str, tells: str, about: str, *examples: str) -> Parser:
+        more = _SERVICES + _CREDENTIALS
+        added = command(name, tells, about, (), *examples, more=more, among=verbs)
+        added.set_defaults(command=f"service {name}")
+        named = added.add_mutually_exclusive_group(required=True)
+        named.add_argument("--service", metavar="NAMES", help="the service")
+        help_text = "the service and store of a cycle file, declared below its `blocks:`"
+        named.add_argument("--cycle", type=_existing, metavar="FILE", help=help_text)
+        added.add_argument("--store", metavar="URL", help="the store that it loads from")
+        return added
+
+    verb(
+        "status",
+        "every replica, and what is to be done",
+        _STATUS,
+        "--cycle cycle.yaml",
+        f"{service} --store s3://acme-rl/rollouts",
+    )
+    verb("ledger", "what it has loaded, newest first", _LEDGER, service)
+    reset = verb("reset", "forget every snapshot; base weights answer", _RESET, service)
+    reset.add_argument("--yes", action="store_true", help="do not ask for the deployment's name")
 
 
 def _version() -> str:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from hotload.checkpoint.anatomy import is_delta
 from hotload.checkpoint.checkpoint import Checkpoint
 from hotload.checkpoint.index_and_spec import check_index
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.rules import check_full, check_lora
-from hotload.checkpoint.safetensors import read_json_object, storage_bytes
+from hotload.checkpoint.safetensors import first_names, read_json_object, storage_bytes
 from hotload.cli.contents import kind_of
 from hotload.cli.outcome import FOUND, OK, CommandResult
 from hotload.cli.progress import ProgressBar
@@ -22,8 +23,8 @@ from hotload.delta.frame import content_size
 from hotload.delta.inspect_delta import Form, spec_forms
 from hotload.delta.rules import check_delta, delta_obstacle
 from hotload.directory.inputs import open_delta
-from hotload.directory.relayout import relayout_directory
-from hotload.directory.shards import read_checkpoint
+from hotload.directory.relayout import CheckpointView, relayout_directory, view_checkpoint
+from hotload.directory.shards import read_checkpoint, read_document
 from hotload.errors import DeltaError, Finding, InvalidCheckpointError
 from hotload.identity import SnapshotKind
 from hotload.quantities import plural, size
@@ -34,16 +35,21 @@ def check(options: Namespace, _: ProgressBar | None) -> CommandResult:
     directory: Path = options.dir
     previous = None if options.previous is None else read_checkpoint(options.previous)
     kind: SnapshotKind | None = None
+    said = ""
     try:
-        checkpoint = read_checkpoint(directory)
+        view = _view(directory)
+        said = f"; {view.describe()}"
+        checkpoint = view.checkpoint
         kind = kind_of(checkpoint)
-        findings = tuple(_findings(directory, checkpoint, kind, previous))
+        findings = tuple(_findings(directory, view, kind, previous))
     except InvalidCheckpointError as error:
         findings = error.findings
         if any(finding.who != "trainer" for finding in findings):
             raise  # not about the checkpoint
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
+    if kind is SnapshotKind.FULL and not errors and (quantized := view.describe_quantization()):
+        said += f"; quantized: {quantized}"
     noun = "directory" if kind is None else f"{kind.value} snapshot"
     line = (
         f"{plural(errors, 'error')}, {plural(warnings, 'warning')}" if findings else "nothing found"
@@ -57,39 +63,57 @@ def check(options: Namespace, _: ProgressBar | None) -> CommandResult:
             "findings": [asdict(finding) for finding in findings],
         },
         lines=tuple(map(str, findings)),
-        notes=(f"{directory}: {noun}, {line}",),
+        notes=(f"{directory}: {noun}, {line}{said if kind is not SnapshotKind.DELTA else ''}",),
         exit_code=FOUND if errors else OK,
     )
 
 
 def doctor(options: Namespace, bar: ProgressBar | None) -> CommandResult:
     """Write the checkpoint again, in the required layout."""
-    done = relayout_directory(options.dir, options.out, progress=bar)
+    done = relayout_directory(
+        options.dir, options.out, config_from=options.config_from, progress=bar
+    )
     written = f"{plural(done.tensor_count, 'tensor')} in {plural(done.shard_count, 'shard')}"
     lines = [
         f"{options.out}: {written}, {size(done.size_bytes)}; every byte compared with {options.dir}"
     ]
+    way = "file by file, by its spec" if (options.dir / SPEC_FILE).is_file() else "in this layout"
+    said = f"a cycle publishes {options.dir} {way}, without doctor"
     tied = f"a copy of the embeddings, which {CONFIG_FILE} ties it to"
     lines += [f"left out tensor {name}: {tied}" for name in done.dropped_heads]
     lines += [f"left out {file.file}: {file.reason}" for file in done.left_out]
+    if done.other_tensors:
+        names = first_names(done.other_tensors)
+        lines.append(f"recognised as no layer, embeddings, final norm or head: {names}")
     if done.dropped_metadata:
         names = ", ".join(done.dropped_metadata)
         lines.append(f"left out of the headers, as the source's files disagree: {names}")
     if done.side_files:
         lines.append(f"copied as they are: {', '.join(done.side_files)}")
     facts = asdict(done) | {"directory": str(options.out)}
-    return CommandResult(facts, tuple(lines), notes=tuple(map(str, done.warnings)))
+    return CommandResult(facts, tuple(lines), notes=(said, *map(str, done.warnings)))
+
+
+def _view(directory: Path) -> CheckpointView:
+    """View a directory as a cycle does; a delta, which only we write, as it lies."""
+    path = directory / INDEX_FILE
+    index = read_json_object(read_document(path), file=INDEX_FILE) if path.is_file() else None
+    if is_delta((), index):
+        return CheckpointView(directory, read_checkpoint(directory))
+    return view_checkpoint(directory)
 
 
 def _findings(
-    directory: Path, checkpoint: Checkpoint, kind: SnapshotKind, previous: Checkpoint | None
+    directory: Path, view: CheckpointView, kind: SnapshotKind, previous: Checkpoint | None
 ) -> Iterator[Finding]:
+    checkpoint = view.checkpoint
     if kind is SnapshotKind.LORA:
         yield from check_lora(checkpoint)
     elif kind is SnapshotKind.DELTA:
         yield from _check_delta(directory, checkpoint, previous)
     else:
         yield from check_full(checkpoint)
+        yield from view.check_heads()
         if previous is not None and (reason := _obstacle(previous, checkpoint)):
             expected = "the layout of previous; otherwise the next snapshot has to be a full one"
             yield Finding("drift", str(directory), None, reason, expected, severity="warning")

@@ -11,9 +11,10 @@ from typing import Any
 
 from hotload.checkpoint.anatomy import is_delta
 from hotload.checkpoint.checkpoint import Checkpoint
-from hotload.checkpoint.model_config import is_tied
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
+from hotload.checkpoint.quantization import describe_quantization
 from hotload.checkpoint.safetensors import read_json_object
+from hotload.checkpoint.sub_configs import is_tied
 from hotload.cli.outcome import CommandResult
 from hotload.cli.progress import ProgressBar
 from hotload.cli.wording import density_percent, ratio, text_table
@@ -128,7 +129,11 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         names = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
         return {"adapter": {name: adapter.get(name) for name in names}}
     config = _document(checkpoint, CONFIG_FILE) or {}
-    return {"model_type": config.get("model_type"), "is_tied": is_tied(config)}
+    return {
+        "model_type": config.get("model_type"),
+        "is_tied": is_tied(config),
+        "quantization": describe_quantization(tuple(checkpoint.tensors), config) or None,
+    }
 
 
 def _part(part: PartFacts) -> dict[str, Any]:
@@ -164,7 +169,8 @@ def _plain_lines(facts: dict[str, Any]) -> list[str]:
         base, rank = adapter["base_model_name_or_path"], adapter["r"]
         return [f"{facts['directory']}: LoRA of {base}, rank {rank}"]
     tied = ", head tied to the embeddings" if facts["is_tied"] else ""
-    return [f"{facts['directory']}: full checkpoint, model_type {facts['model_type']}{tied}"]
+    line = f"{facts['directory']}: full checkpoint, model_type {facts['model_type']}{tied}"
+    return [line, *([f"quantized: {told}"] if (told := facts["quantization"]) else [])]
 
 
 def _total_lines(facts: dict[str, Any], everything: PartFacts) -> list[str]:

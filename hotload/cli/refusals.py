@@ -13,7 +13,9 @@ from hotload.errors import (
     HotLoadError,
     InvalidCheckpointError,
     InvalidIdentityError,
+    LeaseLostError,
     NeedsFullSnapshotError,
+    ServiceError,
     StoreError,
 )
 
@@ -55,10 +57,11 @@ def refusal(error: Exception) -> CommandResult:
         return _refused(error, MACHINE, "operator", line)
     if isinstance(error, UsageError | InvalidIdentityError):
         return _refused(error, USAGE, "caller", str(error))
-    if isinstance(error, StoreError):
+    if isinstance(error, StoreError | ServiceError | LeaseLostError):
         return _refused(error, REFUSED, "operator", str(error))
     if isinstance(error, NeedsFullSnapshotError):
-        line = f"{error}, expected one layout: run doctor on both, or publish the target in full"
+        expected = "one layout, which doctor makes, and equal files beside the shards"
+        line = f"{error}, expected {expected}; or publish the target in full"
         return _refused(error, REFUSED, "publisher", line)
     if isinstance(error, ChecksumMismatchError):
         line = f"{error}: this is not its base, or the delta was applied before"

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hotload.cli.doors import clients_needed, open_store
 from hotload.cli.outcome import CommandResult
 from hotload.cli.progress import ProgressBar
 from hotload.cli.refusals import UsageError
@@ -25,14 +26,10 @@ def report(options: Namespace, _: ProgressBar | None) -> CommandResult:
     """Write the page of a run."""
     if not RUN_ID.fullmatch(options.run):
         raise UsageError(f"found {options.run!r}, expected the name of a run")
-    try:
+    with clients_needed():
         from hotload.report.run_page import render_run
 
-        url = options.url if "://" in options.url else str(Path(options.url).absolute())
-        history, unfinished, unreadable = asyncio.run(_read(url, options.run))
-    except ImportError as error:
-        needed = f"the package {error.name!r} is not installed"
-        raise UsageError(f'{needed}, expected `pip install "hotload[clients]"`') from None
+        history, unfinished, unreadable = asyncio.run(_read(options.url, options.run))
     out: Path = options.out or Path(f"{options.run}.html")
     write_atomic(out, render_run(history, unfinished).encode())
     last = history.versions[-1]
@@ -54,17 +51,13 @@ async def _read(url: str, run: str) -> tuple[RunHistory, tuple[SnapshotManifest,
     """Read the run from its cycles' reports, not from the rows that they keep."""
     from hotload.clients.store.records import REPORTS
     from hotload.clients.store.run_records import add_missing, read_unfinished
-    from hotload.clients.store.store import Store
-    from hotload.report.run_history import RunHistory, runs_of
+    from hotload.report.run_history import RunHistory, reports_of
 
-    try:
-        store = Store(url)
-    except ValueError as error:
-        raise UsageError(f"the URL of the store: {error}") from None
+    store = open_store(url)
     history, unreadable = await add_missing(store, RunHistory(run_id=run))
     if not history.versions:
-        runs = runs_of(await store.names(REPORTS))
+        runs = sorted({one.run_id for one in reports_of(await store.names(REPORTS))})
         shown = ", ".join(runs[:RUNS_SHOWN]) + (", …" if len(runs) > RUNS_SHOWN else "")
         expected = f"one of {len(runs)}: {shown}" if runs else "a store where a cycle has ended"
-        raise UsageError(f"{url}: found no ended cycle of run {run!r}, expected {expected}")
+        raise UsageError(f"{store.url}: found no ended cycle of run {run!r}, expected {expected}")
     return history, await read_unfinished(store, history), unreadable

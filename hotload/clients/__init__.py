@@ -1,7 +1,20 @@
-"""Talks to the network: the checkpoint store, the hot-load service, and the hand-off to trainers.
+"""Talks to the network: stores, the hot-load service, inference, the trigger, the hand-off
+and the ranks of trainers.
 
-The only rooms of the library that open connections. They know nothing of the engine; `sampling` and
-the command line's `report` import them.
+The only rooms of the library that open connections; only a remote reward has its own. They know
+nothing of the engine.
 """
 
-__all__ = ["access", "handoff", "inference", "metrics", "redaction", "service", "store"]
+__all__ = [
+    "access",
+    "arrivals",
+    "handoff",
+    "inference",
+    "metrics",
+    "publish",
+    "redaction",
+    "remote_checkpoint",
+    "service",
+    "store",
+    "trigger",
+]

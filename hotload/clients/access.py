@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import ssl
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 
-from hotload.errors import (
-    ServiceRefusedError,
-)
+from hotload.errors import ServiceRefusedError
 from hotload.publish import fireworks_names
+from hotload.publish.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
+from hotload.publish.workspace import Workspace
 
 RESOURCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -37,31 +39,111 @@ def check_origin(url: str) -> str:
     return url.rstrip("/")
 
 
-def origin_of(base_url: str | None, operation: str) -> str:
-    """Find the API's address: `base_url`, else the environment's, else the vendor's.
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Names one model on one service, the API's address, and the key; may be pickled.
 
-    Raises:
-        ServiceRefusedError: the address is not an origin.
+    Without `base_url` and `api_key` the environment's are taken (FIREWORKS_BASE_URL,
+    FIREWORKS_API_KEY), at the moment of a call. `block` names the document that all this is from,
+    `hot-load-service/default` for example; it stands in errors.
     """
-    variable = fireworks_names.BASE_URL_VARIABLE
-    try:
-        return check_origin(base_url or os.environ.get(variable) or fireworks_names.BASE_URL)
-    except ValueError as error:
-        source = "base_url" if base_url else variable
-        raise ServiceRefusedError(operation, None, f"{source}: {error}") from None
 
+    account_id: str
+    model_id: str
+    deployment_id: str
+    base_url: str | None = None
+    api_key: str = field(default="", repr=False)
+    block: str = ""
+    dialect: ApiDialectName = "fireworks"
 
-def key_of(api_key: str, operation: str) -> str:
-    """Return the key itself, else that of the environment, if there is one that can be sent.
+    @property
+    def api(self) -> ApiDialect:
+        """How this service spells headers, names, paths and formats."""
+        return API_DIALECTS[self.dialect]
 
-    Raises:
-        ServiceRefusedError: none, or with characters httpx would refuse, showing the key.
-    """
-    key = api_key or os.environ.get(fireworks_names.API_KEY_VARIABLE, "")
-    if not key:
-        reason = f"no API key: set the block's api_key or {fireworks_names.API_KEY_VARIABLE}"
-        raise ServiceRefusedError(operation, None, reason)
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        reason = "the API key has characters that no key has, a line end perhaps"
-        raise ServiceRefusedError(operation, None, reason)
-    return key
+    def origin(self, operation: str) -> str:
+        """Find the API's address: `base_url`, else the environment's, else the vendor's.
+
+        Raises:
+            ServiceRefusedError: the address is not an origin.
+        """
+        variable = fireworks_names.BASE_URL_VARIABLE
+        try:
+            return check_origin(
+                self.base_url or os.environ.get(variable) or fireworks_names.BASE_URL
+            )
+        except ValueError as error:
+            source = "base_url" if self.base_url else variable
+            reason = f"{source}: {error}"
+            raise ServiceRefusedError(operation, None, reason, self.remedy(None)) from None
+
+    def key(self, operation: str) -> str:
+        """Return the key itself, else that of the environment, if there is one that can be sent.
+
+        Raises:
+            ServiceRefusedError: none, or with characters httpx would refuse, showing the key.
+        """
+        key = self.api_key or os.environ.get(fireworks_names.API_KEY_VARIABLE, "")
+        if not key:
+            raise ServiceRefusedError(operation, None, "no API key", self.remedy(401))
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            reason = "the API key has characters that no key has, a line end perhaps"
+            raise ServiceRefusedError(operation, None, reason, self.remedy(401))
+        return key
+
+    def remedy(self, status_code: int | None) -> str:
+        """Advise the operator on an answer that is no good, None for no answer: one text for the
+        check of a block and for the error that a cycle ends with."""
+        match status_code:
+            case 400:
+                what = "compare dialect, model and deployment with what the service asks for"
+            case 401:
+                variable = fireworks_names.API_KEY_VARIABLE
+                what = (
+                    f"use a key of this account, as api_key or in {variable};"
+                    " to publish, an inference-only key is not enough"
+                )
+            case 402:
+                what = f"settle the billing of account {self.account_id}"
+            case 403:
+                what = f"give the key's owner rights on {self.deployment()}"
+            case 404:
+                what = "compare account, model and deployment with the vendor's names"
+            case 412:
+                what = f"see at the vendor's whether {self.deployment()} is suspended"
+            case _:
+                what = "compare base_url, and see whether the service is up or swapping weights"
+        return f"For {self.source}: {what}"
+
+    @property
+    def source(self) -> str:
+        """The block that all this is from, for a person."""
+        return f"block {self.block}" if self.block else "the account block"
+
+    @property
+    def service(self) -> str:
+        """Name the service among those that load from one store; also a path below a directory."""
+        return f"{self.account_id}/{self.deployment_id}"
+
+    def workspace(self, work_dir: Path) -> Workspace:
+        """Return where a publisher to this service keeps its files below `work_dir`."""
+        return Workspace(work_dir, self.account_id, self.deployment_id)
+
+    def model(self) -> str:
+        """Name the model as the service does, by default as a resource."""
+        if not self.api.names_are_resources:
+            return self.model_id
+        return fireworks_names.model_name(self.account_id, self.model_id)
+
+    def deployment(self) -> str:
+        """Name the service as it does itself, by default as a resource."""
+        if not self.api.names_are_resources:
+            return self.deployment_id
+        return fireworks_names.deployment_name(self.account_id, self.deployment_id)
+
+    def names(self) -> dict[str, str]:
+        """Name model and service in the headers of a request (protocol §2)."""
+        return {
+            self.api.model_header: self.model(),
+            self.api.deployment_header: self.deployment(),
+        }

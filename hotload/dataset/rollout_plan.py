@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import AwareDatetime, Field
 
 from hotload.dataset.sample_extracts import SampleExtract
-from hotload.identity import version_of
+from hotload.identity import NamedVersion, read_identity, version_text
 from hotload.records import FileName, Record, Sha256
 from hotload.rollout.counts import RolloutCounts, RolloutSummary
 from hotload.rollout.trajectory import Problem, chunk, problems_for
@@ -64,6 +64,22 @@ class PartPlan:
             if name.startswith(prefix) and name.endswith(suffix)
         ]
         yield from sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
+
+
+def share_parts(parts: Sequence[PartPlan], weights: Sequence[float]) -> list[frozenset[int]]:
+    """Share parts out by weight, each to whom most of its share is missing, in order: the numbers
+    of those that each gets."""
+    shares: list[set[int]] = [set() for _ in weights]
+    given, total = [0.0] * len(weights), 0
+    for part in parts:
+        total += len(part.problems)
+        missing = [
+            weight / sum(weights) * total - had for weight, had in zip(weights, given, strict=True)
+        ]
+        chosen = missing.index(max(missing))
+        shares[chosen].add(part.number)
+        given[chosen] += len(part.problems)
+    return [frozenset(share) for share in shares]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +186,23 @@ def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) ->
     digest = _digest([part.digest for part in parts])
     size = spec.sampling.completions_per_prompt
     version = spec.policy_version
-    directory = rollout_directory(identity, spec.run_id, version)
+    directory = rollout_directory(identity, NamedVersion(spec.run_id, spec.line, version))
+    if spec.again == "rollouts":
+        directory = f"{directory}/{AGAIN}{digest[:8]}"
     return RolloutPlan(spec.run_id, identity, version, directory, tuple(parts), digest, size)
 
 
-def rollout_directory(identity: str, run_id: str, policy_version: int) -> str:
+AGAIN = "again-"
+"""Begins the name of a directory, below a version's own, with samples that were taken anew."""
+
+
+def rollout_directory(identity: str, version: NamedVersion) -> str:
     """Say where the rollouts lie that a version samples from the weights of `identity`."""
     directory = f"{PARTS}/{identity}"
-    if version_of(identity, run_id) == policy_version:
+    if read_identity(identity) == version:
         return directory
     # The version was not published: it samples an earlier one, whose own rollouts lie there.
-    return f"{directory}/{policy_version:06d}"
+    return f"{directory}/{version_text(version.policy_version, version.line)}"
 
 
 def _after(problems: Sequence[Problem], chosen: Sequence[Problem]) -> tuple[Problem, ...]:
@@ -201,6 +223,7 @@ def summarize(
     *,
     parts_uri: str,
     seconds: float,
+    declaration_sha256: str = "",
     found: Iterable[RolloutPart] = (),
     window_trace: Iterable[tuple[float, int, int]] = (),
 ) -> RolloutSummary:
@@ -221,6 +244,7 @@ def summarize(
         found_sample_count=earlier.sample_count,
         found_token_count=earlier.completion_token_count,
         parts_uri=parts_uri,
+        declaration_sha256=declaration_sha256,
         seconds=seconds,
         groups=total.groups,
         window_trace=tuple(window_trace),

@@ -27,7 +27,7 @@ class Rollouts(pa.DataFrameModel):
     prompt does not repeat the tokens so far. What is known of the sample as a whole (reward, text,
     latency, …) stands in each of its rows. In the first alone stand `transcript`, `routing_matrix`
     and, of the problem, `prompt` (text, or messages as JSON; null if it was token ids) and `answer`
-    (as JSON).
+    (as JSON). With every change of a column, `parquet.ROWS_SCHEMA_NUMBER` grows.
 
     `token_ids`, `loss_mask` and `sampling_logprobs` have the same length. `identity` is what was
     confirmed at dispatch, `policy_version` the version it names, `weights` how the answer's own

@@ -72,12 +72,14 @@ class Adler32:
 
 def start_checksum(checksum: Checksum) -> Running:
     """Begin a checksum, over no bytes yet."""
-    starts: dict[Checksum, Callable[[], Running]] = {
-        Checksum.ADLER32: Adler32,
-        Checksum.XXH3_128: xxhash.xxh3_128,
-        Checksum.BLAKE3: blake3.blake3,
-    }
-    return starts[checksum]()
+    return _STARTS[checksum]()
+
+
+_STARTS: dict[Checksum, Callable[[], Running]] = {
+    Checksum.ADLER32: Adler32,
+    Checksum.XXH3_128: xxhash.xxh3_128,
+    Checksum.BLAKE3: blake3.blake3,
+}
 
 
 def join_adler32(first: int, second: int, second_size_bytes: int) -> int:

@@ -80,9 +80,11 @@ def envelope_of(dialect: Dialect, checksum: Checksum = Checksum.ADLER32) -> Enve
     if dialect is not Dialect.SLIME and checksum is not Checksum.ADLER32:
         reason = f"its receivers compare {Checksum.ADLER32}, not {checksum}"
         raise DeltaError(f"dialect {dialect}", reason)
-    if dialect is Dialect.FIREWORKS:
-        return ARC_V2
-    return Envelope(checksum, is_decimal=False, has_every_tensor=False)
+    match dialect:
+        case Dialect.FIREWORKS:
+            return ARC_V2
+        case Dialect.SLIME | Dialect.COREWEAVE:
+            return Envelope(checksum, is_decimal=False, has_every_tensor=False)
 
 
 def check_lineage(dialect: Dialect, lineage: Lineage | None) -> None:

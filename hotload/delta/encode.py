@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,26 +127,32 @@ def encode_shard(
     envelope: Envelope = ARC_V2,
     pool: Workers | None = None,
     with_sha256: bool = True,
+    target_sha256: str | None = None,
     on_bytes: Callable[[int], object] | None = None,
     writer: FrameMethod | None = None,
+    self_check: bool = False,
 ) -> DeltaStats:
     """Write the delta shard that turns `base` into `target`, and tell its sizes and digests.
 
     Payloads come first, behind room for the longest possible header; the header is written last.
     Every byte of both shards is read once; `with_sha256` the target is summed on the way, so that
-    the caller sees whether it changed since it was last looked at. `on_bytes` hears of the tensor
-    bytes done.
+    the caller sees whether it changed since it was last looked at, unless its `target_sha256` is
+    known. `on_bytes` hears of the tensor bytes done. With `self_check` every frame is decoded again
+    while the bytes that went into it are still held; what the disk keeps of it afterwards, its own
+    SHA-256 tells.
 
     Raises:
         LayoutMismatchError: tensors, dtypes, shapes or their order differ.
+        DeltaError: `self_check` was asked for, and a frame does not decode to what went into it.
     """
     if reason := shard_obstacle(base_header, target_header):
         raise LayoutMismatchError(reason)
     writer = writer or best_method()
-    reader = _Reader(base, base_header.data_start, target, target_header.data_start)
+    reader = _Reader(base, base_header.data_start, target, target_header.data_start, self_check)
     base_head = read_bytes(base, 0, base_header.data_start)
     target_head = read_bytes(target, 0, target_header.data_start)
-    sums = _Sums(envelope.checksum, (base_head, target_head) if with_sha256 else ())
+    known = {target_head: target_sha256} if target_sha256 else {}
+    sums = _Sums(envelope.checksum, (base_head, target_head) if with_sha256 else (), known)
     room = _head_limit(base_header.tensors, envelope)
     file = DeltaFile(out, room)
     tensors: list[TensorDelta] = []
@@ -157,7 +163,7 @@ def encode_shard(
     )
     with closing(run_in_order(jobs, pool, sums.turns)) as results:
         for tensor in base_header.tensors:
-            open_tensor = _OpenTensor(tensor, file.append, envelope, writer)
+            open_tensor = _OpenTensor(tensor, file.append, envelope, writer, self_check)
             for span in _spans(tensor):
                 open_tensor.add(next(results))
                 if on_bytes:
@@ -194,17 +200,33 @@ class _Span:
 class _Reader:
     """Two shards read span by span, in any thread."""
 
-    def __init__(self, base: Readable, base_start: int, target: Readable, target_start: int):
+    def __init__(
+        self,
+        base: Readable,
+        base_start: int,
+        target: Readable,
+        target_start: int,
+        self_check: bool,
+    ) -> None:
         self._base, self._base_start = base, base_start
         self._target, self._target_start = target, target_start
+        self._self_check = self_check
 
     def encode(self, tensor: TensorInfo, span: range, sums: _Sums, writer: FrameMethod) -> _Span:
         """Read, pack and sum a span of a tensor, counted from the end of the header."""
         old, new = self._buffers()
         is_end = span.stop == tensor.end
         pieces = self._pieces(span, old, new, keep=sums.are_needed)
-        packed = _pack(pieces, len(span), writer, is_end=is_end, element=_element(tensor))
-        return replace(packed, checksum=sums.add(tensor, span, new[: len(span)].data))
+        packed = _pack(
+            pieces,
+            len(span),
+            writer,
+            is_end=is_end,
+            element=_element(tensor),
+            self_check=self._self_check,
+        )
+        checksum = sums.add(tensor, span, new[: len(span)].data)
+        return replace(packed, checksum=checksum) if checksum else packed
 
     def _pieces(
         self, span: range, old: ByteArray, new: ByteArray, *, keep: bool
@@ -233,13 +255,16 @@ class _Reader:
 class _Sums:
     """Sums that need the target's bytes in their order: SHA-256 of files, checksums of tensors.
 
-    A file here is one of the given heads and all tensors of the target behind it. Adler-32 is not
-    among them: it can be joined.
+    A file here is one of the given heads and all tensors of the target behind it; those that are
+    known are not summed. Adler-32 is not among them: it can be joined.
     """
 
-    def __init__(self, algorithm: Checksum, heads: Iterable[bytes]) -> None:
+    def __init__(
+        self, algorithm: Checksum, heads: Iterable[bytes], known: Mapping[bytes, str]
+    ) -> None:
         self.turns = Turnstile()
-        self._files = {head: hashlib.sha256(head) for head in heads}
+        self._known = known
+        self._files = {head: hashlib.sha256(head) for head in heads if head not in known}
         self._algorithm = algorithm
         self._tensor = start_checksum(algorithm)
         self.are_needed = bool(self._files) or algorithm is not Checksum.ADLER32
@@ -260,7 +285,8 @@ class _Sums:
 
     def sha256(self, head: bytes) -> str:
         """Of the file behind `head`."""
-        return self._files[head].hexdigest() if head in self._files else ""
+        known = self._known.get(head, "")
+        return self._files[head].hexdigest() if head in self._files else known
 
 
 class _OpenTensor:
@@ -272,10 +298,13 @@ class _OpenTensor:
         write: Callable[[Bytes], object],
         envelope: Envelope,
         writer: FrameMethod,
+        self_check: bool,
     ) -> None:
         self._tensor, self._envelope = tensor, envelope
         frame_writer = method_for(tensor.size_bytes, writer)
-        self._frame = FrameWriter(tensor.size_bytes, write, writer=frame_writer)
+        self._frame = FrameWriter(
+            tensor.size_bytes, write, writer=frame_writer, self_check=self_check
+        )
         self._checksum = start_checksum(envelope.checksum).hexdigest()
         self._adler32, self._changed_element_count = ADLER32_OF_NOTHING, 0
 
@@ -308,6 +337,7 @@ def _pack(
     *,
     is_end: bool,
     element: np.dtype[np.unsignedinteger] | None = None,
+    self_check: bool = False,
 ) -> _Span:
     """One pass over memory, piece by piece as they stay in a cache: XOR, checksum, scan, compress.
 
@@ -320,7 +350,8 @@ def _pack(
         reached += len(target)
         difference = np.bitwise_xor(base, target, out=room)
         checksum = adler32(target.data, checksum)
-        blocks = pack_piece(difference, writer=writer, is_last=is_end and reached == size_bytes)
+        is_last = is_end and reached == size_bytes
+        blocks = pack_piece(difference, writer=writer, is_last=is_last, self_check=self_check)
         if blocks is not None and element is not None:
             changed += int(np.count_nonzero(difference.view(element)))
         packed.append((blocks, len(target)))

@@ -1,4 +1,4 @@
-"""What a receiver wants around the payloads: the only part in which dialects differ.
+"""What a receiver wants around the payloads: which dialects spell differently.
 
 The payload of a tensor, one zstd frame over `target XOR base`, is the same for every receiver. An
 envelope says which checksum stands beside it, how that is written, and whether a delta shard has

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from threading import local
 from typing import Any
 
 import zstandard
@@ -34,6 +35,7 @@ _BLOCK_HEADER_BYTES = 3
 _CHECKSUM_BYTES = 4
 _HEADS_BYTES = 4096  # blocks of a sparse tensor are short: several heads to a read
 _RLE, _COMPRESSED, _RESERVED = 1, 2, 3
+_SCRATCH = local()  # a thread's, since making one takes longer than a small tensor's frame
 
 
 class FrameMethod(StrEnum):
@@ -56,20 +58,26 @@ def describe_method(writer: FrameMethod) -> str:
     return f"{writer} (zstandard {zstandard.__version__})"
 
 
-def pack_piece(difference: ByteArray, *, writer: FrameMethod, is_last: bool) -> bytes | None:
+def pack_piece(
+    difference: ByteArray, *, writer: FrameMethod, is_last: bool, self_check: bool = False
+) -> bytes | None:
     """Compress a piece of at most `PIECE_BYTES` for `FrameWriter.add`; None where it is all zeros.
 
     Pieces may be packed in any thread and any order. With sequences that is the heavy part; level 1
-    compresses where they are added.
+    compresses, and is checked, where they are added.
 
     Raises:
         OSError: sequences, and there is no libzstd for them, or it refuses.
+        DeltaError: `self_check` was asked for, and it does not decode to `difference`.
     """
     if writer is FrameMethod.LEVEL_ONE:
         return difference.tobytes() if difference.any() else None
     if (coder := sequence_coder()) is None:
         raise OSError("no libzstd that writes sequences")
-    return coder.blocks(difference, is_last=is_last)
+    try:
+        return coder.blocks(difference, is_last=is_last, self_check=self_check)
+    except ValueError as error:
+        raise DeltaError("a frame", str(error)) from None
 
 
 def method_for(size_bytes: int, writer: FrameMethod) -> FrameMethod:
@@ -81,16 +89,24 @@ class FrameWriter:
     """Puts packed pieces, in their order, into one frame over `size_bytes` of content.
 
     Nothing is written until the first piece that is not all zeros; where none comes, `end` writes
-    the zero frame.
+    the zero frame. With `self_check`, what level 1 writes is decoded again as it is written, and
+    DeltaError raised where it is not what was added.
     """
 
     def __init__(
-        self, size_bytes: int, write: Callable[[Bytes], object], *, writer: FrameMethod
+        self,
+        size_bytes: int,
+        write: Callable[[Bytes], object],
+        *,
+        writer: FrameMethod,
+        self_check: bool = False,
     ) -> None:
         self.size_bytes = 0
         self._content_bytes, self._reached = size_bytes, 0
         self._write_to, self._writer = write, writer
         self._stream: Any = None
+        is_level_one = writer is FrameMethod.LEVEL_ONE
+        self._check = _Check() if self_check and is_level_one else None
         self._is_begun = False
 
     def add(self, packed: bytes | None, size_bytes: int) -> None:
@@ -106,6 +122,8 @@ class FrameWriter:
         """Close the frame, and tell its bytes; without `keep_zeros` a frame of zeros has none."""
         if self._stream is not None:
             self._write(self._stream.flush())
+            if self._check:
+                self._check.end()
         elif not self._is_begun and keep_zeros:
             self._write(zero_frame(self._content_bytes))
         return self.size_bytes
@@ -115,21 +133,56 @@ class FrameWriter:
         if self._writer is FrameMethod.SEQUENCES:
             self._write(frame_head(self._content_bytes) + zero_blocks(zeros, is_last=False))
             return
-        compressor = zstandard.ZstdCompressor(level=1)
-        self._stream = compressor.compressobj(size=self._content_bytes)  # stated in the header
+        if not hasattr(_SCRATCH, "compressor"):
+            _SCRATCH.compressor = zstandard.ZstdCompressor(level=1)
+        # Its size is stated in the header. A thread writes one frame after the other.
+        self._stream = _SCRATCH.compressor.compressobj(size=self._content_bytes)
         for start in range(0, zeros, PIECE_BYTES):
-            self._write(self._stream.compress(bytes(min(PIECE_BYTES, zeros - start))))
+            self._compress(bytes(min(PIECE_BYTES, zeros - start)))
 
     def _put(self, packed: bytes | None, size_bytes: int) -> None:
         if self._stream is not None:
-            self._write(self._stream.compress(packed or bytes(size_bytes)))
+            self._compress(packed or bytes(size_bytes))
         else:
             is_last = self._reached == self._content_bytes
             self._write(packed or zero_blocks(size_bytes, is_last=is_last))
 
+    def _compress(self, content: bytes) -> None:
+        if self._check:
+            self._check.expect(content)
+        self._write(self._stream.compress(content))
+
     def _write(self, data: bytes) -> None:
+        if self._check and self._stream is not None:
+            self._check.see(data)
         self._write_to(data)
         self.size_bytes += len(data)
+
+
+class _Check:
+    """Decodes a frame as it is written; holds what went in until it has come out again."""
+
+    def __init__(self) -> None:
+        if not hasattr(_SCRATCH, "decompressor"):
+            _SCRATCH.decompressor = zstandard.ZstdDecompressor()
+        self._decoder = _SCRATCH.decompressor.decompressobj()
+        self._expected = bytearray()
+
+    def expect(self, content: bytes) -> None:
+        self._expected += content
+
+    def see(self, data: bytes) -> None:
+        try:
+            found = self._decoder.decompress(data)
+        except zstandard.ZstdError as error:
+            raise DeltaError("a frame", f"does not decode again: {error}") from None
+        if not self._expected.startswith(found):
+            raise DeltaError("a frame", "decodes to other bytes than were compressed")
+        del self._expected[: len(found)]
+
+    def end(self) -> None:
+        if self._expected or not self._decoder.eof:
+            raise DeltaError("a frame", "decodes to less than was compressed")
 
 
 def zero_frame(size_bytes: int) -> bytes:

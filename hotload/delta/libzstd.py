@@ -56,14 +56,18 @@ class SequenceCoder:
         number = library.ZSTD_versionNumber()
         self.version = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
-    def blocks(self, difference: ByteArray, *, is_last: bool) -> bytes | None:
+    def blocks(
+        self, difference: ByteArray, *, is_last: bool, self_check: bool = False
+    ) -> bytes | None:
         """Compress `difference` into zstd blocks; None where it is all zeros.
 
         `difference` has at most `PIECE_LIMIT_BYTES`. Its blocks may follow those of another piece;
-        `is_last` marks the last of them as the last of its frame.
+        `is_last` marks the last of them as the last of its frame. With `self_check` they are
+        decoded again, which is sound apart: their first offset is the one of any piece before.
 
         Raises:
             OSError: libzstd refuses, as for want of memory.
+            ValueError: the blocks do not decode to `difference`.
         """
         size = len(difference)
         padded = difference
@@ -71,9 +75,17 @@ class SequenceCoder:
             padded = np.zeros(-(-size // 8) * 8, np.uint8)
             padded[:size] = difference
         sequences = _sequences(padded.view(np.uint64), size)
-        return None if sequences is None else self._compress(difference, sequences, is_last)
+        if sequences is None:
+            return None
+        frame = self._compress(difference, sequences)
+        if self_check:
+            self._context().require(frame, difference)
+        if not is_last:
+            _unmark_last_block(frame)
+        return bytes(frame[_FRAME_HEAD_BYTES:])
 
-    def _compress(self, difference: ByteArray, sequences: Rows, is_last: bool) -> bytes:
+    def _compress(self, difference: ByteArray, sequences: Rows) -> memoryview:
+        """Make a frame of its own of a piece; overwritten by this thread's next."""
         context = self._context()
         out = context.out
         size = self._library.ZSTD_compressSequences(
@@ -86,10 +98,7 @@ class SequenceCoder:
             len(difference),
         )
         _check(self._library, size)
-        view = out.data[:size]
-        if not is_last:
-            _unmark_last_block(view)
-        return bytes(view[_FRAME_HEAD_BYTES:])
+        return out.data[:size]
 
     def _context(self) -> _Context:
         context = getattr(self._local, "context", None)
@@ -99,7 +108,7 @@ class SequenceCoder:
 
 
 class _Context:
-    """A compression context and its output; one thread's."""
+    """A compression context, its output and a decoder for it; one thread's."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._free = library.ZSTD_freeCCtx
@@ -110,12 +119,37 @@ class _Context:
             _check(library, library.ZSTD_CCtx_setParameter(self.pointer, number, value))
         library.ZSTD_CCtx_setParameter(self.pointer, *_SEARCH_REPEATED_OFFSETS)
         self.out = np.empty(library.ZSTD_compressBound(PIECE_LIMIT_BYTES), np.uint8)
+        self._decoder = zstandard.ZstdDecompressor()
+        self._decoded: ByteArray | None = None
         # glibc returns memory to the system at every free until it has seen a larger one: a piece's
         # passing arrays would be faulted in anew each time, at half the speed.
         np.empty(_PASSING_BYTES, np.uint8)
 
+    def require(self, frame: memoryview, content: ByteArray) -> None:
+        """Return if `frame` decodes to `content`.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self._decoded is None:
+            self._decoded = np.empty(PIECE_LIMIT_BYTES + 1, np.uint8)
+        room = self._decoded[: len(content) + 1]
+        try:
+            count = self._decoder.stream_reader(frame).readinto(room.data)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"a piece does not decode again: {error}") from None
+        if not _is_equal(room[:count], content):
+            raise ValueError("a piece decodes to other bytes than were compressed")
+
     def __del__(self) -> None:
         self._free(getattr(self, "pointer", None))
+
+
+def _is_equal(one: ByteArray, other: ByteArray) -> bool:
+    """Compare word by word, where there are whole words."""
+    size = len(one) // 8 * 8
+    words, others = one[:size].view(np.uint64), other[:size].view(np.uint64)
+    return np.array_equal(words, others) and np.array_equal(one[size:], other[size:])
 
 
 @cache

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 from hotload.checkpoint.checkpoint import Checkpoint
+from hotload.checkpoint.meaning import means_same
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE
 from hotload.checkpoint.safetensors import ShardHeader, check_size, first_names
 from hotload.delta.envelope import check_delta_shard, publisher_finding, shard_obstacle
 from hotload.errors import Finding
+from hotload.quantities import size
 
 
 def check_delta(delta: Checkpoint, previous: Checkpoint) -> tuple[Finding, ...]:
@@ -49,7 +53,8 @@ def delta_obstacle(previous: Checkpoint, target: Checkpoint) -> str | None:
     §18).
 
     A delta needs the same shards holding the same tensors in the same order, and every other file
-    byte-equal. Shard metadata may differ: the restored shard carries that of `previous`.
+    the same: byte-equal, or in its meaning, and then the file of `previous` is published again.
+    Shard metadata may differ: the restored shard carries that of `previous`.
     """
     before, after = _by_file(previous), _by_file(target)
     if before.keys() != after.keys():
@@ -57,8 +62,24 @@ def delta_obstacle(previous: Checkpoint, target: Checkpoint) -> str | None:
     for file in sorted(before):
         if reason := shard_obstacle(before[file], after[file]):
             return reason
-    changed = _changed_side_files(previous, target)
-    return f"files beside the shards changed: {first_names(changed)}" if changed else None
+    changed = [
+        file
+        for file in _changed_side_files(previous, target)
+        if not _means_same(previous.documents.get(file), target.documents.get(file))
+    ]
+    if not changed:
+        return None
+    price = size(sum(shard.size_bytes for shard in target.shards))
+    return f"files beside the shards changed: {first_names(changed)}; each time costs {price}"
+
+
+def _means_same(one: bytes | None, other: bytes | None) -> bool:
+    if one is None or other is None:
+        return False
+    try:
+        return means_same(json.loads(one), json.loads(other))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _by_file(checkpoint: Checkpoint) -> dict[str, ShardHeader]:

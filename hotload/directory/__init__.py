@@ -1,3 +1,13 @@
-"""Checkpoints on disk: the only rooms of the library that open files."""
+"""Checkpoints in directories: read wherever they lie, written on disk, as the codec decides."""
 
-__all__ = ["files", "inputs", "operations", "relayout", "shards"]
+__all__ = [
+    "arrivals",
+    "files",
+    "inputs",
+    "operations",
+    "places",
+    "prediction",
+    "relayout",
+    "remote",
+    "shards",
+]

@@ -1,4 +1,5 @@
-"""Files and directories on this machine, written in one step: seen complete or not at all.
+"""Files and directories: read wherever they lie, written on this machine in one step: seen
+complete or not at all.
 
 Reads are positional and bounded. Every write goes to a temporary name beside its destination, is
 made durable and then renamed. Temporary names begin with a dot; files with such names are never
@@ -12,22 +13,108 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import astuple, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NoReturn
 
 from hotload.delta.byte_io import Bytes
+from hotload.directory.remote import ReadAhead, RemoteFile
 from hotload.errors import Finding, InvalidCheckpointError
 
 COPY_BYTES = 4 << 20
 CLONE_BYTES = 1 << 30
 # What systems answer that cannot copy between these two files by themselves.
 CANNOT_CLONE = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM})
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes of a file: `size_bytes` of them, from `offset` on."""
+
+    path: Path | RemoteFile
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedFile:
+    """A file that is never written here: bytes held in memory, then stretches of other files."""
+
+    name: str
+    head: bytes
+    stretches: tuple[Stretch, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of head and stretches."""
+        return len(self.head) + sum(stretch.size_bytes for stretch in self.stretches)
+
+    @property
+    def paths(self) -> tuple[Path | RemoteFile, ...]:
+        """Every file that it is made of, once."""
+        return tuple(dict.fromkeys(stretch.path for stretch in self.stretches))
+
+
+AnyFile = Path | ComposedFile | RemoteFile
+ReadSome = Callable[[int, memoryview], int]
+"""Fills a view with bytes from an offset on, as far as it gets; returns how many."""
+
+
+class OpenFile:
+    """A file open for positional reads (`hotload.delta.byte_io.Readable`), wherever it lies."""
+
+    def __init__(
+        self, file: str, head: bytes, stretches: Sequence[tuple[ReadSome, int, int]]
+    ) -> None:
+        """Take the bytes held, then (reader, offset, size in bytes) of every stretch."""
+        self.file = file
+        self._head = head
+        self._stretches = [stretch for stretch in stretches if stretch[2]]
+        self._ends = list(accumulate((one[2] for one in self._stretches), initial=len(head)))
+        self.size_bytes = self._ends[-1]
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill the whole view with the bytes from `offset` on.
+
+        Raises:
+            InvalidCheckpointError: the file became shorter, or cannot be read.
+            StoreUnavailableError: it lies in a store that is away.
+        """
+        held = self._head[offset : offset + len(view)]
+        view[: len(held)] = held
+        filled = len(held)
+        while filled < len(view):
+            at = offset + filled
+            number = bisect_right(self._ends, at) - 1
+            count = 0
+            if number < len(self._stretches):
+                read, start, _ = self._stretches[number]
+                room = view[filled : filled + self._ends[number + 1] - at]
+                count = read(start + at - self._ends[number], room)
+            if not count:
+                refuse_shortened(self.file, at, self.size_bytes)
+            filled += count
+
+
+class _OpenRemote(OpenFile):
+    """One with bytes that lie elsewhere, which are asked for ahead of their reader."""
+
+    def __init__(self, joined: OpenFile, ahead: ReadAhead) -> None:
+        self.file, self.size_bytes, self._ahead = joined.file, joined.size_bytes, ahead
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        if offset + len(view) > self.size_bytes:
+            refuse_shortened(self.file, self.size_bytes, offset + len(view))
+        self._ahead.read_into(offset, view)
 
 
 class OutFile:
@@ -64,23 +151,31 @@ class OutFile:
         while written < len(view):
             written += os.pwrite(self._descriptor, view[written:], offset + written)
 
-    def fill_from(self, descriptor: int) -> None:
-        """Take over the bytes of an open file, without copying where the file system can share.
+    def fill_from(self, descriptor: int, offset: int, size_bytes: int, at: int) -> None:
+        """Take over bytes of an open file, without copying where the file system can share; fewer
+        where it ends before.
 
         Raises:
             OSError: the disk is full; or, as one of CANNOT_CLONE, the system cannot do that.
         """
         if not hasattr(os, "copy_file_range"):
             raise OSError(errno.ENOSYS, "no copy_file_range", self.file)
-        while os.copy_file_range(descriptor, self._descriptor, CLONE_BYTES):
-            pass
+        done = 0
+        while done < size_bytes:
+            wanted = min(CLONE_BYTES, size_bytes - done)
+            count = os.copy_file_range(
+                descriptor, self._descriptor, wanted, offset + done, at + done
+            )
+            if not count:
+                return
+            done += count
 
     def truncate(self, size_bytes: int) -> None:
         """End the file there."""
         os.ftruncate(self._descriptor, size_bytes)
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: AnyFile) -> str:
     """Digest a file: SHA-256 in hex.
 
     Raises:
@@ -92,14 +187,25 @@ def sha256_file(path: Path) -> str:
 class FileDigests:
     """SHA-256 of files, each read once for as long as it stays as it is.
 
-    A file counts as unchanged while its inode, size and times of change are the same. Several
-    threads may ask at a time.
+    A file counts as unchanged while its inode, size and times of change are the same, wherever it
+    is moved; a composed one, while those of all that it is made of are. A link to it that came or
+    went moves the time of its inode, and is no change. Several threads may ask at a time.
+
+    Args:
+        memory: a file that remembers them for the next process. One that cannot be read is taken
+            for empty.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[Path, tuple[tuple[int, ...], str]] = {}
+    def __init__(self, memory: Path | None = None) -> None:
+        self._memory, self._is_doubted = memory, False
+        self._known: dict[Hashable, tuple[tuple[_Inode, ...], str]] = {}
+        if memory is not None:
+            with suppress(OSError, ValueError, TypeError):
+                for *numbers, digest in json.loads(memory.read_bytes()):
+                    inode = _Inode(*map(int, numbers))
+                    self._known[inode.content] = (inode,), str(digest)
 
-    def of(self, path: Path) -> str:
+    def of(self, path: AnyFile) -> str:
         """Return the SHA-256 of a file in hex.
 
         Raises:
@@ -107,16 +213,44 @@ class FileDigests:
         """
         if known := self.known(path):
             return known
-        before = _state(path)
+        before = _inodes(path)
         digest = sha256_file(path)
-        if before is not None and before == _state(path):
-            self._known[path] = before, digest
+        if before is not None and before == _inodes(path):
+            self._known[_key(path, before)] = before, digest
         return digest
 
-    def known(self, path: Path) -> str | None:
+    def known(self, path: AnyFile) -> str | None:
         """Return the digest of a file that was read before and has not changed since, or None."""
-        state, digest = self._known.get(path, (None, None))
-        return digest if state is not None and state == _state(path) else None
+        now = _inodes(path)
+        if now is None or (found := self._known.get(_key(path, now))) is None:
+            return None
+        before, digest = found
+        if not all(map(_Inode.is_unchanged, now, before)):
+            return None
+        self._known[_key(path, now)] = now, digest
+        return digest
+
+    def note(self, path: AnyFile, digest: str) -> None:
+        """Remember the digest of a file that was just written, without reading it again."""
+        if (inodes := _inodes(path)) is not None:
+            self._known[_key(path, inodes)] = inodes, digest
+
+    def doubt(self) -> None:
+        """Forget every digest, and let the next process begin with none: all is read again."""
+        self._known.clear()
+        self._is_doubted = True
+
+    def remember(self, directories: Iterable[Path]) -> None:
+        """Let the next process know the files of these directories, and no others."""
+        if self._memory is None:
+            return
+        paths = [path for directory in directories for path in sorted(directory.iterdir())]
+        kept = []
+        for path in [] if self._is_doubted else paths:
+            if (digest := self.known(path)) and (inodes := _inodes(path)):
+                kept.append((*astuple(inodes[0]), digest))
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._memory, json.dumps(kept).encode())
 
 
 @contextmanager
@@ -142,7 +276,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write_at(0, data)
 
 
-def copy_file(source: Path, destination: Path) -> str:
+def copy_file(source: AnyFile, destination: Path) -> str:
     """Copy a file's bytes durably to `destination`, and return their SHA-256.
 
     Raises:
@@ -157,19 +291,52 @@ def copy_file(source: Path, destination: Path) -> str:
     return digest.hexdigest()
 
 
-def clone_file(source: Path, destination: Path) -> None:
+def clone_file(source: AnyFile, destination: Path) -> None:
     """Copy a file's bytes durably; where the file system can, the two share them until one changes.
 
     Raises:
         InvalidCheckpointError: the source cannot be read.
     """
+    paths = [path for path in files_behind(source) if isinstance(path, Path)]
+    if len(paths) < len(files_behind(source)):
+        copy_file(source, destination)
+        return
     try:
-        with open_regular(source) as descriptor, replacing_file(destination) as file:
-            file.fill_from(descriptor)
+        with ExitStack() as stack:
+            opened: dict[object, int] = {
+                path: stack.enter_context(open_regular(path)) for path in paths
+            }
+            file = stack.enter_context(replacing_file(destination))
+            if isinstance(source, ComposedFile):
+                head, stretches = source.head, [*source.stretches]
+            else:
+                size_bytes = os.fstat(opened[source]).st_size
+                head, stretches = b"", [Stretch(source, 0, size_bytes)]
+            file.write_at(0, head)
+            end = len(head)
+            for one in stretches:
+                file.fill_from(opened[one.path], one.offset, one.size_bytes, end)
+                end += one.size_bytes
     except OSError as error:
         if error.errno not in CANNOT_CLONE:
             raise
         copy_file(source, destination)
+
+
+def link_file(source: Path, destination: Path) -> None:
+    """Give a file one more name, durably; where the file system does not, copy it as `clone_file`.
+
+    Raises:
+        InvalidCheckpointError: the source cannot be read.
+    """
+    try:
+        os.link(source, destination)
+    except OSError:
+        clone_file(source, destination)
+        return
+    with destination.open("rb") as file:
+        os.fsync(file.fileno())
+    sync_directory(destination.parent)
 
 
 def sync_and_replace(partial: Path, target: Path) -> None:
@@ -197,6 +364,63 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def files_behind(file: AnyFile) -> tuple[Path | RemoteFile, ...]:
+    """Name the files that hold the bytes of a file, each once."""
+    return file.paths if isinstance(file, ComposedFile) else (file,)
+
+
+@contextmanager
+def open_file(file: AnyFile) -> Iterator[OpenFile]:
+    """Open a file for reads until the block ends, wherever its bytes lie.
+
+    Raises:
+        InvalidCheckpointError: no such file, or not readable.
+    """
+    with ExitStack() as stack:
+        readers: dict[object, ReadSome] = {}
+        sizes: dict[object, int] = {}
+        is_remote = False
+        for source in files_behind(file):
+            if isinstance(source, Path):
+                descriptor = stack.enter_context(open_regular(source))
+                sizes[source] = os.fstat(descriptor).st_size
+                readers[source] = _reader_of(descriptor, source.name)
+            else:
+                is_remote = True
+                sizes[source] = source.size_bytes
+                readers[source] = _remote_reader_of(source)
+        if isinstance(file, ComposedFile):
+            head, stretches = file.head, file.stretches
+        else:
+            head, stretches = b"", (Stretch(file, 0, sizes[file]),)
+        joined = OpenFile(
+            file.name, head, [(readers[one.path], one.offset, one.size_bytes) for one in stretches]
+        )
+        if is_remote:
+            ahead = ReadAhead(joined.read_into, joined.size_bytes)
+            stack.callback(ahead.close)
+            joined = _OpenRemote(joined, ahead)
+        yield joined
+
+
+def _reader_of(descriptor: int, file: str) -> ReadSome:
+    def read(offset: int, view: memoryview) -> int:
+        try:
+            return os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            refuse_unreadable(file, error)
+
+    return read
+
+
+def _remote_reader_of(source: RemoteFile) -> ReadSome:
+    def read(offset: int, view: memoryview) -> int:
+        source.read_into(offset, view)
+        return len(view)
+
+    return read
+
+
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
     """Open a regular file for reading; refuse directories, pipes and devices."""
@@ -215,16 +439,53 @@ def open_regular(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when a file is written to or replaced; None where there is no file."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+@dataclass(frozen=True, slots=True)
+class _Inode:
+    """What tells a file that was written to or replaced from the one it was."""
+
+    device: int
+    number: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    link_count: int
+
+    @property
+    def content(self) -> tuple[int, ...]:
+        """What stays while nobody writes to it."""
+        return self.device, self.number, self.size_bytes, self.mtime_ns
+
+    def is_unchanged(self, before: _Inode) -> bool:
+        """Tell whether nothing but a link has changed it."""
+        by_link = self.link_count != before.link_count
+        return self.content == before.content and (self.ctime_ns == before.ctime_ns or by_link)
 
 
-def size_and_sha256(path: Path) -> tuple[int, str]:
+def _key(source: AnyFile, inodes: tuple[_Inode, ...]) -> Hashable:
+    """Name what a digest is of: a file by its inode, a composed one by what it is made of, one that
+    lies elsewhere by itself."""
+    return inodes[0].content if isinstance(source, Path) else (source,)
+
+
+def _inodes(source: AnyFile) -> tuple[_Inode, ...] | None:
+    """Look at every file here that it is made of; None where one is not there, or elsewhere is no
+    longer the one that was listed."""
+    found: list[_Inode] = []
+    for path in files_behind(source):
+        try:
+            if not isinstance(path, Path):
+                if not path.is_unchanged():
+                    return None
+                continue
+            one = path.stat()
+        except (OSError, InvalidCheckpointError):
+            return None
+        times = one.st_mtime_ns, one.st_ctime_ns
+        found.append(_Inode(one.st_dev, one.st_ino, one.st_size, *times, one.st_nlink))
+    return tuple(found)
+
+
+def size_and_sha256(path: AnyFile) -> tuple[int, str]:
     """Digest a file: its size in bytes, and SHA-256 in hex."""
     digest, size_bytes = hashlib.sha256(), 0
     for piece in read_pieces(path):
@@ -233,8 +494,20 @@ def size_and_sha256(path: Path) -> tuple[int, str]:
     return size_bytes, digest.hexdigest()
 
 
-def read_pieces(path: Path) -> Iterator[bytes]:
-    """Read a file in pieces of at most `COPY_BYTES`."""
+def read_pieces(path: AnyFile) -> Iterator[bytes | bytearray]:
+    """Read a file in pieces of at most `COPY_BYTES`.
+
+    Raises:
+        InvalidCheckpointError: no such file, not readable, or shorter than it was.
+        StoreUnavailableError: it lies in a store that is away.
+    """
+    if not isinstance(path, Path):
+        with open_file(path) as opened:
+            for at in range(0, opened.size_bytes, COPY_BYTES):
+                room = bytearray(min(COPY_BYTES, opened.size_bytes - at))
+                opened.read_into(at, memoryview(room))
+                yield room
+        return
     with open_regular(path) as descriptor:
         while True:
             try:
@@ -244,6 +517,29 @@ def read_pieces(path: Path) -> Iterator[bytes]:
             if not piece:
                 return
             yield piece
+
+
+def read_chunks(path: AnyFile, size_bytes: int) -> Iterator[bytes]:
+    """Read a file in parts of `size_bytes`, the last one shorter; raises as `read_pieces`."""
+    part = bytearray()
+    for piece in read_pieces(path):
+        part += piece
+        while len(part) >= size_bytes:
+            yield bytes(part[:size_bytes])
+            del part[:size_bytes]
+    if part:
+        yield bytes(part)
+
+
+def read_whole(path: AnyFile) -> bytes:
+    """Read all of a file that is small enough to be held; raises as `read_pieces`."""
+    return b"".join(read_pieces(path))
+
+
+def refuse_shortened(file: str, found_bytes: int, expected_bytes: int) -> NoReturn:
+    """Raise a finding for a file that ends before it did when it was first read."""
+    found = f"an end after {found_bytes} bytes"
+    refuse_file("truncated", file, found, f"{expected_bytes} bytes, as when opened")
 
 
 def refuse_unreadable(file: str, error: OSError) -> NoReturn:

@@ -1,14 +1,18 @@
-"""May we publish, what, and who: the chain, the lease, readiness, and the service's wire format."""
+"""May we publish, what, who, and at what cost: the chain, the lease, readiness, what a store keeps,
+and the service's wire format."""
 
 __all__ = [
     "chain",
-    "check_line",
+    "cost",
+    "explain",
     "fireworks_api",
     "fireworks_names",
     "lease",
     "preflight",
+    "probe",
     "publication",
     "readiness",
+    "retention",
     "snapshot",
     "workspace",
 ]

@@ -9,7 +9,7 @@ where TRANSITIONS has a step for it, so a delta cannot be signalled without a ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,9 +18,11 @@ from hotload.errors import (
     IdentityConflictError,
     InvalidIdentityError,
     LoadFailedError,
+    ServiceUnavailableError,
 )
 from hotload.identity import SnapshotKind, cycle_name, snapshot_identity
 from hotload.options import Cadence
+from hotload.publish.lines import NO_LINES, Lines, raise_line
 from hotload.publish.readiness import ServiceStatus
 from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
 
@@ -65,7 +67,8 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class PublishAttempt:
-    """A snapshot this cycle has published before; `signalled` once a POST may have been sent."""
+    """A snapshot this cycle has published before; `signalled` once a POST may have been sent to the
+    service that is planned for. What was not lies in the store, for this service or another."""
 
     manifest: SnapshotManifest
     signalled: bool
@@ -80,8 +83,8 @@ def read_chain(
         head: manifest of what every replica serves, if all serve one snapshot of ours.
         attempts: what this cycle has published so far, oldest first.
     """
-    if attempts and attempts[-1].signalled:
-        last = attempts[-1].manifest
+    if signalled := [one for one in attempts if one.signalled]:
+        last = signalled[-1].manifest
         event = _what_became_of(last.identity, status)
         state = TRANSITIONS[ChainState.LOADING, event] if event else ChainState.LOADING
         return Chain(state, last if event is ChainEvent.CONFIRMED else head)
@@ -105,6 +108,11 @@ def plan_next(
     run_id: str,
     policy_version: int,
     cadence: Cadence,
+    line: int = 0,
+    lines: Lines = NO_LINES,
+    served_before: Collection[str] = (),
+    lost: Collection[str] = (),
+    may_go_back: bool = False,
 ) -> SnapshotPlan:
     """Decide what this cycle publishes next, full or delta, and why (protocol §18).
 
@@ -114,24 +122,63 @@ def plan_next(
     obstacle, which looking at the files shows: `full_instead` then takes its place.
 
     Args:
-        attempts: what this cycle has published so far, oldest first.
+        attempts: what this cycle has published so far, to this service or another, oldest first.
+            What was not signalled to this one is taken where it fits: a delta that follows what its
+            replicas serve, or a full where it needs one.
+        line, lines: this cycle's line, and those that the run is known to have.
+        served_before: what every replica was seen to serve. If that is the last attempt and they
+            have left it since, nothing of it is on its way: it may be signalled again where it
+            follows what they serve, or is full; else a delta leads back to it.
+        lost: identities of this cycle whose record cannot be read: none is used again.
+        may_go_back: publish, and now, although the service serves a later version of this run.
 
     Raises:
         IdentityConflictError: this run and version was published with other content.
-        InvalidIdentityError: the service already serves a later version of this run.
+        InvalidIdentityError: the service already serves a later version of this line, or the run
+            has a later line.
     """
     head = chain.head
-    _refuse_conflict(head, attempts, content, run_id, policy_version)
+    name = cycle_name(run_id, policy_version, line)
+    of_run = head if head and head.run_id == run_id else None
+    if not may_go_back:
+        _refuse_older_line(of_run, name, line, lines)
+    _refuse_conflict(attempts, content, name, line)
+    if not may_go_back:
+        _refuse_to_go_back(of_run, name, policy_version, line)
+
+    signalled = [one for one in attempts if one.signalled]
+    stored = signalled[-1].manifest if signalled else None
+    was_left = (
+        stored is not None
+        and stored.identity in served_before
+        and chain.state is ChainState.UNCLEAR
+    )
 
     def full(reason: str) -> SnapshotPlan:
+        if stored and was_left and stored.kind is not SnapshotKind.DELTA:
+            return stored.plan.model_copy(update={"reason": f"{reason}; it lies in the store"})
         return plan_full(
-            content, reason, run_id=run_id, policy_version=policy_version, attempt=len(attempts)
+            content,
+            reason,
+            run_id=run_id,
+            policy_version=policy_version,
+            line=line,
+            attempts=attempts,
+            lost=lost,
         )
 
-    if attempts:
-        doubt = _doubt_about(chain, attempts[-1])
-        return full(doubt) if doubt else attempts[-1].manifest.plan
-    if head and not _is_due(policy_version, cadence):
+    if stored and was_left and head and stored.previous == head.identity:
+        reason = f"every replica serves {head.identity}; it lies in the store"
+        return stored.plan.model_copy(update={"reason": reason})
+    if stored and not was_left:
+        doubt = _doubt_about(chain, stored)
+        return full(doubt) if doubt else stored.plan
+    if lost and not stored:
+        return full(f"the record of {min(lost)} cannot be read")
+    # What a line before it has left behind is not sampled: a line begins with its own weights.
+    is_behind = of_run is not None and of_run.line < line
+    is_due = is_behind or may_go_back or _is_due(policy_version, cadence)
+    if head and not stored and not is_due:
         reason = f"weight_sync_interval {cadence.weight_sync_interval}: not due"
         return head.plan.model_copy(update={"reason": reason})
     if content.kind is SnapshotKind.LORA:
@@ -144,13 +191,17 @@ def plan_next(
         return full(
             f"full_every {cadence.full_every}: {head.chain_length} deltas since {head.anchor}"
         )
+    for unsent in (one.manifest for one in attempts if not one.signalled):
+        if unsent.previous == head.identity:
+            return unsent.plan
     identity = snapshot_identity(
         run_id,
         policy_version,
         content_sha256=content.sha256,
         kind=SnapshotKind.DELTA,
         previous=head.identity,
-        attempt=0,
+        attempt=next_attempt(attempts),
+        line=line,
     )
     return SnapshotPlan(
         identity=identity,
@@ -160,23 +211,56 @@ def plan_next(
         previous=head.identity,
         anchor=head.anchor,
         chain_length=head.chain_length + 1,
-        attempt=0,
+        attempt=next_attempt(attempts),
         reason=f"every replica serves {head.identity}",
     )
 
 
+def next_attempt(attempts: Sequence[PublishAttempt]) -> int:
+    """Number the next attempt of a cycle at a service: after the last that was signalled to it,
+    since retention may remove earlier ones.
+
+    What other services were sent does not count, so that a cycle that is killed beside them finds
+    the same number again; no identity is made twice, since what is stored and fits is taken.
+    """
+    return max((one.manifest.attempt + 1 for one in attempts if one.signalled), default=0)
+
+
 def plan_full(
-    content: CheckpointContent, reason: str, *, run_id: str, policy_version: int, attempt: int
+    content: CheckpointContent,
+    reason: str,
+    *,
+    run_id: str,
+    policy_version: int,
+    line: int = 0,
+    attempts: Sequence[PublishAttempt] = (),
+    lost: Collection[str] = (),
 ) -> SnapshotPlan:
-    """Plan a full snapshot, or an adapter; `attempt` counts what this cycle published before."""
-    identity = snapshot_identity(
-        run_id,
-        policy_version,
-        content_sha256=content.sha256,
-        kind=content.kind,
-        previous=None,
-        attempt=attempt,
-    )
+    """Plan a full snapshot, or an adapter: one that lies in the store and was not signalled to this
+    service, else one under an identity that is not among the `lost`.
+
+    `attempts` are what this cycle published before.
+    """
+    for unsent in (one.manifest for one in attempts if not one.signalled):
+        if unsent.kind is content.kind:
+            reused = {"reason": f"{reason}; it lies in the store"}
+            return unsent.plan.model_copy(update=reused)
+    taken = {*lost, *(one.manifest.identity for one in attempts)}
+    attempt = next_attempt(attempts)
+
+    def named(attempt: int) -> str:
+        return snapshot_identity(
+            run_id,
+            policy_version,
+            content_sha256=content.sha256,
+            kind=content.kind,
+            previous=None,
+            attempt=attempt,
+            line=line,
+        )
+
+    while (identity := named(attempt)) in taken:
+        attempt += 1
     return SnapshotPlan(
         identity=identity,
         run_id=run_id,
@@ -190,14 +274,22 @@ def plan_full(
     )
 
 
-def full_instead(plan: SnapshotPlan, content: CheckpointContent, obstacle: str) -> SnapshotPlan:
+def full_instead(
+    plan: SnapshotPlan,
+    content: CheckpointContent,
+    obstacle: str,
+    attempts: Sequence[PublishAttempt] = (),
+    lost: Collection[str] = (),
+) -> SnapshotPlan:
     """Turn a planned delta that cannot be encoded into a full snapshot, the obstacle its reason."""
     return plan_full(
         content,
         obstacle,
         run_id=plan.run_id,
         policy_version=plan.policy_version,
-        attempt=plan.attempt,
+        line=plan.line,
+        attempts=attempts,
+        lost=lost,
     )
 
 
@@ -207,7 +299,11 @@ def may_signal(status: ServiceStatus, manifest: SnapshotManifest) -> bool:
     Raises:
         LoadFailedError: a replica reports an error for it; it is never signalled again.
         ChainBrokenError: it is a delta, and not every replica serves its previous identity.
+        ServiceUnavailableError: there is no replica, and a signal would crash the service.
     """
+    if not status.replicas:
+        detail = "the replica list is empty: scaled to zero or restarting"
+        raise ServiceUnavailableError("signal", None, detail)
     if status.failed(manifest.identity):
         raise LoadFailedError(manifest.identity, "a replica reports an error for it")
     if status.mentions(manifest.identity):
@@ -228,33 +324,38 @@ def _is_due(policy_version: int, cadence: Cadence) -> bool:
 
 
 def _refuse_conflict(
-    head: SnapshotManifest | None,
     attempts: Sequence[PublishAttempt],
     content: CheckpointContent,
-    run_id: str,
-    policy_version: int,
+    name: str,
+    line: int,
 ) -> None:
-    name = cycle_name(run_id, policy_version)
     for manifest in (attempt.manifest for attempt in attempts):
         if manifest.content_sha256 != content.sha256:
             digests = f"{manifest.content_sha256[:12]}…, now {content.sha256[:12]}…"
             reason = f"published as {manifest.identity} with other content (sha256 {digests})"
-            raise IdentityConflictError(name, reason)
-    if head and head.run_id == run_id and head.policy_version > policy_version:
-        reason = f"the service already serves version {head.policy_version} of this run"
-        raise InvalidIdentityError(name, reason)
+            raise IdentityConflictError(name, f"{reason}; {raise_line(line)}")
 
 
-def _doubt_about(chain: Chain, last: PublishAttempt) -> str | None:
-    """Say why this cycle cannot go on with its last attempt; None if it can."""
-    identity = last.manifest.identity
-    if chain.state is ChainState.NEED_FULL and last.signalled:
-        return f"a replica reported an error for {identity}"
-    if last.manifest.kind is not SnapshotKind.DELTA:
-        return None
-    if chain.state is ChainState.UNCLEAR:
+def _refuse_older_line(served: SnapshotManifest | None, name: str, line: int, lines: Lines) -> None:
+    known = [*lines.first_versions.items()]
+    if served:
+        known.append((served.line, served.policy_version))
+    Lines.of(known).refuse_older(name, line)
+
+
+def _refuse_to_go_back(
+    served: SnapshotManifest | None, name: str, policy_version: int, line: int
+) -> None:
+    if served and served.line == line and served.policy_version > policy_version:
+        reason = f"the service already serves version {served.policy_version} of this run"
+        raise InvalidIdentityError(name, f"{reason}; {raise_line(line)}")
+
+
+def _doubt_about(chain: Chain, last: SnapshotManifest) -> str | None:
+    """Say why this cycle cannot go on with what it signalled last; None if it can."""
+    if chain.state is ChainState.NEED_FULL:
+        return f"a replica reported an error for {last.identity}"
+    if chain.state is ChainState.UNCLEAR and last.kind is SnapshotKind.DELTA:
         # A delta is never sent twice (design, rule 4); a full may be.
-        return f"the signal for {identity} may have been sent, and no replica knows it"
-    if not last.signalled and (chain.head is None or chain.head.identity != last.manifest.previous):
-        return f"the replicas left {last.manifest.previous} before {identity} was signalled"
+        return f"the signal for {last.identity} may have been sent, and no replica knows it"
     return None

@@ -12,12 +12,10 @@ from typing import Any
 
 from hotload.errors import ProtocolError
 from hotload.identity import SnapshotKind
+from hotload.publish.fireworks_names import FORMATS
 from hotload.publish.readiness import ReplicaStatus, ServiceDescription, ServiceStatus
 from hotload.publish.snapshot import SnapshotManifest
 
-COMPRESSION_FORMAT = "arc_v2"
-# protocol §4: `"alder32"` (that spelling). Ours is adler32 everywhere else.
-CHECKSUM_FORMAT = "alder32"
 HOSTED_BUCKET_TYPE = "FW_HOSTED"
 UNKNOWN_FIELD_TEXT = "extra inputs are not permitted"
 
@@ -27,16 +25,20 @@ RAW_REPLICA_CHARS = 512
 
 
 def signal_body(
-    manifest: SnapshotManifest, *, reset_prompt_cache: str, extra_fields_ignore: Sequence[str]
+    manifest: SnapshotManifest,
+    *,
+    reset_prompt_cache: str,
+    extra_fields_ignore: Sequence[str],
+    formats: Mapping[str, str] = FORMATS,
 ) -> dict[str, Any]:
-    """Body of the signal (protocol §4).
+    """Body of the signal (protocol §4); `formats` are the names of a delta's formats there.
 
     Delta metadata is left out entirely for full and LoRA snapshots; `reset_prompt_cache` is omitted
     where it is the server's default, `all`; `validation` is sent only when it says something.
     """
     body: dict[str, Any] = {"identity": manifest.identity}
     if manifest.kind is SnapshotKind.DELTA:
-        body |= delta_metadata(manifest.previous)
+        body |= delta_metadata(manifest.previous, formats)
     if reset_prompt_cache != "all":
         body["reset_prompt_cache"] = reset_prompt_cache
     if extra_fields_ignore:
@@ -44,14 +46,9 @@ def signal_body(
     return body
 
 
-def delta_metadata(previous: str | None) -> dict[str, Any]:
+def delta_metadata(previous: str | None, formats: Mapping[str, str] = FORMATS) -> dict[str, Any]:
     """Make what the body of a signal says of a delta beside its identity (protocol §4)."""
-    metadata = {
-        "previous_snapshot_identity": previous,
-        "compression_format": COMPRESSION_FORMAT,
-        "checksum_format": CHECKSUM_FORMAT,
-    }
-    return {"incremental_snapshot_metadata": metadata}
+    return {"incremental_snapshot_metadata": {"previous_snapshot_identity": previous, **formats}}
 
 
 def refuses_prompt_cache_field(status_code: int, text: str) -> bool:
@@ -97,6 +94,19 @@ def _parse_replica(entry: object) -> ReplicaStatus:
         ),
         raw=json.dumps(entry)[:RAW_REPLICA_CHARS],
     )
+
+
+def parse_ledger(data: object) -> list[Any]:
+    """Take the entries from the JSON of a ledger, as they are: no source names their fields
+    (protocol §7).
+
+    Raises:
+        ProtocolError: there is no list of entries.
+    """
+    entries = data.get("entries") if isinstance(data, Mapping) else data
+    if not isinstance(entries, list):
+        raise ProtocolError("read_ledger", 200, "expected a list, or an object with `entries`")
+    return entries
 
 
 def parse_description(data: object) -> ServiceDescription:

@@ -11,10 +11,14 @@ BASE_URL_VARIABLE = "FIREWORKS_BASE_URL"
 
 HOT_LOAD_PATH = "/hot_load/v1/models/hot_load"
 HINT_PATH = "/hot_load/v1/models/hot_load/hint"
-COMPLETIONS_PATH = "/inference/v1/completions"
-CHAT_PATH = "/inference/v1/chat/completions"
+INFERENCE_PREFIX = "/inference"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"  # below it
+COMPLETIONS_PATH = f"{INFERENCE_PREFIX}{COMPLETIONS}"
+CHAT_PATH = f"{INFERENCE_PREFIX}{CHAT}"
+MODELS_PATH = f"{INFERENCE_PREFIX}/v1/models"
 ACCOUNTS_PATH = "/v1/accounts"
 
+API_KEY_HEADER = "x-api-key"
 MODEL_HEADER = "fireworks-model"
 DEPLOYMENT_HEADER = "fireworks-deployment"
 SESSION_HEADER = "x-multi-turn-session-id"
@@ -22,6 +26,9 @@ AFFINITY_HEADER = "x-session-affinity"
 DRAIN_TIMEOUT_HEADER = "x-fireworks-hot-load-drain-timeout"
 REQUEST_ID_HEADER = "x-request-id"
 RESPONSE_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
+
+# protocol §4: `"alder32"` (that spelling). Ours is adler32 everywhere else.
+FORMATS = {"compression_format": "arc_v2", "checksum_format": "alder32"}
 
 
 def model_name(account_id: str, model_id: str) -> str:
@@ -34,11 +41,11 @@ def deployment_name(account_id: str, deployment_id: str) -> str:
     return f"accounts/{account_id}/deployments/{deployment_id}"
 
 
-def deployment_path(account_id: str, deployment_id: str) -> str:
-    """Control-plane path of a service."""
-    return f"/v1/{deployment_name(account_id, deployment_id)}"
+def deployment_path(deployment: str) -> str:
+    """Control-plane path of a service, by its resource name."""
+    return f"/v1/{deployment}"
 
 
-def ledger_path(account_id: str, deployment_id: str) -> str:
+def ledger_path(deployment: str) -> str:
     """Control-plane path of a service's ledger."""
-    return f"{deployment_path(account_id, deployment_id)}/ledger"
+    return f"{deployment_path(deployment)}/ledger"

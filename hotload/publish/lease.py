@@ -1,8 +1,9 @@
 """The publisher's lease: at most one cycle publishes to a service, whoever holds the highest token.
 
-A lease is an object `_hotload/leases/<token:010d>.json` in the store, created only if absent. Its
-creator is the publisher until it gives the lease back, stops renewing it, or a higher token
-appears. This module decides; `hotload.clients.store.publisher_lease` acts.
+A lease is an object `_hotload/leases/<account>/<service>/<token:010d>.json` in the store, created
+only if absent. Its creator is the publisher to that service until it gives the lease back, stops
+renewing it, or a higher token appears. This module decides; `hotload.clients.store.publisher_lease`
+acts.
 
 What is guaranteed, given a store with conditional puts: a token has one creator; tokens only grow;
 a publisher that was taken over, however long it was paused, learns so when it checks, and it checks
@@ -27,8 +28,13 @@ from hotload.errors import StoreError
 from hotload.records import Record
 
 LEASES = "_hotload/leases"
+RETENTION = "retention"
+"""Holds a lease of its own under this name while snapshots are removed, beside those of all
+services; neither a service nor a cycle is called so."""
 LEASE_LIMIT_BYTES = 16_384
 TOKEN_DIGITS = 10
+TTL_SECONDS = 60.0
+RENEWALS_PER_TTL = 4
 
 
 class Process(Record):
@@ -46,11 +52,13 @@ class Process(Record):
 class Lease(Record):
     """Names who publishes, and until when unless renewed.
 
-    `nonce` tells two writers of one token apart.
+    `nonce` tells two writers of one token apart. `service` is empty in a lease of an earlier
+    version of hotload, which had one for all services of a store.
     """
 
     token: int = Field(ge=1, lt=10**TOKEN_DIGITS)
     nonce: str = Field(min_length=16, max_length=64)
+    service: str = Field("", max_length=512)
     holder: str = Field(max_length=256)
     process: Process
     renewed_at: AwareDatetime
@@ -97,7 +105,7 @@ class Decision:
 
 
 def decide(
-    latest: Lease | None, *, now: datetime, me: Process, is_running: bool | None
+    latest: Lease | None, *, now: datetime, me: Process, cycle: str, is_running: bool | None
 ) -> Decision:
     """Decide whether the service is free, or held and to be waited for.
 
@@ -105,6 +113,7 @@ def decide(
         latest: the lease with the highest token, None if there never was one.
         now: this host's clock.
         me: the process that asks.
+        cycle: for which it asks, as a holder is named.
         is_running: whether the holder's process lives, as far as this host can see; None if it
             cannot. Believed only if the holder runs on this very host.
     """
@@ -122,21 +131,30 @@ def decide(
         late = (now - latest.expires_at).total_seconds()
         return Decision(True, f"{latest.holder!r} let it expire {late:.0f} s ago")
     left = (latest.expires_at - now).total_seconds()
-    where = f"process {latest.process.pid}" + ("" if same_host else " on another host")
-    return Decision(False, f"{where} holds it for {left:.0f} s more unless it renews it")
+    who = f"process {latest.process.pid}" + ("" if same_host else " on another host")
+    if latest.holder == cycle:
+        who = f"another run of this cycle, {who},"
+    until = f"for {left:.0f} s more unless it renews it; start again after that"
+    return Decision(False, f"{who} holds it {until}")
 
 
-def loss(latest: Lease | None, mine: Lease, *, now: datetime) -> str | None:
+def why_lost(latest: Lease | None, mine: Lease, *, now: datetime) -> str | None:
     """Say why `mine` no longer allows a signal, given the lease with the highest token; None if it
     does."""
     if latest is None:
         return "its object was removed from the store"
     if latest.token > mine.token:
-        return f"token {latest.token} has taken over from token {mine.token}"
+        who = f"token {latest.token}"
+        if latest.holder == mine.holder:
+            who = f"another run of this cycle, {who},"
+        return f"{who} has taken over from token {mine.token}"
     if latest.token < mine.token or latest.nonce != mine.nonce:
         return f"its object, token {mine.token}, was replaced"
     if latest.released:
-        return "it was given back"
+        return "this cycle gave it back"
     if now >= latest.expires_at:
-        return f"it expired at {latest.expires_at:%H:%M:%S} and was not renewed"
+        return (
+            f"this cycle's own, token {mine.token}, ran out at {latest.expires_at:%H:%M:%S} UTC and"
+            " was not renewed; nobody has taken it: start the cycle again, it goes on"
+        )
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotload.publish.check_line import CheckLine
+from hotload.check_line import CheckLine
 from hotload.publish.fireworks_api import HOSTED_BUCKET_TYPE
 from hotload.publish.readiness import ServiceDescription
 

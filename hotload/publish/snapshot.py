@@ -16,8 +16,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hotload.errors import StoreError
-from hotload.identity import SnapshotKind, check_identity
-from hotload.records import FileDigest, FileName, Record, Sha256
+from hotload.identity import SnapshotKind, check_identity, line_of
+from hotload.records import FileDigest, FileName, Record, Sha256, schema_number_of
 
 MANIFEST_LIMIT_BYTES = 64 << 20
 
@@ -40,7 +40,6 @@ class ShardBatch(Record):
 
     shards: tuple[Shard, ...]
     encode_seconds: float = Field(0, ge=0)
-    verify_seconds: float = Field(0, ge=0)
     upload_seconds: float = Field(0, ge=0)
     hint_count: int = Field(0, ge=0)
 
@@ -60,6 +59,13 @@ class ShardBatch(Record):
         return cls(shards=tuple(shards))
 
 
+class Foreseen(Record):
+    """What a delta on a base would be: an obstacle to it, or else the bytes of its shards."""
+
+    obstacle: str | None = None
+    delta_bytes: int = Field(0, ge=0)
+
+
 class SnapshotPlan(Record):
     """What to publish, following what, and why."""
 
@@ -73,6 +79,11 @@ class SnapshotPlan(Record):
     attempt: int = Field(ge=0)
     reason: str
 
+    @property
+    def line(self) -> int:
+        """The line of the run, which the identity names; an adopted base is of line 0."""
+        return line_of(self.identity)
+
     @model_validator(mode="after")
     def _lineage(self) -> Self:
         for name in (self.identity, self.anchor, *([self.previous] if self.previous else [])):
@@ -83,6 +94,25 @@ class SnapshotPlan(Record):
         if is_delta != (self.chain_length > 0) or (self.anchor == self.identity) == is_delta:
             raise ValueError("an anchor is its own anchor at chain length 0; a delta follows one")
         return self
+
+
+def adopted_plan(identity: str, run_id: str, policy_version: int) -> SnapshotPlan:
+    """Make the plan of a base that is served under a name of somebody else's: a chain's anchor.
+
+    Raises:
+        ValueError: the name is no identity.
+    """
+    return SnapshotPlan(
+        identity=identity,
+        run_id=run_id,
+        policy_version=policy_version,
+        kind=SnapshotKind.FULL,
+        previous=None,
+        anchor=identity,
+        chain_length=0,
+        attempt=0,
+        reason="adopted: every replica serves it",
+    )
 
 
 class SnapshotManifest(SnapshotPlan):
@@ -128,6 +158,15 @@ class SnapshotManifest(SnapshotPlan):
         return SnapshotPlan(**{name: getattr(self, name) for name in SnapshotPlan.model_fields})
 
     @property
+    def content(self) -> CheckpointContent:
+        """The checkpoint that it stands for."""
+        return CheckpointContent.of_stored(self.shards, self.side_files)
+
+    def shard(self, file: str) -> Shard | None:
+        """Find a shard by its name."""
+        return next((one for one in self.shards if one.file == file), None)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes that travelled: shards and side files as stored."""
         return sum(shard.size_bytes for shard in self.shards) + sum(
@@ -156,6 +195,14 @@ class SnapshotManifest(SnapshotPlan):
         return manifest
 
 
+def is_of_newer_version(data: bytes) -> bool:
+    """Tell whether a manifest that cannot be read has a schema newer than this program's."""
+    return schema_number_of(data) > KNOWN_SCHEMA
+
+
+KNOWN_SCHEMA: int = SnapshotManifest.model_fields["schema_number"].default
+
+
 class CheckpointContent(Record):
     """The files of a checkpoint as the trainer wrote it, with their digests; no tensor bytes."""
 
@@ -163,6 +210,23 @@ class CheckpointContent(Record):
     shards: tuple[FileDigest, ...]
     side_files: tuple[FileDigest, ...]
     warnings: tuple[str, ...] = ()
+    adapted_model: str | None = None
+    """What an adapter says that it was trained on."""
+
+    @classmethod
+    def of_stored(
+        cls, shards: Sequence[Shard], side_files: tuple[FileDigest, ...]
+    ) -> CheckpointContent:
+        """Name the full checkpoint that stored shards stand for."""
+        whole = (
+            FileDigest(
+                file=shard.file,
+                size_bytes=shard.content_size_bytes,
+                sha256=shard.content_sha256,
+            )
+            for shard in shards
+        )
+        return cls(kind=SnapshotKind.FULL, shards=tuple(whole), side_files=side_files)
 
     @property
     def sha256(self) -> str:

@@ -3,6 +3,7 @@
 <work_dir>/<account>/<deployment>/baseline/<identity>/   full bytes of the served snapshot
 <work_dir>/<account>/<deployment>/deltas/<identity>/     encoded shards on their way
 <work_dir>/<account>/<deployment>/results/               results of finished steps
+<work_dir>/<account>/<deployment>/digests.json           digests of the baselines' files
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Workspace:
     def delta(self, identity: str) -> Path:
         """Directory with the encoded shards of one snapshot."""
         return self.deltas / identity
+
+    @property
+    def digests(self) -> Path:
+        """Digests of the baselines' files, for as long as those stay as they are."""
+        return self.root / "digests.json"
 
     @property
     def results(self) -> Path:

@@ -1,13 +1,14 @@
 """What a person looks at after a cycle: the report, its metrics, its page and the run's."""
 
 __all__ = [
-    "charts",
+    "chart_shapes",
+    "cycle_page",
+    "cycle_page_sections",
     "cycle_report",
+    "earlier_run",
     "markdown",
     "metrics",
-    "page",
     "page_parts",
-    "page_sections",
     "run_history",
     "run_page",
     "sample_statistics",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from hotload.quantities import number, size
+from hotload.quantities import number, size, version_words
 from hotload.report.cycle_report import CycleReport
 from hotload.report.run_history import RunVersion
 
@@ -26,7 +26,7 @@ def render_markdown(report: CycleReport, versions: Sequence[RunVersion], page: s
             f"## Run {_plain(report.run_id)}",
             *_table(("version", "snapshot", "sent", "mean reward", ""), _version_rows(versions)),
             "",
-            f"## Version {report.policy_version}",
+            f"## Version {version_words(report.policy_version, report.line)}",
             *_table(
                 ("what", "value"),
                 [(_plain(row["what"]), _plain(row["value"])) for row in report.rows()],
@@ -43,7 +43,7 @@ def _version_rows(versions: Sequence[RunVersion]) -> list[tuple[str, ...]]:
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
     return [
         (
-            str(one.policy_version),
+            version_words(one.policy_version, one.line),
             _snapshot(one),
             "" if one.outcome == "not due" else size(one.size_bytes),
             "–" if one.mean_reward is None else number(one.mean_reward),

@@ -106,6 +106,8 @@ def _performance(report: CycleReport) -> dict[str, float]:
         sent, whole = report.snapshot.size_bytes, report.snapshot.content_size_bytes
         found |= {"update_weights_density": _mean_of(sent, whole)}
         found |= {"update_weights_wire_bytes": sent}
+        found |= {"update_weights_egress_bytes": report.snapshot.egress_bytes}
+        found |= {"update_weights_money": report.money}
     return _named("perf", found)
 
 
@@ -118,7 +120,6 @@ def _publish(report: CycleReport) -> dict[str, float]:
             "hotload_time_s": _sum_of(took, "signal", "converge"),
             "total_time_s": _sum_of(took, "publish", "signal", "converge"),
             "encode_s": took.get("encode"),
-            "verify_s": took.get("verify"),
             "upload_s": took.get("upload"),
             "signal_s": took.get("signal"),
             "converge_s": took.get("converge"),
@@ -184,6 +185,7 @@ def json_lines(
     facts = {
         "run_id": report.run_id,
         "policy_version": report.policy_version,
+        "line": report.line,
         "identity": report.snapshot.identity,
     }
     began_at = rollouts_ended_at - timedelta(seconds=report.rollouts.seconds)

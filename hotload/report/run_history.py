@@ -8,19 +8,22 @@ its cycle's report and metrics, which stay the truth.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field
 
 from hotload.errors import StoreError
-from hotload.identity import SnapshotKind
+from hotload.identity import NamedVersion, SnapshotKind, read_cycle_name
+from hotload.publish.cost import TimeTaken
+from hotload.publish.lines import Lines
+from hotload.publish.snapshot import SnapshotManifest
 from hotload.records import Record
 from hotload.report.cycle_report import CycleReport
 
 TEXT_LIMIT = 300
 ROWS_LIMIT = 10_000
+LIMIT_SECONDS = 1e6  # a cycle that says it took longer tells nothing of the next
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -33,6 +36,7 @@ class RunVersion(Record):
     """What one cycle did, as far as its run's page shows it; seconds, bytes, nats."""
 
     policy_version: Count
+    line: Count = 0
     identity: Identity
     """What was sampled: of a version that was not due, an earlier one's snapshot."""
     kind: SnapshotKind
@@ -60,6 +64,11 @@ class RunVersion(Record):
     ended_at: AwareDatetime | None
     """When its rollouts were handed back."""
 
+    @property
+    def order(self) -> tuple[int, int]:
+        """Line and policy version: the order in which a run publishes."""
+        return self.line, self.policy_version
+
     @classmethod
     def of(cls, report: CycleReport, metrics: Mapping[str, Any]) -> RunVersion:
         """Make the row of a cycle from its report and its metrics, of which any may be missing.
@@ -70,6 +79,7 @@ class RunVersion(Record):
         snapshot, rollouts, took = report.snapshot, report.rollouts, report.seconds_by_stage
         return cls(
             policy_version=report.policy_version,
+            line=report.line,
             identity=snapshot.identity,
             kind=snapshot.kind,
             previous=snapshot.previous,
@@ -96,7 +106,7 @@ class RunVersion(Record):
 
 
 class RunHistory(Record):
-    """The rows of a run, by policy version."""
+    """The rows of a run, by line and policy version."""
 
     schema_number: Literal[1] = 1
     run_id: str
@@ -104,9 +114,42 @@ class RunHistory(Record):
 
     def adding(self, rows: Iterable[RunVersion]) -> RunHistory:
         """Add rows, which replace those of the same versions; the newest ones stay."""
-        by_version = {row.policy_version: row for row in (*self.versions, *rows)}
+        by_version = {row.order: row for row in (*self.versions, *rows)}
         newest = sorted(by_version)[-ROWS_LIMIT:]
         return RunHistory(run_id=self.run_id, versions=tuple(map(by_version.__getitem__, newest)))
+
+    @property
+    def lines(self) -> Lines:
+        """The lines after line 0, as far as a cycle of them has ended."""
+        return Lines.of(row.order for row in self.versions)
+
+    @property
+    def standing(self) -> tuple[RunVersion, ...]:
+        """The rows that no later line has superseded: one for each policy version, ascending."""
+        lines = self.lines
+        return tuple(row for row in self.versions if not lines.is_superseded(*row.order))
+
+    def chain_bytes(self, head: SnapshotManifest) -> int:
+        """Sum the bytes of the deltas up to `head`; one that no row tells of counts like `head`."""
+        rows = {row.identity: row for row in self.versions}
+        total, identity = 0, head.identity
+        for _ in range(head.chain_length):
+            row = rows.get(identity)
+            total += head.size_bytes if row is None else row.size_bytes
+            identity = "" if row is None else row.previous or ""
+        return total
+
+    def time_taken(self) -> dict[SnapshotKind, TimeTaken]:
+        """Find what publishing took, by kind: the middle one of the last three."""
+        taken: dict[SnapshotKind, list[TimeTaken]] = {}
+        for row in self.versions:
+            spent = row.publish_seconds + row.signal_seconds + row.converge_seconds
+            if row.outcome != "not due" and row.size_bytes and 0 < spent < LIMIT_SECONDS:
+                taken.setdefault(row.kind, []).append(TimeTaken(row.size_bytes, spent))
+        return {
+            kind: sorted(found[-3:], key=lambda one: one.seconds)[len(found[-3:]) // 2]
+            for kind, found in taken.items()
+        }
 
     def render(self) -> bytes:
         """Write the history as JSON, which `parse_stored` reads back."""
@@ -128,16 +171,10 @@ def last_metrics(data: bytes) -> dict[str, Any]:
     return metrics
 
 
-def report_version(file: str, run_id: str) -> int | None:
-    """Read the policy version from the name of a report of this run; `None` for any other file."""
-    name = re.fullmatch(rf"{re.escape(run_id)}-(\d{{6,12}})\.json", file)
-    return int(name[1]) if name else None
-
-
-def runs_of(files: Iterable[str]) -> list[str]:
-    """List the runs that have a report among `files`, sorted."""
-    names = (re.fullmatch(r"(.+)-\d{6,12}\.json", file) for file in files)
-    return sorted({name[1] for name in names if name})
+def reports_of(files: Iterable[str]) -> list[NamedVersion]:
+    """List the cycles that have a report among `files`, of all runs, sorted."""
+    names = (file.removesuffix(".json") for file in files if file.endswith(".json"))
+    return sorted(filter(None, map(read_cycle_name, names)))
 
 
 def _cut(text: str | None) -> str | None:

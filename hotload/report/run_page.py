@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from hotload.identity import SnapshotKind, version_of
+from hotload.identity import SnapshotKind, read_identity
 from hotload.publish.snapshot import SnapshotManifest
-from hotload.quantities import duration, number, percent, plural, size
-from hotload.report.charts import Dot, Line, curves, dots, layers
+from hotload.quantities import duration, number, percent, plural, size, version_words
+from hotload.report.chart_shapes import Dot, Line, curves, dots, layers
 from hotload.report.page_parts import Fact, Section
 from hotload.report.run_history import RunHistory, RunVersion
 from hotload.report.templating import render
@@ -22,25 +22,26 @@ NAMES = {SnapshotKind.DELTA: "delta", SnapshotKind.FULL: "full", SnapshotKind.LO
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A published snapshot in its chain: the policy version of the first one that is known, and how
-    many deltas it is after the full one, `None` where that one is not known.
+    """A published snapshot in its chain: the first one that is known, and how many deltas it is
+    after the full one, `None` where that one is not known.
     """
 
-    anchor: int
+    anchor: str
     length: int | None
 
 
 def links(versions: Iterable[RunVersion]) -> dict[str, Link]:
-    """Chain the published snapshots of a run by identity, given by policy version."""
+    """Chain the published snapshots of a run by identity, given in the order of publication."""
     chained: dict[str, Link] = {}
     for row in versions:
         if row.outcome == "not due":
             continue
+        words = version_words(row.policy_version, row.line)
         before = chained.get(row.previous or "")
         if row.kind is not SnapshotKind.DELTA:
-            link = Link(row.policy_version, 0)
+            link = Link(words, 0)
         elif before is None:
-            link = Link(row.policy_version, None)
+            link = Link(words, None)
         else:
             link = Link(before.anchor, None if before.length is None else before.length + 1)
         chained[row.identity] = link
@@ -54,10 +55,12 @@ def render_run(history: RunHistory, unfinished: Sequence[SnapshotManifest] = ())
         history: has at least one version.
         unfinished: snapshots of later versions, whose cycles have not ended.
     """
-    versions = history.versions
-    last = versions[-1]
-    chained = links(versions)
-    sampled = version_of(last.identity, history.run_id)
+    versions, last = history.standing, history.versions[-1]
+    chained = links(history.versions)
+    named = read_identity(last.identity)
+    served_name = last.identity
+    if named and named.run_id == history.run_id:
+        served_name = f"version {version_words(named.policy_version, named.line)}"
     fallbacks = [row for row in versions if row.outcome == "fell back"]
     sections = [
         _rewards(versions),
@@ -68,12 +71,11 @@ def render_run(history: RunHistory, unfinished: Sequence[SnapshotManifest] = ())
     return render(
         "run.html.jinja",
         run_id=history.run_id,
-        versions=versions,
         last=last,
         chained=chained,
         served=chained.get(last.identity),
-        served_name=last.identity if sampled is None else f"version {sampled}",
-        facts=_facts(versions),
+        served_name=served_name,
+        facts=_facts(history.versions),
         warnings=[
             f"Version {row.policy_version} fell back to a full snapshot: "
             f"{row.fallback_reason or 'no reason is recorded'}"
@@ -83,7 +85,9 @@ def render_run(history: RunHistory, unfinished: Sequence[SnapshotManifest] = ())
         stages=_stages(versions),
         sections=[section for section in sections if section],
         unfinished=sorted(unfinished, key=lambda one: one.created_at, reverse=True),
-        rows=versions[: -ROWS_SHOWN - 1 : -1],
+        rows=history.versions[: -ROWS_SHOWN - 1 : -1],
+        older_count=max(len(history.versions) - ROWS_SHOWN, 0),
+        standing=frozenset(row.order for row in versions),
         names=NAMES,
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hotload.quantities import duration, number, percent, plural, size
+from hotload.quantities import duration, number, percent, plural, size, version_words
 
 # A page must not hold controls, and a reader should see that they were there: U+2400 and so on are
 # their pictures. Half a surrogate pair, which JSON may hold, cannot be written as UTF-8.
@@ -34,6 +34,7 @@ _TEMPLATES.filters |= {
     "duration": duration,
     "percent": percent,
     "plural": plural,
+    "version": version_words,
 }
 
 

@@ -2,7 +2,9 @@
 
 __all__ = [
     "advantages",
+    "answers",
     "built_ins",
+    "choice",
     "final_number",
     "http_service",
     "math_answer",

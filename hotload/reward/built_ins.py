@@ -16,10 +16,11 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from hotload.reward.final_number import DASHES, final_number, one_number
-from hotload.reward.math_answer import is_same_answer
+from hotload.reward.choice import chosen_letter, one_letter
+from hotload.reward.final_number import DASHES, Which, final_number, one_number
+from hotload.reward.math_answer import is_same_answer, wanted_expression
 from hotload.rollout.trajectory import Problem, Provenance, Segment, Trajectory
 
 ANSWER_GROUP = "answer"
@@ -48,40 +49,66 @@ def normalised_match(problem: Problem, trajectory: Trajectory) -> float:
     return float(_normalised(trajectory.text) in _normalised_wanted(problem))
 
 
-def contains(problem: Problem, trajectory: Trajectory) -> float:
+def contains(problem: Problem, trajectory: Trajectory, after: str = "") -> float:
     """1 if the normalised answer occurs in the normalised text, as whole words, else 0.
 
-    A number is one word: 5 is not in 1.5 or -5.
+    A number is one word: 5 is not in 1.5 or -5. An answer of one letter is a choice, since a letter
+    may be a word: it counts as in `multiple_choice`.
     """
-    wanted, text = _normalised_wanted(problem), f" {_normalised(trajectory.text)} "
+    if one_letter(_wanted(problem)[0]):
+        return multiple_choice(problem, trajectory, after)
+    wanted, text = _normalised_wanted(problem), f" {_normalised(_behind(after, trajectory))} "
     return float(any(f" {each} " in text for each in wanted))
 
 
-def numeric_answer(problem: Problem, trajectory: Trajectory, tolerance: float = 0) -> float:
+def multiple_choice(problem: Problem, trajectory: Trajectory, after: str = "") -> float:
+    """1 if the text chooses the answer, a letter, else 0 (`hotload.reward.choice`).
+
+    Raises:
+        ValueError: the answer is not one letter.
+    """
+    return float(chosen_letter(_behind(after, trajectory)) == _wanted_letter(problem))
+
+
+def numeric_answer(
+    problem: Problem,
+    trajectory: Trajectory,
+    tolerance: float = 0,
+    after: str = "",
+    which: Which = "last",
+) -> float:
     """1 if the text's final number is the answer, else 0 (`hotload.reward.final_number`).
 
     With `tolerance` they may differ by that share of the larger magnitude. An answer may be the
     whole solution with a marker, as GSM8K has it.
 
+    Args:
+        after: only what follows the last of it counts, such as `</think>`; without one it is 0.
+        which: of several markers, or of several numbers without one, the `last` or the `first`.
+
     Raises:
         ValueError: the answer is not exactly one number.
     """
     _check("tolerance", tolerance, 0 <= tolerance < math.inf, "a number from 0")
-    wanted, found = one_number(_wanted(problem)[0]), final_number(trajectory.text)
+    _check_which(which)
+    wanted, found = _wanted_number(problem), final_number(_behind(after, trajectory), which)
     if found is None:
         return 0.0
     share = Fraction(Decimal(str(tolerance)))
     return float(abs(found - wanted) <= share * max(abs(found), abs(wanted)))
 
 
-def math_verify(problem: Problem, trajectory: Trajectory) -> float:
+def math_verify(
+    problem: Problem, trajectory: Trajectory, after: str = "", which: Which = "last"
+) -> float:
     """1 if the text's last `\\boxed{}` holds the answer or what is mathematically equal, else 0
-    (`hotload.reward.math_answer`).
+    (`hotload.reward.math_answer`). `after` and `which` as for `numeric_answer`.
 
     Raises:
         ValueError: the package is missing, or it cannot read the answer.
     """
-    return float(is_same_answer(_wanted(problem)[-1], trajectory.text))
+    _check_which(which)
+    return float(is_same_answer(_wanted(problem)[-1], _behind(after, trajectory), which))
 
 
 def regex(problem: Problem, trajectory: Trajectory, pattern: str) -> float:
@@ -143,6 +170,7 @@ BUILT_INS: Mapping[str, Callable[..., float]] = MappingProxyType(
             exact_match,
             normalised_match,
             contains,
+            multiple_choice,
             numeric_answer,
             math_verify,
             regex,
@@ -152,7 +180,17 @@ BUILT_INS: Mapping[str, Callable[..., float]] = MappingProxyType(
         )
     }
 )
-QUICK_BUILT_INS = frozenset(BUILT_INS) - {"math_verify", "regex", "json_schema"}
+QUICK_BUILT_INS = frozenset(
+    {
+        "exact_match",
+        "normalised_match",
+        "contains",
+        "multiple_choice",
+        "numeric_answer",
+        "length",
+        "overlong_penalty",
+    }
+)
 """Those that take time in proportion to the text, whatever it says: they need no time limit."""
 
 
@@ -167,10 +205,29 @@ def check_built_in(name: str, arguments: Mapping[str, Any]) -> None:
     origin = Provenance("", "", "", 1)
     segments = (Segment((), (0,), (-1.0,), (True,)),)
     sample = Trajectory("", 0, 0, origin, 0.0, segments, "1", completion_token_count=1)
+    answer = "A" if name == "multiple_choice" else "1"
     try:
-        BUILT_INS[name](Problem("", "1", answer="1"), sample, **arguments)
+        BUILT_INS[name](Problem("", "1", answer=answer), sample, **arguments)
     except Exception as error:  # noqa: BLE001 - whatever it is, no sample fares better
         raise ValueError(f"{type(error).__name__}: {error}"[:500]) from None
+
+
+def check_answer(name: str, arguments: Mapping[str, Any], problem: Problem) -> None:
+    """Refuse an answer that the built-in cannot use, whatever the text will be.
+
+    What takes math-verify or a whole schema to see is left to the scoring.
+
+    Raises:
+        ValueError: what it is, and what was expected.
+    """
+    if name == "regex" and ANSWER_GROUP not in re.compile(arguments["pattern"]).groupindex:
+        return
+    if name == "json_schema":
+        if arguments.get("schema") is None and not isinstance(problem.answer, dict | bool):
+            raise ValueError(f"expected a JSON schema, found {problem.answer!r:.80}")
+        return
+    if check := _ANSWER_CHECKS.get(name):
+        check(problem)
 
 
 @lru_cache(maxsize=64)
@@ -204,6 +261,21 @@ def _check(name: str, found: float, fits: bool, expected: str) -> None:
         raise ValueError(f"{name}: found {found!r}, expected {expected}")
 
 
+def _check_which(which: str) -> None:
+    if which not in get_args(Which):
+        raise ValueError(f"which: found {which!r}, expected first or last")
+
+
+def _behind(after: str, trajectory: Trajectory) -> str:
+    """The text behind the last `after`, and nothing where there is none; all of it without one."""
+    if not isinstance(after, str):
+        raise ValueError(f"after: found {after!r:.80}, expected text")
+    if not after:
+        return trajectory.text
+    _, found, text = trajectory.text.rpartition(after)
+    return text if found else ""
+
+
 def _wanted(problem: Problem) -> tuple[str, ...]:
     """The texts that are the problem's answer, as it is written first.
 
@@ -231,6 +303,30 @@ def _normalised_wanted(problem: Problem) -> tuple[str, ...]:
     if not all(wanted):
         raise ValueError(f"nothing is left of the answer {problem.answer!r:.80} when normalised")
     return wanted
+
+
+def _wanted_number(problem: Problem) -> Fraction:
+    return one_number(_wanted(problem)[0])
+
+
+def _wanted_letter(problem: Problem) -> str:
+    letter = one_letter(_wanted(problem)[0])
+    if letter is None:
+        raise ValueError(f"expected an answer that is one letter, found {problem.answer!r:.80}")
+    return letter
+
+
+_ANSWER_CHECKS: Mapping[str, Callable[[Problem], object]] = MappingProxyType(
+    {
+        "exact_match": _wanted,
+        "normalised_match": _normalised_wanted,
+        "contains": _normalised_wanted,
+        "multiple_choice": _wanted_letter,
+        "numeric_answer": _wanted_number,
+        "math_verify": lambda problem: wanted_expression(_wanted(problem)[-1]),
+        "regex": _wanted,
+    }
+)
 
 
 def _normalised(text: str) -> str:

@@ -10,7 +10,7 @@ import logging
 import re
 from typing import Any
 
-from hotload.reward.final_number import DASHES, last_box, plain_number
+from hotload.reward.final_number import DASHES, MULTIPLES, Which, boxed_text, plain_number
 
 EXPRESSION_LIMIT_CHARACTERS = 1000
 # Seen with math-verify 0.9: `2 1/2` is read as 3/2, `2(3)` as 5, `1011_2` as 1011, `\neq 5`,
@@ -23,12 +23,15 @@ _MISREAD = re.compile(
     """,
     re.VERBOSE,
 )
-_MULTIPLE = re.compile(r"(?i:hundred|thousand|million|billion|trillion|dozen)")
+_MULTIPLE = re.compile(
+    rf"(?i:{MULTIPLES})|\d\s*(?:\\[,\ ])?\s*\\(?:text|mathrm|mbox)\s*\{{\s*(?:[kMB]|bn|mn)\s*\}}"
+)
 _UNIT = re.compile(r"(?<=\d)\s*(?:\\[,\ ])?\s*\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}")
 
 
-def is_same_answer(answer: str, text: str) -> bool:
-    """Tell whether the last `\boxed{}` of `text` holds the answer, itself an expression or a box.
+def is_same_answer(answer: str, text: str, which: Which = "last") -> bool:
+    """Tell whether the last `\boxed{}` of `text`, or the first, holds the answer, itself an
+    expression or a box.
 
     Two plain numbers must be equal; of decimals beside other expressions six places count. The
     order of a tuple counts, of a set not; a tuple is no set. Units and `%` change nothing.
@@ -40,12 +43,11 @@ def is_same_answer(answer: str, text: str) -> bool:
         from math_verify import verify
     except ImportError:
         raise ValueError("it needs math-verify: pip install 'hotload[math]'") from None
-    boxed = last_box(answer)
-    wanted = answer.strip().strip("$") if boxed is None else boxed
+    wanted = wanted_expression(answer)
     wanted_values = _parsed(wanted)
     if not wanted_values:
-        raise ValueError(f"expected an answer that math-verify reads, found {answer[-80:]!r}")
-    given = last_box(text)
+        raise _unreadable(answer)
+    given = boxed_text(text, which)
     if given is None:
         return False
     number, given_number = plain_number(wanted), plain_number(given)
@@ -59,6 +61,23 @@ def is_same_answer(answer: str, text: str) -> bool:
     )
 
 
+def wanted_expression(answer: str) -> str:
+    """Return the expression that an answer is, or holds in its last box.
+
+    Raises:
+        ValueError: it is empty, too long, or of a kind that math-verify misreads.
+    """
+    boxed = boxed_text(answer)
+    wanted = answer.strip().strip("$") if boxed is None else boxed
+    if not wanted or _is_refused(wanted.translate(DASHES)):
+        raise _unreadable(answer)
+    return wanted
+
+
+def _unreadable(answer: str) -> ValueError:
+    return ValueError(f"expected an answer that math-verify reads, found {answer[-80:]!r}")
+
+
 def _parsed(expression: str) -> list[Any]:
     """Parse one expression: the SymPy object and its text, or nothing where it cannot be read."""
     from math_verify import LatexExtractionConfig, parse
@@ -66,7 +85,7 @@ def _parsed(expression: str) -> list[Any]:
     # Without time limits of its own, which are signals, it would warn at every call.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     expression = expression.translate(DASHES)
-    if len(expression) > EXPRESSION_LIMIT_CHARACTERS or _is_misread(expression):
+    if _is_refused(expression):
         return []
     values = parse(
         rf"\boxed{{{expression}}}",
@@ -76,8 +95,11 @@ def _parsed(expression: str) -> list[Any]:
     return [] if not values or isinstance(values[0], str) else values
 
 
-def _is_misread(expression: str) -> bool:
-    return bool(_MULTIPLE.search(expression) or _MISREAD.search(_UNIT.sub(",", expression)))
+def _is_refused(expression: str) -> bool:
+    is_long = len(expression) > EXPRESSION_LIMIT_CHARACTERS
+    return is_long or bool(
+        _MULTIPLE.search(expression) or _MISREAD.search(_UNIT.sub(",", expression))
+    )
 
 
 def _are_comparable(wanted: Any, given: Any) -> bool:

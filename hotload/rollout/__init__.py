@@ -8,6 +8,7 @@ __all__ = [
     "failures",
     "group_rules",
     "merge_turns",
+    "problem_rows",
     "retry_after",
     "routing",
     "straddling",

@@ -32,6 +32,8 @@ class Admission:
     """Samples of rows that were begun and not settled."""
     in_flight: int = 0
     """Draws that were begun and have not ended."""
+    is_superseded: bool = False
+    """Whether a later line of the run is served, which began before what is sampled here."""
     sampled: int = 0
     """Samples of rows whose draws have all ended and that were not settled."""
 
@@ -61,11 +63,11 @@ class Admission:
 
     @property
     def is_stale(self) -> bool:
-        """Whether the service is ahead by more than O versions: what is begun now comes too
-        late.
+        """Whether the service is ahead by more than O versions, or has gone on from before: what
+        is begun now comes too late.
         """
         ahead = self.published_version - self.initial_version
-        return ahead > self.max_head_offpolicy_versions
+        return self.is_superseded or ahead > self.max_head_offpolicy_versions
 
     def begin_row(self) -> None:
         """Count a row as begun: its G draws are in flight."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hotload.errors import ProtocolError, shorten
 from hotload.options import Sampling
 from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
 from hotload.rollout.routing import join_routing
@@ -20,11 +21,15 @@ from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, sample_seed
 DONE = b"[DONE]"
 HEARTBEAT_EVENTS = frozenset({"ping", "heartbeat", "keepalive"})
 FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
+# The service's own trouble. An end by anything else (`content_filter`, `repetition`, a word nobody
+# has documented) would come again for the same seed.
+PASSING_FINISH_REASONS = frozenset({"abort", "error"})
 WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
 LOGPROB_RANGE = (-1e9, 0.01)  # a sum in floating point may end a little above 0
 COUNT_LIMIT = 1 << 31
 IDENTITY_LIMIT = 64
 """Distinct identities kept of one answer."""
+TOOL_CALL_LIMIT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,8 @@ def sample_body(request: Request, model: str) -> dict[str, Any]:
     body: dict[str, Any] = {"model": model}
     if problem.messages is not None:
         body["messages"] = list(problem.messages)
+        if tools := problem.extra.get("tools"):
+            body["tools"] = tools
     else:
         body["prompt"] = (
             problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt or ())
@@ -114,6 +121,50 @@ def sample_body(request: Request, model: str) -> dict[str, Any]:
     if sampling.include_routing_matrix:
         body["include_routing_matrix"] = True
     return body
+
+
+def probe_body(token_ids: Sequence[int], model: str) -> dict[str, Any]:
+    """Return the body that asks for the log-probabilities of its own prompt (protocol §11)."""
+    return {
+        "model": model,
+        "prompt": list(token_ids),
+        "n": 1,
+        "max_tokens": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "echo": True,
+        "logprobs": True,
+        "stream": False,
+        "perf_metrics_in_response": True,
+        "context_length_exceeded_behavior": "error",
+    }
+
+
+def parse_probe(
+    data: bytes, token_ids: Sequence[int]
+) -> tuple[str | None, str | None, tuple[float, ...]]:
+    """Read a probe's answer: replica and identity, where named, and the raw log-probabilities of
+    all tokens but the first.
+
+    Raises:
+        ProtocolError: it has other tokens, or no log-probabilities.
+    """
+    try:
+        body = json.loads(data)
+        served = served_identity(body["model"])
+        content = body["choices"][0]["logprobs"]["content"][: len(token_ids)]
+        echoed = [entry["token_id"] for entry in content]
+        logprobs = tuple(float(entry["logprob"]) for entry in content[1:])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ProtocolError("probe", 200, "expected the log-probabilities of the prompt") from None
+    if echoed != list(token_ids):
+        raise ProtocolError("probe", 200, "expected the tokens of the prompt, found others")
+    metrics = body.get("perf_metrics")
+    names = ("backend-host", "fireworks-backend-host")
+    hosts = [metrics.get(name) for name in names] if isinstance(metrics, Mapping) else []
+    host = next(filter(None, hosts), None)
+    return None if host is None else str(host)[:256], served, logprobs
 
 
 def served_identity(model: object) -> str | None:
@@ -176,6 +227,9 @@ class Answer:
         self._wants_routing = sampling.include_routing_matrix
         self._model: object = None
         self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: dict[int, dict[str, Any]] = {}
+        self._arguments: dict[int, list[str]] = {}
         self._content_ids: list[Any] = []
         self._raw_ids: list[Any] = []
         self._last_raw_ids: list[Any] = []
@@ -190,6 +244,10 @@ class Answer:
         is one that was not named."""
         self.finish_reason: Any = None
         self.text = ""
+        self.reasoning = ""
+        """What a server that parses chats took for thought; its tokens are among the others."""
+        self.tool_calls: tuple[dict[str, Any], ...] = ()
+        """What such a server took for calls, as messages have them."""
         self.token_ids: tuple[int, ...] = ()
         self.sampling_logprobs: list[Any] = []
         self.prompt_token_ids: tuple[int, ...] = prompt or ()
@@ -201,7 +259,7 @@ class Answer:
         self.response_id: str | None = None
 
     def add(self, *chunks: Any) -> Failure | None:
-        """Take decoded chunks in; the fault, if one of them is or carries an error."""
+        """Take decoded chunks in; the failure, if one of them is or carries an error."""
         try:
             for chunk in chunks:
                 if chunk.get("error"):
@@ -225,7 +283,12 @@ class Answer:
             raise ValueError("one answer was asked for")
         text = choice.get("text")
         if text is None:
-            text = (choice.get("delta") or choice.get("message") or {}).get("content")
+            said = choice.get("delta") or choice.get("message") or {}
+            text = said.get("content")
+            if reasoning := said.get("reasoning_content") or said.get("reasoning"):
+                self._reasoning.append(reasoning)
+            for number, call in enumerate(said.get("tool_calls") or ()):
+                self._add_call(call.get("index", number), call)
         if text:
             self._texts.append(text)
         logprobs = choice.get("logprobs")
@@ -245,6 +308,17 @@ class Answer:
         reason = choice.get("finish_reason")
         if reason:
             self.finish_reason = reason
+
+    def _add_call(self, number: int, piece: Mapping[str, Any]) -> None:
+        """Put a call together: its arguments come in pieces."""
+        if number not in self._calls and len(self._calls) == TOOL_CALL_LIMIT:
+            raise ValueError(f"more than {TOOL_CALL_LIMIT} tool calls")
+        call = self._calls.setdefault(number, {"type": "function", "function": {}})
+        call |= {name: piece[name] for name in ("id", "type") if piece.get(name)}
+        function = piece.get("function") or {}
+        if function.get("name"):
+            call["function"]["name"] = function["name"]
+        self._arguments.setdefault(number, []).append(function.get("arguments") or "")
 
     def _add_usage(self, usage: Mapping[str, Any]) -> None:
         self.prompt_token_count = int(_number(usage.get("prompt_tokens")) or 0)
@@ -295,7 +369,7 @@ class Answer:
             self.replica = str(host)[:256]
 
     def finish(self) -> Failure | None:
-        """Close the answer and settle its text and tokens; the fault, if it cannot be trained on.
+        """Close the answer and settle its text and tokens; the failure, if it cannot be trained on.
 
         An answer cut short before its `[DONE]` may be asked for again; one that was whole and lacks
         something is a failed sample: ids are never made by tokenizing again (protocol §12).
@@ -310,13 +384,20 @@ class Answer:
             detail = "the stream ended without a finish reason"
             return Failure(Action.RETRY, Cause.TRUNCATED, 200, detail)
         if self.finish_reason not in FINISH_REASONS:
-            detail = "the answer did not finish properly"
-            return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, detail)
+            detail = f"the answer ended by {shorten(self.finish_reason)}"
+            if self.finish_reason in PASSING_FINISH_REASONS:
+                return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, detail)
+            return Failure(Action.FAIL_SAMPLE, Cause.UNUSABLE_END, 200, detail)
         lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
         values = self.sampling_logprobs
         count = len(values)
         self.text = "".join(self._texts)
-        if self._lacks_logprobs or (count == 0 and (self._raw_ids or self.text)):
+        self.reasoning = "".join(self._reasoning)
+        for number, pieces in self._arguments.items():
+            self._calls[number]["function"]["arguments"] = "".join(pieces)
+        self.tool_calls = tuple(self._calls[number] for number in sorted(self._calls))
+        has_said = self.text or self.reasoning or self.tool_calls
+        if self._lacks_logprobs or (count == 0 and (self._raw_ids or has_said)):
             return Failure(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
         if values and not LOGPROB_RANGE[0] <= min(values) <= max(values) <= LOGPROB_RANGE[1]:
             return malformed("a log-probability out of range")

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from hotload.identity import version_of
+from hotload.identity import read_identity
 from hotload.records import Record
 from hotload.rollout.trajectory import ScoredGroup, Trajectory, Weights
 
@@ -149,6 +149,9 @@ class GroupCounts(Counts):
     status from 400 to 599, for each `Cause`, and `cancelled`."""
 
 
+ASSUMED = " (assumed)"
+
+
 class SampleCounts(Counts):
     """Numbers over the samples of groups that were kept, failed ones included, behind a cycle's
     metrics and its page. An answered sample is one with a token."""
@@ -274,16 +277,27 @@ def weights_name(sample: Trajectory) -> str | None:
     if weights is Weights.NONE:
         return None
     if weights is Weights.ASSUMED:
-        return f"{origin.identity} (assumed)"
+        return f"{origin.identity}{ASSUMED}"
     return " → ".join(origin.observed)
+
+
+def unnamed_samples(summary: RolloutSummary) -> int:
+    """Count the samples whose answers named no weights, where others of the rollout did."""
+    unnamed = [
+        count for name, count in summary.samples_by_identity.items() if name.endswith(ASSUMED)
+    ]
+    return 0 if len(unnamed) == len(summary.samples_by_identity) else sum(unnamed)
 
 
 def _versions_ahead(sample: Trajectory, run_id: str) -> int | None:
     if sample.weights in (Weights.ASSUMED, Weights.NONE):
         return None
-    before = version_of(sample.provenance.identity, run_id)
-    after = version_of(sample.provenance.observed[-1], run_id)
-    return None if before is None or after is None else after - before
+    before = read_identity(sample.provenance.identity)
+    after = read_identity(sample.provenance.observed[-1])
+    # Between two lines there is no number of steps.
+    if before is None or after is None or before[:2] != after[:2] or before.run_id != run_id:
+        return None
+    return after.policy_version - before.policy_version
 
 
 class RolloutSummary(Record):
@@ -303,6 +317,9 @@ class RolloutSummary(Record):
     found_token_count: int = Field(0, ge=0)
     """Completion tokens of those."""
     parts_uri: str = ""
+    declaration_sha256: str = ""
+    """Of problems, sampling and reward as they were declared; empty where an earlier version of
+    hotload sampled."""
     seconds: float = Field(0, ge=0)
     """Wall seconds of sampling and scoring in the run that handed them back."""
     groups: GroupCounts = GroupCounts()

@@ -30,12 +30,13 @@ class Cause(StrEnum):
     SERVER_ERROR = "server_error"
     CONNECTION = "connection"
     TRUNCATED = "truncated"  # the stream ended without a finish reason
+    UNUSABLE_END = "unusable_end"  # by no stop, length or tool call; it would end so again
     MALFORMED = "malformed"  # the answer is not of the documented form
     SWAP_TIMEOUT = "swap_timeout"  # the service went on swapping weights or scaling up
     TOO_LONG = "too_long"  # more tokens than asked for, or than `max_seq_len`
     MISSING_TOKEN_IDS = "missing_token_ids"
     MISSING_LOGPROBS = "missing_logprobs"
-    OTHER_WEIGHTS = "other_weights"  # it names weights that no version of this run is
+    OTHER_WEIGHTS = "other_weights"  # of no version of this run, or unnamed where others are named
     STRADDLING = "straddling"  # two versions of the weights made it, and the spec drops such
     STALE = "stale"  # the service moved on by more versions than the spec allows
     DEADLINE = "deadline"  # the group's time was up
@@ -63,7 +64,7 @@ RECOVERABLE = frozenset(
 
 
 class Action(Enum):
-    """What a fault asks for."""
+    """What a failure asks for."""
 
     RETRY = "retry"
     WAIT_FOR_SWAP = "wait for swap"
@@ -102,7 +103,7 @@ class Failure:
 
 
 def is_recoverable(label: str) -> bool:
-    """Tell whether protocol §16 calls such a fault recoverable."""
+    """Tell whether protocol §16 calls such a failure recoverable."""
     return label in RECOVERABLE
 
 
@@ -136,7 +137,7 @@ class RetryBudget:
         self.transient_count = 0
         """Attempts that failed and count among the seven."""
 
-    def wait_seconds(self, fault: Failure, attempt_seconds: float = 0.0) -> float | None:
+    def wait_seconds(self, failure: Failure, attempt_seconds: float = 0.0) -> float | None:
         """Decide the seconds to wait before the next attempt; `None` when there is none.
 
         The server's Retry-After is a floor, itself capped at 30 s.
@@ -145,15 +146,15 @@ class RetryBudget:
             attempt_seconds: how long the failed attempt took.
         """
         jitter = 0.5 + self._uniform()
-        floor = min(fault.retry_after_seconds or 0.0, LONGEST_WAIT_SECONDS)
-        if fault.action is Action.WAIT_FOR_SWAP:
+        floor = min(failure.retry_after_seconds or 0.0, LONGEST_WAIT_SECONDS)
+        if failure.action is Action.WAIT_FOR_SWAP:
             self._swap_seconds_left -= attempt_seconds
             if self._swap_seconds_left <= 0:
                 return None
             wait = max(SWAP_WAIT_SECONDS * jitter, floor)
             self._swap_seconds_left -= wait
             return wait
-        if fault.action is not Action.RETRY:
+        if failure.action is not Action.RETRY:
             return None
         self.transient_count += 1
         if self.transient_count >= TRANSIENT_ATTEMPTS:

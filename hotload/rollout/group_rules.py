@@ -45,7 +45,7 @@ OUTAGES = frozenset(
 # As long as nothing was said: what cut it short was not the user's own code.
 CUT_SHORT = frozenset({Cause.DEADLINE, Cause.TRAJECTORY_TIMEOUT})
 # Asked again, these would end the same way, or too late.
-FINAL = frozenset({Cause.REFUSED, Cause.DEADLINE, Cause.STALE})
+FINAL = frozenset({Cause.REFUSED, Cause.UNUSABLE_END, Cause.DEADLINE, Cause.STALE})
 
 
 class Mark(StrEnum):
@@ -125,6 +125,7 @@ def judge_group(group: ScoredGroup, rules: Groups) -> JudgedGroup:
         if rules.on_incomplete != "accept_partial" or not has_quorum:
             return JudgedGroup(_unused(group, Mark.INCOMPLETE))
     if size > 1 and len(set(rewards)) <= 1:
+        # Where others take their place, `rollout_plan` has set them aside.
         is_dropped = rules.on_uniform != "keep"
         return JudgedGroup(replace(group, mark=Mark.UNIFORM.value), is_dropped)
     if len(rewards) < size:

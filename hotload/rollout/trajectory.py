@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from math import isinf
-from typing import Any, NoReturn
+from typing import Any
 
-from hotload.errors import InvalidProblemsError
-
-DATASET_LIMIT_BYTES = 1 << 30
-ROW_LIMIT_BYTES = 8 << 20
-ID_LIMIT_CHARACTERS = 256
 TOKEN_ID_LIMIT = 1 << 31
-DEPTH_LIMIT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +25,7 @@ class Problem:
     messages: tuple[Mapping[str, Any], ...] | None = None
     answer: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    """What else the row had; a chat is offered its `tools`."""
 
 
 class Weights(StrEnum):
@@ -52,7 +46,8 @@ class Provenance:
     identities its chunks named, in order; `last` is the one named last. Staleness is counted from
     `identity`. `runs` says which tokens each made: (number of the first token, identity), over the
     tokens of all segments. `failed_attempts` holds a label for every attempt that got no usable
-    answer (`Fault.label`, or `cancelled`): the others, `attempts` less their number, were answered.
+    answer (`Failure.label`, or `cancelled`): the others, `attempts` less their number, were
+    answered.
     """
 
     identity: str
@@ -171,113 +166,6 @@ class ScoredGroup:
     advantages_G: tuple[float | None, ...]
     reward_parts_G: tuple[Mapping[str, float], ...] = ()
     mark: str | None = None
-
-
-def parse_problems(data: bytes, *, source: str) -> tuple[Problem, ...]:
-    """Parse the problems of a JSON-lines file, one object a line; blank lines are skipped.
-
-    A row has `id` (text or integer), either `prompt` (text, or a list of token ids) or `messages`
-    (a chat), and usually `answer`; everything else is kept in `extra`.
-
-    Args:
-        source: the file's name, for the error.
-
-    Raises:
-        InvalidProblemsError: no row, a malformed row (rows count from 1), or an id used twice.
-    """
-    if len(data) > DATASET_LIMIT_BYTES:
-        raise InvalidProblemsError(source, 0, f"{len(data)} bytes; at most {DATASET_LIMIT_BYTES}")
-    problems: dict[str, Problem] = {}
-    for number, line in _lines(data):
-        problem = _parse_row(line, source, number)
-        if problem.id in problems:
-            raise InvalidProblemsError(source, number, f"id {problem.id!r} is used twice")
-        problems[problem.id] = problem
-    if not problems:
-        raise InvalidProblemsError(source, 0, "the file has no rows")
-    return tuple(problems.values())
-
-
-def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    start, number = 0, 0
-    while start < len(data):
-        end = data.find(b"\n", start)
-        end = len(data) if end < 0 else end
-        number += 1
-        line = data[start:end].strip()
-        if line:
-            yield number, line
-        start = end + 1
-
-
-def _parse_row(line: bytes, source: str, number: int) -> Problem:
-    def refuse(reason: str) -> NoReturn:
-        raise InvalidProblemsError(source, number, reason) from None
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    def finite(text: str) -> float:
-        if isinf(value := float(text)):
-            raise ValueError(f"{text[:40]} is beyond any float")
-        return value
-
-    if len(line) > ROW_LIMIT_BYTES:
-        refuse(f"{len(line)} bytes; a row has at most {ROW_LIMIT_BYTES}")
-    try:
-        row = json.loads(line, parse_constant=refuse_constant, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        refuse(f"not JSON: {str(error)[:200]}")
-    if not isinstance(row, dict):
-        refuse(f"expected an object, found {type(row).__name__}")
-    if line.count(b"[") + line.count(b"{") > DEPTH_LIMIT and _depth(row) > DEPTH_LIMIT:
-        refuse(f"nested more than {DEPTH_LIMIT} deep")
-    if rb"\ud" in line.lower() and not _is_unicode(row):
-        refuse("half of a surrogate pair, which is not text")
-    name = row.pop("id", None)
-    if isinstance(name, int) and not isinstance(name, bool):
-        name = str(name)
-    if not isinstance(name, str) or not 0 < len(name) <= ID_LIMIT_CHARACTERS:
-        refuse(f"`id`: expected 1-{ID_LIMIT_CHARACTERS} characters or an integer")
-    if ("prompt" in row) == ("messages" in row):
-        refuse("expected exactly one of `prompt` and `messages`")
-    prompt, messages = row.pop("prompt", None), row.pop("messages", None)
-    if messages is not None:
-        if not _is_chat(messages):
-            refuse("`messages`: expected a list of objects, each with a `role`")
-        messages = tuple(messages)
-    elif isinstance(prompt, list):
-        if not prompt or not all(_is_token_id(token) for token in prompt):
-            refuse("`prompt`: expected text or a list of token ids, and not an empty one")
-        prompt = tuple(prompt)
-    elif not isinstance(prompt, str) or not prompt:
-        refuse("`prompt`: expected text or a list of token ids, and not an empty one")
-    return Problem(name, prompt, messages, row.pop("answer", None), row)
-
-
-def _is_unicode(row: Any) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _depth(value: Any) -> int:
-    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, below), default=0)
-
-
-def _is_token_id(token: Any) -> bool:
-    return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < TOKEN_ID_LIMIT
-
-
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages)
-    )
 
 
 def problems_for(

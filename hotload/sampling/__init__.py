@@ -1,14 +1,15 @@
 """The sampling engine: a running rollout, its draws and its groups."""
 
 __all__ = [
-    "concurrently",
     "draw",
     "part_files",
     "part_writer",
+    "problem_files",
     "problems",
     "reward",
     "rollout",
     "row_gate",
     "sample_group",
+    "user_function",
     "watch_versions",
 ]

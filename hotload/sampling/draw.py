@@ -1,12 +1,11 @@
 """Draw: one sample of a group, by a single request or by the user's own rollout function.
 
 A function runs in the event loop of the rollouts; one that raises, hangs or returns nonsense costs
-its own sample, marked. One that blocks the loop blocks everything: what computes belongs into a
+its own sample, marked. One that blocks the loop blocks everything: what computes belongs in a
 thread or a process of its own.
 """
 
 import asyncio
-import importlib
 import inspect
 import json
 import operator
@@ -14,7 +13,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from hotload.clients.inference.conversation import Conversation, TurnFailedError
 from hotload.clients.inference.sampler import Sampler
@@ -30,6 +29,7 @@ from hotload.sampling.reward.user_errors import (
     replace_surrogates,
     secret_values,
 )
+from hotload.sampling.user_function import import_function
 
 UserRollout = Callable[..., Awaitable[Any]]
 
@@ -61,7 +61,7 @@ class Draw:
 
     def cut_off(self, cause: Cause, detail: str) -> Trajectory:
         """Return what there is of a sample that was ended before it had."""
-        return _failed(self._conversation, _fault(cause, detail))
+        return _failed(self._conversation, _failure(cause, detail))
 
 
 class Drawing:
@@ -97,20 +97,12 @@ def load_rollout(declared: RolloutFunction) -> UserRollout:
     Raises:
         RolloutFunctionError: not importable, not async, or it cannot take the declared arguments.
     """
-    module, _, attribute = declared.name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of theirs may raise anything
-        why = f"cannot be imported: {describe_exception(error, secret_values(os.environ))}"
-        raise RolloutFunctionError(declared.name, why) from error
+    found = import_function(
+        declared.name, declared.arguments, RolloutFunctionError, positional_count=2
+    )
     if not inspect.iscoroutinefunction(found):
         raise RolloutFunctionError(declared.name, "expected `async def rollout(problem, sampler)`")
-    try:
-        inspect.signature(found).bind(None, None, **declared.arguments)
-    except TypeError as error:
-        why = f"cannot be called with its arguments: {error}"
-        raise RolloutFunctionError(declared.name, why) from None
-    return found
+    return cast(UserRollout, found)
 
 
 async def _play(
@@ -130,17 +122,17 @@ async def _play(
         await _end(call)
     if not done:
         why = f"the trajectory took more than {limit:g} s"
-        return _failed(conversation, _fault(Cause.TRAJECTORY_TIMEOUT, why))
+        return _failed(conversation, _failure(Cause.TRAJECTORY_TIMEOUT, why))
     try:
         return _readable(_taken(conversation, call.result()))
     except KeyboardInterrupt:
         raise
     # Whatever it is, the sample is what failed; a cancellation of ours would have ended the wait.
     except BaseException as error:  # noqa: BLE001
-        if isinstance(error, TurnFailedError) and isinstance(error.fault, Failure):
-            return _failed(conversation, error.fault)
+        if isinstance(error, TurnFailedError) and isinstance(error.failure, Failure):
+            return _failed(conversation, error.failure)
         why = describe_exception(error, secret_values(os.environ))
-        return _failed(conversation, _fault(Cause.ROLLOUT_RAISED, why))
+        return _failed(conversation, _failure(Cause.ROLLOUT_RAISED, why))
 
 
 async def _call(made: Awaitable[Any]) -> Any:
@@ -166,7 +158,7 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
         ValueError, TypeError: it is not of the expected form.
     """
     if made is None:
-        return conversation.trajectory(_fault(Cause.ROLLOUT_SKIPPED, "it returned None"))
+        return conversation.trajectory(_failure(Cause.ROLLOUT_SKIPPED, "it returned None"))
     if isinstance(made, Trajectory):
         own = conversation.trajectory(segments=_checked(made.segments))
         detail = redact(str(made.detail), secret_values(os.environ))[:DETAIL_LIMIT_CHARACTERS]
@@ -218,17 +210,17 @@ def _checked(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     return tuple(checked)
 
 
-def _fault(cause: Cause, detail: str) -> Failure:
+def _failure(cause: Cause, detail: str) -> Failure:
     return Failure(Action.FAIL_SAMPLE, cause, None, detail[:DETAIL_LIMIT_CHARACTERS])
 
 
-def _failed(conversation: Conversation, fault: Failure) -> Trajectory:
+def _failed(conversation: Conversation, failure: Failure) -> Trajectory:
     """What there is of a sample that failed.
 
     Raises:
         ServiceError: a turn met it: no sample can succeed.
     """
-    sample = conversation.trajectory(fault)
+    sample = conversation.trajectory(failure)
     try:
         return _readable(sample)
     except (TypeError, ValueError, RecursionError):  # what it said was never JSON

@@ -10,10 +10,10 @@ import asyncio
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 from hotload.clients.store.records import read_rollout_manifest
 from hotload.clients.store.store import Store
+from hotload.clock import utc_now
 from hotload.dataset.parquet import notes_of, parse_rollouts, render_rollouts
 from hotload.dataset.rollout_plan import (
     PartNotes,
@@ -200,10 +200,11 @@ def sum_up(
             plan.identity,
             parts,
             parts_uri=f"{store.url}/{plan.directory}",
+            declaration_sha256=plan.digest,
             seconds=seconds,
             found=found,
             window_trace=window_trace,
         ),
         extracts=merge_extracts(extracts),
-        created_at=datetime.now(UTC),
+        created_at=utc_now(),
     )

@@ -1,41 +1,68 @@
 """Read problems: what a cycle samples, planned before anything is sampled."""
 
 import asyncio
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
+from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import RolloutPlan, plan_rollout
-from hotload.errors import InvalidProblemsError
-from hotload.rollout.trajectory import DATASET_LIMIT_BYTES, Problem, parse_problems
+from hotload.options import Problems
+from hotload.rollout.problem_rows import parse_problems
+from hotload.rollout.trajectory import Problem
+from hotload.sampling.problem_files import read_rows
 from hotload.spec import CycleSpec
 
 
-def read_problems(dataset: str) -> tuple[Problem, ...]:
-    """Read the problems of a JSON-lines file on this machine.
+def read_problems(
+    dataset: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    prompt_field: str | None = None,
+    answer_field: str = "answer",
+    max_rows: int | None = None,
+) -> tuple[Problem, ...]:
+    """Read the problems of a dataset, of which rows beyond `max_rows` are not looked at.
+
+    Args:
+        options: of fsspec's file system.
 
     Raises:
         InvalidProblemsError: it cannot be read, is empty, or has a malformed row.
+        StoreUnavailableError: the network, or the store, is away.
     """
-    path = Path(dataset)
-    try:
-        if path.exists() and not path.is_file():
-            raise InvalidProblemsError(dataset, 0, "is not a regular file")
-        if path.stat().st_size > DATASET_LIMIT_BYTES:
-            raise InvalidProblemsError(dataset, 0, f"larger than {DATASET_LIMIT_BYTES} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidProblemsError(dataset, 0, f"cannot be read: {error.strerror}") from None
-    return parse_problems(data, source=dataset)
+    return parse_problems(
+        read_rows(dataset, options or {}),
+        source=dataset,
+        prompt_field=prompt_field,
+        answer_field=answer_field,
+        max_rows=max_rows,
+    )
 
 
-async def plan_rollouts(spec: CycleSpec, identity: str) -> RolloutPlan:
+async def read_declared(problems: Problems, store: Store | None) -> tuple[Problem, ...]:
+    """Read the problems that a cycle declares. What lies in the store's own bucket is opened with
+    the options of the store's block, anything else as the environment says.
+
+    Raises:
+        InvalidProblemsError, StoreUnavailableError: as `read_problems`.
+    """
+    options = {} if store is None else store.options_for(problems.dataset)
+    # Tens of seconds where the problems are many: meanwhile leases have to be renewed.
+    return await asyncio.to_thread(
+        read_problems,
+        problems.dataset,
+        options,
+        prompt_field=problems.prompt_field,
+        answer_field=problems.answer_field,
+        max_rows=problems.max_rows,
+    )
+
+
+async def plan_rollouts(spec: CycleSpec, identity: str, store: Store | None = None) -> RolloutPlan:
     """Plan which problems this policy version samples under `identity`, and in which parts.
 
     Raises:
-        InvalidProblemsError: as `read_problems`.
+        InvalidProblemsError, StoreUnavailableError: as `read_problems`.
     """
-    # Tens of seconds where the problems are many: meanwhile leases have to be renewed.
-    return await asyncio.to_thread(_plan, spec, identity)
-
-
-def _plan(spec: CycleSpec, identity: str) -> RolloutPlan:
-    return plan_rollout(spec, identity, read_problems(spec.problems.dataset))
+    problems = await read_declared(spec.problems, store)
+    return await asyncio.to_thread(plan_rollout, spec, identity, problems)

@@ -5,15 +5,17 @@ chunks share one window, one gate and one breaker.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from time import monotonic
 
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.sampler import Sampler
 from hotload.clients.service.client import HotLoadClient
 from hotload.clients.store.store import Store
+from hotload.clock import monotonic
+from hotload.concurrently import raise_first
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
 from hotload.rollout.admission import Admission
@@ -29,7 +31,6 @@ from hotload.rollout.group_rules import (
     stale_group,
 )
 from hotload.rollout.trajectory import Problem, TrajectoryGroup
-from hotload.sampling.concurrently import raise_first
 from hotload.sampling.draw import Drawing
 from hotload.sampling.part_files import named_parts, sum_up
 from hotload.sampling.part_writer import PartWriter
@@ -45,8 +46,37 @@ SECONDS_BETWEEN_LINES = 30.0
 LOGGER = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class SampledService:
+    """A service that is sampled from: what it serves, on how many replicas, and its share.
+
+    `watched` is asked for newer versions, where the spec allows the next cycle to publish while
+    this one samples.
+    """
+
+    client: InferenceClient
+    identity: str
+    replica_count: int | None = None
+    weight: float = 1.0
+    watched: HotLoadClient | None = None
+
+
+class Together:
+    """What rollouts of one plan share that sample parts of it from services of their own: all
+    writers, for one manifest."""
+
+    def __init__(self) -> None:
+        self.writers: list[PartWriter] = []
+        self.told = 0
+        self.telling = asyncio.Lock()
+
+
 class Rollout:
     """What the chunks of one rollout share: the sampler with its window, the scorer, the store.
+
+    Args:
+        numbers: of the parts that are sampled here; all without any.
+        together: with the rollouts of the other parts.
 
     Raises:
         RolloutFunctionError: the spec names a rollout function that cannot be used.
@@ -59,8 +89,12 @@ class Rollout:
         scorer: Scorer,
         store: Store,
         logger: RunLogger = LOGGER,
+        *,
+        numbers: Collection[int] | None = None,
+        together: Together | None = None,
     ) -> None:
         self.plan = plan
+        parts = [part for part in plan.parts if numbers is None or part.number in numbers]
         self._logger = logger
         self._sampler = sampler
         self._scorer = scorer
@@ -69,7 +103,7 @@ class Rollout:
         self._started = monotonic()
         admission = Admission(
             group_size=plan.group_size,
-            batch_size=plan.problem_count * plan.group_size,
+            batch_size=sum(len(part.problems) for part in parts) * plan.group_size,
             initial_version=plan.policy_version,
             max_head_offpolicy_versions=sampler.sampling.max_head_offpolicy_versions,
         )
@@ -84,13 +118,13 @@ class Rollout:
             self.gate,
             lambda: not self._breaker.is_open,
         )
-        self._writers = [PartWriter(store, plan, part) for part in plan.parts]
+        self._writers = [PartWriter(store, plan, part) for part in parts]
+        self._together = together or Together()
+        self._together.writers += self._writers
         self._ended: set[int] = set()
-        self._told = 0
         self._names: list[str] | None = None
         self._named: Mapping[str, RolloutPart] = {}
         self._looking = asyncio.Lock()
-        self._telling = asyncio.Lock()
 
     @property
     def requests_in_flight(self) -> int:
@@ -108,7 +142,7 @@ class Rollout:
         Once the store holds up what fills a file, no further row is begun, and those that were end
         first. Called again after that, it writes what it has and samples nothing twice.
         """
-        writer = self._writers[number]
+        writer = next(one for one in self._writers if one.part.number == number)
         await self._find(writer)
         while to_do := writer.progress.to_do():
             if writer.is_held_up:
@@ -202,7 +236,7 @@ class Rollout:
         group = stale_group(
             problem,
             self.plan.group_size,
-            identity=self.plan.identity,
+            identity=self._sampler.identity,
             policy_version=self.plan.policy_version,
             run_seed=self._sampler.sampling.seed,
         )
@@ -252,33 +286,34 @@ class Rollout:
 
     async def _tell(self) -> None:
         """Name what is there in the manifest, so that it can be read while sampling goes on."""
-        if not all(writer.is_read for writer in self._writers):
+        if not all(writer.is_read for writer in self._together.writers):
             return  # it would name less than an earlier run of this cycle did
-        async with self._telling:
+        async with self._together.telling:
             manifest = self.manifest(is_complete=False)
-            if len(manifest.parts) == self._told:
+            if len(manifest.parts) == self._together.told:
                 return
             try:
                 await self._store.put_bytes(manifest.render(), self.plan.path(MANIFEST_FILE))
-                self._told = len(manifest.parts)
+                self._together.told = len(manifest.parts)
             except StoreUnavailableError as error:
                 self._logger.warning("the manifest is written later: %s", error)
 
     def manifest(self, *, is_complete: bool) -> RolloutManifest:
-        """Make the manifest of what is in the store now."""
-        parts = [part for writer in self._writers for part in writer.parts]
+        """Make the manifest of what is in the store now, also of the parts sampled elsewhere."""
+        writers = sorted(self._together.writers, key=lambda writer: writer.part.number)
+        parts = [part for writer in writers for part in writer.parts]
         trace = [
             (point.seconds - self._started, point.size, point.in_flight)
             for point in self._sampler.trace()
         ]
-        extracts = [extract for writer in self._writers for extract in writer.extracts]
+        extracts = [extract for writer in writers for extract in writer.extracts]
         return sum_up(
             self._store,
             self.plan,
             parts,
             self.seconds,
             is_complete=is_complete,
-            found=[part for writer in self._writers for part in writer.found],
+            found=[part for writer in writers for part in writer.found],
             extracts=extracts,
             window_trace=trace,
         )
@@ -309,6 +344,10 @@ async def open_rollout(
     replica_count: int | None,
     service: HotLoadClient | None = None,
     logger: RunLogger = LOGGER,
+    *,
+    identity: str | None = None,
+    numbers: Collection[int] | None = None,
+    together: Together | None = None,
 ) -> AsyncIterator[Rollout]:
     """Open what the chunks of `plan` share, for as long as they run in this event loop.
 
@@ -316,6 +355,8 @@ async def open_rollout(
         replica_count: for the window's first size; `None` is not known.
         service: watched for newer versions, where the spec allows the next cycle to publish while
             this one samples.
+        identity: what this service serves, if that is not the plan's.
+        numbers, together: as `Rollout`.
 
     Raises:
         RewardError, RolloutFunctionError: the user's own code cannot be used; nothing was sampled.
@@ -326,13 +367,13 @@ async def open_rollout(
         open_scorer(spec.reward) as scorer,
         client.session(
             spec.sampling,
-            identity=plan.identity,
+            identity=identity or plan.identity,
             policy_version=plan.policy_version,
             replica_count=replica_count,
             swap_timeout_seconds=spec.readiness.weight_sync_timeout,
         ) as sampler,
     ):
-        rollout = Rollout(plan, sampler, scorer, store, logger)
+        rollout = Rollout(plan, sampler, scorer, store, logger, numbers=numbers, together=together)
         if service is not None:
             await first_look(service, spec.run_id, sampler, rollout.gate, spec.readiness, logger)
         beside = [

@@ -74,6 +74,11 @@ class Gate:
         self._waiters.wake()
         return is_newer
 
+    def supersede(self) -> None:
+        """Take note that the run was taken back: what is begun now comes too late."""
+        self._admission.is_superseded = True
+        self._waiters.wake()
+
     def _begin_row(self, part_number: int) -> bool:
         """Begin a row of this part, if one may be begun."""
         if part_number > min(self._beginning, default=part_number):

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-from time import monotonic
 
 from hotload.clients.inference.sampler import Sampler
 from hotload.clients.service.client import HotLoadClient
+from hotload.clock import monotonic
 from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailableError
-from hotload.identity import version_of
+from hotload.identity import line_of, read_identity
 from hotload.options import ReadinessPolicy
 from hotload.publish.readiness import ServiceStatus
 from hotload.sampling.row_gate import Gate
@@ -78,8 +78,16 @@ async def watch_versions(
 def _tell(
     status: ServiceStatus, run_id: str, sampler: Sampler, gate: Gate, logger: RunLogger
 ) -> None:
+    line = line_of(sampler.identity)
     for identity in status.served_everywhere:
-        version = version_of(identity, run_id)
-        if version is not None and gate.publish(version):
+        served = read_identity(identity)
+        if served is None or served.run_id != run_id or served.line < line:
+            continue
+        is_newer = gate.publish(served.policy_version)
+        if served.line > line and not is_newer:
+            # The run was taken back to before what is sampled here.
+            gate.supersede()
+            is_newer = True
+        if is_newer:
             sampler.identity = identity
             logger.info("every replica serves %s now", identity)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from blocks.account import InferenceAccount
 from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.sampler import Sampler
@@ -75,7 +76,9 @@ class Naps:
 
 def block(port: int, **fields: Any) -> RolloutClient:
     names = {"account_id": "a", "model_id": "m", "deployment_id": "d", "api_key": KEY}
-    return RolloutClient(**{"base_url": f"http://127.0.0.1:{port}", **names, **fields})
+    own = {name: fields.pop(name) for name in RolloutClient.model_fields if name in fields}
+    account = {"base_url": f"http://127.0.0.1:{port}", **names, **fields}
+    return RolloutClient(account=InferenceAccount(**account), **own)
 
 
 def client(port: int, **fields: Any) -> InferenceClient:

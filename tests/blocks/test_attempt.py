@@ -55,7 +55,7 @@ async def answered(
 ) -> tuple[Answer, Cause | None]:
     clock = Pieces(*pieces)
     async with ScriptedServer(clock.reply).running() as server:
-        monkeypatch.setattr("hotload.clients.inference.attempt.time", clock)
+        monkeypatch.setattr("hotload.clients.inference.attempt.monotonic", clock.monotonic)
         origin = f"http://127.0.0.1:{server.port}"
         async with HttpTransport(
             origin, {}, connect_timeout_seconds=10, read_timeout_seconds=10, connections=1

@@ -7,6 +7,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from blocks.__main__ import main
+from blocks.account import InferenceAccount
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from tests.scripted_server import JSON, ScriptedServer, http
@@ -35,7 +36,9 @@ async def test_a_service_is_compared_with_its_store(
     raw_server: ScriptedServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = [http(b'{"replicas": []}', 200, JSON), http(DESCRIPTION, 200, JSON)]
-    service = HotLoadService(base_url=raw_server.address, api_key=SECRET, **NAMES)
+    account = InferenceAccount(base_url=raw_server.address, api_key=SECRET, **NAMES)
+    await account.asave("account", overwrite=True)
+    service = HotLoadService(account=account)
     await service.asave("service", overwrite=True)
     await CheckpointStore(url="s3://bucket/x").asave("same", overwrite=True)
     await CheckpointStore(url="s3://bucket/y").asave("other", overwrite=True)
@@ -55,11 +58,11 @@ async def test_a_saved_block_comes_back_whole() -> None:
     loaded = await CheckpointStore.aload("kept")
     assert loaded.url == store.url
     assert loaded.options.get_secret_value() == {"secret": SECRET}
-    service = HotLoadService(api_key=SECRET, hint_body_template={"a": ["{file}"]}, **NAMES)
+    account = InferenceAccount(api_key=SECRET, **NAMES)
+    service = HotLoadService(account=account, hint_body_template={"a": ["{file}"]})
     await service.asave("kept", overwrite=True)
     again = await HotLoadService.aload("kept")
-    assert again.api_key is not None
-    assert again.api_key.get_secret_value() == SECRET
+    assert again.account.api_key.get_secret_value() == SECRET
     assert again.hint_body_template == service.hint_body_template
 
 
@@ -71,7 +74,7 @@ async def test_an_unknown_block_exits_2(capsys: pytest.CaptureFixture[str]) -> N
 async def test_a_server_that_is_not_there_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
         assert await asyncio.to_thread(main, ["check", "store", "works"]) == 2
-    assert "Prefect server does not answer" in capsys.readouterr().err
+    assert "Prefect server: http://127.0.0.1:1/api does not answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["", "check", "check x y", "check store a --store b"])

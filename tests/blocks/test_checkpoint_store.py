@@ -4,6 +4,7 @@
 
 import asyncio
 import pickle
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from pydantic import ValidationError
 
 from blocks.checkpoint_store import CheckpointStore
 from hotload.clients.store import Store
-from hotload.errors import StoreError, StoreUnavailableError
+from hotload.directory.files import ComposedFile, Stretch
+from hotload.errors import InvalidCheckpointError, StoreError, StoreUnavailableError
 from tests.blocks.conftest import GS, S3
 from tests.blocks.proxy import Proxy, proxying
 from tests.scripted_server import ScriptedServer, http, never
@@ -48,6 +50,55 @@ async def test_a_file_of_many_parts_comes_back_whole(store: Store, tmp_path: Pat
     await store.put_file(large, "id-1/large")
     await store.get_file("id-1/large", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == large.read_bytes()
+
+
+def composed(directory: Path, size: int) -> tuple[ComposedFile, bytes]:
+    """A file that lies nowhere, of stretches of two, and its bytes."""
+    one, two = directory / "one", directory / "two"
+    one.write_bytes(bytes(range(251)) * (size // 251 + 1))
+    two.write_bytes(b"\x09" * 100)
+    source = ComposedFile(
+        "shard", b"head", (Stretch(two, 10, 20), Stretch(one, 3, size), Stretch(two, 0, 5))
+    )
+    middle = one.read_bytes()[3 : 3 + size]
+    return source, b"head" + b"\x09" * 20 + middle + b"\x09" * 5
+
+
+@pytest.mark.parametrize("size", [100, 33 << 20, 80 << 20])
+async def test_a_composed_file_comes_back_whole(store: Store, tmp_path: Path, size: int) -> None:
+    source, data = composed(tmp_path, size)
+    await store.put_file(source, "id-1/composed")
+    await store.get_file("id-1/composed", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+
+
+@pytest.mark.parametrize("size", [100, 40 << 20])
+async def test_a_composed_file_that_became_shorter_is_the_trainers_fault(
+    store: Store, tmp_path: Path, size: int
+) -> None:
+    source, _ = composed(tmp_path, size)
+    with (tmp_path / "one").open("r+b") as file:
+        file.truncate(size // 2)
+    with pytest.raises(InvalidCheckpointError, match="truncated"):
+        await store.put_file(source, "id-1/composed")
+    assert await store.size("id-1/composed") is None
+
+
+async def test_a_composed_upload_that_is_cut_is_invisible_and_can_be_repeated(
+    s3_store: Store, tmp_path: Path
+) -> None:
+    source, data = composed(tmp_path, 40 << 20)
+    async with proxying(s3_store.options["endpoint_url"]) as proxy:
+        store = _through(s3_store, proxy)
+        proxy.cut_after = 20 << 20
+        with pytest.raises(StoreUnavailableError):
+            await store.put_file(source, "id-1/composed")
+        assert await s3_store.names("id-1") == []
+        proxy.cut_after = None
+        await store.put_file(source, "id-1/composed")
+    assert await s3_store.size("id-1/composed") == len(data)
+    await s3_store.abort_orphaned_uploads("id-1")
+    assert await s3_store.abort_orphaned_uploads("id-1") == 0
 
 
 async def test_an_empty_object_is_an_object(store: Store, tmp_path: Path) -> None:
@@ -107,6 +158,47 @@ async def test_a_deleted_object_is_gone_and_may_be_deleted_again(store: Store) -
     await store.delete_file("a/x")
     await store.delete_file("a/x")
     assert await store.size("a/x") is None
+
+
+async def test_objects_are_listed_however_deep_with_size_and_age(store: Store) -> None:
+    began = datetime.now(UTC)
+    for path in ("id-1/a", "id-1/b/c", "id-10/d"):
+        await store.put_bytes(b"x" * len(path), path)
+    listed = await store.objects("id-1")
+    assert [(one.path, one.size_bytes) for one in listed] == [("id-1/a", 6), ("id-1/b/c", 8)]
+    for one in listed:  # another clock, whole seconds
+        assert abs((one.modified_at - began).total_seconds()) < 3600
+    assert {one.path for one in await store.objects("")} == {"id-1/a", "id-1/b/c", "id-10/d"}
+    assert await store.objects("absent") == []
+
+
+async def test_a_piece_is_read_from_its_place(store: Store) -> None:
+    await store.put_bytes(b"0123456789", "a/x")
+    assert await store.read_piece("a/x", 0, 4) == b"0123"
+    assert await store.read_piece("a/x", 8, 4) == b"89"
+    with pytest.raises(StoreError, match=r"absent: .*(does not exist|404)"):
+        await store.read_piece("absent", 0, 4)
+
+
+async def test_a_directory_with_no_object_left_is_not_listed(store: Store) -> None:
+    await store.put_bytes(b"x", "id-1/deep/x")
+    await store.put_bytes(b"x", "id-2/x")
+    await store.delete_file("id-1/deep/x")
+    assert [name for name in await store.names("") if name != "_hotload"] == ["id-2"]
+    await store.put_bytes(b"y", "id-1/deep/y")
+    assert await store.names("id-1") == ["deep"]
+
+
+async def test_writers_and_deleters_of_one_directory_do_not_disturb_each_other(
+    file_store: Store,
+) -> None:
+    async def come_and_go(number: int) -> None:
+        for _ in range(40):
+            await file_store.put_bytes(b"x", f"deep/shared/{number}")
+            await file_store.delete_file(f"deep/shared/{number}")
+
+    await asyncio.gather(*map(come_and_go, range(8)))
+    assert "deep" not in await file_store.names("")
 
 
 @pytest.mark.parametrize("name", ["a b.json", "größe", "a%20b", "x[1]*.bin", "a+b=c&d", "tilde~"])

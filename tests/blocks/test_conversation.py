@@ -1,6 +1,7 @@
 """Trajectories of several turns, against a server that answers byte for byte as a script says."""
 
 import asyncio
+import json
 import pickle
 from typing import Any
 
@@ -102,10 +103,10 @@ async def test_a_failed_turn_marks_the_sample_and_keeps_the_turns_before() -> No
         with pytest.raises(TurnFailedError) as caught:
             await conversation.sample([1, 2, 3])
         sample = conversation.trajectory()
-    assert caught.value.fault.cause is Cause.REFUSED
+    assert caught.value.failure.cause is Cause.REFUSED
     assert "secret" not in str(caught.value)
     again = pickle.loads(pickle.dumps(caught.value))
-    assert again.fault == caught.value.fault
+    assert again.failure == caught.value.failure
     assert (sample.failure, sample.segments[0].token_ids_T) == ("refused", (2,))
     assert sample.detail == "HTTP 400 at attempt 1: an empty body"
     assert (sample.turn_count, sample.provenance.attempts) == (2, 2)
@@ -139,7 +140,7 @@ async def test_a_turn_has_its_time() -> None:
         with pytest.raises(TurnFailedError) as caught:
             await conversation.sample([1])
         report = sampler.end_step()
-    assert caught.value.fault.cause is Cause.TURN_TIMEOUT
+    assert caught.value.failure.cause is Cause.TURN_TIMEOUT
     assert sampler.in_flight == 0
     sample = conversation.trajectory()
     assert (sample.failure, sample.provenance.attempts) == ("turn_timeout", 1)
@@ -262,3 +263,74 @@ async def test_a_trajectory_has_a_segment() -> None:
         await conversation.sample([1])
         with pytest.raises(ValueError, match="one segment or more"):
             conversation.trajectory(segments=[])
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def said(number: int, **delta: Any) -> bytes:
+    """One token of a chat's stream."""
+    content = [{"token_id": number, "sampling_logprob": -1.0}]
+    choice = {"index": 0, "delta": delta, "logprobs": {"content": content}}
+    return event({"model": MODEL, "choices": [choice]})
+
+
+def call(arguments: str, **first: str) -> dict[str, Any]:
+    name = {"name": first.pop("name")} if "name" in first else {}
+    return {"index": 0, **first, "function": {**name, "arguments": arguments}}
+
+
+CALLS = http(
+    said(1, reasoning_content="I should ")
+    + said(2, reasoning="add.")
+    + said(3, tool_calls=[call("", id="c1", type="function", name="add")])
+    + said(4, tool_calls=[call('{"a": ')])
+    + said(5, tool_calls=[call("1}"), {**call("{}", id="c2", name="add"), "index": 1}])
+    + last([1, 2, 3, 4, 5], finish="tool_calls")
+    + DONE
+)
+MESSAGE = {
+    "role": "assistant",
+    "content": "",
+    "reasoning_content": "I should add.",
+    "tool_calls": [
+        {"type": "function", "id": "c1", "function": {"name": "add", "arguments": '{"a": 1}'}},
+        {"type": "function", "id": "c2", "function": {"name": "add", "arguments": "{}"}},
+    ],
+}
+QUESTION = {"role": "user", "content": "?"}
+CHAT = Problem("p1", messages=(QUESTION,), extra={"tools": [TOOL]})
+
+
+async def test_calls_and_thoughts_are_kept_and_tools_are_offered() -> None:
+    asked = [QUESTION]
+    async with sampling(CALLS, http(said(9, content="3") + last([9]) + DONE)) as (sampler, script):
+        conversation = sampler.converse(CHAT, 0)
+        turn = await conversation.sample(asked)
+        answered = [*asked, turn.message, {"role": "tool", "tool_call_id": "c1", "content": "3"}]
+        await conversation.sample(answered)
+        sample = conversation.trajectory()
+    assert turn.message == MESSAGE
+    assert (turn.text, turn.reasoning, turn.finish_reason) == ("", "I should add.", "tool_calls")
+    assert [request.body["tools"] for request in script.requests] == [[TOOL]] * 2
+    assert script.requests[1].body["messages"][1] == MESSAGE
+    assert sample.transcript[1] == MESSAGE
+
+
+async def test_one_turn_that_says_more_than_its_text_has_a_transcript() -> None:
+    body: Any = {"choices": [{"message": MESSAGE, "finish_reason": "tool_calls", "index": 0}]}
+    body["choices"][0]["logprobs"] = {"content": [{"token_id": 1, "sampling_logprob": -1.0}]}
+    body["choices"][0]["raw_output"] = {"completion_token_ids": [1], "prompt_token_ids": [7]}
+    plain = http(json.dumps(body).encode(), content_type="application/json")
+    async with sampling(plain, spoken([1], [2])) as (sampler, _):
+        sample = await sampler.sample(CHAT, 0)
+        text_alone = await sampler.sample(CHAT, 1)
+    assert sample.failure is None
+    assert sample.transcript == (QUESTION, MESSAGE)
+    assert text_alone.transcript == ()
+
+
+async def test_a_prompt_of_text_offers_no_tools() -> None:
+    async with sampling(spoken([1], [2])) as (sampler, script):
+        await sampler.converse(Problem("p", "x", extra={"tools": [TOOL]}), 0).sample("x")
+    assert "tools" not in script.requests[0].body

@@ -5,17 +5,21 @@ import logging
 import pickle
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from blocks.account import InferenceAccount
 from blocks.hot_load_service import HotLoadService
 from emulator.control.settings import EmulatorConfig
 from emulator.server import RunningEmulator
 from hotload.checkpoint.index_and_spec import build_index, build_spec
 from hotload.checkpoint.names import INDEX_FILE, SPEC_FILE
+from hotload.clients.access import Access
+from hotload.clients.inference.client import InferenceClient
 from hotload.clients.service import HotLoadClient
 from hotload.directory.shards import open_shard
 from hotload.errors import (
@@ -39,7 +43,7 @@ HINT = {"identity": "id-1", "file": "a.safetensors", "uri": "s3://b/id-1/a.safet
 
 
 def client(address: str, **fields: Any) -> HotLoadClient:
-    return HotLoadClient(base_url=address, api_key=KEY, **NAMES, **fields)
+    return HotLoadClient(Access(base_url=address, api_key=KEY, **NAMES), **fields)
 
 
 @pytest.fixture
@@ -141,7 +145,7 @@ async def test_no_template_sends_no_hint(raw_server: ScriptedServer) -> None:
 
 
 async def test_a_wrong_key_stops(start: Callable[..., RunningEmulator]) -> None:
-    service = HotLoadClient(base_url=start().url, api_key="another-key", **NAMES)
+    service = HotLoadClient(Access(base_url=start().url, api_key="another-key", **NAMES))
     for call in (
         service.observe(),
         service.signal(snapshot_manifest("id-1")),
@@ -155,12 +159,45 @@ async def test_a_wrong_key_stops(start: Callable[..., RunningEmulator]) -> None:
 
 async def test_wrong_names_stop(start: Callable[..., RunningEmulator]) -> None:
     service = HotLoadClient(
-        base_url=start().url, api_key=KEY, **{**NAMES, "deployment_id": "absent"}
+        Access(base_url=start().url, api_key=KEY, **{**NAMES, "deployment_id": "absent"})
     )
     for call in (service.observe(), service.describe()):
         with pytest.raises(ServiceRefusedError) as caught:
             await call
         assert caught.value.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        (401, "use a key of this account"),
+        (402, "settle the billing of account local"),
+        (403, "give the key's owner rights on accounts/local/deployments/rollouts"),
+        (404, "compare account, model and deployment"),
+        (503, "compare base_url"),
+    ],
+)
+async def test_an_error_names_block_and_remedy_in_the_words_of_the_check(
+    raw_server: ScriptedServer, status: int, remedy: str
+) -> None:
+    raw_server.replies = [http(b'{"error": "no"}', status, JSON)] * 6
+    access = Access(
+        base_url=raw_server.address, api_key=KEY, block="hot-load-service/mine", **NAMES
+    )
+    service = HotLoadClient(access)
+    lines = [line for line in await service.check() if not line.ok]
+    assert [line.name for line in lines] == ["status", "description"]
+    for line, call in zip(lines, (service.observe, service.describe), strict=True):
+        with pytest.raises(ServiceError) as caught:
+            await call()
+        assert str(caught.value) == f"{line.found}. {line.advice}"
+        assert str(caught.value).count("block hot-load-service/mine: ") == 1
+        assert str(caught.value).count(remedy) == 1
+        assert KEY not in str(caught.value)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    # The inference side of the same account says the same.
+    (line,) = await InferenceClient(access).check()
+    assert line.advice == lines[0].advice
 
 
 async def test_check_has_nothing_to_say_about_a_good_service(
@@ -179,16 +216,18 @@ async def test_check_says_what_is_missing(
         line.name for line in await client(emulator.url).check("s3://elsewhere") if not line.ok
     ]
     assert missing == ["bucket"]
-    wrong = HotLoadClient(base_url=emulator.url, api_key="another-key", **NAMES)
+    wrong = HotLoadClient(Access(base_url=emulator.url, api_key="another-key", **NAMES))
     lines = await wrong.check()
     assert [(line.name, line.ok, line.stops) for line in lines] == [
         ("key", True, True), ("status", False, True), ("description", False, True),
     ]  # fmt: skip
     assert "inference-only" in lines[1].advice
-    (line,) = await HotLoadClient(base_url=emulator.url, **NAMES).check()
-    assert "FIREWORKS_API_KEY" in line.found
+    assert lines[1].advice.startswith("For the account block: use a key")
+    (line,) = await HotLoadClient(Access(base_url=emulator.url, **NAMES)).check()
+    assert line.found == "check: no API key"
+    assert "FIREWORKS_API_KEY" in line.advice
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
-    assert (await HotLoadClient(base_url=emulator.url, **NAMES).check())[0].ok
+    assert (await HotLoadClient(Access(base_url=emulator.url, **NAMES)).check())[0].ok
 
 
 GOOD = ServiceDescription(
@@ -366,8 +405,10 @@ async def test_a_key_that_the_server_repeats_is_shown_nowhere(
     told = f'{{"error": "Bearer {KEY} is wrong", "at": "{"x" * 2000}{KEY}"}}'
     raw_server.replies = [http(told.encode(), status, JSON)]
     service = client(raw_server.address, hint_body_template={"f": "{file}"})
-    block = HotLoadService(base_url=raw_server.address, api_key=KEY, **NAMES)
-    shown = [repr(block), str(block), repr(block.model_dump()), block.model_dump_json()]
+    account = InferenceAccount(base_url=raw_server.address, api_key=KEY, **NAMES)
+    shown = []
+    for block in (account, HotLoadService(account=account)):
+        shown += [repr(block), str(block), repr(block.model_dump()), block.model_dump_json()]
     shown += [repr(service), str(service)]
     for call in (service.observe(), service.signal(snapshot_manifest("id-1")), service.describe()):
         try:
@@ -394,7 +435,7 @@ async def test_a_key_in_a_replica_is_masked_before_it_is_parsed(raw_server: Scri
 async def test_a_key_that_cannot_be_sent_is_refused_unseen(
     raw_server: ScriptedServer, key: str
 ) -> None:
-    service = HotLoadClient(base_url=raw_server.address, api_key=key, **NAMES)
+    service = HotLoadClient(Access(base_url=raw_server.address, api_key=key, **NAMES))
     with pytest.raises(ServiceRefusedError, match="characters") as caught:
         await service.observe()
     assert key not in str(caught.value)
@@ -406,16 +447,16 @@ async def test_the_environment_names_service_and_key(
     monkeypatch.setenv("FIREWORKS_BASE_URL", raw_server.address)
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
     raw_server.replies = [http(b'{"replicas": []}', 200, JSON)]
-    assert (await HotLoadClient(**NAMES).observe()).replicas == ()
+    assert (await HotLoadClient(Access(**NAMES)).observe()).replicas == ()
     monkeypatch.setenv("FIREWORKS_BASE_URL", "nonsense")
     with pytest.raises(ServiceRefusedError, match="FIREWORKS_BASE_URL"):
-        await HotLoadClient(**NAMES).observe()
+        await HotLoadClient(Access(**NAMES)).observe()
 
 
 @pytest.mark.parametrize("url", ["", "ftp://x", "https://", "https://u:p@x", "https://x?y=1", "x"])
 def test_addresses_that_are_refused(url: str) -> None:
     with pytest.raises(ValidationError):
-        HotLoadService(base_url=url, api_key=KEY, **NAMES)
+        InferenceAccount(base_url=url, api_key=KEY, **NAMES)
 
 
 async def test_an_address_that_is_refused_is_not_called() -> None:
@@ -424,19 +465,21 @@ async def test_an_address_that_is_refused_is_not_called() -> None:
 
 
 def test_the_document_opens_a_client_with_every_field_of_its_own() -> None:
+    access = Access(base_url="https://api.example", api_key=KEY, **NAMES)
     fields: dict[str, Any] = {
-        **NAMES,
-        "base_url": "https://api.example",
         "base_model": "accounts/vendor/models/base",
         "hot_load_transition_type": "SYNC",
         "reset_prompt_cache": "none",
         "extra_fields_ignore": ("x",),
         "hint_body_template": {"file": "{file}"},
     }
-    opened = HotLoadService(api_key=KEY, **fields).open()
+    account = InferenceAccount(**asdict(access))
+    opened = HotLoadService(account=account, **fields).open()
     assert {name: getattr(opened, name) for name in fields} == fields
-    assert fields.keys() | {"api_key"} == {name for name in vars(opened) if name[0] != "_"}
-    assert opened.api_key == KEY
+    assert fields.keys() | {"access", "is_one_of_several"} == {
+        name for name in vars(opened) if name[0] != "_"
+    }
+    assert opened.access == access
     assert KEY not in f"{opened!r} {opened}"
     copy = pickle.loads(pickle.dumps(opened))
     assert vars(copy) == vars(opened)
@@ -445,7 +488,7 @@ def test_the_document_opens_a_client_with_every_field_of_its_own() -> None:
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "a\r\nx: y"])
 def test_names_that_would_change_a_request_are_refused(name: str) -> None:
     with pytest.raises(ValidationError):
-        HotLoadService(**{**NAMES, "account_id": name})
+        InferenceAccount(**{**NAMES, "account_id": name})
 
 
 async def test_a_key_that_is_part_of_an_identity_changes_no_status(
@@ -453,7 +496,7 @@ async def test_a_key_that_is_part_of_an_identity_changes_no_status(
 ) -> None:
     replica = {"readiness": True, "current_snapshot_identity": "demo-000001-0a1b2c3d"}
     raw_server.replies = [http(json.dumps({"replicas": [replica]}).encode(), 200, JSON)]
-    service = HotLoadClient(base_url=raw_server.address, api_key="demo", **NAMES)
+    service = HotLoadClient(Access(base_url=raw_server.address, api_key="demo", **NAMES))
     observed = await service.observe()
     assert observed.replicas[0].current_identity == "demo-000001-0a1b2c3d"
     assert "demo" not in observed.replicas[0].raw

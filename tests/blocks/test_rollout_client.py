@@ -181,6 +181,23 @@ def test_what_an_attempt_met_is_one_of_few_names() -> None:
     )
 
 
+@pytest.mark.parametrize("finish", ["content_filter", "repetition", "function_call", "eos", "x"])
+async def test_an_end_that_would_come_again_is_final_and_named(finish: str) -> None:
+    async with sampling(http(token(1, "a") + last([1], finish=finish) + DONE)) as (sampler, script):
+        sample = await sampler.sample(PROBLEM, 0)
+    assert len(script.requests) == 1
+    assert (sample.failure, finish in sample.detail) == ("unusable_end", True)
+
+
+@pytest.mark.parametrize("finish", ["abort", "error"])
+async def test_the_services_own_trouble_is_asked_again(finish: str) -> None:
+    broken = http(token(1, "a") + last([1], finish=finish) + DONE)
+    async with sampling(broken, http(GOOD)) as (sampler, script):
+        sample = await sampler.sample(PROBLEM, 0)
+    assert (len(script.requests), sample.failure, sample.text) == (2, None, "ab")
+    assert sample.provenance.failed_attempts == ("server_error",)
+
+
 async def test_retry_after_is_a_floor_capped_at_thirty_seconds() -> None:
     naps = Naps()
     date = "Sat, 21 Nov 2026 10:00:00 GMT"
@@ -365,6 +382,18 @@ async def test_weights_are_told_from_the_stream() -> None:
     assert (await sample_once(http(silent))).weights is Weights.ASSUMED
 
 
+async def test_an_answer_without_weights_fails_once_another_has_named_them() -> None:
+    """Base weights have no name: a replica that fell back to them says nothing."""
+    silent = http(token(1, "a", "m") + last([1], "m") + DONE)
+    async with sampling(silent, http(GOOD), silent, http(GOOD)) as (sampler, _):
+        samples = [await sampler.sample(PROBLEM, number) for number in range(4)]
+        assert sampler.failed_attempts == {"other_weights": 1}
+    assert [sample.failure for sample in samples] == [None, None, "other_weights", None]
+    assert samples[0].weights is Weights.ASSUMED
+    assert samples[2].provenance.attempts == 1
+    assert "base weights" in samples[2].detail
+
+
 async def test_attempts_hold_a_slot_and_waits_do_not() -> None:
     in_flight: list[int] = []
 
@@ -434,10 +463,21 @@ async def test_the_probe_of_check_and_warm_up() -> None:
             assert str(status) in line.found
 
 
+async def test_a_sample_that_is_refused_says_the_remedy_of_the_check() -> None:
+    for status in (401, 402, 403, 412):
+        refused = http(b"{}", status, "application/json")
+        async with sampling(refused, refused) as (sampler, script):
+            with pytest.raises(ServiceRefusedError) as caught:
+                await sampler.sample(PROBLEM, 0)
+            [line] = await client(script.port).check()
+        assert line.advice
+        assert str(caught.value).endswith(f". {line.advice}")
+
+
 async def test_no_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FIREWORKS_API_KEY", raising=False)
     [line] = await client(1, api_key="").check()
-    assert "FIREWORKS_API_KEY" in line.found
+    assert "FIREWORKS_API_KEY" in line.advice
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
     [line] = await client(1, api_key="").check()
     assert KEY not in str(line)

@@ -20,12 +20,14 @@ import pytest
 from hotload.clients.handoff import Delivery, RolloutReader
 from hotload.clients.handoff.directory import version_before
 from hotload.clients.store import Store
+from hotload.clients.store.records import record_line
 from hotload.dataset.claims import claims_path
 from hotload.dataset.parquet import render_rollouts
 from hotload.dataset.rollout_plan import PARTS, PartNotes, RolloutPart
 from hotload.dataset.table import Rollouts, rollouts_frame
 from hotload.dataset.trainer_batch import make_batch
 from hotload.errors import LeaseLostError, StoreError, StoreUnavailableError
+from hotload.identity import NamedVersion
 from hotload.rollout.counts import GroupCounts, count_groups
 from hotload.rollout.trajectory import ScoredGroup
 from tests.blocks.conftest import S3, make_store
@@ -285,6 +287,7 @@ async def test_a_working_consumer_keeps_its_lease(watched: Watched) -> None:
     assert flat(found) == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 async def test_a_full_batch_renews_the_leases_behind_it(watched: Watched) -> None:
     cycle, clock = Cycle(watched), Clock()
     await cycle.write("a")
@@ -314,6 +317,7 @@ async def test_what_is_given_back_is_free_at_once(file_store: Store) -> None:
     assert flat(await read_all(reader(file_store, "b"))) == ["b", "c"]
 
 
+@pytest.mark.slow
 async def test_each_group_is_used_once_by_several_consumers(store: Store) -> None:
     cycle = Cycle(store)
     problems = [f"p{number}" for number in range(12)]
@@ -402,6 +406,72 @@ async def test_a_version_that_is_published_after_all(file_store: Store) -> None:
     assert await read_all(one) == [("c",)]
 
 
+async def begin_line(store: Store, name: str = "run-000003.1") -> Cycle:
+    """A line of the run that has begun, and its first cycle before it has written anything."""
+    await record_line(store, name)
+    return Cycle(store, f"{PARTS}/{name}-0123abcd", clock=Clock(LATER))
+
+
+async def test_a_reader_follows_a_new_line(watched: Watched) -> None:
+    old = Cycle(watched)
+    await old.write("a", "b", "c")
+    one = reader(watched, groups_per_batch=1)
+    used, begun = await one.__anext__(), await one.__anext__()
+    await one.acknowledge(used)
+
+    new = await begin_line(watched)
+    waiting = asyncio.ensure_future(one.next())
+    await stays_waiting(waiting, watched)  # what is left of the old line is not for it
+    await one.acknowledge(begun)
+    await new.write("a", "b", "c")
+    third = await waiting
+    assert third is not None
+    assert third.problem_ids == ("a",)  # other weights made it: it comes, used before or not
+    await one.acknowledge(third)
+    await new.tell(is_complete=True)
+    assert await read_all(one) == [("b",), ("c",)]
+    assert {path.split("/")[2] for path, _, _ in third.claims} == {"run-000003.1-0123abcd"}
+    await one.give_back()
+    await old.tell(is_complete=True)
+    assert await reader(watched, "late").next() is None
+    assert await read_all(reader(watched, "by name", line=0)) == [("c",)]
+
+
+async def test_a_trainer_of_a_new_line_gets_nothing_of_the_old_one(watched: Watched) -> None:
+    old = Cycle(watched)
+    await old.write("a")
+    await old.tell(is_complete=True)
+    waiting = asyncio.ensure_future(reader(watched, line=1).next())
+    await stays_waiting(waiting, watched)
+    new = await begin_line(watched)
+    await stays_waiting(waiting, watched)
+    await new.write("x")
+    await new.tell(is_complete=True)
+    delivery = await waiting
+    assert delivery is not None
+    assert delivery.problem_ids == ("x",)
+
+
+async def test_versions_before_a_line_are_those_it_came_from(watched: Watched) -> None:
+    for directory in ("run-000002-00000000", "run-000002-00000000/000003", IDENTITY):
+        await Cycle(watched, f"{PARTS}/{directory}").write("old")
+    await Cycle(watched, f"{PARTS}/run-000004-00000000").write("old")
+    await (await begin_line(watched)).write("new")
+    await Cycle(watched, f"{PARTS}/run-000003.1-0123abcd/000004.1").write("new")
+
+    async def before(version: int, line: int) -> NamedVersion | None:
+        return await version_before(watched, NamedVersion("run", line, version))
+
+    assert await before(3, 1) == ("run", 0, 2)
+    assert await before(4, 1) == ("run", 1, 3)
+    assert await before(5, 1) == ("run", 1, 4)
+    assert await before(5, 0) == ("run", 0, 4)
+    for version, problem in ((2, "old"), (3, "new"), (4, "new")):
+        delivery = await reader(watched, version=version, groups_per_batch=1).next()
+        assert delivery is not None
+        assert delivery.problem_ids == (problem,)
+
+
 async def test_waiting_without_an_end_is_said(watched: Watched) -> None:
     clock = Clock()
     one = reader(watched, clock=clock, patience_seconds=5)
@@ -415,6 +485,7 @@ async def test_waiting_without_an_end_is_said(watched: Watched) -> None:
     assert (await one.__anext__()).problem_ids == ("a", "b")
 
 
+@pytest.mark.slow
 async def test_patience_begins_anew_with_every_group(watched: Watched) -> None:
     cycle, clock = Cycle(watched), Clock()
     one = reader(watched, clock=clock, patience_seconds=5, groups_per_batch=8)
@@ -445,6 +516,8 @@ async def test_patience_begins_anew_with_every_group(watched: Watched) -> None:
         ("lease_seconds", 0),
         ("lease_seconds", float("nan")),
         ("consumer", ""),
+        ("line", -1),
+        ("line", 1000),
         ("consumer", "x" * 257),
     ],
 )
@@ -549,8 +622,10 @@ async def test_the_version_before_that_has_rollouts(file_store: Store) -> None:
         await Cycle(file_store, f"_hotload/rollouts/{directory}").write("x")
     await Cycle(file_store, "_hotload/rollouts/run-000007-00000000").write("x")
     versions = [1, 2, 3, 4, 7, 8]
-    found = [await version_before(file_store, "run", version) for version in versions]
-    assert found == [None, 1, 2, 3, 3, 7]
+    found = [
+        await version_before(file_store, NamedVersion("run", 0, version)) for version in versions
+    ]
+    assert [one and one.policy_version for one in found] == [None, 1, 2, 3, 3, 7]
 
 
 def test_without_an_event_loop(file_store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,9 +89,7 @@ DRIFT: dict[str, Callable[[], Task]] = {
 # Only Fireworks wants the shards of the parent, and its config and tokenizer unchanged (§2, §6).
 FIREWORKS_DRIFT: dict[str, Callable[[], Task]] = {
     "resharded": drifted(resharded),
-    "other-config": side_changed(
-        "config.json", repr(CONFIG).replace("'", '"').encode()[:-1] + b"}\n"
-    ),
+    "other-config": side_changed("config.json", json.dumps({**CONFIG, "vocab_size": 7}).encode()),
     "other-tokenizer": side_changed("tokenizer.json", b'{"version": "2.0"}'),
 }
 

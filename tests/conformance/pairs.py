@@ -123,7 +123,7 @@ def fp8_with_scales() -> Pair:
             "model.layers.0.mlp.down_proj.weight": random("F8_E4M3", (128, 128), 5),
             "model.layers.0.mlp.down_proj.weight_scale_inv": random("F32", (1, 1), 6),
             "model.layers.0.mlp.up_proj.weight": random("F8_E5M2", (128, 64), 7),
-            "model.layers.0.mlp.up_proj.weight_scale": random("F8_E8M0", (128, 2), 8),
+            "model.layers.0.mlp.up_proj.weight_scale": random("F8_E8M0", (1, 1), 8),
         }
     }
     quantized = {

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from emulator.control.settings import EmulatorConfig
 from emulator.server import RunningEmulator
 from hotload.checkpoint.safetensors import TensorInfo, render_header
-from hotload.directory.shards import encode_file
+from hotload.directory.operations import encode_directory
 from tests.waiting import PATIENCE_SECONDS
 
 CONFIG = {
@@ -152,12 +152,7 @@ class Publisher:
         self._keep(identity, step(self.weights[previous], seed))
         target, base = self.checkpoint(identity), self.checkpoint(previous)
         out = self.bucket / identity
-        out.mkdir()
-        for path in target.iterdir():
-            if path.suffix == ".safetensors":
-                encode_file(base / path.name, path, out / path.name)
-            else:
-                shutil.copyfile(path, out / path.name)
+        encode_directory(base, target, out)
         return out
 
     def lora(self, identity: str, seed: int = 3, named: str = "base-model") -> Path:

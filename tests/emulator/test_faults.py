@@ -282,7 +282,7 @@ def test_the_prompt_cache_field_may_be_unknown(start: Start, publisher: Any) -> 
     publisher.full("a")
     answer = caller.signal("a", reset_prompt_cache="none")
     assert answer.status_code == 400
-    assert "reset_prompt_cache: Extra inputs are not permitted" in answer.text
+    assert "Extra inputs are not permitted, field: 'reset_prompt_cache'" in answer.text
     caller.load("a")
     assert caller.served() == ["a", "a"]
 

@@ -178,7 +178,7 @@ def test_echo_returns_the_prompt_with_logprobs(caller: Any) -> None:
     whole = caller.complete(echo=True, **ask).json()["choices"][0]
     content = whole["logprobs"]["content"]
     assert len(content) == 5
-    assert (content[0]["logprob"], content[0]["sampling_logprob"]) == (None, None)
+    assert (content[0]["logprob"], content[0]["sampling_logprob"]) == (0.0, None)
     assert all(entry["logprob"] < 0 for entry in content[1:])
     assert whole["text"].startswith("abc")
     last = caller.complete(echo_last=1, **ask).json()["choices"][0]
@@ -239,6 +239,22 @@ def test_stop_texts_end_an_answer_and_are_not_returned(
         choice = answer.json()["choices"][0]
         text, reason = choice["text"], choice["finish_reason"]
     assert (text, reason) == (full[: full.index(stop)], "stop")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_text_that_may_begin_a_stop_text_keeps_its_place(
+    caller: Any, read_events: Events, is_stream: bool
+) -> None:
+    ask = {"prompt": "x", "max_tokens": 40, "seed": 5, "ignore_eos": True, "temperature": 1}
+    full = caller.complete(**ask).json()["choices"][0]["text"]
+    stops = [f"{full[at]}never there" for at in (2, 9, 17, 25)]
+    answer = caller.complete(**ask, stop=stops, stream=is_stream, logprobs=True)
+    chunks = read_events(answer) if is_stream else [answer.json()]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["text"] for choice in choices) == full
+    entries = [entry for choice in choices for entry in choice["logprobs"]["content"]]
+    offsets = [entry["text_offset"] for entry in entries]
+    assert offsets == sorted(offsets)
 
 
 def test_the_stop_id_ends_an_answer_and_counts_as_a_token(start: Start, publisher: Any) -> None:

@@ -15,7 +15,7 @@ from emulator.control.faults import FAULTS
 from emulator.control.settings import EmulatorConfig
 from tests.servers import serve
 from tests.signals import signals_are_heard
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
 @pytest.mark.server
@@ -87,3 +87,37 @@ def test_a_server_in_a_thread_that_cannot_start_raises(tmp_path: Path) -> None:
         serve(config)
     assert isinstance(caught.value.__cause__, OSError)
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.server
+def test_the_command_line_opens_a_plain_door_with_a_base_of_its_own(
+    publisher: Any, tmp_path: Path
+) -> None:
+    arguments = ["--bucket", str(publisher.bucket), "--base-model", str(publisher.base)]
+    base = ["--base-identity", "exam-1"]
+    wrong = run(*arguments, *base)
+    assert (wrong.returncode, "goes with --dialect plain" in wrong.stderr) == (2, True)
+    command = [sys.executable, "-m", "emulator", *arguments, *base, "--dialect", "plain"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        url = program.stdout.readline().split()[1]
+        headers = {
+            "authorization": "Bearer k",
+            "provider-model": "policy",
+            "provider-deployment": "rollouts",
+        }
+        with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_SECONDS) as http:
+            path = "/hot_load/v1/models/hot_load"
+
+            def served() -> bool:
+                replicas = http.get(path).raise_for_status().json()["replicas"]
+                shown = {"readiness": True, "current_snapshot_identity": "exam-1"}
+                return bool(replicas == [shown] * 3)
+
+            wait_until(served)
+            assert http.post(path, json={"identity": "exam-1"}).status_code == 200
+            refused = http.post(path, json={"identity": "exam-2"})
+            assert (refused.status_code, "serves base 'exam-1'" in refused.text) == (409, True)
+            assert http.get("/v1/accounts").status_code == 404
+        program.terminate()
+        program.wait(PATIENCE_SECONDS)

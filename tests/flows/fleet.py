@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 from prefect.blocks.core import Block
 
+from blocks.account import InferenceAccount
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
@@ -23,6 +24,7 @@ from tests.waiting import PATIENCE_SECONDS
 
 API_KEY = "key-that-must-not-be-shown"
 NAMES = {"account_id": "local", "model_id": "policy", "deployment_id": "rollouts"}
+SERVICE = "local/rollouts"
 REPLICAS = 2
 
 
@@ -34,6 +36,7 @@ class Fleet:
     url: str
     root: Path
     checkpoints: list[Path]
+    names: Mapping[str, str] = field(default_factory=lambda: NAMES)
 
     @property
     def bucket(self) -> Path:
@@ -63,10 +66,11 @@ class Fleet:
 
     def blocks(self) -> list[Block]:
         """The three blocks, not yet saved."""
+        account = InferenceAccount(base_url=self.url, api_key=API_KEY, **self.names)
         return [
-            HotLoadService(base_url=self.url, api_key=API_KEY, **NAMES),
+            HotLoadService(account=account),
             CheckpointStore(url=self.bucket.as_uri()),
-            RolloutClient(base_url=self.url, api_key=API_KEY, **NAMES),
+            RolloutClient(account=account),
         ]
 
     def served(self) -> set[str | None]:
@@ -78,7 +82,7 @@ class Fleet:
         headers = {
             "Authorization": f"Bearer {API_KEY}",
             "fireworks-model": "accounts/local/models/policy",
-            "fireworks-deployment": "accounts/local/deployments/rollouts",
+            "fireworks-deployment": f"accounts/local/deployments/{self.names['deployment_id']}",
         }
         found = httpx.get(
             f"{self.url}/hot_load/v1/models/hot_load", headers=headers, timeout=PATIENCE_SECONDS
@@ -99,6 +103,22 @@ class Fleet:
             f"{self.url}/emulator/faults", json=order, timeout=PATIENCE_SECONDS
         ).raise_for_status()
 
+    def clear_faults(self) -> None:
+        """Take back every fault that was ordered."""
+        httpx.delete(f"{self.url}/emulator/faults", timeout=PATIENCE_SECONDS).raise_for_status()
+
+    def change_replicas(self, **order: Any) -> None:
+        """Add, remove or restart a replica."""
+        httpx.post(
+            f"{self.url}/emulator/replicas", json=order, timeout=PATIENCE_SECONDS
+        ).raise_for_status()
+
+    def tick(self, seconds: float) -> None:
+        """Let time pass for an emulator with `clock="ticks"`."""
+        httpx.post(
+            f"{self.url}/emulator/tick", json={"seconds": seconds}, timeout=PATIENCE_SECONDS
+        ).raise_for_status()
+
     def orders(self) -> list[dict[str, Any]]:
         """The faults that are still to strike."""
         faults = (
@@ -115,7 +135,7 @@ class Fleet:
 
     def leases(self) -> list[dict[str, Any]]:
         """The publisher's leases that lie in the store, given back or not."""
-        found = sorted((self.bucket / "_hotload" / "leases").glob("*.json"))
+        found = sorted((self.bucket / "_hotload" / "leases").rglob("*.json"))
         return [json.loads(path.read_bytes()) for path in found]
 
 

@@ -1,4 +1,4 @@
-"""Cycles as processes that are killed: `python -m flows`, and what stood when one died."""
+"""Flows as processes that are killed: `python -m flows…`, and what stood when one died."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from prefect.results import ResultRecord
@@ -29,26 +29,25 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
 END_SECONDS = 60.0
 LOOK_SECONDS = 0.001
-BEGUN = re.compile(
-    r"Flow run '[^']+' - Beginning flow run '[^']+' for flow 'checkpoint-to-rollout'"
-)
+BEGUN = re.compile(r"Flow run '[^']+' - Beginning flow run '[^']+' for flow '[^']+'")
 ENDED = re.compile(r"Flow run '[^']+' - Finished in state")  # the last one is the cycle's own
 FINISHED = re.compile(r"Task run '([^']+)' - Finished in state (\w+)")
 
 
-class CycleProcess:
-    """One run of `python -m flows` in a process group of its own, and its log so far."""
+class FlowProcess:
+    """One run of a flow's command in a process group of its own, and its log so far."""
 
-    def __init__(self, fleet: Fleet, spec: CycleSpec) -> None:
-        file = fleet.root / f"{spec.name}.yaml"
-        file.write_text(yaml.safe_dump({"cycle": spec.model_dump(mode="json")}))
-        environment = os.environ | {
+    def __init__(self, module: str, file: Path, document: Any, **environment: str) -> None:
+        file.write_text(yaml.safe_dump(document))
+        environment = {
+            **os.environ,
             "PREFECT_LOGGING_LEVEL": "INFO",
             "PREFECT_LOGGING_COLORS": "false",
             "PYTHONPATH": str(ROOT),
+            **environment,
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flows", str(file)],
+            [sys.executable, "-m", module, str(file)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -73,7 +72,13 @@ class CycleProcess:
             return False
         return True
 
-    def reaches(self, moment: Callable[[CycleProcess], bool]) -> bool:
+    @property
+    def exit_code(self) -> int | None:
+        """What it ended with, once it has ended and its log is complete."""
+        self._reading.join()
+        return self._process.returncode
+
+    def reaches(self, moment: Callable[[Self], bool]) -> bool:
         """Whether `moment` comes before it ends by itself; returns as soon as it has come."""
         while not moment(self):
             if self.ends_within(time.monotonic() - self._begun_at + LOOK_SECONDS):
@@ -126,6 +131,20 @@ class CycleProcess:
 
     def _told(self) -> str:
         return f"exit {self._process.returncode}\n" + "\n".join(self.log[-40:])
+
+
+class CycleProcess(FlowProcess):
+    """One run of `python -m flows`."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        spec: CycleSpec,
+        blocks: dict[str, Any] | None = None,
+        **environment: str,
+    ) -> None:
+        document = {"blocks": blocks or {}, "cycle": spec.model_dump(mode="json")}
+        super().__init__("flows", fleet.root / f"{spec.name}.yaml", document, **environment)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,9 @@ class StoreReader:
         for rollout in _entries(records / "rollouts"):
             self._read_changed(Path(rollout), self._rolled_out)
         self._read_changed(records / "snapshots", self._snapshot)
-        self._read_changed(records / "leases", self._lease)
+        for account in _entries(records / "leases"):
+            for service in _entries(Path(account)):
+                self._read_changed(Path(service), self._lease)
         for entry in _entries(self._bucket):
             if not entry.name.startswith("_"):
                 self._read_changed(Path(entry), self._stored)

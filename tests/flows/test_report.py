@@ -27,6 +27,7 @@ from hotload.publish.snapshot import CheckpointContent
 from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 from tasks.conclude import conclude_cycle
+from tasks.show import emit_waiting
 from tests.flows.fleet import Fleet
 
 pytestmark = [
@@ -44,6 +45,9 @@ async def test_a_cycle_leaves_a_page_metrics_and_groups(fleet: Fleet) -> None:
     assert "8 samples" in page
     assert report.snapshot.identity in page
     assert [count for _, count in report.snapshot.convergence][-1] == 2
+    at_the_end = f"2 replicas: on {report.snapshot.identity}, ready"
+    assert report.snapshot.by_replica == (at_the_end,)
+    assert f"At the end: {at_the_end}." in page
     for heading in ("Where the time went", "roll out and score", "Requests in flight", "Rewards"):
         assert heading in page
 
@@ -86,14 +90,19 @@ async def test_a_run_has_one_artifact_with_a_version_for_every_cycle(fleet: Flee
 async def test_events_say_what_is_served_and_how_a_cycle_ended(fleet: Fleet) -> None:
     await checkpoint_to_rollout(fleet.spec(1, run_id=fleet.name))
     async with get_events_subscriber(EventFilter(event=EventNameFilter(prefix=["hotload."]))) as on:
+        emit_waiting(f"{fleet.name}-000002.1", "a replica")
         fleet.fault(fault="torn_apply", replica="replica-1", count=1)
-        report = await checkpoint_to_rollout(fleet.spec(2, run_id=fleet.name))
+        report = await checkpoint_to_rollout(fleet.spec(2, run_id=fleet.name, line=1))
         events = {}
         async for event in on:
             if event.resource.id == f"hotload.run.{fleet.name}":
                 events[event.event] = event.payload
                 if event.payload.get("outcome") == "fell back":
                     break
+    waiting = {"policy_version": 2, "line": 1, "detail": "a replica"}
+    assert events.pop("hotload.cycle.waiting") == waiting
+    assert {(each["policy_version"], each["line"]) for each in events.values()} == {(2, 1)}
+    assert report.snapshot.identity.startswith(f"{fleet.name}-000002.1-")
     assert events["hotload.cycle.fell-back"]["reason"] == report.fallback_reason
     assert events["hotload.snapshot.served"]["identity"] == report.snapshot.identity
     assert events["hotload.cycle.ended"]["parts_uri"] == report.rollouts.parts_uri
@@ -155,7 +164,7 @@ async def conclude(store: Store, spec: CycleSpec, report: CycleReport) -> None:
     @flow
     async def concluding() -> None:
         began = monotonic() - report.seconds
-        await conclude_cycle(store, spec, publication, report.rollouts, began)
+        await conclude_cycle(store, spec, publication, report.rollouts, None, began)
 
     await concluding()
 

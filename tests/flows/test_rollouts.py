@@ -12,6 +12,7 @@ from hotload.clients.store import Store
 from hotload.dataset.table import check_rollouts
 from hotload.errors import ServiceRefusedError
 from hotload.rollout.counts import RolloutSummary
+from hotload.sampling.rollout import SampledService
 from hotload.spec import CycleSpec
 from tests.blocks.scripted_inference import GOOD, IDENTITY, client
 from tests.factories import cycle_spec
@@ -43,7 +44,8 @@ def store_in(directory: Path) -> str:
 
 @flow
 async def rolled_out(spec: CycleSpec, url: str, port: int) -> RolloutSummary:
-    return await roll_out(spec, client(port), Store(url=url), IDENTITY, 3)
+    sources = [SampledService(client(port), IDENTITY, 3)]
+    return await roll_out(spec, sources, Store(url=url))
 
 
 async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:

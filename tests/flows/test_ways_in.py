@@ -20,9 +20,10 @@ import httpx
 import psutil
 import pytest
 import yaml
-from prefect.flow_runs import wait_for_flow_run
 
-from examples.trigger import trigger
+from hotload.clients.trigger import publish
+from hotload.errors import IdentityConflictError
+from hotload.spec import RetentionSpec
 from tests.flows.fleet import API_KEY, NAMES, Fleet, running_fleet, save_blocks
 from tests.servers import LoopbackServer
 from tests.signals import signals_are_heard
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "checkpoint-to-rollout/process"
 SERVED = "checkpoint-to-rollout/served"
 END_SECONDS = 300
+FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 pytestmark = [
     pytest.mark.timeout(900),  # the first test waits for `make deploy` and the worker
@@ -41,15 +43,19 @@ pytestmark = [
 
 
 def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command that ends; its output as text."""
-    return subprocess.run(
-        arguments,
-        cwd=cwd,
-        env=os.environ | {"NO_COLOR": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=END_SECONDS,
-    )
+    """A command that ends; its output as text. One that does not fails with what it had said."""
+    try:
+        return subprocess.run(
+            arguments,
+            cwd=cwd,
+            env=os.environ | {"NO_COLOR": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=END_SECONDS,
+        )
+    except subprocess.TimeoutExpired as late:
+        said = b"\n".join(filter(None, (late.stdout, late.stderr))).decode(errors="replace")
+        pytest.fail(f"{' '.join(arguments)} did not end within {END_SECONDS} s:\n{said}")
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -72,7 +78,7 @@ def worker(deployed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         return [
             *("env", f"PREFECT_WORKER_WEBSERVER_PORT={port}", "PREFECT_WORKER_QUERY_SECONDS=0.5"),
             *(sys.executable, "-m", "prefect", "worker", "start", "--with-healthcheck"),
-            *("--pool", "hotload-process", "--name", "tests"),
+            *("--pool", "hotload-process", "--name", "tests", "--limit", "1"),
         ]
 
     server = LoopbackServer("worker", tmp_path_factory.mktemp("worker"), command)
@@ -165,6 +171,27 @@ async def post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> http
     return await send(http, "POST", path, body)
 
 
+async def ended(http: httpx.AsyncClient, run_id: str) -> dict[str, Any]:
+    """A flow run that has ended, asked for again and again.
+
+    Prefect's own waits follow events instead, and one that is lost on the way, while a connection
+    is made anew and the event is not yet stored, is waited for without end.
+    """
+
+    async def look() -> dict[str, Any] | None:
+        answer = await http.get(f"/flow_runs/{run_id}")
+        run: dict[str, Any] = answer.json() if answer.status_code == 200 else {"state": None}
+        return run if run["state"] and run["state"]["type"] in FINAL else None
+
+    try:
+        run = await until(look, END_SECONDS)
+    except TimeoutError:
+        states = (await http.get("/flow_run_states/", params={"flow_run_id": run_id})).text
+        pytest.fail(f"flow run {run_id} did not end within {END_SECONDS} s: {states}")
+    assert run is not None
+    return run
+
+
 async def planned_runs(http: httpx.AsyncClient, deployment_id: str) -> list[dict[str, Any]]:
     """The runs that the server's scheduler has planned; it looks every few seconds."""
     ours = {
@@ -189,9 +216,8 @@ async def test_a_trainer_triggers_by_http_and_repeats_itself(
     assert (made.status_code, again.status_code) == (201, 200)
     assert again.json()["id"] == made.json()["id"]
 
-    ended = await wait_for_flow_run(made.json()["id"], timeout=END_SECONDS)
-    assert ended.state is not None
-    assert (ended.name, ended.state.name) == (f"{fleet.name}-000001", "Completed")
+    done = await ended(http, made.json()["id"])
+    assert (done["name"], done["state"]["name"]) == (f"{fleet.name}-000001", "Completed")
     assert is_served(fleet)
     known = await post(http, f"{deployed}/create_flow_run", body)
     assert known.json()["state"]["name"] == "Completed"
@@ -199,9 +225,8 @@ async def test_a_trainer_triggers_by_http_and_repeats_itself(
     # Another attempt makes another run, which finds that nothing is left to do.
     key = f"cycle/{DEPLOYMENT}/{fleet.name}-000001/2"
     second = await post(http, f"{deployed}/create_flow_run", body | {"idempotency_key": key})
-    ended = await wait_for_flow_run(second.json()["id"], timeout=END_SECONDS)
-    assert ended.state is not None
-    assert ended.state.name == "AlreadyDone"
+    done = await ended(http, second.json()["id"])
+    assert done["state"]["name"] == "AlreadyServed"
     assert is_served(fleet)
 
 
@@ -220,11 +245,10 @@ async def test_a_person_switches_the_schedule_on(
 
     now = {"state": {"type": "SCHEDULED", "name": "Scheduled"}, "force": True}
     await post(http, f"/flow_runs/{planned[0]['id']}/set_state", now)
-    ended = await wait_for_flow_run(planned[0]["id"], timeout=END_SECONDS)
+    done = await ended(http, planned[0]["id"])
     await send(http, "PATCH", switch, {"active": False})
     await send(http, "PATCH", deployed, {"parameters": {}})
-    assert ended.state is not None
-    assert ended.state.name == "Completed"
+    assert done["state"]["name"] == "Completed"
     assert is_served(fleet)
 
 
@@ -242,16 +266,19 @@ async def test_the_api_refuses_parameters_that_are_no_cycle(
         assert "spec" in refused.json()["detail"]
 
 
-async def test_a_trainer_triggers_in_python(fleet: Fleet, worker: None) -> None:
+def test_a_trainer_triggers_in_python(fleet: Fleet, worker: None, prefect_api: str) -> None:
     file = cycle_file(fleet, 1)
     first = python("examples.trigger", file, "--deployment", DEPLOYMENT)
     assert first.returncode == 0, first.stderr
-    spec = fleet.spec(1, run_id=fleet.name)
-    again = await trigger(spec, DEPLOYMENT, 1)
-    assert first.stdout == f"{spec.name} {again.id}: Completed\n"
+    cycle = declared(fleet, 1)
+    again = publish(prefect_api, cycle, deployment=DEPLOYMENT)
+    assert again.is_completed
+    assert first.stdout == f"{again.name} {again.id}: Completed\n"
     assert is_served(fleet)
-    with pytest.raises(ValueError, match="triggered with other parameters"):
-        await trigger(spec.model_copy(update={"policy_version": 1, "store": "x"}), DEPLOYMENT, 1)
+    with pytest.raises(IdentityConflictError, match="triggered with other parameters"):
+        publish(prefect_api, cycle | {"store": "x"}, deployment=DEPLOYMENT)
+    with pytest.raises(ValueError, match="no deployment nobody/made-this"):
+        publish(prefect_api, cycle, deployment="nobody/made-this")
 
 
 async def test_a_served_flow_runs_cycles_in_processes_that_may_be_killed(
@@ -266,46 +293,65 @@ async def test_a_served_flow_runs_cycles_in_processes_that_may_be_killed(
     body = {"parameters": {"spec": declared(slow_fleet, 1)}}
     killed = await post(http, f"{deployment}/create_flow_run", body)
     await asyncio.to_thread(wait_until, lambda: slow_fleet.log()["signals"])
-    # Forked by the warm process, which lives on.
-    cycle, *_ = set(psutil.Process(served.pid).children(recursive=True)) - before
+    # Forked by the warm process, which lives on; the process of the rewards is a child of its own.
+    new = set(psutil.Process(served.pid).children(recursive=True)) - before
+    (cycle,) = (each for each in new if each.parent() in before)
     cycle.kill()
-    ended = await wait_for_flow_run(killed.json()["id"], timeout=END_SECONDS)
-    assert ended.state is not None
-    assert ended.state.name == "Crashed"
+    done = await ended(http, killed.json()["id"])
+    assert done["state"]["name"] == "Crashed"
 
     body = {"parameters": {"spec": declared(fleet, 1)}}
     made = await post(http, f"{deployment}/create_flow_run", body)
-    ended = await wait_for_flow_run(made.json()["id"], timeout=END_SECONDS)
-    assert ended.state is not None
-    assert ended.state.name == "Completed"
+    done = await ended(http, made.json()["id"])
+    assert done["state"]["name"] == "Completed"
     assert is_served(fleet)
     assert before <= set(psutil.Process(served.pid).children(recursive=True))
 
 
-def test_a_person_runs_the_deployment_from_the_command_line(fleet: Fleet, worker: None) -> None:
-    spec = json.dumps(declared(fleet, 1))
-    watched = python(
-        *("prefect", "deployment", "run", DEPLOYMENT, "--param", f"spec={spec}"),
-        *("--watch", "--watch-interval", "1"),
-    )
-    assert watched.returncode == 0, watched.stdout + watched.stderr
+async def run_by_hand(spec: dict[str, Any], http: httpx.AsyncClient) -> dict[str, Any]:
+    """The run that a person started from the command line, once it has ended."""
+    command = ("prefect", "deployment", "run", DEPLOYMENT, "--param", f"spec={json.dumps(spec)}")
+    made = await asyncio.to_thread(python, *command)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (run_id,) = set(re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", made.stdout))
+    return await ended(http, run_id)
+
+
+async def test_a_person_runs_the_deployment_from_the_command_line(
+    fleet: Fleet, worker: None, http: httpx.AsyncClient
+) -> None:
+    done = await run_by_hand(declared(fleet, 1), http)
+    assert done["state"]["name"] == "Completed"
     assert is_served(fleet)
 
 
-def test_a_failed_run_of_the_deployment_says_why(fleet: Fleet, worker: None) -> None:
-    spec = json.dumps(declared(fleet, 1, checkpoint=str(fleet.root / "nothing")))
-    watched = python(
-        *("prefect", "deployment", "run", DEPLOYMENT, "--param", f"spec={spec}"),
-        *("--watch", "--watch-interval", "1"),
-    )
-    assert watched.returncode == 1
-    assert "nothing" in watched.stdout
+async def test_a_failed_run_of_the_deployment_says_why(
+    fleet: Fleet, worker: None, http: httpx.AsyncClient
+) -> None:
+    done = await run_by_hand(declared(fleet, 1, checkpoint=str(fleet.root / "nothing")), http)
+    assert done["state"]["name"] == "Failed"
+    assert "nothing" in done["state"]["message"]
     assert not fleet.log()["signals"]
 
 
+async def test_a_second_trigger_waits_for_the_first_on_a_worker_of_one(
+    fleet: Fleet, worker: None, deployed: str, http: httpx.AsyncClient
+) -> None:
+    made = [
+        await post(
+            http, f"{deployed}/create_flow_run", {"parameters": {"spec": declared(fleet, version)}}
+        )
+        for version in (1, 2)
+    ]
+    done = [await ended(http, one.json()["id"]) for one in made]
+    assert [one["state"]["name"] for one in done] == ["Completed"] * 2
+    assert done[1]["start_time"] >= done[0]["end_time"]
+    assert len(fleet.reports()) == 2
+
+
 def test_a_developer_runs_a_cycle_file_with_blocks_of_its_own(fleet: Fleet) -> None:
-    service = {"base_url": fleet.url, **NAMES}
-    blocks = {"service": service, "store": {"url": fleet.bucket.as_uri()}, "rollouts": service}
+    account = {"base_url": fleet.url, **NAMES}
+    blocks = {"account": account, "store": {"url": fleet.bucket.as_uri()}}
     file = fleet.root / "cycle.yaml"
     file.write_text(yaml.safe_dump({"blocks": blocks, "cycle": declared(fleet, 1)}))
     done = python("flows", str(file), FIREWORKS_API_KEY=API_KEY)
@@ -313,6 +359,19 @@ def test_a_developer_runs_a_cycle_file_with_blocks_of_its_own(fleet: Fleet) -> N
     assert is_served(fleet)
     assert f"identity  {fleet.reports()[0].snapshot.identity}" in done.stdout
     assert API_KEY not in done.stdout + done.stderr
+
+
+def test_a_rollback_is_one_command(fleet: Fleet) -> None:
+    for version in (1, 2):
+        assert python("flows", cycle_file(fleet, version)).returncode == 0
+    file = cycle_file(fleet, 2)
+    back = python("flows.rollback", file, "1")
+    assert back.returncode == 0, back.stderr
+    (served,) = fleet.served()
+    assert f"{served} is served by 2 replicas" in back.stdout
+    assert str(served).startswith(f"{fleet.name}-000001-")
+    refused = python("flows.rollback", file, "7")
+    assert (refused.returncode, "has no snapshot of it" in said(refused)) == (1, True)
 
 
 def test_a_cycle_that_cannot_succeed_exits_1_and_says_why(fleet: Fleet) -> None:
@@ -323,6 +382,30 @@ def test_a_cycle_that_cannot_succeed_exits_1_and_says_why(fleet: Fleet) -> None:
     refused = python("flows", cycle_file(fleet, 1, checkpoint=str(torn)))
     assert refused.returncode == 1
     assert shard.name in said(refused)
+    assert not fleet.log()["signals"]
+
+
+def test_all_that_is_wrong_is_told_once_and_nothing_is_published(fleet: Fleet) -> None:
+    rows = fleet.root / "no_answers.jsonl"
+    rows.write_text('{"id": 2, "prompt": [1, 2], "solution": 4}\n{"prompt": [5], "solution": 4}\n')
+    broken = fleet.root / "broken"
+    shutil.copytree(fleet.checkpoints[1], broken)
+    (broken / "config.json").write_text("{")
+    file = cycle_file(
+        fleet,
+        1,
+        checkpoint=str(broken),
+        problems={"dataset": str(rows)},
+        reward={"name": "numeric_answer"},
+        sampling={"rollout": {"name": "nowhere:play"}},
+    )
+    ended = python("flows", file)
+    assert ended.returncode == 1, said(ended)
+    for fault in ("config.json", "cannot use the answers of 2 of 2 rows", "nowhere:play"):
+        assert ended.stderr.count(fault) == 1, ended.stderr
+    assert "`answer`: row 1 (id '2')" in ended.stderr
+    assert "other fields of the first row: solution" in ended.stderr
+    assert "Traceback" not in said(ended)
     assert not fleet.log()["signals"]
 
 
@@ -350,6 +433,20 @@ def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:
     assert not psutil.wait_procs(children, timeout=PATIENCE_SECONDS)[1]
     assert [lease["released"] for lease in slow_fleet.leases()] == [True]
     assert len(slow_fleet.log()["signals"]) == 1
+
+
+async def test_retention_is_deployed_as_a_dry_run_with_its_schedule_off(
+    deployed: str, prefect_api: str, http: httpx.AsyncClient
+) -> None:
+    address = found(prefect_api, "retain/retention")
+    deployment = (await http.get(address)).json()
+    (schedule,) = deployment["schedules"]
+    assert not schedule["active"]
+    assert not RetentionSpec.model_validate(deployment["parameters"]["spec"]).delete
+    body = {"parameters": {"spec": {"price_per_gb_month": -1}}}
+    refused = await post(http, f"{address}/create_flow_run", body)
+    assert refused.status_code == 409
+    assert "price_per_gb_month" in refused.text
 
 
 async def test_a_worker_runs_the_code_of_the_clone_and_not_what_is_installed(
@@ -382,9 +479,8 @@ async def test_a_worker_runs_the_code_of_the_clone_and_not_what_is_installed(
     deployment = found(prefect_api, "checkpoint-to-rollout/clone")
     body = {"parameters": {"spec": declared(fleet, 1)}}
     made_run = await post(http, f"{deployment}/create_flow_run", body)
-    ended = await wait_for_flow_run(made_run.json()["id"], timeout=END_SECONDS)
-    assert ended.state is not None
-    assert ended.state.name == "Completed"
+    done = await ended(http, made_run.json()["id"])
+    assert done["state"]["name"] == "Completed"
     assert is_served(fleet)
     key = {"artifacts": {"key": {"any_": [f"hotload-{fleet.name}"]}}}
     (shown,) = (await post(http, "/artifacts/filter", key)).json()

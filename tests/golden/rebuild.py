@@ -23,7 +23,9 @@ README = """\
 # Golden files
 
 Written by `python -m tests.golden.rebuild`, by hand from the standard library; a test rebuilds them
-and compares. `vendor/` is recorded from the vendor's package and has a README of its own.
+and compares. `vendor/` is recorded from the vendor's package and `losses/` from torch; \
+they have READMEs of
+their own.
 
 - `v0`, `v1`, `delta`, `delta-hex`: the test vectors of wire-format §10, with the digests printed
   there.
@@ -93,7 +95,7 @@ def files() -> dict[str, bytes]:
         "duplicate-metadata": raw(
             '{"__metadata__":{"w":"1","w":"2"},"w":' + json.dumps(W) + "}", V0
         ),
-        "metadata-null": shard({"__metadata__": None, "w": W}, V0),
+        "metadata-null-value": shard({"__metadata__": {"w": None}, "w": W}, V0),
         "metadata-nested": shard({"__metadata__": {"w": {"adler32": "1"}}, "w": W}, V0),
         "metadata-number": shard({"__metadata__": {"step": 3}, "w": W}, V0),
         "metadata-list": shard({"__metadata__": ["pt"], "w": W}, V0),

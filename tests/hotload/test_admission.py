@@ -42,6 +42,11 @@ def test_a_whole_row_or_none(limit: int, in_flight: int, admits: bool) -> None:
     assert admission(in_flight=in_flight, reserved=in_flight).admits(limit) is admits
 
 
+def test_a_run_that_was_taken_back_makes_what_is_sampled_stale() -> None:
+    assert not admission(3).is_stale
+    assert admission(3, is_superseded=True).is_stale
+
+
 def test_a_row_that_is_kept_uses_up_the_version_s_samples() -> None:
     rows = admission()
     for _ in range(3):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hotload.reward.built_ins import BUILT_INS, check_built_in
+from hotload.reward.built_ins import BUILT_INS, check_answer, check_built_in
 from hotload.rollout.trajectory import Problem
 from tests.factories import segment, trajectory
 
@@ -113,6 +113,75 @@ def test_a_long_text_is_normalised_in_little_time(piece: str) -> None:
 )
 def test_patterns(pattern: str, answer: object, text: str, reward: float) -> None:
     assert score("regex", answer, text, pattern=pattern) == reward
+
+
+THOUGHT = "<think>Try \\boxed{5}. Hmm, no"
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "text", "arguments", "reward"),
+    [
+        ("numeric_answer", "5", THOUGHT, {}, 1),
+        ("numeric_answer", "5", THOUGHT, {"after": "</think>"}, 0),
+        ("numeric_answer", "5", f"{THOUGHT}</think>The answer is 7", {"after": "</think>"}, 0),
+        ("numeric_answer", "7", f"{THOUGHT}</think>The answer is 7", {"after": "</think>"}, 1),
+        ("numeric_answer", "7", "</think>5</think>7", {"after": "</think>"}, 1),
+        ("numeric_answer", "18", "#### 18\n\nAnd?\n#### 4", {"which": "first"}, 1),
+        ("numeric_answer", "18", "#### 18\n\nAnd?\n#### 4", {"which": "last"}, 0),
+        ("contains", "blue", "<think>blue</think>red", {"after": "</think>"}, 0),
+        ("contains", "red", "<think>blue</think>red", {"after": "</think>"}, 1),
+        ("multiple_choice", "B", "B</think>so\nC", {"after": "</think>"}, 0),
+        ("multiple_choice", "C", "B</think>so\nC", {"after": "</think>"}, 1),
+    ],
+)
+def test_which_part_of_a_text_counts(
+    name: str, answer: str, text: str, arguments: dict[str, str], reward: float
+) -> None:
+    assert score(name, answer, text, **arguments) == reward
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "answer", "reason"),
+    [
+        ("exact_match", {}, None, "found none"),
+        ("exact_match", {}, [1], r"found \[1\]"),
+        ("normalised_match", {}, "!", "nothing is left"),
+        ("contains", {}, "", "found none"),
+        ("numeric_answer", {}, "five", "one number, found 'five'"),
+        ("numeric_answer", {"tolerance": 0.1}, True, "one number, found 'true'"),
+        ("math_verify", {}, None, "found none"),
+        ("math_verify", {}, "2 1/2", "that math-verify reads, found '2 1/2'"),
+        ("math_verify", {}, "so \\boxed{", "that math-verify reads"),
+        ("multiple_choice", {}, "5", "one letter, found '5'"),
+        ("regex", {"pattern": "(?P<answer>x)"}, None, "found none"),
+        ("json_schema", {}, "5", "expected a JSON schema, found '5'"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_known_beforehand(
+    name: str, arguments: dict[str, object], answer: object, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_answer(name, arguments, Problem("p", "x", answer=answer))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "answer"),
+    [
+        ("exact_match", {}, 0),
+        ("numeric_answer", {}, "so #### 5"),
+        ("regex", {"pattern": "x"}, None),
+        ("json_schema", {}, {"type": "object"}),
+        ("json_schema", {"schema": {}}, None),
+        ("length", {}, None),
+        ("overlong_penalty", {"limit": 5}, None),
+        ("multiple_choice", {}, "(b)"),
+        ("math_verify", {}, r"so \boxed{\frac12}"),
+    ],
+)
+def test_an_answer_that_can_be_used(
+    name: str, arguments: dict[str, object], answer: object
+) -> None:
+    check_answer(name, arguments, Problem("p", "x", answer=answer))
 
 
 SCHEMA = {
@@ -256,6 +325,8 @@ def test_an_answer_a_reward_cannot_use_is_not_scored(name: str, answer: object) 
         ("numeric_answer", {"tolerance": -1}, "tolerance: found -1, expected a number from 0"),
         ("numeric_answer", {"tolerance": float("nan")}, "tolerance: found nan"),
         ("numeric_answer", {"tolerance": "wide"}, "TypeError"),
+        ("numeric_answer", {"which": "middle"}, "which: found 'middle', expected first or last"),
+        ("numeric_answer", {"after": 5}, "after: found 5, expected text"),
     ],
 )
 def test_arguments_are_tried_beforehand(name: str, arguments: dict[str, Any], reason: str) -> None:

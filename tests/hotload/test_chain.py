@@ -9,6 +9,7 @@ from hotload.errors import (
     IdentityConflictError,
     InvalidIdentityError,
     LoadFailedError,
+    ServiceUnavailableError,
 )
 from hotload.identity import SnapshotKind
 from hotload.options import Cadence
@@ -20,6 +21,7 @@ from hotload.publish.chain import (
     PublishAttempt,
     full_instead,
     may_signal,
+    next_attempt,
     plan_full,
     plan_next,
     read_chain,
@@ -47,7 +49,7 @@ def manifest_of(plan: SnapshotPlan, content: CheckpointContent = CONTENT) -> Sna
 
 
 def full_of(version: int = 5, content: CheckpointContent = CONTENT) -> SnapshotPlan:
-    return plan_full(content, "first", run_id="run", policy_version=version, attempt=0)
+    return plan_full(content, "first", run_id="run", policy_version=version)
 
 
 HEAD = manifest_of(full_of(4))
@@ -168,9 +170,43 @@ def test_an_unsignalled_delta_is_resumed_while_the_replicas_stay() -> None:
 def test_an_unsignalled_delta_is_dropped_once_a_replica_has_left() -> None:
     attempts = attempt(signalled=False)
     chain = read_chain(serving(HEAD.identity, None), None, attempts)
-    again = plan(chain, attempts)
+    assert plan(chain, attempts).kind is SnapshotKind.FULL
+
+
+def test_a_stored_full_is_taken_by_whom_it_was_not_signalled_and_who_needs_one() -> None:
+    stored = full_of()
+    attempts = attempt(signalled=False, planned=stored)
+    needed = plan(read_chain(serving(None), None, attempts), attempts)
+    assert (needed.identity, needed.reason[-20:]) == (stored.identity, "it lies in the store")
+    chained = read_chain(serving(HEAD.identity), HEAD, attempts)
+    assert plan(chained, attempts) == DELTA
+    assert full_instead(DELTA, CONTENT, "lost", attempts).identity == stored.identity
+
+
+def test_a_full_that_failed_is_not_taken_from_the_store() -> None:
+    failed = full_of()
+    attempts = attempt(signalled=True, planned=failed)
+    status = serving(None, stage="error", target_identity=failed.identity)
+    again = plan(read_chain(status, None, attempts), attempts)
     assert (again.kind, again.attempt) == (SnapshotKind.FULL, 1)
-    assert "left" in again.reason
+    assert again.identity != failed.identity
+
+
+def test_what_another_service_was_sent_last_is_no_doubt_here() -> None:
+    """A service that took the delta stays with it, whatever full followed it elsewhere."""
+    attempts = [*attempt(signalled=True), *attempt(signalled=False, planned=full_of())]
+    chain = read_chain(serving(DELTA.identity), manifest_of(DELTA), attempts)
+    assert plan(chain, attempts) == DELTA
+
+
+def test_no_identity_is_made_twice_for_another_service() -> None:
+    """The number counts what this service was sent; what lies there under it is passed over."""
+    elsewhere = plan_full(CONTENT, "", run_id="run", policy_version=5)
+    other = manifest_of(elsewhere).model_copy(update={"kind": SnapshotKind.LORA})
+    again = plan_full(
+        CONTENT, "", run_id="run", policy_version=5, attempts=[PublishAttempt(other, False)]
+    )
+    assert (again.attempt, again.identity == elsewhere.identity) == (1, False)
 
 
 def test_a_delta_that_is_loading_is_waited_for() -> None:
@@ -227,10 +263,14 @@ def test_a_delta_may_be_signalled_only_on_its_previous() -> None:
     assert not may_signal(serving(HEAD.identity, DELTA.identity), delta)
     with pytest.raises(ChainBrokenError, match="base weights on 1"):
         may_signal(serving(HEAD.identity, None), delta)
-    with pytest.raises(ChainBrokenError):
-        may_signal(ServiceStatus(()), delta)
     with pytest.raises(LoadFailedError):
         may_signal(serving(HEAD.identity, stage="error", target_identity=DELTA.identity), delta)
+
+
+@pytest.mark.parametrize("planned", [DELTA, full_of()], ids=["delta", "full"])
+def test_a_service_without_replicas_is_not_signalled(planned: SnapshotPlan) -> None:
+    with pytest.raises(ServiceUnavailableError, match="the replica list is empty"):
+        may_signal(ServiceStatus(()), manifest_of(planned))
 
 
 def test_a_full_may_be_signalled_on_anything() -> None:
@@ -241,3 +281,67 @@ def test_no_delta_leaves_need_full_and_nothing_is_signalled_during_a_load() -> N
     signals = {ChainEvent.SIGNAL_DELTA, ChainEvent.SIGNAL_FULL}
     assert (ChainState.NEED_FULL, ChainEvent.SIGNAL_DELTA) not in TRANSITIONS
     assert not {event for state, event in TRANSITIONS if state is ChainState.LOADING} & signals
+
+
+def test_the_next_attempt_counts_from_the_last_also_where_earlier_ones_are_gone() -> None:
+    """Retention may remove a failed delta and keep the full after it: its name stays taken."""
+    failed_first = attempt(signalled=True, planned=full_of())
+    second = manifest_of(
+        plan_full(CONTENT, "", run_id="run", policy_version=5, attempts=failed_first)
+    )
+    attempts = [PublishAttempt(second, signalled=True)]
+    failed = serving(None, stage="error", target_identity=second.identity)
+    again = plan(read_chain(failed, None, attempts), attempts)
+    assert (again.attempt, next_attempt([])) == (2, 0)
+    assert again.identity != second.identity
+
+
+# What was served before, and left
+
+
+def asked_again(
+    chain: Chain,
+    attempts: list[PublishAttempt],
+    *,
+    served_before: tuple[str, ...],
+    lost: tuple[str, ...] = (),
+) -> SnapshotPlan:
+    return plan_next(
+        chain,
+        attempts,
+        CONTENT,
+        run_id="run",
+        policy_version=5,
+        cadence=Cadence(),
+        served_before=served_before,
+        lost=lost,
+        may_go_back=True,
+    )
+
+
+def test_a_stored_delta_is_signalled_again_only_where_it_was_served() -> None:
+    attempts = [PublishAttempt(manifest_of(DELTA), signalled=True)]
+    chain = read_chain(serving(HEAD.identity, HEAD.identity), HEAD, attempts)
+    again = asked_again(chain, attempts, served_before=(DELTA.identity,))
+    assert (again.identity, again.previous) == (DELTA.identity, HEAD.identity)
+    doubted = asked_again(chain, attempts, served_before=())
+    assert (doubted.kind, doubted.attempt) == (SnapshotKind.FULL, 1)
+
+
+def test_a_way_back_is_a_delta_with_an_attempt_of_its_own() -> None:
+    first = manifest_of(full_of(5).model_copy(update={"attempt": 1}))
+    attempts = [PublishAttempt(first, signalled=True)]
+    chain = read_chain(serving(HEAD.identity, HEAD.identity), HEAD, attempts)
+    back = asked_again(chain, attempts, served_before=(first.identity,))
+    assert (back.kind, back.previous, back.attempt) == ("delta", HEAD.identity, 2)
+    killed = [*attempts, PublishAttempt(manifest_of(back), signalled=True)]
+    chain = read_chain(serving(HEAD.identity, HEAD.identity), HEAD, killed)
+    assert asked_again(chain, killed, served_before=(first.identity,)).kind is SnapshotKind.FULL
+
+
+def test_an_identity_whose_record_is_lost_is_never_used_again() -> None:
+    lost = (full_of(5).identity, DELTA.identity)
+    plan = asked_again(CHAINED, [], served_before=(), lost=lost)
+    assert plan.kind is SnapshotKind.FULL
+    assert plan.identity not in lost
+    assert "cannot be read" in plan.reason

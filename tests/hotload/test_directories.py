@@ -586,7 +586,7 @@ def refused_encode(
     [
         (CONFIG_FILE, b"{}"),
         ("tokenizer.json", b"{}"),
-        ("new.json", b"{}"),
+        ("new_config.json", b"{}"),
         (SPEC_FILE, b'{"tensor_map": {}}'),
     ],
 )

@@ -15,7 +15,8 @@ from hotload.checkpoint.relayout_plan import plan_relayout, select_files
 from hotload.checkpoint.rules import check_full
 from hotload.checkpoint.safetensors import SHARD_WARNING_BYTES, ShardHeader, TensorInfo
 from hotload.delta.rules import delta_obstacle
-from hotload.directory.relayout import relayout_directory
+from hotload.directory.files import sha256_file
+from hotload.directory.relayout import relayout_directory, view_checkpoint
 from hotload.directory.shards import read_checkpoint
 from hotload.errors import InvalidCheckpointError
 from tests.factories import shard_header
@@ -49,7 +50,8 @@ def test_every_part_gets_a_file_of_its_own_in_the_order_of_the_model() -> None:
         "model.layers.10.mlp.gate.weight",
         "model.embed_tokens.weight",
     ]
-    shards = [shard_header(dict.fromkeys(names, ("BF16", (4, 4))))]
+    forms = {name: ("BF16", (4, 4) if "visual" not in name else (4, 2, 2)) for name in names}
+    shards = [shard_header(forms)]
     planned = plan_relayout(shards, config(), None).shards
     assert [(one.header.file, [t.name for t in one.header.tensors]) for one in planned] == [
         ("model-00001-of-00006.safetensors", ["model.embed_tokens.weight"]),
@@ -70,7 +72,7 @@ def test_every_part_gets_a_file_of_its_own_in_the_order_of_the_model() -> None:
 def test_a_layer_of_a_mixture_of_experts_too_large_for_a_file_gets_several() -> None:
     experts = {f"model.layers.0.mlp.experts.{i}.w": ("BF16", (GiB // 2,)) for i in range(12)}
     layout = {"model.embed_tokens.weight": ("BF16", (4,)), **experts}
-    planned = plan_relayout([shard_header(layout)], config(), None).shards
+    planned = plan_relayout([shard_header(layout)], config(tie_word_embeddings=True), None).shards
     assert [len(one.header.tensors) for one in planned] == [1, 4, 4, 4]
     assert all(one.header.size_bytes < SHARD_WARNING_BYTES for one in planned)
     assert [tensor.name[-3:] for tensor in planned[2].header.tensors] == [
@@ -84,7 +86,7 @@ def test_a_layer_of_a_mixture_of_experts_too_large_for_a_file_gets_several() -> 
 def test_a_tensor_above_the_limit_is_refused_since_no_file_can_hold_it() -> None:
     layout = {"model.embed_tokens.weight": ("BF16", (5 * GiB // 2,))}
     with pytest.raises(InvalidCheckpointError) as caught:
-        plan_relayout([shard_header(layout)], config(), None)
+        plan_relayout([shard_header(layout)], config(tie_word_embeddings=True), None)
     assert rules(caught) == ["shard_size"]
 
 
@@ -142,7 +144,7 @@ def test_a_head_is_left_out_only_where_the_config_ties_it(
     }
     planned = plan_relayout([shard_header(layout)], config(**tied), None)
     assert [t.name for one in planned.shards for t in one.header.tensors] == expected
-    assert [one.head[1].name for one in planned.tied_heads] == (
+    assert [one.head[1].name for one in planned.heads if one.is_told] == (
         ["lm_head.weight"] if len(expected) == 1 else []
     )
 
@@ -209,12 +211,13 @@ forms = st.tuples(
 def test_every_plan_is_a_legal_layout_and_depends_on_names_alone(
     layout: dict[str, tuple[str, tuple[int, ...]]], limit: int, random: object
 ) -> None:
-    first = plan_relayout([shard_header(layout)], config(), None, limit_bytes=limit)
+    untold = config(tie_word_embeddings=None)
+    first = plan_relayout([shard_header(layout)], untold, None, limit_bytes=limit)
     shuffled = list(layout.items())
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     half = len(shuffled) // 2
     others = [shard_header(dict(shuffled[:half]), "a"), shard_header(dict(shuffled[half:]), "b")]
-    again = plan_relayout(others, config(), None, limit_bytes=limit)
+    again = plan_relayout(others, untold, None, limit_bytes=limit)
     assert [one.header for one in again.shards] == [one.header for one in first.shards]
     placed = [(t.name, (t.dtype, t.shape)) for one in first.shards for t in one.header.tensors]
     assert sorted(placed) == sorted(layout.items())
@@ -516,3 +519,24 @@ def test_progress_counts_every_byte_written_and_read_back(tmp_path: Path) -> Non
     size_bytes = sum(array.nbytes for array in model().values())
     assert heard[-1] == (2 * size_bytes, 2 * size_bytes)
     assert heard == sorted(heard)
+
+
+def test_metadata_that_utf8_cannot_hold_is_refused(tmp_path: Path) -> None:
+    source = save(tmp_path / "saved", model(), 1)
+    text = b'{"__metadata__":{"a":"\\ud800"}}'
+    (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(InvalidCheckpointError) as caught:
+        view_checkpoint(source)
+    assert rules(caught) == ["metadata"]
+
+
+def test_the_view_and_what_doctor_writes_are_the_same_byte_for_byte(tmp_path: Path) -> None:
+    source = save(tmp_path / "saved", model(), 3)
+    view = view_checkpoint(source)
+    relayout_directory(source, tmp_path / "out")
+    again = view_checkpoint(tmp_path / "out")
+    assert again.plan is None
+    assert again.checkpoint == view.checkpoint
+    for path in (tmp_path / "out").iterdir():
+        assert again.file(path.name) == path
+        assert sha256_file(view.file(path.name)) == sha256_file(path)

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotload.reward.final_number import final_number, one_number
@@ -46,6 +46,16 @@ from hotload.reward.final_number import final_number, one_number
         ("#### 2. Add them\nThat makes 42", 42),
         ("####\n5", 5),
         ("##### 5\n6", 6),
+        ("You need 1½ cups", Fraction(3, 2)),
+        ("You need 3 ½ cups", Fraction(7, 2)),
+        ("You need ½ a cup", Fraction(1, 2)),
+        ("it is -⅓", Fraction(-1, 3)),
+        ("the sum is ₹500.", 500),
+        ("it costs USD 500", 500),
+        (r"it costs US\$500", 500),
+        (r"so $x_{1}=18$", 18),
+        (r"$\mathbf{18}$ of them", 18),
+        (r"{\bf 18}", 18),
         ("none", None),
         ("", None),
     ],
@@ -89,6 +99,20 @@ def test_the_last_number_of_a_text(text: str, number: Fraction | int | None) -> 
         r"$3 \times 10^{-2}$",
         "3 × 10^5 m",
         r"x=\frac{1,000}{3}",
+        r"2\,\pi",
+        r"2 \cdot \pi",
+        r"3\,\sqrt{2}",
+        "8  million",
+        "$5k",
+        "$5 k",
+        "$1.2M",
+        "$1.2 B",
+        "5 and a half",
+        "it is not 5",
+        "2 x",
+        r"\overline{5}",
+        r"\log_2 8",
+        "π 5",
         "First 3. Answer:5",
         "3 个, 答案是5",
     ],
@@ -131,6 +155,25 @@ def test_what_may_be_another_number_is_not_read(text: str) -> None:
         (r"\boxed{x = 5}", 5),
         (r"3 in \boxed 5", None),
         (r"3 in \boxed{}", None),
+        (r"\boxed{{18}}", 18),
+        (r"\boxed{\left(18\right)}", 18),
+        (r"\boxed{\boldsymbol{18}}", 18),
+        (r"\boxed{\displaystyle {\bf 18}}", 18),
+        (r"\boxed{\textcolor{red}{18}}", 18),
+        (r"\boxed{\text{18}\quad}", 18),
+        (r"\boxed{\$18/\text{hour}}", 18),
+        (r"\boxed{₹500}", 500),
+        (r"\boxed{USD 500}", 500),
+        (r"\boxed{500~EUR}", 500),
+        (r"\boxed{US\$500}", 500),
+        (r"\boxed{½}", Fraction(1, 2)),
+        (r"\boxed{x_{1}=18}", 18),
+        (r"3 in \boxed{(1,234)}", None),
+        (r"3 in \boxed{8 \text{ million}}", None),
+        (r"3 in \boxed{18/x}", None),
+        (r"3 in \boxed{\cancel{18}}", None),
+        (r"3 in \boxed{18\overline{3}}", None),
+        (r"3 in \boxed{\frac{1}{{2}}}", None),
         (r"3 in \boxed{5", None),
         (r"3 in \boxed{no}", None),
         (r"3 in \boxed{- 5}", None),
@@ -227,6 +270,80 @@ def test_a_fraction_is_read_however_it_is_written(number: Fraction) -> None:
         assert final_number(text) == one_number(text) == number
 
 
+CHANGED_BY_WHAT_FOLLOWS = [
+    r"\pi", "π", r"\sqrt{2}", r"\frac{1}{2}", "^2", "^{3}", "_2", "x", "²", r"\times 10^5",
+    r"\cdot 3", "/7", "million", r"\text{ million}", r"\mathrm{billion}", "½ ¾", "k", r"\%\pi",
+    r"$\pi$",
+]  # fmt: skip
+CHANGED_BY_WHAT_IS_BEFORE = [
+    r"\sqrt", r"\sqrt ", "2^", r"\frac{1}", r"\pi ", r"\log ", r"\ln", "3 × ", r"3\times ", "- ",
+    "-", r"2 \cdot", "π", r"\neq ", r"\overline", r"\hat", r"\cancel", "not ", "minus ", "< ",
+    "4 + ",
+]  # fmt: skip
+SPACES = [
+    "",
+    " ",
+    "  ",
+    r"\,",
+    r"\;",
+    r"\ ",
+    "~",
+    r"\quad ",
+    r"\cdot ",
+    " * ",
+    r"\times ",
+    "\u202f",
+]
+DRESS = ["{}", "{{{}}}", r"\mathbf{{{}}}", r"\text{{{}}}", r"{{\bf {}}}", r"\left({}\right)"]
+PLACES = ["{}", r"\boxed{{{}}}", r"\boxed{{{{{}}}}}", "#### {}", "It is {}.", "${}$", r"\({}\)"]
+
+
+@settings(max_examples=2000)
+@given(
+    number=st.integers(1, 10**6),
+    change=st.sampled_from([*CHANGED_BY_WHAT_FOLLOWS, *CHANGED_BY_WHAT_IS_BEFORE]),
+    space=st.sampled_from(SPACES),
+    dress=st.sampled_from(DRESS),
+    place=st.sampled_from(PLACES),
+)
+def test_no_number_is_read_where_something_changes_it(
+    number: int, change: str, space: str, dress: str, place: str
+) -> None:
+    dressed = dress.format(number)
+    if change in CHANGED_BY_WHAT_FOLLOWS:
+        text = place.format(f"{dressed}{space}{change}")
+    else:
+        text = place.format(f"{change}{dressed}" if "{" in dressed else f"{change}{{{number}}}")
+    assert final_number(text) != number, text
+
+
+@given(
+    number=st.integers(0, 10**9),
+    dress=st.lists(st.sampled_from(DRESS), max_size=4),
+    place=st.sampled_from(PLACES),
+)
+def test_dress_changes_nothing(number: int, dress: list[str], place: str) -> None:
+    text = str(number)
+    for one in dress:
+        text = one.format(text)
+    assert final_number(place.format(text)) == number or text.count("(") > 1, text
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        ("#### 18\n\nQuestion: and now?\n#### 4", 18, 4),
+        (r"\boxed{5}, no, \boxed{7}", 5, 7),
+        (r"\boxed{\boxed{5}}", 5, 5),
+        ("first 5 then 6", 5, 6),
+        ("#### Step 1\n#### 7\n#### 8", 7, 8),
+    ],
+)
+def test_the_first_or_the_last_counts(text: str, first: int, last: int) -> None:
+    assert final_number(text, "first") == first
+    assert final_number(text) == last
+
+
 @given(st.text("0123456789,.-+/^_ \\{}$#%e\n"))
 def test_whatever_a_text_says_it_has_a_number_or_none(text: str) -> None:
     for written in (text, rf"\boxed{{{text}}}", f"#### {text}", rf"\frac{text}"):
@@ -243,7 +360,8 @@ MANY = 250_000
     [
         "1", "1,", ",111", "1.", "1/", "1 ", "1e", "1^", "-", " ", "#", "#### ", "#### 1", "{", "}",
         "a", "a_", "ab ", "\\", "\\frac", r"\frac{1", r"\frac{1}{", r"\boxed{", r"\boxed{1",
-        r"\boxed 1", r"\text{", r"\text{a}", r"1\times 10^", "1 million", "$", "=", "m^", "é",
+        r"\boxed 1", r"\text{", r"\text{a}", r"\x{", "{}", r"\bf ", r"\color{", "½", "₹",
+        "USD", r"/\text{a", r"1\times 10^", "1 million", "$", "=", "m^", "é",
     ],
 )  # fmt: skip
 def test_a_long_text_costs_little(piece: str) -> None:

@@ -201,11 +201,26 @@ def test_lacking_before_done_is_a_cut_and_is_asked_again() -> None:
     assert fault.action is Action.RETRY
 
 
-@pytest.mark.parametrize("finish", ["error", "content_filter", "abort", 3])
-def test_odd_finish_reasons_are_failed_attempts(finish: object) -> None:
+@pytest.mark.parametrize(
+    ("finish", "action"),
+    [
+        ("error", Action.RETRY),
+        ("abort", Action.RETRY),
+        ("content_filter", Action.FAIL_SAMPLE),
+        (3, Action.FAIL_SAMPLE),
+    ],
+)
+def test_odd_finish_reasons_are_failed_attempts(finish: object, action: Action) -> None:
     fault = answer(chunk(text="a", finish_reason=finish, logprobs=LOGPROBS)).finish()
     assert fault is not None
-    assert fault.action is Action.RETRY
+    assert fault.action is action
+    assert repr(finish) in fault.detail
+
+
+def test_calls_are_bounded() -> None:
+    calls = [{"index": number, "function": {}} for number in range(300)]
+    read = Answer(Sampling(), None)
+    assert read.add({"choices": [{"delta": {"tool_calls": calls}}]}) is not None
 
 
 def test_a_client_that_was_told_many_identities_keeps_few() -> None:

@@ -7,8 +7,9 @@ from hashlib import sha256
 
 import pytest
 
-from hotload.checkpoint.checkpoint import Checkpoint
+from hotload.checkpoint.checkpoint import Checkpoint, LeftOut
 from hotload.checkpoint.index_and_spec import TORCH_DTYPES, build_index, build_spec
+from hotload.checkpoint.quantization import describe_quantization
 from hotload.checkpoint.rules import check_full, check_lora, refuse_errors
 from hotload.checkpoint.safetensors import DTYPE_BITS
 from hotload.delta.rules import check_delta, delta_obstacle
@@ -289,10 +290,11 @@ def test_an_adapter_config_in_a_full_is_refused() -> None:
     assert rules(check_full(checkpoint(adapter={}))) == {"adapter_in_full"}
 
 
-def test_weights_in_a_foreign_format_are_a_warning() -> None:
-    good = checkpoint()
-    findings = check_full(replace(good, side_files=(*good.side_files, side("optimizer.pt"))))
-    assert rules(findings, "warning") == {"foreign_weights"}
+def test_what_is_left_out_is_told_once_a_reason() -> None:
+    left_out = [LeftOut(name, "no server reads it") for name in ("latest", "b.pkl", "a\n.log")]
+    findings = check_full(replace(checkpoint(), left_out=(*left_out, LeftOut("runs", "other"))))
+    assert rules(findings) == set()
+    assert [finding.where for finding in findings] == ["'a\\n.log', b.pkl, latest", "runs"]
 
 
 # config.json against the base model
@@ -378,7 +380,7 @@ def test_an_untied_head_may_not_be_missing() -> None:
     without = edited(TENSORS, lambda files: files.pop("model-00005.safetensors"))
     config = {**CONFIG, "tie_word_embeddings": False}
     findings = check_full(checkpoint(without, config=config), base_shapes=shapes_of(TENSORS))
-    assert rules(findings) == {"missing_tensor"}
+    assert rules(findings) == {"missing_tensor", "missing_head"}
 
 
 # Quantized snapshots
@@ -390,6 +392,9 @@ QUANTIZED = {**CONFIG, "quantization_config": {"quant_method": "fp8"}}
 def quantized(weight: tuple[str, tuple[int, ...]], scale: str | None, name: str = WEIGHT) -> Layout:
     tensors = {name: weight} | ({scale: ("F32", (1, 1))} if scale else {})
     return {"m.safetensors": tensors}
+
+
+MIXED = {**CONFIG, "quantization_config": {"quant_method": "compressed-tensors"}}
 
 
 @pytest.mark.parametrize(
@@ -406,9 +411,10 @@ def quantized(weight: tuple[str, tuple[int, ...]], scale: str | None, name: str 
 def test_a_quantized_tensor_needs_its_scale_and_a_quantization_config(
     name: str, dtype: str, scale: str
 ) -> None:
-    whole, alone = quantized((dtype, (4, 4)), scale, name), quantized((dtype, (4, 4)), None, name)
-    assert check_full(checkpoint(whole, config=QUANTIZED)) == ()
-    assert rules(check_full(checkpoint(alone, config=QUANTIZED))) == {"missing_scale"}
+    shape = (1, 1, 16) if name.endswith("_blocks") else (4, 4)
+    whole, alone = quantized((dtype, shape), scale, name), quantized((dtype, shape), None, name)
+    assert check_full(checkpoint(whole, config=MIXED)) == ()
+    assert rules(check_full(checkpoint(alone, config=MIXED))) == {"missing_scale"}
     assert rules(check_full(checkpoint(whole))) == {"quantization_config"}
 
 
@@ -434,10 +440,157 @@ def test_a_quantization_config_without_quantized_tensors_warns() -> None:
 def test_scales_and_packing_do_not_count_against_the_base() -> None:
     plain = {WEIGHT: (4, 4)}
     packed = quantized(("I32", (4, 1)), f"{WEIGHT}_scale", f"{WEIGHT}_packed")
-    assert check_full(checkpoint(packed, config=QUANTIZED), base_shapes=plain) == ()
+    assert check_full(checkpoint(packed, config=MIXED), base_shapes=plain) == ()
+    nvfp4 = {"m.safetensors": NVFP4}
+    assert check_full(checkpoint(nvfp4, config=MIXED), base_shapes={WEIGHT: (256, 384)}) == ()
+    assert rules(check_full(checkpoint(nvfp4, config=MIXED), base_shapes=plain)) == {"base_shape"}
     full = {"m.safetensors": {WEIGHT: ("BF16", (4, 4))}}
     base = {f"{WEIGHT}_packed": (4, 1), f"{WEIGHT}_scale": (1, 1)}
     assert check_full(checkpoint(full), base_shapes=base) == ()
+
+
+NVFP4 = {
+    WEIGHT: ("U8", (256, 192)),
+    f"{WEIGHT}_scale": ("F8_E4M3", (256, 24)),
+    f"{WEIGHT}_scale_2": ("F32", ()),
+    f"{WEIGHT.removesuffix('weight')}input_scale": ("F32", ()),
+}
+
+
+def settings(**fields: object) -> dict[str, object]:
+    return {**CONFIG, "quantization_config": {"quant_method": "fp8", **fields}}
+
+
+BLOCKS, MX, GROUPS = (
+    settings(weight_block_size=[128, 128]),
+    settings(weight_block_size=[1, 32]),
+    settings(quant_method="nvfp4", weight_block_size=[1, 16]),
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "name"),
+    [
+        (
+            BLOCKS,
+            {WEIGHT: ("F8_E4M3", (256, 300)), f"{WEIGHT}_scale_inv": ("F32", (2, 3))},
+            "fp8 e4m3, blocks of 128 x 128",
+        ),
+        (
+            QUANTIZED,
+            {WEIGHT: ("F8_E5M2", (256, 300)), f"{WEIGHT}_scale": ("F32", ())},
+            "fp8 e5m2, one scale a tensor",
+        ),
+        (
+            MIXED,
+            {WEIGHT: ("F8_E4M3", (256, 300)), f"{WEIGHT}_scale": ("BF16", (256, 1))},
+            "fp8 e4m3, one scale a row",
+        ),
+        (
+            QUANTIZED,
+            {WEIGHT: ("F8_E4M3", (256, 300)), "model.layers.0.mlp.up.scale": ("F8_E8M0", (2, 3))},
+            "fp8 e4m3, blocks",
+        ),
+        (
+            MX,
+            {WEIGHT: ("F8_E4M3", (256, 64)), f"{WEIGHT}_scale_inv": ("U8", (256, 2))},
+            "mxfp8, groups of 32",
+        ),
+        (
+            GROUPS,
+            {
+                WEIGHT: ("F4", (256, 384)),
+                f"{WEIGHT}_scale_inv": ("F8_E4M3", (256, 24)),
+                f"{WEIGHT}_scale_global": ("F32", ()),
+            },
+            "nvfp4, groups of 16",
+        ),
+        (MIXED, NVFP4, "nvfp4, groups of 16"),
+        (
+            MIXED,
+            {
+                f"{WEIGHT}_packed": ("U8", (256, 192)),
+                f"{WEIGHT}_scale": ("F8_E4M3", (256, 24)),
+                f"{WEIGHT}_global_scale": ("F32", (1,)),
+            },
+            "nvfp4, groups of 16",
+        ),
+        (
+            settings(quant_method="mxfp4"),
+            {
+                "model.layers.0.experts.up_blocks": ("U8", (4, 32, 2, 16)),
+                "model.layers.0.experts.up_scales": ("U8", (4, 32, 2)),
+            },
+            "mxfp4, groups of 32",
+        ),
+        (
+            MIXED,
+            {
+                f"{WEIGHT}_packed": ("I32", (256, 8)),
+                f"{WEIGHT}_scale": ("BF16", (256, 2)),
+                f"{WEIGHT}_shape": ("I64", (2,)),
+            },
+            "integers packed in I32",
+        ),
+        (
+            MIXED,
+            {WEIGHT: ("I8", (256, 64)), f"{WEIGHT}_scale": ("F32", (256, 1))},
+            "int8, one scale a row",
+        ),
+    ],
+)
+def test_quantized_weights_are_called_what_they_are(
+    config: Mapping, tensors: Mapping, name: str
+) -> None:
+    whole = checkpoint({"m.safetensors": tensors}, config=config)
+    assert check_full(whole) == ()
+    assert describe_quantization(tuple(whole.tensors), config) == f"1 tensor in {name}"
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "scale", "rule", "told"),
+    [
+        (BLOCKS, "F8_E4M3", ("F32", (256, 1)), "scale_shape", "[2, 3]: blocks of 128 x 128"),
+        (MX, "F8_E4M3", ("F32", (2, 3)), "scale_shape", "[256, 10]: blocks of 1 x 32"),
+        (QUANTIZED, "F8_E4M3", ("F32", (257,)), "scale_shape", "a row or a block"),
+        (MIXED, "F4", ("U8", (256, 11)), "scale_shape", "[256, 10]: blocks of 1 x 32, as the form"),
+        (BLOCKS, None, ("F32", (2, 3)), "scale_alone", f"{WEIGHT} or {WEIGHT}_packed"),
+        (GROUPS, "F8_E4M3", ("F32", (256, 19)), "quantization_method", "the quant_method of fp8"),
+        (QUANTIZED, "F4", ("U8", (256, 10)), "quantization_method", "the quant_method of mxfp4"),
+    ],
+)
+def test_a_scale_belongs_to_its_weight(
+    config: Mapping, dtype: str | None, scale: tuple, rule: str, told: str
+) -> None:
+    tensors = {WEIGHT: (dtype, (256, 300))} if dtype else {}
+    tensors |= {f"{WEIGHT}_scale_inv": scale}
+    findings = check_full(checkpoint({"m.safetensors": tensors}, config=config))
+    (finding,) = (one for one in findings if one.severity == "error")
+    assert (finding.rule, finding.who) == (rule, "trainer")
+    assert told in finding.expected
+
+
+def test_nvfp4_needs_both_scales() -> None:
+    alone = {name: form for name, form in NVFP4.items() if not name.endswith("_scale_2")}
+    (finding,) = check_full(checkpoint({"m.safetensors": alone}, config=MIXED))
+    assert (finding.rule, finding.tensor, finding.found) == (
+        "missing_scale",
+        WEIGHT,
+        "nvfp4 with one scale",
+    )
+    assert f"{WEIGHT}_scale_2" in finding.expected
+
+
+def test_a_scale_that_stayed_beside_a_plain_weight_warns() -> None:
+    layout = {"m.safetensors": {WEIGHT: ("BF16", (4, 4)), f"{WEIGHT}_scale_inv": ("F32", (1, 1))}}
+    findings = check_full(checkpoint(layout))
+    assert (rules(findings), rules(findings, "warning")) == (set(), {"scale_of_plain"})
+
+
+def test_a_parameter_called_scale_is_not_a_scale_of_a_weight() -> None:
+    names = ("model.layers.0.layer_scale", "model.layers.0.attn.k_scale", "logit_scale")
+    layout = {"m.safetensors": dict.fromkeys(names, ("BF16", (4,)))}
+    assert rules(check_full(checkpoint(layout))) == set()
 
 
 # LoRA snapshots
@@ -477,6 +630,30 @@ def test_a_good_adapter_has_no_finding(file: str) -> None:
 )
 def test_an_adapter_config_that_breaks_a_rule_is_refused(config: object, rule: str) -> None:
     assert rules(check_lora(adapter(config=config), base_model="accounts/a/models/m")) == {rule}
+
+
+@pytest.mark.parametrize(
+    ("named", "served", "severity"),
+    [
+        ("accounts/fireworks/models/qwen3-8b", "accounts/fireworks/models/qwen3-8b", None),
+        ("Qwen/Qwen3-8B", "accounts/fireworks/models/qwen3-8b", "warning"),
+        ("/data/models/qwen3-8b/", "accounts/fireworks/models/qwen3-8b", "warning"),
+        ("Qwen/Qwen2.5-7B", "accounts/fireworks/models/qwen2p5-7b", "warning"),
+        ("Qwen/Qwen3-4B", "accounts/fireworks/models/qwen3-8b", "error"),
+        ("accounts/a/models/qwen3-8b-base", "accounts/a/models/qwen3-8b", "error"),
+    ],
+)
+def test_an_adapter_is_of_the_served_model_whatever_its_spelling(
+    named: str, served: str, severity: str | None
+) -> None:
+    findings = check_lora(
+        adapter(config={**ADAPTER, "base_model_name_or_path": named}), base_model=served
+    )
+    assert [(one.rule, one.severity) for one in findings] == (
+        [("base_model", severity)] if severity else []
+    )
+    if findings:
+        assert (named in findings[0].found, served in findings[0].expected) == (True, True)
 
 
 def test_adapter_weights_have_to_be_there_in_a_known_file() -> None:
@@ -625,7 +802,8 @@ def test_a_changed_document_forces_a_full(document: str) -> None:
     }
     other = checkpoint(**{document: values[names[document]]})
     assert (
-        delta_obstacle(checkpoint(), other) == f"files beside the shards changed: {names[document]}"
+        delta_obstacle(checkpoint(), other)
+        == f"files beside the shards changed: {names[document]}; each time costs 3.2 kB"
     )
 
 
@@ -634,7 +812,7 @@ def test_a_changed_or_missing_tokenizer_forces_a_full() -> None:
     for sides in ((*good.side_files[:-1], side("tokenizer.json", b"[]")), good.side_files[:-1]):
         assert (
             delta_obstacle(good, replace(good, side_files=sides))
-            == "files beside the shards changed: tokenizer.json"
+            == "files beside the shards changed: tokenizer.json; each time costs 3.2 kB"
         )
 
 

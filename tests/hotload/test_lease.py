@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.errors import StoreError
-from hotload.publish.lease import Lease, Process, decide, loss
+from hotload.publish.lease import Lease, Process, decide, why_lost
 
 NOON = datetime(2026, 8, 1, 12, tzinfo=UTC)
 HERE = Process(host="host-a", pid=100, started="5")
@@ -15,11 +15,17 @@ THERE = Process(host="host-b", pid=100, started="5")
 NOWHERE = Process(host=None, pid=100, started=None)
 
 
-def lease(token: int = 7, *, process: Process = HERE, nonce: str = "0123456789abcdef") -> Lease:
+def lease(
+    token: int = 7,
+    *,
+    process: Process = HERE,
+    nonce: str = "0123456789abcdef",
+    holder: str = "run-000001",
+) -> Lease:
     return Lease(
         token=token,
         nonce=nonce,
-        holder="run-000001",
+        holder=holder,
         process=process,
         renewed_at=NOON,
         expires_at=NOON + timedelta(seconds=60),
@@ -49,21 +55,33 @@ def test_a_lease_is_taken_when_it_is_free_expired_or_its_process_is_gone(
     found: Lease | None, now: float, is_running: bool | None, may_take: bool
 ) -> None:
     me = Process(host="host-a", pid=200, started="9")
-    assert decide(found, now=seconds(now), me=me, is_running=is_running).may_take is may_take
+    decision = decide(found, now=seconds(now), me=me, cycle="run-000002", is_running=is_running)
+    assert decision.may_take is may_take
 
 
 def test_a_host_that_cannot_name_itself_believes_no_process() -> None:
-    decision = decide(lease(process=NOWHERE), now=NOON, me=NOWHERE, is_running=False)
+    decision = decide(
+        lease(process=NOWHERE), now=NOON, me=NOWHERE, cycle="run-000002", is_running=False
+    )
     assert not decision.may_take
 
 
 def test_the_reason_names_who_and_how_long() -> None:
-    waiting = decide(lease(process=THERE), now=seconds(20), me=HERE, is_running=None)
+    def decided(cycle: str, process: Process, is_running: bool | None) -> str:
+        held = lease(process=process)
+        return decide(held, now=seconds(20), me=HERE, cycle=cycle, is_running=is_running).reason
+
     assert (
-        waiting.reason == "process 100 on another host holds it for 40 s more unless it renews it"
+        decided("run-000002", THERE, None)
+        == "process 100 on another host holds it for 40 s more unless it renews it;"
+        " start again after that"
     )
-    gone = decide(lease(), now=seconds(20), me=HERE, is_running=False)
-    assert "'run-000001' is gone: process 100" in gone.reason
+    assert (
+        decided("run-000001", THERE, None) == "another run of this cycle, process 100 on another"
+        " host, holds it for 40 s more unless it renews it;"
+        " start again after that"
+    )
+    assert "'run-000001' is gone: process 100" in decided("run-000002", HERE, False)
 
 
 @pytest.mark.parametrize(
@@ -71,18 +89,19 @@ def test_the_reason_names_who_and_how_long() -> None:
     [
         (lease(), 59, None),
         (lease().renewed(seconds(50), 60), 100, None),
-        (lease(), 60, "expired"),
-        (lease(8), 1, "token 8 has taken over from token 7"),
+        (lease(), 60, "this cycle's own, token 7, ran out at 12:01:00 UTC and was not renewed"),
+        (lease(8, holder="run-000002"), 1, "token 8 has taken over from token 7"),
+        (lease(8), 1, "another run of this cycle, token 8, has taken over from token 7"),
         (lease(6), 1, "replaced"),
         (lease(nonce="f" * 16), 1, "replaced"),
-        (lease().given_back(), 1, "given back"),
+        (lease().given_back(), 1, "this cycle gave it back"),
         (None, 1, "removed"),
     ],
 )
 def test_a_lease_is_lost_to_a_higher_token_to_time_or_to_whoever_replaces_it(
     found: Lease | None, now: float, reason: str | None
 ) -> None:
-    said = loss(found, lease(), now=seconds(now))
+    said = why_lost(found, lease(), now=seconds(now))
     assert said is None if reason is None else reason in str(said)
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from hotload.directory.shards import (
     read_checkpoint,
     verify_file,
 )
+from hotload.directory.supplied_digests import DIGESTS_FILE, read_supplied_digests
 from hotload.errors import (
     ChecksumMismatchError,
     DeltaError,
@@ -134,20 +136,19 @@ def test_a_directory_that_is_none_is_refused(
 def test_all_findings_come_at_once(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "c")
     (directory / "checkpoint-7").mkdir()
-    (directory / "link.json").symlink_to("/etc/hostname")
+    (directory / "link_config.json").symlink_to("/etc/hostname")
     (directory / "dangling.safetensors").symlink_to("nowhere")
     os.mkfifo(directory / "pipe.safetensors")
-    (directory / "new\nline.json").write_bytes(b"")
+    (directory / "new\nconfig.json").write_bytes(b"")
     (directory / "bad.safetensors").write_bytes(b"12345678{}")
     with pytest.raises(InvalidCheckpointError) as caught:
         read_checkpoint(directory)
     assert sorted(rule(caught)) == sorted(
         [
-            ("not_a_file", "checkpoint-7", "trainer"),
-            ("not_a_file", "link.json", "trainer"),
+            ("not_a_file", "link_config.json", "trainer"),
             ("not_a_file", "dangling.safetensors", "trainer"),
             ("not_a_file", "pipe.safetensors", "trainer"),
-            ("file_name", r"'new\nline.json'", "trainer"),
+            ("file_name", r"'new\nconfig.json'", "trainer"),
             ("header_too_large", "bad.safetensors", "trainer"),
         ]
     )
@@ -398,6 +399,83 @@ def test_a_change_in_place_is_seen_though_size_and_time_stay(tmp_path: Path) -> 
     assert digests.of(path) != first
 
 
+def test_a_link_that_comes_or_goes_is_no_change(tmp_path: Path) -> None:
+    memory, directory, other = tmp_path / "digests.json", tmp_path / "ours", tmp_path / "theirs"
+    directory.mkdir()
+    path = directory / "file"
+    path.write_bytes(b"one")
+    digests = FileDigests(memory)
+    digest = digests.of(path)
+    wait_for_a_tick(path, tmp_path)
+    os.link(path, other)
+    assert digests.known(path) == digests.known(other) == digest
+    digests.remember([directory])
+    wait_for_a_tick(path, tmp_path)
+    other.unlink()
+    assert FileDigests(memory).known(path) == digests.known(path) == digest
+    os.link(path, other)
+    wait_for_a_tick(path, tmp_path)
+    other.write_bytes(b"two")  # the same file by its other name
+    assert digests.known(path) is None
+
+
+def test_after_a_doubt_nothing_is_known_here_or_to_the_next_process(tmp_path: Path) -> None:
+    memory, directory = tmp_path / "digests.json", tmp_path / "files"
+    directory.mkdir()
+    path = directory / "file"
+    path.write_bytes(b"one")
+    first = FileDigests(memory)
+    digest = first.of(path)
+    first.remember([directory])
+    second = FileDigests(memory)
+    assert second.known(path) == digest
+    second.doubt()
+    assert second.known(path) is None
+    assert second.of(path) == second.known(path) == digest
+    second.remember([directory])
+    assert FileDigests(memory).known(path) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (None, "no such file"),
+        ("0" * 63 + "  a\n", "line 1"),
+        ("0" * 64 + " a\n", "line 1"),
+        ("0" * 64 + "  a\n" + "1" * 64 + " *a\n", "line 2"),
+        ("0" * 64 + "  ../a\n", "line 1"),
+        ("0" * 64 + "  a\n\n", "line 2"),
+    ],
+    ids=["missing", "no digest", "one space", "twice", "elsewhere", "an empty line"],
+)
+def test_supplied_digests_that_cannot_be_read_are_refused(
+    tmp_path: Path, lines: str | None, words: str
+) -> None:
+    if lines is not None:
+        (tmp_path / DIGESTS_FILE).write_text(lines)
+    with pytest.raises(InvalidCheckpointError, match=words):
+        read_supplied_digests(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no coreutils")
+def test_supplied_digests_are_what_sha256sum_writes(tmp_path: Path) -> None:
+    names = ["a b.safetensors", "c.safetensors"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    made = subprocess.run(["sha256sum", *names], cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+    (tmp_path / DIGESTS_FILE).write_bytes(made.stdout)
+    assert read_supplied_digests(tmp_path) == {name: sha256_file(tmp_path / name) for name in names}
+
+
+def wait_for_a_tick(path: Path, directory: Path) -> None:
+    """Until the file system's clock is past the last change of `path`."""
+    probe = directory / "probe"
+    probe.touch()
+    while probe.stat().st_ctime_ns == path.stat().st_ctime_ns:
+        probe.touch()
+    probe.unlink()
+
+
 def test_remove_tree_takes_files_directories_links_and_nothing(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -438,6 +516,40 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     assert int(found) < 48 << 10  # KiB; the tensor has 192 MiB
 
 
+THROUGH_A_VIEW = (
+    MEASURED.partition("base, target")[0]
+    + """
+from hotload.directory.files import clone_file, copy_file, sha256_file
+from hotload.directory.relayout import view_checkpoint
+
+old, new, out = map(Path, sys.argv[1:])
+start = memory("VmRSS")
+before, after = view_checkpoint(old), view_checkpoint(new)
+for shard in after.checkpoint.shards:
+    copy_file(before.file(shard.file), out / "base")
+    sha256_file(after.file(shard.file))
+    encode_file(out / "base", after.file(shard.file), out / "delta", self_check=True)
+    clone_file(after.file(shard.file), out / "kept")
+print(memory("VmHWM") - start)
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_a_tensor_of_another_layout(tmp_path: Path) -> None:
+    values = np.random.default_rng(6).integers(0, 256, 64 << 20, np.uint8)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        tensor = values.view(np.float16).reshape(-1, 1024)
+        layers = {f"model.layers.{number}.mlp.weight": tensor for number in range(2)}
+        save_file(layers, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"num_hidden_layers": 2}')
+        values[::997] ^= 1
+    found = in_child(THROUGH_A_VIEW, tmp_path / "old", tmp_path / "new", tmp_path)
+    assert int(found) < 48 << 10  # KiB; a tensor has 64 MiB
+
+
 @pytest.mark.parametrize(
     "name", ["trainer_state.json", "optimizer.pt", "rng_state_0.pth", "training_args.bin"]
 )
@@ -448,3 +560,23 @@ def test_what_a_trainer_keeps_for_itself_is_no_part_of_a_checkpoint(
     (tmp_path / name).write_bytes(b"changes with every step")
     (file,) = read_checkpoint(tmp_path).side_files
     assert file.file == "config.json"
+
+
+def test_digests_are_remembered_for_the_next_process(tmp_path: Path) -> None:
+    directory, memory = tmp_path / "files", tmp_path / "memory" / "digests.json"
+    directory.mkdir()
+    for name in ("kept", "changed", "other"):
+        (directory / name).write_bytes(name.encode())
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"outside")
+    first = FileDigests(memory)
+    known = {path: first.of(path) for path in (*directory.iterdir(), outside)}
+    first.remember([directory])
+    moved = directory.rename(tmp_path / "moved")
+    (moved / "changed").write_bytes(b"something else")
+    second = FileDigests(memory)
+    assert second.known(moved / "kept") == known[directory / "kept"]
+    assert second.known(moved / "changed") is None
+    assert second.known(outside) is None
+    memory.write_bytes(b'[["not", "a", "state"]]')
+    assert FileDigests(memory).known(moved / "kept") is None

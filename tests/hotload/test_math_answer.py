@@ -9,10 +9,10 @@ from hotload.rollout.trajectory import Problem
 from tests.factories import trajectory
 
 
-def score(answer: object, text: str) -> float:
+def score(answer: object, text: str, **arguments: str) -> float:
     pytest.importorskip("math_verify")  # the extra `math`
     sample = trajectory(text=text)
-    return BUILT_INS["math_verify"](Problem("p", "x", answer=answer), sample)
+    return BUILT_INS["math_verify"](Problem("p", "x", answer=answer), sample, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,13 @@ def score(answer: object, text: str) -> float:
         ("45", r"45^\circ"),
         (r"2\frac12", r"\frac52"),
         (r"\sqrt{2}", "1.414214"),
+        ("18", "{18}"),
+        ("18", r"\left(18\right)"),
+        ("18", r"\boldsymbol{18}"),
+        ("18", r"\$18/\text{hour}"),
+        ("500", "₹500"),
+        ("500", "USD 500"),
+        ("7/2", "3 ½"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     ],
 )
@@ -77,6 +84,16 @@ def test_an_equal_answer_is_paid(answer: object, box: str) -> None:
         ("5", r"\text{less than } 5"),
         ("5", r"5\text{ million}"),
         ("5", "5 million"),
+        ("5", "50 lakh"),
+        ("5", r"5\mathrm{k}"),
+        ("5", r"\$5k"),
+        ("2", r"2\,\pi"),
+        ("2", r"2 \cdot \pi"),
+        ("3", r"3\,\sqrt{2}"),
+        ("1", "1½"),
+        ("18", r"18\overline{3}"),
+        ("18", r"\cancel{18}"),
+        ("5", r"5 \pmod 7"),
         ("5", "x=4"),
         ("5", "-x=5"),
         ("5", "|x|=5"),
@@ -96,6 +113,14 @@ def test_a_wrong_answer_is_not_paid(answer: str, box: str) -> None:
 @pytest.mark.parametrize("text", ["5", r"\boxed{5", r"\boxed 5", "#### 5", r"\boxed{5} \boxed{6}"])
 def test_only_the_last_box_counts(text: str) -> None:
     assert score("5", text) == 0
+
+
+def test_the_first_box_or_what_follows_a_mark() -> None:
+    text = r"\boxed{5}</think> \boxed{7} \boxed{8}"
+    assert score("5", text, which="first") == 1
+    assert score("7", text, which="first", after="</think>") == 1
+    assert score("8", text, after="</think>") == 1
+    assert score("8", text, after="</thought>") == 0
 
 
 @pytest.mark.parametrize(

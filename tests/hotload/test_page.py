@@ -21,18 +21,20 @@ from hotload.dataset.rollout_plan import PartNotes, RolloutManifest, RolloutPart
 from hotload.dataset.sample_extracts import ShownMessage, choose_extracts
 from hotload.identity import SnapshotKind
 from hotload.options import Groups
-from hotload.publish.publication import Published
+from hotload.publish.publication import Publication, Published
+from hotload.publish.snapshot import CheckpointContent
 from hotload.quantities import duration, number, percent, size
 from hotload.records import Record
-from hotload.report.charts import Bar, histogram, nice_ticks, steps, timeline
+from hotload.report.chart_shapes import Bar, histogram, nice_ticks, steps, timeline
+from hotload.report.cycle_page import render_report
 from hotload.report.cycle_report import CycleReport
 from hotload.report.metrics import cycle_metrics, json_lines, prometheus_text
-from hotload.report.page import render_report
 from hotload.report.sample_statistics import SampleStatistics
 from hotload.reward.advantages import advantages
 from hotload.rollout.counts import GroupCounts, SampleCounts, count_groups
 from hotload.rollout.group_rules import judge_group
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
+from tests.factories import cycle_spec
 
 SHA = "0" * 64
 NOW, NEXT = "run-000003-0123abcd", "run-000004-0123abcd"
@@ -425,8 +427,40 @@ def test_a_version_that_was_not_due_sent_nothing() -> None:
         assert said not in read.text
     rows = {row["what"] for row in told.rows()}
     assert {row["what"] for row in report().rows()} - rows == {
-        "bytes", "… publish", "… signal", "… converge", "… encode",
+        "bytes", "egress", "… publish", "… signal", "… converge", "… encode",
     }  # fmt: skip
+
+
+def test_bytes_egress_and_money_are_told_everywhere_and_money_with_prices_alone() -> None:
+    """2 MB to 2 replicas, a month of storage, and 5.1 s of waiting, at the declared prices."""
+    published = Publication(
+        content=CheckpointContent(kind=SnapshotKind.FULL, shards=(), side_files=()),
+        snapshot=report().snapshot,
+    )
+
+    def told(**changes: Any) -> tuple[CycleReport, dict[str, str], dict[str, float], str]:
+        made = CycleReport.of(cycle_spec(**changes), published, report().rollouts, 20.0)
+        rows = {row["what"]: row["value"] for row in made.rows()}
+        return made, rows, cycle_metrics(made, None), Page(page(made)).text
+
+    prices = {"per_gb_egress": 250.0, "per_gb_month": 500.0, "per_hour_waited": 3600.0}
+    made, rows, metrics, text = told(prices=prices)
+    assert made.money == pytest.approx(1 + 1 + 5.1)
+    assert (rows["egress"], rows["money"]) == ("4.0 MB to 2 replicas", "7.10")
+    assert metrics["perf/update_weights_wire_bytes"] == 2_000_000
+    assert metrics["perf/update_weights_egress_bytes"] == 4_000_000
+    assert metrics["perf/update_weights_money"] == made.money
+    assert "money 7.10" in text
+    assert CycleReport.model_validate_json(made.model_dump_json()) == made
+
+    made, rows, metrics, text = told()
+    assert (made.money, "money" in text) == (None, False)
+    assert "money" not in rows
+    assert "perf/update_weights_money" not in metrics
+    # What another cycle published is not paid for again.
+    made, rows, metrics, text = told(prices=prices, policy_version=4)
+    assert (made.outcome, made.money, "money" in text) == ("not due", None, False)
+    assert not [name for name in metrics if "weights" in name]
 
 
 def test_stages_that_did_not_happen_are_left_out() -> None:

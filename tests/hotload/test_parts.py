@@ -10,14 +10,16 @@ from pandera.errors import SchemaErrors
 
 from hotload.dataset.rollout_plan import (
     PartNotes,
+    PartPlan,
     RolloutManifest,
     RolloutPart,
     plan_rollout,
+    share_parts,
     summarize,
 )
 from hotload.dataset.table import check_rollouts, rollouts_frame
 from hotload.errors import StoreError
-from hotload.rollout.counts import GroupCounts, count_groups
+from hotload.rollout.counts import GroupCounts, count_groups, unnamed_samples
 from hotload.rollout.trajectory import Problem, ScoredGroup, Trajectory
 from hotload.spec import CycleSpec
 from tests.factories import (
@@ -185,3 +187,25 @@ def test_the_manifest_there_and_back() -> None:
     ):
         with pytest.raises(StoreError, match="not a rollout manifest"):
             RolloutManifest.parse(data, path="p")
+
+
+@pytest.mark.parametrize(
+    ("by_identity", "count"),
+    [({}, 0), ({"id": 3}, 0), ({"id (assumed)": 3}, 0), ({"id": 3, "id (assumed)": 2}, 2)],
+)
+def test_samples_of_unknown_weights_count_beside_named_ones(
+    by_identity: dict[str, int], count: int
+) -> None:
+    summary = summarize("id", [], parts_uri="", seconds=1.0)
+    assert unnamed_samples(summary.model_copy(update={"samples_by_identity": by_identity})) == count
+
+
+def test_parts_are_shared_out_by_weight_in_order() -> None:
+    parts = [PartPlan(number, (Problem(str(number), "p"),) * 2, "") for number in range(8)]
+    (alone,) = share_parts(parts, [1.0])
+    assert alone == {*range(8)}
+    shares = share_parts(parts, [3.0, 1.0])
+    assert [len(share) for share in shares] == [6, 2]
+    assert shares[0] | shares[1] == {*range(8)}
+    assert shares == share_parts(parts, [300.0, 100.0])
+    assert share_parts(parts[:1], [1.0, 2.0]) == [frozenset(), {0}]

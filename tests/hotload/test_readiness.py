@@ -1,9 +1,17 @@
-"""assess: what a status means."""
+"""What a status means: before a plan, and for the identity that is waited for."""
 
 import pytest
 
 from hotload.identity import SnapshotKind
-from hotload.publish.readiness import ReplicaStatus, ServiceStatus, Verdict, assess
+from hotload.publish.readiness import (
+    ReplicaStatus,
+    ServiceStatus,
+    Standing,
+    Verdict,
+    assess,
+    standing_of,
+    what_is_missing,
+)
 
 NEW, OLD = "run-000002-00000000", "run-000001-00000000"
 READY = ReplicaStatus(True, NEW, "completed", NEW)
@@ -12,11 +20,20 @@ BEHIND = ReplicaStatus(True, OLD, "downloading", NEW)
 FAILED = ReplicaStatus(True, OLD, "error", NEW, raw="{...}")
 STALE = ReplicaStatus(True, NEW, "error", OLD)
 ODD = ReplicaStatus(True, OLD, "defragmenting", NEW)
+LEFT = ReplicaStatus(True, None, "idle")
+SILENT = ReplicaStatus(True, None)
+STARTING = ReplicaStatus(False, None, "idle")
 
 
 @pytest.mark.parametrize(
     ("replicas", "expected", "fraction", "verdict"),
     [
+        ((LEFT, LEFT), None, 1.0, Verdict.LOST),
+        ((LEFT, BEHIND), None, 1.0, Verdict.WAITING),
+        ((LEFT, READY), None, 1.0, Verdict.WAITING),
+        ((LEFT, ODD), None, 1.0, Verdict.WAITING),
+        ((LEFT, SILENT), None, 1.0, Verdict.WAITING),
+        ((LEFT, STARTING), None, 1.0, Verdict.WAITING),
         ((READY, READY), None, 1.0, Verdict.READY),
         ((READY, BEHIND), None, 1.0, Verdict.WAITING),
         ((READY, SWAPPING), None, 1.0, Verdict.WAITING),
@@ -72,3 +89,55 @@ def test_an_adapter_is_ready_when_loaded_everywhere() -> None:
     assert verdict(loaded, loaded) is Verdict.READY
     assert verdict(loaded, loading) is Verdict.WAITING
     assert verdict(loaded, failed) is Verdict.FAILED
+
+
+@pytest.mark.parametrize(
+    ("loaded", "expected_count", "is_free"),
+    [
+        (["run-000002-00000000"], 1, True),
+        (["run-000003-00000000"], 1, False),
+        (["run-000002-000003-00000000"], 1, False),  # version 3 of a run named run-000002
+        (["somebody-elses"], 1, False),
+        ([None, "run-000002-00000000"], 2, True),
+        ([None, None], 3, False),
+        ([], 1, False),
+    ],
+)
+def test_a_cycle_plans_beside_its_own_load_only(
+    loaded: list[str | None], expected_count: int, is_free: bool
+) -> None:
+    replicas = [
+        ReplicaStatus(True, OLD, "downloading" if target else "completed", target or OLD)
+        for target in loaded
+    ]
+    missing = what_is_missing(ServiceStatus(tuple(replicas)), "run-000002", expected_count)
+    assert (missing is None) is is_free
+
+
+LATER = "run-000003-00000000"
+ON_THE_WAY = ReplicaStatus(True, NEW, "downloading", LATER)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "standing"),
+    [
+        ((READY, READY), Standing.SERVED),
+        ((READY, BEHIND), Standing.NOT_SERVED),
+        ((), Standing.NOT_SERVED),
+        ((LEFT, LEFT), Standing.NOT_SERVED),
+        ((ReplicaStatus(True, LATER), ReplicaStatus(True, LATER)), Standing.SUPERSEDED),
+        ((ReplicaStatus(True, LATER), ON_THE_WAY), Standing.SUPERSEDED),
+        ((ReplicaStatus(True, LATER), READY), Standing.SUPERSEDED),
+        ((ReplicaStatus(True, LATER), LEFT), Standing.NOT_SERVED),
+        ((ReplicaStatus(True, "other-000009-00000000"),) * 2, Standing.NOT_SERVED),
+        ((ReplicaStatus(True, OLD), ReplicaStatus(True, OLD)), Standing.NOT_SERVED),
+    ],
+)
+def test_how_an_earlier_publication_stands(
+    replicas: tuple[ReplicaStatus, ...], standing: Standing
+) -> None:
+    status = ServiceStatus(replicas)
+    assert standing_of(NEW, status, run_id="run", policy_version=2) is standing
+    # An adopted base has a name of its own, and a version all the same.
+    if standing is Standing.SUPERSEDED:
+        assert standing_of("base", status, run_id="run", policy_version=2) is not Standing.SERVED

@@ -45,7 +45,7 @@ HOSTILE = {
     "duplicate-tensor": "json",
     "duplicate-field": "json",
     "duplicate-metadata": "json",
-    "metadata-null": "metadata",
+    "metadata-null-value": "metadata",
     "metadata-nested": "metadata",
     "metadata-number": "metadata",
     "metadata-list": "metadata",

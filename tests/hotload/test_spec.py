@@ -30,6 +30,49 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert spec.sampling.concurrency.prefill_queue_target == 0.5
 
 
+def test_a_checkpoint_may_be_what_ranks_commit() -> None:
+    spec = CycleSpec.model_validate(SPEC | {"checkpoint": "ranks"})
+    assert (spec.checkpoint, spec.is_of_ranks) == ("ranks", True)
+    assert not CycleSpec.model_validate(SPEC).is_of_ranks
+
+
+def placed(placement: dict[str, tuple[str, ...]]) -> CycleSpec:
+    return CycleSpec.model_validate(SPEC | {"placement": placement})
+
+
+def test_shards_are_dealt_in_turn_as_ranks_share_them() -> None:
+    files = ["c", "a", "b", "d", "e"]
+    assert placed({"x": (), "y": ()}).shares_of(files) == {"x": ("a", "c", "e"), "y": ("b", "d")}
+    assert placed({"x": (), "y": ()}).shares_of(["a"]) == {"x": ("a",)}
+    assert CycleSpec.model_validate(SPEC).placement == {}
+
+
+def test_a_pattern_places_its_shards_and_the_rest_is_dealt_to_nodes_without_one() -> None:
+    files = ["model-1", "model-2", "model-3", "head"]
+    both = placed({"x": ("model-[12]",), "y": ("model-*",)})
+    assert both.shares_of(files) == {"x": ("model-1", "model-2", "head"), "y": ("model-3",)}
+    others = placed({"x": ("model-1",), "y": (), "z": ("nothing",)})
+    assert others.shares_of(files) == {"x": ("model-1",), "y": ("head", "model-2", "model-3")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"placement": {"../x": ()}}, "String should match pattern"),
+        ({"placement": {"x": ("",)}}, "at least 1 character"),
+        ({"placement": {"x": ()}, "checkpoint": "ranks"}, "the ranks have put their shards"),
+    ],
+)
+def test_a_placement_that_cannot_be_kept_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        CycleSpec.model_validate(SPEC | changes)
+
+
+def test_an_earlier_version_lies_on_this_machine_and_on_no_node() -> None:
+    back = placed({"x": ()}).going_back("/restored/000003", "run", 3, 1)
+    assert (back.policy_version, back.placement) == (3, {})
+
+
 @pytest.mark.parametrize("field", [*REFUSED_FIELDS, "dcp_save_interval"])
 def test_a_field_without_meaning_here_is_refused_with_the_reason(field: str) -> None:
     with pytest.raises(ValidationError, match=f"{field} has no meaning here"):
@@ -45,10 +88,20 @@ def test_a_field_without_meaning_here_is_refused_with_the_reason(field: str) -> 
         {"policy_version": -1},
         {"policy_version": 10**9},
         {"checkpoint": "relative/path"},
-        {"checkpoint": "s3://bucket/checkpoint"},
+        {"checkpoint": "s3://key:secret@bucket/checkpoint"},
+        {"checkpoint": "s3://bucket/checkpoint?versionId=7"},
+        {"checkpoint_store": ""},
         {"checkpoint": "file://host/checkpoint"},
+        {"checkpoint": "rank"},
         {"work_dir": "."},
+        {"work_dir": "ranks"},
         {"problems": {"dataset": "problems.jsonl"}},
+        {"problems": {"dataset": "s3://key:secret@bucket/x"}},
+        {"problems": {"dataset": "https://host/x?token=secret"}},
+        {"problems": {"dataset": "s3:///x"}},
+        {"problems": {"dataset": "simplecache::s3://bucket/x"}},
+        {"problems": {"dataset": "/x", "answer_field": ""}},
+        {"problems": {"dataset": "/x", "prompt_field": ""}},
         {"cadence": {"full_every": 0}},
         {"readiness": {"min_ready_fraction": 0}},
         {"readiness": {"poll_interval_seconds": 0}},
@@ -58,11 +111,39 @@ def test_a_field_without_meaning_here_is_refused_with_the_reason(field: str) -> 
         {"snapshot": {"compression_format": "arc_v2"}},
         {"reward": {"name": "os.system('x')"}},
         {"reward": {"name": "../module:function"}},
+        {"other_services": ["default"]},
+        {"service": "a", "other_services": ["b", "b"]},
+        {"other_services": [""]},
+        {"required": "most"},
+        {"rollout_weights": {"default": 0}},
+        {"rollout_weights": {"default": -1}},
+        {"rollout_weights": {"default": "nan"}},
+        {"rollout_weights": {"": 1}},
     ],
 )
 def test_what_is_out_of_bounds_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CycleSpec.model_validate(SPEC | change)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "location"),
+    [
+        ("file:///data/a%20b.jsonl", "/data/a b.jsonl"),
+        ("s3://bucket/rows.jsonl", "s3://bucket/rows.jsonl"),
+        ("hf://datasets/o/n@v1/main/train-*.parquet", "hf://datasets/o/n@v1/main/train-*.parquet"),
+    ],
+)
+def test_a_dataset_may_lie_anywhere(dataset: str, location: str) -> None:
+    spec = CycleSpec.model_validate(SPEC | {"problems": {"dataset": dataset}})
+    assert spec.problems.dataset == location
+
+
+@pytest.mark.parametrize("run_id", ["a/b", "..", "-a"])
+def test_a_run_id_is_refused_by_its_name(run_id: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        CycleSpec.model_validate(SPEC | {"run_id": run_id})
+    assert [error["loc"] for error in refused.value.errors()] == [("run_id",)]
 
 
 def test_the_old_name_of_a_fixed_window_is_understood() -> None:

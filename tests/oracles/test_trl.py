@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from trainer_samples import (
     Loss,
     by_hand,
     frame,
+    logprobs,
     mean_over_rows,
     mean_over_tokens,
     tiny_model,
@@ -26,7 +28,10 @@ from trainer_samples import (
 )
 from trl_steps import LEARNING_RATE, Fed
 
-from hotload.dataset.trainer_batch import make_batch, to_tensors, trl_batch
+from hotload.dataset.trainer_batch import IS_TRAINABLE, make_batch, to_tensors, trl_batch
+from hotload.training.divisor import gradient_divisor
+from hotload.training.loss_inputs import LossInputs
+from hotload.training.policy_loss import PolicyLoss
 
 ROOT = Path(__file__).parents[2]
 FRAME = frame()
@@ -99,6 +104,59 @@ def test_a_step_of_the_trainer_is_the_step_by_hand(
     value, gradients = by_hand(loss, FRAME)
     assert told.training_loss == pytest.approx(value, abs=1e-5)
     same_step(dict(trainer.model.named_parameters()), gradients)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"loss_type": "dapo"}, {"policy_loss": "grpo", "kl_beta": 0}),
+        (
+            {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.3},
+            {"policy_loss": "dapo", "dual_clip": 1.3},
+        ),
+        # With it, the ratio weighs the KL, too, and has a gradient there.
+        (
+            {"loss_type": "dapo", "use_bias_correction_kl": False},
+            {"policy_loss": "grpo", "kl_beta": 0.04},
+        ),
+        (
+            {"loss_type": "dapo", "importance_sampling_level": "sequence", "epsilon": 0.05},
+            {"policy_loss": "gspo", "eps_clip": 0.05, "eps_clip_high": 0.05},
+        ),
+        # There the bound itself is given, and there is none below.
+        (
+            {"loss_type": "cispo", "epsilon_high": 1.28},
+            {"policy_loss": "cispo", "eps_clip": 1.0},
+        ),
+    ],
+    ids=str,
+)
+def test_coefficients_are_the_gradients_of_the_trainers_losses(
+    theirs: dict[str, Any], ours: dict[str, Any], tmp_path: Path
+) -> None:
+    loss = PolicyLoss(**ours, anchor="rollout")
+    mask = torch.from_numpy(BATCH.completion_mask)
+    reference = BATCH.sampling_logprobs - 0.1 * BATCH.loss_mask
+    trainer = Fed(FRAME, tmp_path, **theirs)
+    # Set afterwards: the constructor would look for a reference model.
+    trainer.beta = loss.kl_beta
+    given = arrays() | {"ref_per_token_logps": torch.from_numpy(reference).float()}
+    _, gradient = evaluated(trainer, given)
+    policy = [
+        logprobs(tiny_model(), row["prompt_token_ids"], row["token_ids"]).detach().numpy()
+        for row in FRAME.filter(IS_TRAINABLE).iter_rows(named=True)
+    ]
+    inputs = LossInputs.of(
+        lengths=BATCH.completion_mask.sum(axis=1),
+        loss_mask_T=BATCH.loss_mask[BATCH.completion_mask],
+        advantages=BATCH.advantages,
+        sampling_logprobs_T=BATCH.sampling_logprobs[BATCH.completion_mask],
+        reference_logprobs_T=reference[BATCH.completion_mask] if loss.kl_beta else None,
+    )
+    found = loss.prepare(inputs).coefficients(np.concatenate(policy))
+    divided = found.coefficients_T / gradient_divisor("num_loss_tokens", inputs)
+    assert np.abs(divided - gradient[mask].numpy()).max() <= 1e-6
+    assert found.figures.clipped_count > 0
 
 
 def test_masked_tokens_move_nothing(tmp_path: Path) -> None:

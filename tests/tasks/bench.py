@@ -12,8 +12,8 @@ import polars as pl
 from prefect.logging import disable_run_logger
 
 from hotload.clients.store import Store
+from hotload.concurrently import overlap
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest
-from hotload.sampling.concurrently import overlap
 from hotload.sampling.problems import plan_rollouts
 from hotload.sampling.rollout import Rollout, open_rollout
 from hotload.spec import CycleSpec

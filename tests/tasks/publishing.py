@@ -12,9 +12,11 @@ from typing import Any
 
 import httpx
 
+from hotload.clients.access import Access
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store, publisher_lease
-from hotload.directory.files import sha256_file
+from hotload.directory.files import FileDigests, sha256_file
+from hotload.directory.relayout import CheckpointView, view_checkpoint
 from hotload.directory.shards import read_checkpoint
 from hotload.identity import SnapshotKind
 from hotload.options import ReadinessPolicy
@@ -35,11 +37,15 @@ from tasks.encode import DeltaEncoder, encode_shards
 from tasks.plan import plan_snapshot
 from tasks.upload import upload_manifests, upload_shards
 from tasks.wait import wait_until_ready
-from tests.flows.fleet import API_KEY, NAMES, REPLICAS, Fleet
+from tests.flows.fleet import API_KEY, NAMES, REPLICAS, SERVICE, Fleet
 from tests.waiting import PATIENCE_SECONDS
 
 IMPATIENT = ReadinessPolicy(
     poll_interval_seconds=0.01, weight_sync_timeout=0.2, scale_up_timeout_seconds=0.2
+)
+# Where the wait is to end well, whatever else the machine does.
+PATIENT = IMPATIENT.model_copy(
+    update={"weight_sync_timeout": 60.0, "scale_up_timeout_seconds": 60.0}
 )
 
 
@@ -54,7 +60,7 @@ class Publisher:
     @property
     def service(self) -> HotLoadClient:
         """The service as its own block would be loaded, new every time."""
-        return HotLoadClient(base_url=self.fleet.url, api_key=API_KEY, **NAMES)
+        return HotLoadClient(Access(base_url=self.fleet.url, api_key=API_KEY, **NAMES))
 
     def spec(self, version: int, **changes: Any) -> CycleSpec:
         """The cycle of one policy version."""
@@ -63,15 +69,21 @@ class Publisher:
     @property
     def workspace(self) -> Workspace:
         """This machine's own files for the service."""
-        return Workspace(self.work, self.service.account_id, self.service.deployment_id)
+        return Workspace(self.work, NAMES["account_id"], NAMES["deployment_id"])
 
     def baseline(self, version: int) -> Baseline:
         """The baseline as a new process opens it for the cycle of one version."""
         return Baseline(self.workspace, self.store, self.fleet.checkpoints[version])
 
-    def encoder(self, version: int, plan: SnapshotPlan) -> DeltaEncoder:
-        """What encodes the deltas of a plan."""
-        return DeltaEncoder(self.workspace, self.fleet.checkpoints[version], plan)
+    def encoder(
+        self, version: int, plan: SnapshotPlan, digests: FileDigests | None = None
+    ) -> DeltaEncoder:
+        """What encodes the deltas of a plan, and knows no digests or these."""
+        return DeltaEncoder(self.workspace, self.view(version), plan, digests or FileDigests())
+
+    def view(self, version: int) -> CheckpointView:
+        """A checkpoint as it would be published."""
+        return view_checkpoint(self.fleet.checkpoints[version])
 
     def elsewhere(self, work: Path) -> Publisher:
         """Another machine: it knows the store and the service only."""
@@ -100,24 +112,28 @@ class Publisher:
     async def plan(self, version: int) -> SnapshotPlan:
         """What is published next."""
         spec, content = self.spec(version), self.content(version)
-        return await plan_snapshot.fn(spec, self.service, self.baseline(version), content)
+        lease: Any = None  # looked at where a line begins
+        return await plan_snapshot.fn(spec, self.service, self.baseline(version), content, lease)
 
     async def carry(self, version: int, plan: SnapshotPlan) -> SnapshotManifest:
         """Encode and upload everything; nothing is signalled."""
-        content, checkpoint = self.content(version), self.fleet.checkpoints[version]
+        content, view = self.content(version), self.view(version)
         shards: list[Shard] = []
         with self.encoder(version, plan) as encoder:
             for files in batches(content.shards, 25):
-                batch, directory = ShardBatch.as_written(files), checkpoint
+                batch, source = ShardBatch.as_written(files), view
                 if plan.kind is SnapshotKind.DELTA:
-                    batch, directory = await encode_shards.fn(encoder, files), encoder.directory
-                await upload_shards.fn(self.store, plan.identity, str(directory), batch)
+                    batch, source = await encode_shards.fn(encoder, files), encoder.directory
+                digests = encoder.digests
+                await upload_shards.fn(self.store, plan.identity, source, batch, digests)
                 shards += batch.shards
-        return await upload_manifests.fn(self.store, checkpoint, plan, content, tuple(shards))
+        return await upload_manifests.fn(
+            self.store, view, plan, content, tuple(shards), encoder.digests
+        )
 
     async def signal(self, manifest: SnapshotManifest) -> tuple[str, ...]:
         """Signal it as the holder of the lease."""
-        async with publisher_lease(self.store, "test") as lease:
+        async with publisher_lease(self.store, SERVICE, "test") as lease:
             return await signal_snapshot.fn(self.service, self.store, manifest, lease)
 
     def respond(self, operation: str, status: int, body: str | None = None, **more: Any) -> None:

@@ -1,15 +1,19 @@
 """The baseline: kept, lost, damaged, rebuilt from the store; and what is planned without one."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from hotload.clients.store.records import read_snapshot_manifest
+from hotload.directory.files import FileDigests, sha256_file
 from hotload.errors import BaselineLostError, StoreError, StoreUnavailableError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest
 from tasks.baseline import keep_baseline
 from tasks.encode import encode_shards
+from tests.flows.fleet import REPLICAS
 from tests.tasks.publishing import Publisher, contents, disk_full_after, flip_a_byte, stamps
 
 
@@ -209,3 +213,116 @@ async def test_an_unknown_snapshot_is_an_error(publisher: Publisher) -> None:
     with pytest.raises(StoreError, match="its manifest is gone from the store") as caught:
         await keep_baseline.fn(publisher.baseline(1), "run-000001-00000000")
     assert not isinstance(caught.value, StoreUnavailableError)
+
+
+async def test_the_next_process_reads_nothing_of_a_baseline_that_nobody_touched(
+    publisher: Publisher,
+) -> None:
+    """A delta's; a full's is read once, by the first delta after it."""
+    for version in (1, 2, 3):
+        await publisher.publish(version)
+    workspace = publisher.workspace
+    (baseline,) = workspace.baselines.iterdir()
+    fresh = FileDigests(workspace.digests)
+    known = {path.name: fresh.known(path) for path in baseline.iterdir()}
+    assert known == {path.name: sha256_file(path) for path in baseline.iterdir()}
+    shard = sorted(baseline.glob("*.safetensors"))[0]
+    flip_a_byte(shard)
+    assert FileDigests(workspace.digests).known(shard) is None
+    published = await publisher.publish(4)
+    assert published.kind is SnapshotKind.DELTA
+
+
+async def test_what_two_services_share_is_remembered_when_one_of_them_has_gone(
+    publisher: Publisher,
+) -> None:
+    for version in (1, 2):
+        await publisher.publish(version)
+    served = await publisher.serve(3)
+    ours = publisher.baseline(3)
+    # The same bytes under another service's name: a hard link of the first.
+    twin = served.model_copy(update={"identity": "run-000003-00000001"})
+    await ours.hold(served)
+    await ours.hold(twin)
+    await keep_baseline.fn(ours, served.identity)
+    (baseline,) = publisher.workspace.baselines.iterdir()
+    fresh = FileDigests(publisher.workspace.digests)
+    assert all(fresh.known(path) == sha256_file(path) for path in baseline.iterdir())
+
+
+@pytest.mark.parametrize("doubt", ["a full", "a damaged baseline"])
+async def test_after_a_full_and_after_a_doubt_everything_is_read_again(
+    publisher: Publisher, doubt: str
+) -> None:
+    for version in (1, 2):
+        await publisher.publish(version)
+    workspace = publisher.workspace
+    assert json.loads(workspace.digests.read_bytes())
+    if doubt == "a full":
+        for number in range(REPLICAS):
+            publisher.fleet.change_replicas(action="restart", replica=number, on_base=True)
+        assert (await publisher.publish(3)).kind is SnapshotKind.FULL
+    else:
+        (baseline,) = workspace.baselines.iterdir()
+        flip_a_byte(sorted(baseline.glob("*.safetensors"))[0])
+        served = await read_snapshot_manifest(publisher.store, baseline.name)
+        assert served is not None
+        ours = publisher.baseline(2)
+        await ours.hold(served)
+        await keep_baseline.fn(ours, served.identity)
+    assert json.loads(workspace.digests.read_bytes()) == []
+
+
+async def test_what_another_service_serves_stays(publisher: Publisher) -> None:
+    first, second = await chain_of(publisher, 2)
+    fresh = publisher.baseline(2)
+    fresh.reserved = {"acme/eu": frozenset({first.identity}), "acme/us": frozenset()}
+    await publisher.baseline(1).hold(first)
+    await fresh.hold(second)
+    assert {path.name for path in publisher.workspace.baselines.iterdir()} == {
+        first.identity,
+        second.identity,
+    }
+    del fresh.reserved["acme/us"]
+    await keep_baseline.fn(fresh, second.identity)  # eu has failed: its base is needed yet
+    assert publisher.workspace.baseline(first.identity).is_dir()
+
+
+async def build_with_a_damaged_delta(publisher: Publisher, free_bytes: int) -> tuple[Path, Path]:
+    """Let the baseline move on, with this much room, to a snapshot whose last delta cannot be
+    had; where the one before it and its own are."""
+    first = await publisher.publish(1)
+    second = await publisher.serve(2)
+    forget_the_trainer(publisher)
+    last = max(shard.file for shard in second.shards)
+    for place in (
+        publisher.workspace.delta(second.identity),
+        publisher.fleet.bucket / second.identity,
+    ):
+        flip_a_byte(place / last)
+    usage = shutil._ntuple_diskusage(1 << 40, (1 << 40) - free_bytes, free_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        baseline = publisher.baseline(2)
+        await baseline.hold(first)
+        await keep_baseline.fn(baseline, second.identity)
+    assert baseline.trouble is not None
+    return publisher.workspace.baseline(first.identity), baseline.workspace.baseline(
+        second.identity
+    )
+
+
+async def test_where_the_disk_has_room_the_base_stays_until_the_next_is_whole(
+    publisher: Publisher,
+) -> None:
+    before, after = await build_with_a_damaged_delta(publisher, 1 << 30)
+    assert len([*before.glob("*.safetensors")]) == 9
+    assert not after.exists()
+
+
+async def test_where_the_disk_is_short_the_base_is_spent_shard_by_shard(
+    publisher: Publisher,
+) -> None:
+    before, after = await build_with_a_damaged_delta(publisher, 1 << 20)
+    assert len([*before.glob("*.safetensors")]) == 1
+    assert not after.exists()

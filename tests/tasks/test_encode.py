@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hotload.directory.files import sha256_file
+from hotload.directory.files import AnyFile, FileDigests, sha256_file
 from hotload.directory.shards import apply_file
 from hotload.errors import InvalidCheckpointError
 from hotload.publish.snapshot import ShardBatch, SnapshotPlan
@@ -21,8 +21,10 @@ async def planned(publisher: Publisher) -> tuple[SnapshotPlan, Batch]:
     return await publisher.plan(2), publisher.content(2).shards
 
 
-async def encode(publisher: Publisher, plan: SnapshotPlan, batch: Batch) -> ShardBatch:
-    with publisher.encoder(2, plan) as encoder:
+async def encode(
+    publisher: Publisher, plan: SnapshotPlan, batch: Batch, digests: FileDigests | None = None
+) -> ShardBatch:
+    with publisher.encoder(2, plan, digests) as encoder:
         return await encode_shards.fn(encoder, batch)
 
 
@@ -45,12 +47,34 @@ async def test_every_delta_restores_its_shard(publisher: Publisher, tmp_path: Pa
         assert shard.size_bytes < content.size_bytes
 
 
-async def test_a_checkpoint_changed_since_validation_is_refused(publisher: Publisher) -> None:
+class ChangedWhileRead(FileDigests):
+    """The trainer changes a file between two looks at it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def known(self, path: AnyFile) -> str | None:
+        found = super().known(path)
+        if found and path == self._path:
+            flip_a_byte(self._path)
+        return found
+
+
+@pytest.mark.parametrize("when", ["before anything is known", "when all is known", "meanwhile"])
+async def test_a_checkpoint_changed_since_validation_is_refused(
+    publisher: Publisher, when: str
+) -> None:
     checkpoint = publisher.checkpoint_of_its_own(2)
     plan, batch = await planned(publisher)
-    flip_a_byte(checkpoint / batch[5].file)
+    harmed = checkpoint / batch[5].file
+    digests = ChangedWhileRead(harmed) if when == "meanwhile" else FileDigests()
+    if when != "before anything is known":
+        assert [digests.of(checkpoint / one.file) for one in batch] == [s.sha256 for s in batch]
+    if when != "meanwhile":
+        flip_a_byte(harmed)
     with pytest.raises(InvalidCheckpointError, match="changed_while_read") as caught:
-        await encode(publisher, plan, batch)
+        await encode(publisher, plan, batch, digests)
     assert caught.value.findings[0].file == batch[5].file
     assert "as validated" in str(caught.value)
     flip_a_byte(checkpoint / batch[5].file)
@@ -142,7 +166,7 @@ class TestCached:
         plan, batch = await planned(publisher)
         first = await encode_cached(publisher, plan, batch)
         [result] = publisher.workspace.results.iterdir()
-        result.write_bytes(result.read_bytes().replace(b"verify_seconds", b"seconds_of_checking"))
+        result.write_bytes(result.read_bytes().replace(b"encode_seconds", b"seconds_of_encoding"))
         assert (await encode_cached(publisher, plan, batch)).shards == first.shards
 
     async def test_other_content_is_another_key(self, publisher: Publisher) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from pydantic import SecretStr
 
 from examples.rollouts import calculator, guessing_game, single_turn
 from examples.rollouts.speaker import Speaker
 from examples.rollouts.stage import Show
 from examples.tiny_trainer import make_tokenizer
+from hotload.clients.access import Access
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.inference.conversation import Conversation
 from hotload.options import Sampling
@@ -37,7 +37,7 @@ async def play(
 ) -> list[tuple[Problem, Trajectory]]:
     row = dict(show.problems[3])
     problem = Problem(row["id"], row["prompt"], answer=row["answer"])
-    client = InferenceClient(base_url=url, api_key=SecretStr(API_KEY), **NAMES)
+    client = InferenceClient(Access(base_url=url, api_key=API_KEY, **NAMES))
     sampling = Sampling(max_completion_tokens=show.max_tokens)
     async with client.session(sampling, identity="none", policy_version=1) as sampler:
         played = [rollout(problem, sampler.converse(problem, n)) for n in range(SAMPLES)]

@@ -172,6 +172,7 @@ async def test_a_hedge_that_fails_leaves_the_first_request_its_time(bench: Bench
     assert counts.attempts == len(server.requests) == 3
 
 
+@pytest.mark.slow
 async def test_every_request_was_answered_or_is_counted_by_what_it_met(bench: Bench) -> None:
     """Attempts = answers + failed attempts, over kept, dropped, replaced and cut-off samples."""
     kinds = [saying("ab"), http(b"", 400), saying("ab"), NO_IDS, saying("ba")]

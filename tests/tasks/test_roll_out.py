@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import io
 import json
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,20 +14,18 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from hotload.clients.store import Store
+from hotload.concurrently import overlap
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPlan
 from hotload.errors import (
-    InvalidProblemsError,
     ServiceRefusedError,
     StoreError,
     StoreUnavailableError,
 )
 from hotload.rollout.counts import RolloutSummary
-from hotload.sampling.concurrently import overlap
-from hotload.sampling.problems import plan_rollouts, read_problems
+from hotload.sampling.problems import plan_rollouts
 from hotload.sampling.rollout import open_rollout
 from hotload.spec import CycleSpec
-from tasks.hand_back import find_rollout, hand_back
-from tasks.roll_out import roll_out_chunk
+from tasks.roll_out import find_rollout, hand_back, roll_out_chunk
 from tests.blocks.scripted_inference import DONE, GOOD, IDENTITY, client, event, token
 from tests.factories import cycle_spec
 from tests.scripted_server import Reply, Request, ScriptedServer, http
@@ -105,6 +102,7 @@ async def test_parts_and_then_the_manifest(spec: CycleSpec, store: Store) -> Non
     assert all("problem" not in json.dumps(part.model_dump()) for part in manifest.parts)
 
 
+@pytest.mark.slow
 async def test_what_is_there_is_not_sampled_again(spec: CycleSpec, store: Store) -> None:
     async with served(http(GOOD)) as script:
         plan, manifest = await roll_out(spec, store, script)
@@ -239,13 +237,3 @@ async def test_a_refused_key_stops_everything(spec: CycleSpec, store: Store) -> 
             await roll_out(spec, store, script)
         assert len(script.requests) < 10
     assert await store.names("_hotload/rollouts") == []
-
-
-def test_problem_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(InvalidProblemsError, match="No such file"):
-        read_problems(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(InvalidProblemsError, match="not a regular file"):
-        read_problems(str(tmp_path))
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InvalidProblemsError, match="not a regular file"):
-        read_problems(str(tmp_path / "pipe"))

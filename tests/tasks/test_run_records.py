@@ -99,6 +99,21 @@ async def test_rows_are_made_from_reports_and_metrics(store: Store) -> None:
     assert unfinished.policy_version == 4
 
 
+async def test_what_a_new_line_has_begun_is_unfinished(store: Store, bucket: Path) -> None:
+    begun = "run-000002.1-0123abcd"
+    made = manifest(2).model_copy(update={"identity": begun, "anchor": begun})
+    (bucket / STORE / f"snapshots/{begun}.json").write_bytes(made.render())
+    history, _ = await add_missing(store, RunHistory(run_id="run"))
+    found = await read_unfinished(store, history)
+    assert [one.identity for one in found] == ["run-000004-0123abcd", begun]
+    (bucket / STORE / "reports/run-000002.1.json").write_text(
+        report(2).model_copy(update={"name": "run-000002.1"}).model_dump_json()
+    )
+    history, unreadable = await add_missing(store, history)
+    assert ([row.order for row in history.versions][-2:], unreadable) == ([(0, 3), (1, 2)], [])
+    assert await read_unfinished(store, history) == ()
+
+
 async def test_a_cycle_reads_the_rows_that_are_kept_and_only_few_reports(
     store: Store, bucket: Path
 ) -> None:
@@ -237,6 +252,7 @@ def test_what_cannot_be_read_is_one_line(
 
 
 @pytest.mark.parametrize("package", ["fsspec", "jinja2"])
+@pytest.mark.slow
 def test_a_package_that_is_missing_is_named_with_its_extra(package: str) -> None:
     script = (
         f"import sys; sys.modules[{package!r}] = None\n"

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from hotload.concurrently import overlap
 from hotload.errors import RewardError
 from hotload.options import RewardSpec
 from hotload.rollout.trajectory import Problem, TrajectoryGroup
-from hotload.sampling.concurrently import overlap
+from hotload.sampling.reward import processes
+from hotload.sampling.reward.processes import keep_reward_processes
 from hotload.sampling.reward.scorer import open_scorer
 from tests.factories import trajectory
 
@@ -47,6 +49,14 @@ def misbehave(problem, sample, scale=1):
     if kind == "nothing":
         return None
     return scale * float(kind) + problem.extra.get("bonus", 0)
+
+def chatty(problem, sample):
+    print("x" * int(sample.text), end="")
+    os.write(1, b"y" * int(sample.text))
+    return 1.0
+
+async def chatty_later(problem, sample):
+    return chatty(problem, sample)
 
 def announce(problem, sample):
     if sample.text == "hang":
@@ -114,6 +124,9 @@ def speaks(problem, sample):
         raise ValueError("\\ud800")
     return os.environ.get(sample.text, "none") != "none"
 
+def own_process(problem, sample):
+    return os.getpid()
+
 def tells(problem, sample):
     raise ValueError("no such key: " + os.environ["REWARD_JUDGE_KEY"])
 
@@ -160,6 +173,7 @@ async def test_a_built_in_that_raises_is_marked() -> None:
     assert "one number, found '(1,2)'" in pair.trajectories_G[0].detail
 
 
+@pytest.mark.slow
 async def test_whatever_a_reward_does_costs_one_sample(module: str) -> None:
     told = {
         "raise": "reward_raised",
@@ -184,6 +198,33 @@ async def test_whatever_a_reward_does_costs_one_sample(module: str) -> None:
     assert scored.advantages_G[0] == pytest.approx(-scored.advantages_G[-1])  # type: ignore[operator]
     assert other.rewards_G == (6,)
     assert "on purpose" in scored.trajectories_G[1].detail
+
+
+def is_ended(process: int) -> bool:
+    """Whether a child has ended, and somebody knows."""
+    try:
+        os.waitpid(process, os.WNOHANG)
+    except ChildProcessError:
+        return True
+    return False
+
+
+async def test_processes_are_kept_for_the_next_scorer(module: str) -> None:
+    reward = RewardSpec(name=f"{module}:own_process")
+
+    async def own_process() -> int:
+        async with open_scorer(reward) as scorer:
+            (number,) = (await scorer.score_group(group("any"))).rewards_G
+        return int(number or 0)
+
+    assert await own_process() != await own_process()
+    async with keep_reward_processes():
+        kept = await own_process()
+        async with keep_reward_processes(), open_scorer(reward):
+            other = await own_process()  # the kept one is in use
+        assert {await own_process(), await own_process()} <= {kept, other}
+    assert is_ended(kept)
+    assert is_ended(other)
 
 
 async def test_a_reward_that_hangs_takes_its_children_along(module: str, tmp_path: Path) -> None:
@@ -289,6 +330,7 @@ async def test_named_parts_are_told_beside_the_reward(module: str) -> None:
         assert (await scorer.score_group(group("a", answer="a"))).reward_parts_G == ()
 
 
+@pytest.mark.slow
 async def test_the_spec_chooses_the_advantage(module: str) -> None:
     for method, expected in {"leave_one_out": (2, -2), "mean_only": (1, -1)}.items():
         spec = RewardSpec(name=f"{module}:misbehave", advantage=method)
@@ -330,6 +372,7 @@ async def test_calls_of_an_async_reward_are_under_way_together(module: str) -> N
     assert scored.rewards_G == (1,) * count
 
 
+@pytest.mark.slow
 async def test_whatever_an_async_reward_does_costs_one_sample(module: str) -> None:
     told = {
         "raise": "reward_raised",
@@ -353,6 +396,7 @@ async def test_whatever_an_async_reward_does_costs_one_sample(module: str) -> No
     assert details["hang"] == "no reward within 0.5 s"
 
 
+@pytest.mark.slow
 async def test_a_pattern_without_end_costs_one_sample() -> None:
     """The regular expression lets no other thread run; the process is ended all the same."""
     spec = RewardSpec(name="regex", arguments={"pattern": "^(a+)+$"}, timeout_seconds=0.5)
@@ -489,3 +533,34 @@ async def test_unknown_rewards_are_refused() -> None:
     with pytest.raises(RewardError, match="unknown"):
         async with open_scorer(RewardSpec(arguments={"unknown": 1})):
             pass
+
+
+@pytest.mark.parametrize("function", ["chatty", "chatty_later"])
+async def test_what_a_reward_prints_is_bounded_by_sample_and_by_run(
+    function: str,
+    module: str,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_scorer(RewardSpec(name=f"{module}:{function}")) as scorer:
+        for _ in range(3):  # one after the other
+            scored = await scorer.score_group(group("500000"))
+            assert scored.rewards_G == (1.0,)
+    first = capfd.readouterr().err
+    assert 0 < len(first) <= 4 * processes.PRINT_LIMIT_BYTES_PER_CALL  # and while it was imported
+    assert f"{3_000_000 - len(first)} bytes that it printed are left out" in caplog.text
+    monkeypatch.setattr(processes, "PRINT_LIMIT_BYTES", 100)
+    async with open_scorer(RewardSpec(name=f"{module}:{function}")) as scorer:
+        await scorer.score_group(group("70", "70", "70"))
+    assert len(capfd.readouterr().err) == 100
+    assert "320 bytes that it printed are left out" in caplog.text
+
+
+async def test_a_little_that_a_reward_prints_is_passed_on(
+    module: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_scorer(RewardSpec(name=f"{module}:chatty")) as scorer:
+        await scorer.score_group(group("3"))
+    assert sorted(capfd.readouterr().err) == [*"xxxyyy"]
+    assert "left out" not in caplog.text

@@ -55,6 +55,15 @@ async def test_a_step_is_logged(
     assert json.loads((tmp_path / "logged.json").read_text()) == [run, step]
 
 
+async def test_a_line_is_a_run_of_its_own(
+    spec: CycleSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SAYS", "yes")
+    assert await _log_to_wandb(spec.model_copy(update={"line": 2}), {}) is None
+    run, step = json.loads((tmp_path / "logged.json").read_text())
+    assert (run["id"], run["name"], step["step"]) == ("run~2", "run, line 2", 3)
+
+
 async def test_an_error_is_told_by_its_name_alone(
     spec: CycleSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +71,7 @@ async def test_an_error_is_told_by_its_name_alone(
     assert await _log_to_wandb(spec, {}) == "PermissionError"
 
 
+@pytest.mark.slow
 async def test_a_client_that_hangs_is_ended(
     spec: CycleSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

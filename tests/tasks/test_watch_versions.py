@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prefect.logging import disable_run_logger
 
+from hotload.clients.access import Access
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
 from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
@@ -24,8 +25,10 @@ from tests.factories import cycle_spec
 from tests.scripted_server import JSON, ScriptedServer, http
 
 NEXT, LATER = "run-000004-0badf00d", "run-000005-0badf00d"
+BACK, ON = "run-000003.1-0badf00d", "run-000004.1-0badf00d"
 NAMES = {"account_id": "a", "model_id": "m", "deployment_id": "d"}
 IMPATIENT = ReadinessPolicy(weight_sync_timeout=0.05, poll_interval_seconds=0.001)
+PATIENT = IMPATIENT.model_copy(update={"weight_sync_timeout": 60.0})
 
 
 def serving(*identities: str | None) -> bytes:
@@ -34,7 +37,9 @@ def serving(*identities: str | None) -> bytes:
     return http(json.dumps({"replicas": replicas}).encode(), 200, JSON)
 
 
-async def look(*answers: bytes) -> tuple[str, Gate, int]:
+async def look(
+    *answers: bytes, identity: str = IDENTITY, readiness: ReadinessPolicy = PATIENT
+) -> tuple[str, Gate, int]:
     """What samples are stamped with after the first look, the gate, and the requests it took."""
     admission = Admission(
         group_size=2, batch_size=4, initial_version=3, max_head_offpolicy_versions=1
@@ -43,11 +48,11 @@ async def look(*answers: bytes) -> tuple[str, Gate, int]:
     with disable_run_logger():
         async with (
             ScriptedServer().running() as server,
-            client(1).session(Sampling(), identity=IDENTITY, policy_version=3) as sampler,
+            client(1).session(Sampling(), identity=identity, policy_version=3) as sampler,
         ):
             server.replies += answers
-            service = HotLoadClient(base_url=server.address, api_key=KEY, **NAMES)
-            await first_look(service, "run", sampler, gate, IMPATIENT, LOGGER)
+            service = HotLoadClient(Access(base_url=server.address, api_key=KEY, **NAMES))
+            await first_look(service, "run", sampler, gate, readiness, LOGGER)
             return sampler.identity, gate, len(server.requests)
 
 
@@ -62,6 +67,9 @@ async def look(*answers: bytes) -> tuple[str, Gate, int]:
         # It is gone, and what took its place is not everywhere yet.
         ([serving(NEXT, LATER), serving(LATER, LATER)], LATER, True),
         ([http(b"", 503, JSON), serving(), serving(NEXT)], NEXT, False),
+        # A later line, from our version on and from the one after it.
+        ([serving(BACK, BACK)], BACK, True),
+        ([serving(ON, ON)], ON, False),
     ],
 )
 async def test_the_first_look(answers: list[bytes], identity: str, *, is_stale: bool) -> None:
@@ -81,7 +89,12 @@ async def test_the_first_look(answers: list[bytes], identity: str, *, is_stale: 
 )
 async def test_weights_that_are_not_ours(answer: bytes) -> None:
     with pytest.raises(ReadinessTimeoutError, match=IDENTITY):
-        await look(answer)
+        await look(answer, readiness=IMPATIENT)
+
+
+async def test_a_line_goes_on_with_its_own_weights_alone() -> None:
+    stamped, gate, _ = await look(serving(NEXT, NEXT), serving(ON, ON), identity=BACK)
+    assert (stamped, gate.is_stale) == (ON, False)
 
 
 async def test_a_refused_key() -> None:
@@ -90,20 +103,22 @@ async def test_a_refused_key() -> None:
 
 
 @asynccontextmanager
-async def opened(root: Path, answer: bytes) -> AsyncIterator[Rollout]:
+async def opened(
+    root: Path, answer: bytes, readiness: ReadinessPolicy = PATIENT
+) -> AsyncIterator[Rollout]:
     (root / "problems.jsonl").write_text('{"id": 0, "prompt": "x", "answer": "y"}\n')
     spec = cycle_spec(
         work_dir=str(root),
         problems={"dataset": str(root / "problems.jsonl")},
         sampling={"max_head_offpolicy_versions": 1},
-        readiness=IMPATIENT.model_dump(),
+        readiness=readiness.model_dump(),
     )
     plan = await plan_rollouts(spec, IDENTITY)
     store = Store(url=f"file://{root}")
     with disable_run_logger():
         async with ScriptedServer().running() as server:
             server.replies.append(answer)
-            service = HotLoadClient(base_url=server.address, api_key=KEY, **NAMES)
+            service = HotLoadClient(Access(base_url=server.address, api_key=KEY, **NAMES))
             async with open_rollout(spec, plan, client(1), store, None, service) as rollout:
                 yield rollout
 
@@ -113,5 +128,5 @@ async def test_a_rollout_opens_after_the_first_look(tmp_path: Path) -> None:
         assert rollout.gate.is_stale
         await asyncio.sleep(0)  # what runs beside it begins
     with pytest.raises(ReadinessTimeoutError):
-        async with opened(tmp_path, serving("other-000009-0badf00d")):
+        async with opened(tmp_path, serving("other-000009-0badf00d"), IMPATIENT):
             pass

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from hotload.clients.store.lease_log import LeaseLog
-from hotload.clients.store.records import read_rollout_manifest
+from hotload.clients.store.records import read_lines, read_rollout_manifest
 from hotload.clients.store.store import Store
 from hotload.dataset.claims import (
     CLAIM_LIMIT_BYTES,
@@ -24,13 +23,15 @@ from hotload.dataset.claims import (
 )
 from hotload.dataset.logprob_drift import LogprobDrift, merged_drift
 from hotload.dataset.rollout_plan import (
+    AGAIN,
     PARTS,
     RolloutManifest,
     RolloutPart,
     rollout_directory,
 )
 from hotload.errors import StoreError
-from hotload.identity import version_of
+from hotload.identity import NamedVersion, read_cycle_name, read_identity
+from hotload.publish.lines import Lines
 
 if TYPE_CHECKING:
     import polars as pl
@@ -50,7 +51,13 @@ class StoredRollouts(NamedTuple):
         return sum(part.group_count for part in self.manifest.parts)
 
 
-async def find_rollouts(store: Store, run_id: str, policy_version: int) -> list[StoredRollouts]:
+async def find_version(store: Store, run_id: str, policy_version: int) -> NamedVersion:
+    """Find the line that this version of the run is of, as things stand."""
+    lines = await read_lines(store, run_id)
+    return NamedVersion(run_id, lines.line_at(policy_version), policy_version)
+
+
+async def find_rollouts(store: Store, version: NamedVersion) -> list[StoredRollouts]:
     """Find a version's rollouts that have a manifest: those that count, then those they supersede.
 
     Complete ones come before others, then those whose manifest was written last: only the cycle's
@@ -60,38 +67,50 @@ async def find_rollouts(store: Store, run_id: str, policy_version: int) -> list[
     Raises:
         StoreError: a manifest cannot be read, or the store refuses.
     """
-    published = await _published(store, run_id)
-    earlier = [version for version in published.values() if version < policy_version]
-    before = max(earlier, default=None)
+    lines = (await read_lines(store, version.run_id)).until(version.line)
+    published = await _published(store, version, lines)
+    before = max((one for one in published.values() if one < version), default=None)
     rollouts = []
-    for identity, version in published.items():
-        if version not in (policy_version, before):
+    for identity, one in published.items():
+        if one not in (version, before):
             continue
-        directory = rollout_directory(identity, run_id, policy_version)
-        manifest = await read_rollout_manifest(store, directory)
-        rollouts += [] if manifest is None else [StoredRollouts(directory, manifest)]
+        own = rollout_directory(identity, version)
+        again = [f"{own}/{name}" for name in await store.names(own) if name.startswith(AGAIN)]
+        for directory in (own, *again):
+            manifest = await read_rollout_manifest(store, directory)
+            rollouts += [] if manifest is None else [StoredRollouts(directory, manifest)]
     rollouts.sort(key=lambda one: (one.manifest.is_complete, one.manifest.created_at), reverse=True)
     return rollouts
 
 
-async def version_before(store: Store, run_id: str, policy_version: int) -> int | None:
-    """Find the newest version before this one that has rollouts."""
-    published = await _published(store, run_id)
-    earlier = [version for version in published.values() if version < policy_version]
-    if not earlier:
+async def version_before(store: Store, version: NamedVersion) -> NamedVersion | None:
+    """Find the newest version with rollouts that this one came after: before the first of its line,
+    one of a line before."""
+    lines = (await read_lines(store, version.run_id)).until(version.line)
+    published = await _published(store, version, lines)
+    newest = max((one for one in published.values() if one < version), default=None)
+    if newest is None:
         return None
-    newest = max(earlier)
     versions = {newest}
-    for identity, version in published.items():
-        names = await store.names(f"{PARTS}/{identity}") if version == newest else []
-        versions |= {int(name) for name in names if re.fullmatch(r"[0-9]{6,9}", name)}
-    return max(version for version in versions if version < policy_version)
+    for identity, one in published.items():
+        names = await store.names(f"{PARTS}/{identity}") if one == newest else []
+        not_due = (read_cycle_name(f"{one.run_id}-{name}") for name in names)
+        versions |= {found for found in not_due if found and _leads_to(version, found, lines)}
+    return max(one for one in versions if one < version)
 
 
-async def _published(store: Store, run_id: str) -> dict[str, int]:
-    """List the versions that have rollouts below an identity of their own, by identity."""
-    versions = {name: version_of(name, run_id) for name in await store.names(PARTS)}
-    return {identity: version for identity, version in versions.items() if version is not None}
+async def _published(store: Store, version: NamedVersion, lines: Lines) -> dict[str, NamedVersion]:
+    """List, by identity, the versions that have rollouts below an identity of their own, as far as
+    they lead to this one."""
+    named = {name: read_identity(name) for name in await store.names(PARTS)}
+    return {name: one for name, one in named.items() if one and _leads_to(version, one, lines)}
+
+
+def _leads_to(version: NamedVersion, other: NamedVersion, lines: Lines) -> bool:
+    """Whether the other, where it is earlier, is a version that this one came after: not where a
+    line between them superseded it."""
+    is_of_run = other.run_id == version.run_id
+    return is_of_run and not lines.is_superseded(other.line, other.policy_version)
 
 
 async def read_groups(store: Store, directory: str, part: RolloutPart) -> dict[str, pl.DataFrame]:
@@ -133,13 +152,13 @@ async def read_claims(store: Store, path: str, log: list[Claim]) -> None:
         log.append(Claim.parse(data, path=place))
 
 
-async def acknowledged_drift(store: Store, run_id: str, policy_version: int) -> LogprobDrift | None:
+async def acknowledged_drift(store: Store, version: NamedVersion) -> LogprobDrift | None:
     """Merge the drift of all acknowledgements of this version that have one; `None` without any.
 
     Raises:
         StoreError: what lies there cannot be read, or the store refuses.
     """
-    rollouts = await find_rollouts(store, run_id, policy_version)
+    rollouts = await find_rollouts(store, version)
     holdings = [one for stored in rollouts for one in await read_holdings(store, *stored)]
     return merged_drift(drift for holding in holdings for drift in holding.drifts)
 

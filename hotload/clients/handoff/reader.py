@@ -7,10 +7,11 @@ dies before it has acknowledged it, and never after it has.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -19,16 +20,19 @@ from hotload.clients.handoff.directory import (
     acknowledged_drift,
     claims_log,
     find_rollouts,
+    find_version,
     read_claims,
     read_groups,
     read_holdings,
 )
 from hotload.clients.store.store import Store
+from hotload.clock import utc_now
 from hotload.dataset.claims import CONSUMER_LIMIT_CHARACTERS, Claim, Holding, claims_path
 from hotload.dataset.logprob_drift import LogprobDrift
 from hotload.dataset.rollout_plan import PARTS, RolloutPart
 from hotload.errors import LeaseLostError, StoreUnavailableError
-from hotload.identity import cycle_name
+from hotload.identity import NamedVersion, cycle_name
+from hotload.rollout.counts import RolloutCounts
 
 if TYPE_CHECKING:
     import polars as pl
@@ -47,6 +51,8 @@ class Delivery:
     in it that they were delivered under."""
     row_counts: tuple[int, ...]
     """The rows of `frame` that belong to each of the claims, in order."""
+    part_sha256s: tuple[str, ...]
+    """Digest of the part file of each of the claims."""
 
     @property
     def problem_ids(self) -> tuple[str, ...]:
@@ -82,7 +88,7 @@ class RolloutReader:
 
     A version that is published again, under another identity, supersedes itself: also a reader that
     has begun goes on with the new rollouts, less the problems that somebody acknowledged, or this
-    reader was given, before.
+    reader was given, before. In a new line of the run they come again: other weights made them.
 
     Args:
         consumer: a name a person recognises.
@@ -92,6 +98,10 @@ class RolloutReader:
         poll_seconds: between two looks at a cycle that still samples.
         patience_seconds: of one call's waiting in which the cycle wrote no further group, before
             StoreUnavailableError says so.
+        nonce: what tells this consumer from every other, for one that is killed and goes on with
+            its own leases: 16 to 64 characters. Without it each reader is another.
+        line: which line of the run; a trainer's own, so that it never gets what its line has not
+            sampled. Without it, the line that this version of the run is of.
         clock: the time, compared between consumers.
     """
 
@@ -106,7 +116,9 @@ class RolloutReader:
         lease_seconds: float = 900.0,
         poll_seconds: float = 2.0,
         patience_seconds: float = 3600.0,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        nonce: str | None = None,
+        line: int | None = None,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         if type(groups_per_batch) is not int or groups_per_batch < 1:
             raise ValueError(f"groups_per_batch: expected 1 or more, not {groups_per_batch}")
@@ -117,14 +129,16 @@ class RolloutReader:
             expected = f"expected 1 to {CONSUMER_LIMIT_CHARACTERS} characters"
             raise ValueError(f"consumer: {expected}, not {len(consumer)}")
         self._store = store
-        self._name = cycle_name(run_id, policy_version)
-        self._run_id, self._policy_version = run_id, policy_version
-        self._consumer, self._nonce = consumer, secrets.token_hex(16)
+        self._name = cycle_name(run_id, policy_version, line or 0)
+        self._version = NamedVersion(run_id, line or 0, policy_version)
+        self._follows_lines = line is None
+        self._consumer, self._nonce = consumer, nonce or secrets.token_hex(16)
         self._groups_per_batch = groups_per_batch
         self._lease = timedelta(seconds=lease_seconds)
         self._poll_seconds = poll_seconds
         self._patience = timedelta(seconds=patience_seconds)
         self._clock = clock
+        self._is_told = asyncio.Event()
         self._rollouts: list[StoredRollouts] = []
         self._parts: dict[str, _Part] = {}
         self._delivered: dict[str, str] = {}
@@ -156,21 +170,25 @@ class RolloutReader:
         """As `give_back`."""
         await self.give_back()
 
-    async def next(self) -> Delivery | None:
+    async def next(self, groups: int | None = None) -> Delivery | None:
         """Wait for the next groups while the cycle samples; `None` when there will be no more.
+
+        Args:
+            groups: so many this time, instead of `groups_per_batch`.
 
         Raises:
             StoreUnavailableError: the store does not answer, or no group was written for
                 `patience_seconds`; call again.
             StoreError: a part is not what the manifest says, or the store refuses.
         """
+        wanted = groups or self._groups_per_batch
         since, seen = self._clock(), (f"{PARTS}/{self._name}", 0)
         while True:
             if (rollouts := await self._look()) is not None:
-                leased, others_have_some = await self._collect(rollouts)
+                leased, others_have_some = await self._collect(rollouts, wanted)
                 count = sum(len(problems) for _, problems in leased)
                 is_complete = rollouts.manifest.is_complete
-                if count >= self._groups_per_batch or (count and is_complete):
+                if count >= wanted or (count and is_complete):
                     return self._deliver(leased)
                 if is_complete and not others_have_some:
                     return None
@@ -179,7 +197,32 @@ class RolloutReader:
             if self._clock() - since > self._patience:
                 waited = f"no group came for {self._patience.total_seconds():g} s"
                 raise StoreUnavailableError(seen[0], f"{waited}: {self._reason()}")
-            await asyncio.sleep(self._poll_seconds)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_told.wait(), self._poll_seconds)
+            self._is_told.clear()
+
+    @property
+    def counts(self) -> RolloutCounts:
+        """Count what the version's rollouts had at the last look, and what their rules dropped."""
+        parts = self._rollouts[0].manifest.parts if self._rollouts else ()
+        return RolloutCounts.total(parts)
+
+    def look_now(self) -> None:
+        """Let a call of `next` that waits look at once: whoever sampled knows that it has ended."""
+        self._is_told.set()
+
+    async def poll(self, groups: int) -> tuple[Delivery | None, bool]:
+        """Take the groups that are there now, at most so many; and tell whether more may come.
+
+        Raises:
+            StoreError: as `next`.
+        """
+        if (rollouts := await self._look()) is None:
+            return None, True
+        leased, others_have_some = await self._collect(rollouts, groups)
+        if leased:
+            return self._deliver(leased), True
+        return None, others_have_some or not rollouts.manifest.is_complete
 
     async def acknowledge(
         self, delivery: Delivery, trainer_logprobs: Sequence[ArrayLike | None] | None = None
@@ -207,7 +250,7 @@ class RolloutReader:
             part = self._parts[path]
             while not self._is_acknowledged(part, leased_at, problems):
                 await self._append(part, self._claim("acknowledge", problems, drift))
-            self._used.update(problems)
+            self._used.update(one for one in problems if self._delivered.get(one) == path)
 
     async def drift(self) -> LogprobDrift | None:
         """Measure how far trainers' log-probabilities are from the sampler's, over all
@@ -216,7 +259,8 @@ class RolloutReader:
         Raises:
             StoreError: as `next`; call again.
         """
-        return await acknowledged_drift(self._store, self._run_id, self._policy_version)
+        await self._follow_lines()
+        return await acknowledged_drift(self._store, self._version)
 
     async def give_back(self) -> None:
         """Let other consumers have at once what was delivered or leased and not acknowledged.
@@ -247,16 +291,26 @@ class RolloutReader:
     async def _look(self) -> StoredRollouts | None:
         """The version's rollouts, if there are any; until complete, others may supersede them."""
         if not self._rollouts or not self._rollouts[0].manifest.is_complete:
-            self._rollouts = await find_rollouts(self._store, self._run_id, self._policy_version)
+            await self._follow_lines()
+            self._rollouts = await find_rollouts(self._store, self._version)
         return self._rollouts[0] if self._rollouts else None
 
+    async def _follow_lines(self) -> None:
+        if not self._follows_lines:
+            return
+        run_id, _, policy_version = self._version
+        found = await find_version(self._store, run_id, policy_version)
+        if found != self._version:
+            self._version = found
+            self._delivered.clear()
+            self._used.clear()
+
     async def _collect(
-        self, rollouts: StoredRollouts
+        self, rollouts: StoredRollouts, missing: int
     ) -> tuple[list[tuple[_Part, tuple[str, ...]]], bool]:
-        """Groups to deliver next, at most a batch, all leased by us; and whether other consumers
-        have groups that may still become free."""
+        """Groups to deliver next, at most as many as are missing, all leased by us; and whether
+        other consumers have groups that may still become free."""
         leased: list[tuple[_Part, tuple[str, ...]]] = []
-        missing = self._groups_per_batch
         others_have_some = False
         parts = []
         for info in rollouts.manifest.parts:
@@ -313,7 +367,9 @@ class RolloutReader:
             frames.append(pl.concat([part.groups.pop(problem) for problem in problems]))
             self._delivered.update(dict.fromkeys(problems, part.path))
         claims = tuple((part.path, self._leased_at(part), problems) for part, problems in leased)
-        return Delivery(pl.concat(frames), claims, tuple(frame.height for frame in frames))
+        heights = tuple(frame.height for frame in frames)
+        digests = tuple(part.info.sha256 for part, _ in leased)
+        return Delivery(pl.concat(frames), claims, heights, digests)
 
     def _leased_at(self, part: _Part) -> int:
         """The number in its log of our last lease of the part."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import aiohttp
 import orjson
 
 from hotload.clients.inference.transport import NO_ANSWER, HttpTransport, head_of, names_in
+from hotload.clock import monotonic
 from hotload.errors import ProtocolError
 from hotload.options import Sampling
 from hotload.publish import fireworks_names
@@ -29,13 +29,13 @@ ANSWER_LIMIT_BYTES_PER_TOKEN = 16 << 10
 async def send_once(
     transport: HttpTransport, request: Request, body: bytes, answer: completions_api.Answer
 ) -> Failure | None:
-    """Send `request` once and read its answer into `answer`; return the fault if it is of no use.
+    """Send `request` once and read its answer into `answer`; return the failure if it is of no use.
 
     Raises:
         ProtocolError: 200 with something else than an answer.
     """
     is_chat = request.problem.messages is not None
-    path = fireworks_names.CHAT_PATH if is_chat else fireworks_names.COMPLETIONS_PATH
+    path = fireworks_names.CHAT if is_chat else fireworks_names.COMPLETIONS
     headers = {
         fireworks_names.REQUEST_ID_HEADER: request.request_id,
         fireworks_names.SESSION_HEADER: request.session_id,
@@ -65,7 +65,7 @@ async def _read(
         None,
     )
     if response.status != 200:
-        return _fault_of_status(response.status, headers, await head_of(response))
+        return _failure_of_status(response.status, headers, await head_of(response))
     named = headers.get("content-type", "").partition(";")[0].strip().lower()
     if named not in (EVENT_STREAM, "application/json"):
         raise ProtocolError("sample", 200, f"expected {EVENT_STREAM}, found {named[:80]!r}")
@@ -73,7 +73,7 @@ async def _read(
     plain: list[bytes] = []
     size_bytes = 0
     limit_bytes = ANSWER_LIMIT_BYTES + ANSWER_LIMIT_BYTES_PER_TOKEN * sampling.max_completion_tokens
-    progress_at = time.monotonic()
+    progress_at = monotonic()
     async for piece in response.content.iter_chunked(PIECE_BYTES):
         size_bytes += len(piece)
         if size_bytes > limit_bytes:
@@ -83,22 +83,22 @@ async def _read(
             plain.append(piece)
             continue
         count = chunks.count
-        fault = chunks.feed(piece)
-        if fault is not None:
-            return fault
+        failure = chunks.feed(piece)
+        if failure is not None:
+            return failure
         # A server that hangs may go on sending heartbeats.
-        now = time.monotonic()
+        now = monotonic()
         if chunks.count > count:
             progress_at = now
         elif now - progress_at > sampling.sample_timeout:
             return Failure(Action.RETRY, Cause.TIMEOUT, None, "heartbeats and nothing else")
     if chunks is not None:
-        fault = chunks.end()
+        failure = chunks.end()
     else:
         answer.is_done = True
-        fault = _take("", b"".join(plain), answer)
-    if fault is not None:
-        return fault
+        failure = _take("", b"".join(plain), answer)
+    if failure is not None:
+        return failure
     if answer.prefill_queue_seconds is None:
         answer.add_metrics(headers)
     return answer.finish()
@@ -119,7 +119,7 @@ class Chunks:
         self._tail = b""
 
     def feed(self, piece: bytes) -> Failure | None:
-        """Take the next bytes in, cut anywhere; the fault, if they are or carry an error."""
+        """Take the next bytes in, cut anywhere; the failure, if they are or carry one."""
         if self._events is None:
             if self._tail:
                 piece = self._tail + piece
@@ -128,15 +128,15 @@ class Chunks:
             if end < 0 and len(piece) < PLAIN_LIMIT_BYTES and b"\r" not in piece:
                 self._tail = piece
                 return None
-            fault, is_plain = self._feed_plain(piece[:end]) if end >= 0 else (None, False)
+            failure, is_plain = self._feed_plain(piece[:end]) if end >= 0 else (None, False)
             if is_plain:
                 self._tail = piece[end + 2 :]
-                return fault
+                return failure
             self._events, self._tail = completions_api.EventStream(), b""
         for name, data in self._events.feed(piece):
-            fault = _take(name, data, self._answer)
-            if fault is not None:
-                return fault
+            failure = _take(name, data, self._answer)
+            if failure is not None:
+                return failure
             self.count += name not in completions_api.HEARTBEAT_EVENTS
         return None
 
@@ -148,7 +148,7 @@ class Chunks:
         return None
 
     def _feed_plain(self, events: bytes) -> tuple[Failure | None, bool]:
-        """The fault of whole events, and whether they were plain; others are not taken in."""
+        """The failure of whole events, and whether they were plain; others are not taken in."""
         if not events.startswith(b"data: {"):
             return None, False
         is_done = events.endswith(b"\n\ndata: [DONE]")
@@ -162,9 +162,9 @@ class Chunks:
         if len(chunks) != count:
             return None, False
         self.count += count
-        fault = self._answer.add(*chunks)
+        failure = self._answer.add(*chunks)
         self._answer.is_done |= is_done
-        return fault, True
+        return failure, True
 
 
 def _take(name: str, data: bytes, answer: completions_api.Answer) -> Failure | None:
@@ -187,7 +187,7 @@ def _no_answer(cause: Cause, error: Exception) -> Failure:
     return Failure(Action.RETRY, cause, None, type(error).__name__)
 
 
-def _fault_of_status(status_code: int, headers: Mapping[str, str], body: bytes) -> Failure:
+def _failure_of_status(status_code: int, headers: Mapping[str, str], body: bytes) -> Failure:
     return failure_of_status(
         status_code,
         body[:2048].decode("utf-8", "replace"),

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import SecretStr
-
-from hotload.clients.access import key_of, origin_of
+from hotload.check_line import CheckLine
+from hotload.clients.access import Access
 from hotload.clients.inference.sampler import Sampler, Sleep
-from hotload.clients.inference.transport import NO_ANSWER, HttpTransport, head_of, names_in
+from hotload.clients.inference.transport import (
+    ERROR_BODY_LIMIT_BYTES,
+    NO_ANSWER,
+    HttpTransport,
+    head_of,
+    names_in,
+)
 from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
 from hotload.http_status import StatusMeaning, meaning_of
 from hotload.options import Sampling
 from hotload.publish import fireworks_names
-from hotload.publish.check_line import CheckLine
+from hotload.publish.probe import ProbeAnswer
 from hotload.rollout import completions_api
 from hotload.rollout.window import Window
 
@@ -31,6 +36,8 @@ CONNECTIONS = 256
 WARM_UP_WAIT_SECONDS = 10.0
 WARM_UP_TIMEOUT_SECONDS = 30.0
 CHECK_TIMEOUT_SECONDS = 10.0
+PROBE_TIMEOUT_SECONDS = 60.0
+PROBE_ANSWER_LIMIT_BYTES = 4 << 20
 REFUSALS = (StatusMeaning.NO_ACCESS, StatusMeaning.NOT_FOUND, StatusMeaning.NOT_LOADABLE)
 
 
@@ -38,15 +45,10 @@ REFUSALS = (StatusMeaning.NO_ACCESS, StatusMeaning.NOT_FOUND, StatusMeaning.NOT_
 class InferenceClient:
     """One model on one service, by the vendor's names.
 
-    Nothing is connected before it is used. Without `base_url` and `api_key` the environment's are
-    taken then (FIREWORKS_BASE_URL, FIREWORKS_API_KEY).
+    Nothing is connected before it is used.
     """
 
-    account_id: str
-    model_id: str
-    deployment_id: str
-    base_url: str | None = None
-    api_key: SecretStr = field(default=SecretStr(""))
+    access: Access
     model_addressing: Literal["header", "deployment"] = "header"
     drain_timeout_seconds: int | None = None
 
@@ -54,8 +56,8 @@ class InferenceClient:
     def model(self) -> str:
         """What the body's `model` says (protocol §11)."""
         if self.model_addressing == "deployment":
-            return fireworks_names.deployment_name(self.account_id, self.deployment_id)
-        return fireworks_names.model_name(self.account_id, self.model_id)
+            return self.access.deployment()
+        return self.access.model()
 
     @asynccontextmanager
     async def session(
@@ -87,6 +89,7 @@ class InferenceClient:
                 window,
                 sampling,
                 model=self.model,
+                remedy=self.access.remedy,
                 identity=identity,
                 policy_version=policy_version,
                 swap_timeout_seconds=swap_timeout_seconds,
@@ -103,7 +106,7 @@ class InferenceClient:
             if attempt:
                 await sleep(WARM_UP_WAIT_SECONDS)
             try:
-                await self._probe(WARM_UP_TIMEOUT_SECONDS)
+                await self._warm_up(WARM_UP_TIMEOUT_SECONDS)
             except ServiceError as error:
                 if isinstance(error, ServiceRefusedError) and error.status_code != 404:
                     return False  # no waiting mends a key
@@ -111,18 +114,32 @@ class InferenceClient:
                 return True
         return False
 
+    async def ask_logprobs(self, token_ids: tuple[int, ...], session_id: str) -> ProbeAnswer:
+        """Ask for the log-probabilities of `token_ids` by the replica that this session leads to.
+
+        Raises:
+            ServiceRefusedError, ServiceUnavailableError: no answer.
+            ProtocolError: an answer without these tokens.
+        """
+        body = json.dumps(completions_api.probe_body(token_ids, self.model)).encode()
+        headers = {
+            fireworks_names.SESSION_HEADER: session_id,
+            fireworks_names.AFFINITY_HEADER: session_id,
+        }
+        data = await self._complete("probe", body, PROBE_TIMEOUT_SECONDS, headers)
+        return ProbeAnswer(session_id, *completions_api.parse_probe(data, token_ids))
+
     async def check(self) -> list[CheckLine]:
         """Ask whether the service answers a small request, and what is missing if not (protocol §8,
         §14).
         """
         try:
-            await self._probe(CHECK_TIMEOUT_SECONDS)
+            await self._warm_up(CHECK_TIMEOUT_SECONDS)
         except ServiceError as error:
-            advice = "Check base_url, the three names and the key; right after a swap, wait"
-            return [CheckLine("inference", False, str(error), advice)]
+            return [CheckLine("inference", False, error.answer, error.advice)]
         return [CheckLine("inference", True, f"{self.model} answers")]
 
-    async def _probe(self, timeout_seconds: float) -> None:
+    async def _warm_up(self, timeout_seconds: float) -> None:
         """Send the request of protocol §14.
 
         Raises:
@@ -130,25 +147,39 @@ class InferenceClient:
             ServiceUnavailableError: any other failure.
         """
         body = json.dumps({"model": self.model, **completions_api.WARM_UP_BODY}).encode()
+        await self._complete("warm-up", body, timeout_seconds, {})
+
+    async def _complete(
+        self, operation: str, body: bytes, timeout_seconds: float, headers: Mapping[str, str]
+    ) -> bytes:
+        """Send one completion outside a session's window; returns the body of a good answer, at
+        most 4 MiB.
+
+        Raises:
+            ServiceRefusedError, ServiceUnavailableError: as `_warm_up`.
+        """
         try:
             async with (
                 asyncio.timeout(timeout_seconds),
                 self._transport(timeout_seconds, connections=1) as transport,
-                await transport.post(fireworks_names.COMPLETIONS_PATH, body) as response,
+                await transport.post(fireworks_names.COMPLETIONS, body, headers) as response,
             ):
-                status, head = response.status, await head_of(response)
+                status = response.status
+                limit = PROBE_ANSWER_LIMIT_BYTES if status == 200 else ERROR_BODY_LIMIT_BYTES
+                head = await head_of(response, limit)
         except NO_ANSWER as error:
-            raise ServiceUnavailableError("warm-up", None, type(error).__name__) from None
+            advice = self.access.remedy(None)
+            raise ServiceUnavailableError(operation, None, type(error).__name__, advice) from None
         if status == 200:
-            return
-        detail = names_in(head)
+            return head
+        detail, advice = names_in(head), self.access.remedy(status)
         if meaning_of(status) in REFUSALS:
-            raise ServiceRefusedError("warm-up", status, detail)
-        raise ServiceUnavailableError("warm-up", status, detail)
+            raise ServiceRefusedError(operation, status, detail, advice)
+        raise ServiceUnavailableError(operation, status, detail, advice)
 
     def _transport(self, read_timeout_seconds: float, connections: int) -> HttpTransport:
         return HttpTransport(
-            origin_of(self.base_url, "rollouts"),
+            self.access.origin("rollouts") + self.access.api.inference_prefix,
             self._headers(),
             connect_timeout_seconds=CONNECT_TIMEOUT_SECONDS,
             read_timeout_seconds=read_timeout_seconds,
@@ -156,15 +187,10 @@ class InferenceClient:
         )
 
     def _headers(self) -> dict[str, str]:
-        key = key_of(self.api_key.get_secret_value(), "rollouts")
+        key = self.access.key("rollouts")
         headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
         if self.model_addressing == "header":
-            headers[fireworks_names.MODEL_HEADER] = fireworks_names.model_name(
-                self.account_id, self.model_id
-            )
-            headers[fireworks_names.DEPLOYMENT_HEADER] = fireworks_names.deployment_name(
-                self.account_id, self.deployment_id
-            )
+            headers |= self.access.names()
         if self.drain_timeout_seconds is not None:
             headers[fireworks_names.DRAIN_TIMEOUT_HEADER] = str(self.drain_timeout_seconds)
         return headers

@@ -7,11 +7,11 @@ Token ids come from the service alone; nothing is ever tokenized here.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from hotload.clock import monotonic
 from hotload.errors import HotLoadError, ServiceError
 from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer, Request
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     """What came of one logical request, repeated within its budgets."""
 
     answer: Answer
-    fault: Failure | None
+    failure: Failure | None
 
 
 class Ask(Protocol):
@@ -54,7 +54,8 @@ class Ask(Protocol):
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One answer. `token_ids` and `sampling_logprobs` have the same length; log-probabilities are
-    natural, under the distribution really sampled.
+    natural, under the distribution really sampled. A server that parses chats keeps `reasoning` and
+    `tool_calls` apart from the text; their tokens are among the others.
     """
 
     text: str
@@ -62,22 +63,29 @@ class Turn:
     token_ids: tuple[int, ...]
     sampling_logprobs: tuple[float, ...]
     finish_reason: str | None
+    reasoning: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def message(self) -> dict[str, Any]:
         """The answer as a message, to be appended to a chat."""
-        return {"role": "assistant", "content": self.text}
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [dict(call) for call in self.tool_calls]
+        return message
 
 
 class TurnFailedError(HotLoadError):
     """A turn got no usable answer. A rollout function may end with it: its sample is marked."""
 
-    def __init__(self, fault: Failure) -> None:
-        super().__init__(fault)
-        self.fault = fault
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
 
     def __str__(self) -> str:
-        return f"a turn failed: {self.fault.cause.value}, {self.fault.detail}"
+        return f"a turn failed: {self.failure.cause.value}, {self.failure.detail}"
 
 
 class Conversation:
@@ -102,7 +110,7 @@ class Conversation:
         self._turn_count = 0
         self._turns = Turns()
         self._is_closed = False
-        self._fault: Failure | None = None
+        self._failure: Failure | None = None
         self._stop: ServiceError | None = None
         self._transcript: list[Mapping[str, Any]] = []
 
@@ -142,27 +150,24 @@ class Conversation:
             changes["stop"] = tuple(stop)
         if changes:
             sampling = Sampling.model_validate({**sampling.model_dump(), **changes})
-        question = _question(self.problem.id, asked)
-        answer, fault = await self.ask(question, sampling)
-        if fault is not None:
-            raise TurnFailedError(fault)
-        turn = Turn(
-            answer.text,
-            answer.prompt_token_ids,
-            answer.token_ids,
-            tuple(answer.sampling_logprobs),
-            answer.finish_reason,
-        )
+        question = _question(self.problem, asked)
+        answer, failure = await self.ask(question, sampling)
+        if failure is not None:
+            raise TurnFailedError(failure)
+        turn = _turn(answer)
         self._write_down(question, turn)
         return turn
 
     async def answer(self) -> Trajectory:
-        """Ask the problem itself: a trajectory of one turn, marked if it failed.
+        """Ask the problem itself: a trajectory of one turn, marked if it failed. It has a
+        transcript where the text is not all that was said.
 
         Raises:
             ServiceRefusedError, ProtocolError: as `ask`.
         """
-        await self.ask(self.problem, self._request.sampling)
+        answer, failure = await self.ask(self.problem, self._request.sampling)
+        if failure is None and (answer.reasoning or answer.tool_calls):
+            self._write_down(self.problem, _turn(answer))
         return self.trajectory()
 
     async def ask(self, question: Problem, sampling: Sampling) -> Outcome:
@@ -190,29 +195,29 @@ class Conversation:
         try:
             async with limit:
                 request = self._request.turn(number, question, sampling)
-                answer, fault = await self._ask(request, note_attempt, self._note_end)
+                answer, failure = await self._ask(request, note_attempt, self._note_end)
         except TimeoutError:
             if not limit.expired():
                 raise
             detail = f"turn {number + 1} took more than {self._turn_timeout_seconds} s"
             answer = Answer(sampling, None)
-            fault = Failure(Action.FAIL_SAMPLE, Cause.TURN_TIMEOUT, None, detail)
+            failure = Failure(Action.FAIL_SAMPLE, Cause.TURN_TIMEOUT, None, detail)
         except ServiceError as error:
             self._stop = error
             raise
         self._turns.note(answer)
         longest = sampling.max_seq_len
-        if fault is not None:
-            status = "no answer" if fault.status_code is None else f"HTTP {fault.status_code}"
-            detail = f"{status} at attempt {self.attempts - before}: {fault.detail}"
-            fault = Failure(fault.action, fault.cause, fault.status_code, detail)
+        if failure is not None:
+            status = "no answer" if failure.status_code is None else f"HTTP {failure.status_code}"
+            detail = f"{status} at attempt {self.attempts - before}: {failure.detail}"
+            failure = Failure(failure.action, failure.cause, failure.status_code, detail)
         else:
             self._turns.take(answer)
             if longest and len(answer.prompt_token_ids) + len(answer.token_ids) > longest:
                 detail = f"prompt and completion exceed {longest} tokens"
-                fault = Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
-        self._fault = fault
-        return Outcome(answer, fault)
+                failure = Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
+        self._failure = failure
+        return Outcome(answer, failure)
 
     def close(self) -> None:
         """Send nothing any more: what was sent is counted now. A request that is under way is the
@@ -221,9 +226,9 @@ class Conversation:
         self._is_closed = True
 
     def trajectory(
-        self, fault: Failure | None = None, *, segments: Sequence[Segment] | None = None
+        self, failure: Failure | None = None, *, segments: Sequence[Segment] | None = None
     ) -> Trajectory:
-        """Put the turns so far together; marked as failed by `fault`, or if the last turn failed.
+        """Put the turns so far together; marked as failed by `failure`, or if the last turn failed.
 
         Args:
             segments: the sequences to train on, where the rollout function made them itself.
@@ -237,10 +242,10 @@ class Conversation:
             raise ValueError("expected one segment or more")
         if self._stop is not None:
             raise self._stop
-        fault = fault or self._fault
+        failure = failure or self._failure
         turns, request = self._turns, self._request
         is_own = segments is not None and not _are_same_tokens(segments, turns.segments)
-        now = time.monotonic()
+        now = monotonic()
         trajectory = Trajectory(
             problem_id=request.problem.id,
             sample_number=request.sample_number,
@@ -264,8 +269,8 @@ class Conversation:
             prompt_token_count=turns.prompt_token_count,
             cached_prompt_token_count=turns.cached_prompt_token_count,
             completion_token_count=turns.completion_token_count,
-            failure=None if fault is None else fault.cause.value,
-            detail="" if fault is None else fault.detail,
+            failure=None if failure is None else failure.cause.value,
+            detail="" if failure is None else failure.detail,
             turn_count=max(1, self._turn_count),
             transcript=tuple(self._transcript),
             routing_matrix=None if is_own else turns.routing_matrix,
@@ -281,13 +286,13 @@ class Conversation:
         self._check_open()
         self.attempts += 1
         if self._first_sent_at is None:
-            self._first_sent_at = time.monotonic()
+            self._first_sent_at = monotonic()
 
-    def _note_end(self, fault: Failure | None) -> None:
-        if fault is None:
+    def _note_end(self, failure: Failure | None) -> None:
+        if failure is None:
             self._answered_count += 1
         else:
-            self._failed += (fault.label,)
+            self._failed += (failure.label,)
 
     def _write_down(self, question: Problem, turn: Turn) -> None:
         """Add the turn to the transcript: a chat as it stands, anything else line after line."""
@@ -307,12 +312,25 @@ def _are_same_tokens(segments: Sequence[Segment], others: Sequence[Segment]) -> 
     ]
 
 
-def _question(name: str, asked: Asked) -> Problem:
+def _turn(answer: Answer) -> Turn:
+    return Turn(
+        answer.text,
+        answer.prompt_token_ids,
+        answer.token_ids,
+        tuple(answer.sampling_logprobs),
+        answer.finish_reason,
+        answer.reasoning,
+        answer.tool_calls,
+    )
+
+
+def _question(problem: Problem, asked: Asked) -> Problem:
+    name, extra = problem.id, {"tools": problem.extra.get("tools")}
     if isinstance(asked, str) and asked:
         return Problem(name, prompt=asked)
     parts: tuple[Any, ...] = tuple(asked)
     if parts and all(type(part) is int and 0 <= part < TOKEN_ID_LIMIT for part in parts):
         return Problem(name, prompt=parts)
     if parts and all(isinstance(part, Mapping) and "role" in part for part in parts):
-        return Problem(name, messages=tuple(dict(part) for part in parts))
+        return Problem(name, messages=tuple(dict(part) for part in parts), extra=extra)
     raise ValueError("expected text, token ids, or messages that each have a role")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 from hotload.clients.inference.waiters import Waiters
+from hotload.clock import monotonic
 from hotload.rollout.window import Attempt, Window
 
 
@@ -21,7 +20,7 @@ class RequestSlots:
 
     def release(self, attempt: Attempt) -> None:
         """Give a slot back and let the window learn how its attempt ended."""
-        self.window.release(attempt, time.monotonic())
+        self.window.release(attempt, monotonic())
         self._waiters.wake()
 
     def abandon(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from hotload.clients.inference.attempt import send_once
 from hotload.clients.inference.conversation import Conversation, Outcome
 from hotload.clients.inference.request_slots import RequestSlots
 from hotload.clients.inference.transport import HttpTransport
+from hotload.clock import monotonic
 from hotload.errors import ServiceRefusedError
 from hotload.options import Sampling
 from hotload.rollout import completions_api
@@ -43,6 +43,7 @@ class Sampler:
         sampling: Sampling,
         *,
         model: str,
+        remedy: Callable[[int | None], str],
         identity: str,
         policy_version: int,
         swap_timeout_seconds: float,
@@ -54,11 +55,13 @@ class Sampler:
         self._transport = transport
         self._slots = RequestSlots(window)
         self._model = model
+        self._remedy = remedy
         self._swap_timeout_seconds = swap_timeout_seconds
         self._sleep = sleep
         self.failed_attempts: Counter[str] = Counter()
         """Attempts so far that got no usable answer, counted by `Failure.label`."""
-        self._uniform = random.Random().random
+        self._names_weights = False
+        self._uniform = random.random
 
     @property
     def size(self) -> int:
@@ -136,41 +139,53 @@ class Sampler:
                 body = _render(completions_api.sample_body(request, self._model))
                 on_attempt()
                 answer = completions_api.Answer(sampling, prompt)
-                started_at = time.monotonic()
-                fault = await send_once(self._transport, request, body, answer)
+                started_at = monotonic()
+                failure = await send_once(self._transport, request, body, answer)
             except BaseException:
                 self._slots.abandon()
                 raise
-            seconds = time.monotonic() - started_at
-            on_end(fault)
-            if fault is not None:
-                self.failed_attempts[fault.label] += 1
-            self._slots.release(_attempt_of(answer, fault, number, seconds))
-            if fault is None:
+            seconds = monotonic() - started_at
+            failure = failure or self._doubt_about(answer)
+            on_end(failure)
+            if failure is not None:
+                self.failed_attempts[failure.label] += 1
+            self._slots.release(_attempt_of(answer, failure, number, seconds))
+            if failure is None:
                 return Outcome(answer, None)
-            if fault.action is Action.STOP_RUN:
-                raise ServiceRefusedError("sample", fault.status_code, fault.detail)
-            wait = budget.wait_seconds(fault, seconds)
+            if failure.action is Action.STOP_RUN:
+                status = failure.status_code
+                raise ServiceRefusedError("sample", status, failure.detail, self._remedy(status))
+            wait = budget.wait_seconds(failure, seconds)
             if wait is None:
-                if fault.action is Action.RETRY:
+                if failure.action is Action.RETRY:
                     self._slots.window.note_exhaustion()
-                return Outcome(answer, fault)
+                return Outcome(answer, failure)
             await self._sleep(wait)
+
+    def _doubt_about(self, answer: completions_api.Answer) -> Failure | None:
+        """Refuse an answer that names no weights where an earlier one did: base weights have no
+        name, and a replica may fall back to them while others are sampled.
+        """
+        self._names_weights |= bool(answer.observed)
+        if answer.observed or not self._names_weights:
+            return None
+        detail = "it names no weights, and earlier answers did: base weights, perhaps"
+        return Failure(Action.FAIL_SAMPLE, Cause.OTHER_WEIGHTS, 200, detail)
 
 
 def _attempt_of(
-    answer: completions_api.Answer, fault: Failure | None, number: int, seconds: float
+    answer: completions_api.Answer, failure: Failure | None, number: int, seconds: float
 ) -> Attempt:
     """Sum up what the window learns from an attempt."""
-    cause = None if fault is None else fault.cause
-    status = 200 if fault is None else fault.status_code
+    cause = None if failure is None else failure.cause
+    status = 200 if failure is None else failure.status_code
     return Attempt(
         # A stream that was cut is a transport error, whatever it began with.
         status_code=None if cause is Cause.TRUNCATED else status,
         number=number,
         prefill_queue_seconds=answer.prefill_queue_seconds,
         seconds=seconds,
-        is_swap=fault is not None and fault.action is Action.WAIT_FOR_SWAP,
+        is_swap=failure is not None and failure.action is Action.WAIT_FOR_SWAP,
     )
 
 

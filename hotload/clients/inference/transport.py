@@ -22,6 +22,8 @@ cannot be one)."""
 class HttpTransport:
     """The connections to one origin, with the headers and timeouts of every request.
 
+    The origin may carry a path, below which every request goes.
+
     Redirects are not followed, cookies not kept, proxies not used. Made and used in one event loop.
 
     Args:
@@ -79,14 +81,16 @@ class HttpTransport:
         return await self._session.post(url, data=body, headers=headers, allow_redirects=False)
 
 
-async def head_of(response: aiohttp.ClientResponse) -> bytes:
-    """Read the first 64 KiB of a body, decoded; the rest is not read."""
+async def head_of(
+    response: aiohttp.ClientResponse, limit_bytes: int = ERROR_BODY_LIMIT_BYTES
+) -> bytes:
+    """Read the first bytes of a body, decoded; the rest is not read."""
     head = bytearray()
     async for piece in response.content.iter_any():
         head += piece
-        if len(head) >= ERROR_BODY_LIMIT_BYTES:
+        if len(head) >= limit_bytes:
             break
-    return bytes(head[:ERROR_BODY_LIMIT_BYTES])
+    return bytes(head[:limit_bytes])
 
 
 def names_in(body: bytes) -> str:

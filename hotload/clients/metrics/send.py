@@ -31,7 +31,7 @@ async def send_metrics(
     """
     problems = []
     if spec.prometheus_file is not None:
-        numbers = {**metrics, "policy_version": report.policy_version}
+        numbers = {**metrics, "policy_version": report.policy_version, "line": report.line}
         text = prometheus_text(numbers, {"run": spec.run_id})
         try:
             await asyncio.to_thread(write_atomic, Path(spec.prometheus_file), text.encode())
@@ -53,6 +53,10 @@ async def _log_to_wandb(spec: CycleSpec, metrics: Mapping[str, float]) -> str | 
         "name": named.run_name or spec.run_id,
         "id": spec.run_id,
     }
+    if spec.line:
+        # Steps only grow there: a line is a run of its own, beside the one it left. No run id has
+        # a tilde.
+        run |= {"name": f"{run['name']}, line {spec.line}", "id": f"{spec.run_id}~{spec.line}"}
     step = {"run": run, "metrics": dict(metrics), "step": spec.policy_version}
     child = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from hotload.clients.access import tls_context
+from hotload.clients.access import Access, tls_context
 from hotload.clients.redaction import redact
 from hotload.errors import (
     ProtocolError,
@@ -29,34 +29,41 @@ PIECE_BYTES = 64 << 10
 
 
 async def ask(
+    access: Access,
     operation: str,
     method: str,
-    url: str,
+    path: str,
     *,
-    key: str,
     headers: Mapping[str, str],
     body: object,
     timeout_seconds: float,
     limit_bytes: int,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> tuple[int, str]:
-    """Send one request; returns status and text.
+    """Send one request to `path` of the API; returns status and text.
 
-    In anything but a good answer `key` is masked wherever the server repeats it; a good answer is
+    In anything but a good answer the key is masked wherever the server repeats it; a good answer is
     data, and stays as it is.
 
     Of a good answer at most `limit_bytes` are read, of any other 64 KiB; redirects are not
     followed. A client for each call: calls are few, and none outlives the loop it was made in.
+    `transport` carries the call; None is the network.
 
     Raises:
         ServiceUnavailableError: no complete answer within `timeout_seconds`.
+        ServiceRefusedError: there is no key, or the address is not one.
         ProtocolError: a good answer is larger than `limit_bytes`; 0 reads none.
     """
+    url, key = access.origin(operation) + path, access.key(operation)
     sent = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity", **headers}
     try:
         async with (
             asyncio.timeout(timeout_seconds),
             httpx.AsyncClient(
-                verify=tls_context(), timeout=timeout_seconds, headers=sent
+                verify=tls_context(),
+                timeout=timeout_seconds,
+                headers=sent,
+                transport=transport,
             ) as client,
             client.stream(method, url, json=body) as response,
         ):
@@ -65,10 +72,10 @@ async def ask(
             data = await _read(response, limit)
     except TimeoutError:
         reason = f"not finished within {timeout_seconds:g} s"
-        raise ServiceUnavailableError(operation, None, reason) from None
+        raise ServiceUnavailableError(operation, None, reason, access.remedy(None)) from None
     except httpx.RequestError as error:
         reason = redact(f"{type(error).__name__}: {error}", [key])[:DETAIL_CHARS]
-        raise ServiceUnavailableError(operation, None, reason) from None
+        raise ServiceUnavailableError(operation, None, reason, access.remedy(None)) from None
     if 200 <= status < 300 and len(data) > limit:
         raise ProtocolError(operation, status, f"the answer is larger than {limit} bytes")
     text = data.decode("utf-8", "replace")
@@ -86,28 +93,31 @@ async def _read(response: httpx.Response, limit_bytes: int) -> bytes:
     return bytes(data)
 
 
-def raise_for(status: int, operation: str, text: str, other: type[ServiceError]) -> None:
+def raise_for(
+    status: int, operation: str, text: str, other: type[ServiceError], advice: str = ""
+) -> None:
     """Return for 2xx; else the class says who must act, `other` where the status does not.
 
     Raises:
-        ServiceError: one of its subclasses, with the first 2 KiB of the answer.
+        ServiceError: one of its subclasses, with the first 2 KiB of the answer, and with `advice`
+            unless the answer is about what was sent.
     """
     detail = " ".join(text[:DETAIL_CHARS].split()) or "empty answer"
     match meaning_of(status):
         case StatusMeaning.GOOD:
             return
         case StatusMeaning.TIMEOUT | StatusMeaning.BUSY | StatusMeaning.SERVER_ERROR:
-            raise ServiceUnavailableError(operation, status, detail)
+            raise ServiceUnavailableError(operation, status, detail, advice)
         case StatusMeaning.NO_ACCESS | StatusMeaning.NOT_FOUND:
-            raise ServiceRefusedError(operation, status, detail)
+            raise ServiceRefusedError(operation, status, detail, advice)
         case StatusMeaning.REDIRECT:
             raise ProtocolError(operation, status, "a redirect: set base_url to where it leads")
         case _:
-            raise other(operation, status, detail)
+            raise other(operation, status, detail, advice if other is ServiceRefusedError else "")
 
 
-def parse_json(operation: str, text: str, key: str, error: type[ServiceError]) -> Any:
-    """Parse the JSON of a good answer; `key` is masked in what an error shows of another.
+def parse_json(access: Access, operation: str, text: str, error: type[ServiceError]) -> Any:
+    """Parse the JSON of a good answer; the key is masked in what an error shows of another.
 
     Raises:
         ServiceError: `error`, when it is HTML, empty, or nested beyond measure.
@@ -115,15 +125,6 @@ def parse_json(operation: str, text: str, key: str, error: type[ServiceError]) -
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        head = " ".join(redact(text, [key])[:HEAD_CHARS].split()) or "nothing"
-        raise error(operation, 200, f"found {head}, expected JSON") from None
-
-
-def advice_for(error: ServiceError) -> str:
-    """Advise the operator on an answer."""
-    return {
-        401: "Use a key that may call the control plane; an inference-only key may not",
-        402: "Settle the account's billing",
-        403: "Give the key's owner rights on this service",
-        404: "Compare account, model and deployment with the vendor's names",
-    }.get(error.status_code or 0, "Compare base_url, and see whether the service is up")
+        head = " ".join(redact(text, [access.key(operation)])[:HEAD_CHARS].split()) or "nothing"
+        reason = f"found {head}, expected JSON"
+        raise error(operation, 200, reason, access.remedy(200)) from None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
-from hotload.clients.access import key_of, origin_of
+import httpx
+
+from hotload.check_line import CheckLine
+from hotload.clients.access import Access
 from hotload.clients.redaction import redact
-from hotload.clients.service.calls import advice_for, ask, parse_json, raise_for
+from hotload.clients.service.calls import ask, parse_json, raise_for
 from hotload.errors import (
     ProtocolError,
     ServiceError,
@@ -19,7 +22,6 @@ from hotload.errors import (
 )
 from hotload.identity import SnapshotKind
 from hotload.publish import fireworks_api, fireworks_names
-from hotload.publish.check_line import CheckLine
 from hotload.publish.preflight import service_lines
 from hotload.publish.readiness import ServiceDescription, ServiceStatus
 from hotload.publish.snapshot import SnapshotManifest
@@ -30,6 +32,9 @@ GET_TIMEOUT_SECONDS = 30.0
 HINT_TIMEOUT_SECONDS = 10.0
 PROBE_TIMEOUT_SECONDS = 10.0
 DESCRIPTION_LIMIT_BYTES = 1 << 20
+NO_DESCRIPTION = "this API has none; the cycle's readiness.replica_count says how many replicas"
+NO_SUCH_CALL = {404, 405, 501}
+NO_LEDGER_CALL = "if they are right, only the vendor's command line shows it: `firectl get ledger"
 RESET_PROMPT_CACHE, HINTS = "reset_prompt_cache", "hints"
 
 logger = logging.getLogger(__name__)
@@ -42,18 +47,30 @@ class HotLoadClient:
     The fields are those of the block `HotLoadService`, which describes them; may be pickled.
     """
 
-    account_id: str
-    model_id: str
-    deployment_id: str
-    base_url: str | None = None
-    api_key: str = field(default="", repr=False)
+    access: Access
     base_model: str | None = None
     hot_load_transition_type: Literal["ASYNC", "SYNC"] | None = None
     reset_prompt_cache: Literal["all", "new_session", "none"] = "all"
     extra_fields_ignore: tuple[str, ...] = ()
     hint_body_template: Mapping[str, object] | None = None
+    is_one_of_several: bool = False
+    """Whether what is said of it has to name it."""
     _refused: set[str] = field(default_factory=set, init=False, repr=False)
     """What this service has refused by its form: RESET_PROMPT_CACHE, HINTS. Not sent again."""
+    _transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
+    """What carries its calls; None is the network."""
+
+    @property
+    def said(self) -> str:
+        """Begins a sentence about this service; empty where it is the only one."""
+        return f"{self.access.service}: " if self.is_one_of_several else ""
+
+    @property
+    def label(self) -> str:
+        """Ends the name of a step at this service; empty where it is the only one."""
+        if not self.is_one_of_several:
+            return ""
+        return f"-at-{self.access.account_id}-{self.access.deployment_id}"
 
     async def observe(self) -> ServiceStatus:
         """Read what every replica serves and does; empty while the service scales up (protocol §5).
@@ -64,10 +81,9 @@ class HotLoadClient:
             ProtocolError: JSON of another form.
         """
         limit = fireworks_api.STATUS_LIMIT_BYTES
-        text = await self._get("observe", fireworks_names.HOT_LOAD_PATH, limit, self._names())
-        key = self._key("observe")
-        data = parse_json("observe", text, key, ServiceUnavailableError)
-        replicas = fireworks_api.parse_status(data).replicas
+        text = await self._get("observe", fireworks_names.HOT_LOAD_PATH, limit, self.access.names())
+        data = parse_json(self.access, "observe", text, ServiceUnavailableError)
+        replicas, key = fireworks_api.parse_status(data).replicas, self.access.key("observe")
         # What is shown of a replica goes to the log, whatever the server put into it.
         return ServiceStatus(tuple(replace(one, raw=redact(one.raw, [key])) for one in replicas))
 
@@ -88,7 +104,7 @@ class HotLoadClient:
         ):
             self._refused.add(RESET_PROMPT_CACHE)
             status, text = await self._signal(manifest)
-        raise_for(status, "signal", text, SnapshotRejectedError)
+        raise_for(status, "signal", text, SnapshotRejectedError, self.access.remedy(status))
         if self.reset_prompt_cache == "all" or RESET_PROMPT_CACHE not in self._refused:
             return ()
         return (
@@ -123,9 +139,14 @@ class HotLoadClient:
         body = fireworks_api.hint_body(self.hint_body_template, values)
         try:
             status, text = await self._ask(
-                "hint", "POST", fireworks_names.HINT_PATH, HINT_TIMEOUT_SECONDS, self._names(), body
+                "hint",
+                "POST",
+                fireworks_names.HINT_PATH,
+                HINT_TIMEOUT_SECONDS,
+                self.access.names(),
+                body,
             )
-            raise_for(status, "hint", text, ServiceRefusedError)
+            raise_for(status, "hint", text, ServiceRefusedError, self.access.remedy(status))
         except ServiceError as error:
             code = error.status_code
             if isinstance(error, ServiceRefusedError) or (code is not None and 400 <= code < 500):
@@ -140,27 +161,63 @@ class HotLoadClient:
         """Make the service forget every hot-loaded snapshot; base weights answer (protocol §7).
 
         Raises:
-            ServiceUnavailableError, ServiceRefusedError: as `observe`.
+            ServiceUnavailableError, ServiceRefusedError: as `observe`; also where there is no
+                ledger.
         """
-        path = fireworks_names.ledger_path(self.account_id, self.deployment_id)
+        if not self.access.api.has_control_plane:
+            advice = "Set snapshot.ledger_reset to never"
+            raise ServiceRefusedError("reset_ledger", None, "this API has no ledger", advice)
+        path = fireworks_names.ledger_path(self.access.deployment())
         status, text = await self._ask("reset_ledger", "DELETE", path, POST_TIMEOUT_SECONDS)
-        raise_for(status, "reset_ledger", text, ServiceRefusedError)
+        raise_for(status, "reset_ledger", text, ServiceRefusedError, self.access.remedy(status))
 
-    async def describe(self) -> ServiceDescription:
-        """Read the service as its control plane describes it (protocol §8).
+    async def read_ledger(self) -> list[Any] | None:
+        """Read what the service has loaded, newest first; None where this API has no ledger.
+
+        No public source states path or fields (protocol §7): entries are what the service gave.
+
+        Raises:
+            ServiceUnavailableError, ServiceRefusedError: as `observe`; also where it shows none.
+            ProtocolError: the answer is not JSON, or has no list of entries.
+        """
+        if not self.access.api.has_control_plane:
+            return None
+        path = fireworks_names.ledger_path(self.access.deployment())
+        limit = fireworks_api.STATUS_LIMIT_BYTES
+        status, text = await self._ask(
+            "read_ledger", "GET", path, GET_TIMEOUT_SECONDS, limit_bytes=limit
+        )
+        if status in NO_SUCH_CALL:
+            advice = f"{self.access.remedy(status)}; {NO_LEDGER_CALL} {self.access.deployment_id}`"
+            raise ServiceRefusedError("read_ledger", status, "it shows no ledger", advice)
+        raise_for(status, "read_ledger", text, ServiceRefusedError, self.access.remedy(status))
+        shown = redact(text, [self.access.key("read_ledger")])
+        return fireworks_api.parse_ledger(
+            parse_json(self.access, "read_ledger", shown, ProtocolError)
+        )
+
+    async def describe(self) -> ServiceDescription | None:
+        """Read the service as its control plane describes it; None where it has none (protocol §8,
+        §22).
 
         Raises:
             ServiceUnavailableError: no answer.
             ServiceRefusedError: there is no such service, or the key may not ask.
             ProtocolError: the answer is not JSON, or not an object.
         """
-        path = fireworks_names.deployment_path(self.account_id, self.deployment_id)
+        if not self.access.api.has_control_plane:
+            return None
+        path = fireworks_names.deployment_path(self.access.deployment())
         text = await self._get("describe", path, DESCRIPTION_LIMIT_BYTES)
-        data = parse_json("describe", text, self._key("describe"), ProtocolError)
+        data = parse_json(self.access, "describe", text, ProtocolError)
         return fireworks_api.parse_description(data)
 
-    def preflight(self, description: ServiceDescription, bucket_url: str | None) -> list[CheckLine]:
+    def preflight(
+        self, description: ServiceDescription | None, bucket_url: str | None
+    ) -> list[CheckLine]:
         """Check that the service can be hot-loaded from `bucket_url`; a line each (protocol §8)."""
+        if description is None:
+            return [CheckLine("description", True, NO_DESCRIPTION)]
         return service_lines(
             description,
             bucket_url=bucket_url,
@@ -170,15 +227,14 @@ class HotLoadClient:
 
     async def probe(self) -> bool:
         """Ask for a very small completion; whether it came within 10 s (protocol §8, §14)."""
-        model = fireworks_names.model_name(self.account_id, self.model_id)
         try:
             status, _ = await self._ask(
                 "probe",
                 "POST",
-                fireworks_names.COMPLETIONS_PATH,
+                self.access.api.inference_prefix + fireworks_names.COMPLETIONS,
                 PROBE_TIMEOUT_SECONDS,
-                self._names(),
-                {"model": model, **completions_api.WARM_UP_BODY},
+                self.access.names(),
+                {"model": self.access.model(), **completions_api.WARM_UP_BODY},
             )
         except ServiceError:
             return False
@@ -190,21 +246,21 @@ class HotLoadClient:
         Never raises for the service's sake. `bucket_url` is the store's, compared when given.
         """
         try:
-            self._key("check")
+            self.access.key("check")
         except ServiceRefusedError as error:
-            return [CheckLine("key", False, error.detail, KEY_ADVICE)]
+            return [CheckLine("key", False, error.answer, error.advice)]
         lines = [CheckLine("key", True, "there is one")]
         try:
             status = await self.observe()
             lines.append(CheckLine("status", True, status.describe()))
         except ServiceError as error:
-            lines.append(CheckLine("status", False, str(error), advice_for(error)))
+            lines.append(CheckLine("status", False, error.answer, error.advice))
         try:
             description = await self.describe()
         except ServiceError as error:
-            return [*lines, CheckLine("description", False, str(error), advice_for(error))]
+            return [*lines, CheckLine("description", False, error.answer, error.advice)]
         lines += self.preflight(description, bucket_url)
-        if description.state == "CREATING":
+        if description is not None and description.state == "CREATING":
             answers = await self.probe()
             text = "answers a request" if answers else "does not answer requests yet"
             lines.append(CheckLine("inference", answers, text, "Wait until it does", stops=False))
@@ -213,14 +269,17 @@ class HotLoadClient:
     async def _signal(self, manifest: SnapshotManifest) -> tuple[int, str]:
         policy = "all" if RESET_PROMPT_CACHE in self._refused else self.reset_prompt_cache
         body = fireworks_api.signal_body(
-            manifest, reset_prompt_cache=policy, extra_fields_ignore=self.extra_fields_ignore
+            manifest,
+            reset_prompt_cache=policy,
+            extra_fields_ignore=self.extra_fields_ignore,
+            formats=self.access.api.formats,
         )
         return await self._ask(
             "signal",
             "POST",
             fireworks_names.HOT_LOAD_PATH,
             POST_TIMEOUT_SECONDS,
-            self._names(),
+            self.access.names(),
             body,
         )
 
@@ -230,7 +289,7 @@ class HotLoadClient:
         status, text = await self._ask(
             operation, "GET", path, GET_TIMEOUT_SECONDS, headers, limit_bytes=limit_bytes
         )
-        raise_for(status, operation, text, ServiceRefusedError)
+        raise_for(status, operation, text, ServiceRefusedError, self.access.remedy(status))
         return text
 
     async def _ask(
@@ -244,31 +303,14 @@ class HotLoadClient:
         *,
         limit_bytes: int = 0,
     ) -> tuple[int, str]:
-        url = origin_of(self.base_url, operation) + path
-        key = self._key(operation)
         return await ask(
+            self.access,
             operation,
             method,
-            url,
-            key=key,
+            path,
             headers=headers or {},
             body=body,
             timeout_seconds=timeout_seconds,
             limit_bytes=limit_bytes,
+            transport=self._transport,
         )
-
-    def _names(self) -> dict[str, str]:
-        return {
-            fireworks_names.MODEL_HEADER: fireworks_names.model_name(
-                self.account_id, self.model_id
-            ),
-            fireworks_names.DEPLOYMENT_HEADER: fireworks_names.deployment_name(
-                self.account_id, self.deployment_id
-            ),
-        }
-
-    def _key(self, operation: str) -> str:
-        return key_of(self.api_key, operation)
-
-
-KEY_ADVICE = "Put a key with control rights into the block, or into the environment"

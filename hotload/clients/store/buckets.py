@@ -7,10 +7,11 @@ which `store_errors` translates.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections import Counter
 from collections.abc import Coroutine, Mapping
+from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -23,12 +24,17 @@ from hotload.clients.store.failures import (
     is_missing,
     is_precondition_failure,
 )
-from hotload.clients.store.local_directory import LocalDirectory
+from hotload.clients.store.stored_object import StoredObject
+from hotload.clock import utc_now
+from hotload.directory.files import AnyFile, ComposedFile, read_chunks, read_whole
+from hotload.directory.remote import RemoteFile
 from hotload.errors import StoreError
 
 # s3fs's own 10 parts of 50 MiB cost 1.0 GiB on put and 1.3 GiB on get, and are no faster.
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 4
+# Files that are read in pieces for an upload: 100 MB each, with what is read ahead of them.
+COMPOSED_AT_ONCE = 2
 # Objects this process is uploading; an unfinished upload of any other object was left behind.
 _IN_FLIGHT: Counter[str] = Counter()
 
@@ -36,7 +42,7 @@ _IN_FLIGHT: Counter[str] = Counter()
 class StoreBackend(Protocol):
     """Does for a store what depends on the kind of place its objects lie in."""
 
-    async def put_file(self, local: Path, path: str) -> None:
+    async def put_file(self, local: AnyFile, path: str) -> None:
         """Complete or invisible."""
 
     async def put_bytes(self, data: bytes, path: str) -> None:
@@ -48,6 +54,9 @@ class StoreBackend(Protocol):
     async def read_bytes(self, path: str, limit_bytes: int) -> bytes:
         """At most `limit_bytes` + 1 bytes of the object's beginning."""
 
+    async def read_piece(self, path: str, start: int, size_bytes: int) -> bytes:
+        """Read `size_bytes` bytes from `start` on, at least 1; fewer only where the object ends."""
+
     async def get_file(self, path: str, local: Path) -> None:
         """To a file that does not exist yet."""
 
@@ -56,6 +65,9 @@ class StoreBackend(Protocol):
 
     async def names(self, prefix: str) -> list[str]:
         """Direct children, sorted."""
+
+    async def objects(self, prefix: str) -> list[StoredObject]:
+        """List every object below, however deep, sorted by path."""
 
     async def delete_file(self, path: str) -> None:
         """Delete an object; one that is gone already is no error."""
@@ -73,8 +85,8 @@ class MemoryBucket:
         self._filesystem = fsspec.filesystem("memory")
         self._root = f"/{root}"
 
-    async def put_file(self, local: Path, path: str) -> None:
-        await self.put_bytes(await asyncio.to_thread(local.read_bytes), path)
+    async def put_file(self, local: AnyFile, path: str) -> None:
+        await self.put_bytes(await asyncio.to_thread(read_whole, local), path)
 
     async def put_bytes(self, data: bytes, path: str) -> None:
         with self._lock:
@@ -98,6 +110,13 @@ class MemoryBucket:
         except KeyError:
             raise FileNotFoundError(path) from None
 
+    async def read_piece(self, path: str, start: int, size_bytes: int) -> bytes:
+        try:
+            data = self._filesystem.store[f"{self._root}/{path}"].getbuffer()
+        except KeyError:
+            raise FileNotFoundError(path) from None
+        return bytes(data[start : start + size_bytes])
+
     async def get_file(self, path: str, local: Path) -> None:
         size = await self.size(path)
         data = await self.read_bytes(path, size or 0)
@@ -111,6 +130,17 @@ class MemoryBucket:
         start = f"{self._root}/{prefix}/" if prefix else f"{self._root}/"
         below = [name for name in list(self._filesystem.store) if name.startswith(start)]
         return sorted({name[len(start) :].partition("/")[0] for name in below})
+
+    async def objects(self, prefix: str) -> list[StoredObject]:
+        start = f"{self._root}/{prefix}/" if prefix else f"{self._root}/"
+        with self._lock:
+            below = {n: f for n, f in self._filesystem.store.items() if n.startswith(start)}
+        return [
+            StoredObject(
+                name.removeprefix(f"{self._root}/"), file.getbuffer().nbytes, file.modified
+            )
+            for name, file in sorted(below.items())
+        ]
 
     async def delete_file(self, path: str) -> None:
         with self._lock:
@@ -136,14 +166,30 @@ class RemoteBucket:
         self._filesystem = filesystem
         self._root = root
         self._bucket_seen = False
+        self._composing = asyncio.Semaphore(COMPOSED_AT_ONCE)  # on the file system's own loop
 
-    async def put_file(self, local: Path, path: str) -> None:
+    async def put_file(self, local: AnyFile, path: str) -> None:
         key = self._key(path)
         _IN_FLIGHT[key] += 1
         try:
-            await self._run(self._filesystem._put_file(str(local), key, **self.put_options))
+            if isinstance(local, Path):
+                await self._run(self._filesystem._put_file(str(local), key, **self.put_options))
+            else:
+                await self._run(self._put_composed(local, key))
         finally:
             _IN_FLIGHT[key] -= 1
+
+    async def _put_composed(self, source: ComposedFile | RemoteFile, key: str) -> None:
+        async with self._composing:
+            if source.size_bytes < 2 * PART_BYTES:
+                data = await asyncio.to_thread(read_whole, source)
+                await self._filesystem._pipe_file(key, data)
+            else:
+                await self._put_parts(source, key)
+
+    async def _put_parts(self, source: ComposedFile | RemoteFile, key: str) -> None:
+        """Upload in parts what no file holds; fsspec uploads files and bytes alone."""
+        raise NotImplementedError
 
     async def put_bytes(self, data: bytes, path: str) -> None:
         await self._run(self._filesystem._pipe_file(self._key(path), data))
@@ -171,6 +217,11 @@ class RemoteBucket:
                 return b""
             raise
 
+    async def read_piece(self, path: str, start: int, size_bytes: int) -> bytes:
+        return await self._run(
+            self._filesystem._cat_file(self._key(path), start=start, end=start + size_bytes)
+        )
+
     async def get_file(self, path: str, local: Path) -> None:
         await self._run(self._filesystem._get_file(self._key(path), str(local), **self.get_options))
 
@@ -194,6 +245,22 @@ class RemoteBucket:
         start = f"{directory}/"
         below = (path[len(start) :] for path in paths if path.startswith(start))
         return sorted({name.partition("/")[0] for name in below} - {""})
+
+    async def objects(self, prefix: str) -> list[StoredObject]:
+        try:
+            listed = await self._run(self._filesystem._find(self._key(prefix), detail=True))
+        except FileNotFoundError as error:
+            await self._refuse_missing_bucket(error)
+            return []
+        below, start = self._key(prefix) + "/", f"{self._root}/"
+        return [
+            # One of unknown age counts as new, so that nothing is taken for old by mistake.
+            StoredObject(
+                name.removeprefix(start), int(info["size"]), modified_at(info) or utc_now()
+            )
+            for name, info in sorted(listed.items())
+            if info["type"] == "file" and name.startswith(below) and not name.endswith("/")
+        ]
 
     async def delete_file(self, path: str) -> None:
         try:
@@ -244,6 +311,17 @@ class GcsBucket(RemoteBucket):
     put_options: ClassVar[Mapping[str, Any]] = {"chunksize": PART_BYTES}
     get_options: ClassVar[Mapping[str, Any]] = {"concurrency": 1}  # one stream, 128 KiB at a time
 
+    async def _put_parts(self, source: ComposedFile | RemoteFile, key: str) -> None:
+        from gcsfs.core import initiate_upload, upload_chunk
+
+        kind = "application/octet-stream"
+        bucket, name, _ = self._filesystem.split_path(key)
+        location = await initiate_upload(self._filesystem, bucket, name, kind)
+        parts, start = read_chunks(source, PART_BYTES), 0
+        while part := await asyncio.to_thread(next, parts, b""):
+            await upload_chunk(self._filesystem, location, part, start, source.size_bytes, kind)
+            start += len(part)
+
 
 class S3Bucket(RemoteBucket):
     """S3 and its many relatives."""
@@ -253,6 +331,26 @@ class S3Bucket(RemoteBucket):
         "max_concurrency": PARTS_AT_ONCE,
     }
     get_options: ClassVar[Mapping[str, Any]] = put_options
+
+    async def _put_parts(self, source: ComposedFile | RemoteFile, key: str) -> None:
+        call = self._filesystem._call_s3
+        bucket, _, name = key.partition("/")
+        upload = await call("create_multipart_upload", Bucket=bucket, Key=name)
+        place = {"Bucket": bucket, "Key": name, "UploadId": upload["UploadId"]}
+        waiting, done = enumerate(read_chunks(source, PART_BYTES), start=1), []
+        try:
+            while group := await asyncio.to_thread(list, islice(waiting, PARTS_AT_ONCE)):
+                answers = await asyncio.gather(
+                    *(call("upload_part", **place, PartNumber=n, Body=part) for n, part in group)
+                )
+                done += [
+                    {"PartNumber": number, "ETag": answered["ETag"]}
+                    for (number, _), answered in zip(group, answers, strict=True)
+                ]
+            await call("complete_multipart_upload", **place, MultipartUpload={"Parts": done})
+        except BaseException:  # cancelled, it would be stored and paid for, and seen by nobody
+            await call("abort_multipart_upload", **place)
+            raise
 
     async def abort_orphaned_uploads(self, prefix: str) -> int:
         """Abort multipart uploads below `prefix` that are not this process's own."""
@@ -286,35 +384,26 @@ class S3Bucket(RemoteBucket):
         await self._filesystem._call_s3("head_bucket", Bucket=name)
 
 
-def open_bucket(url: str, options: Mapping[str, Any]) -> StoreBackend:
-    """Open the backend for a checked url. `options` go to fsspec's file system as they are.
-
-    Raises:
-        Exception: the client library does not accept the options.
+def _at_latest(info: Mapping[str, Any]) -> datetime:
+    """When an object was written; one of unknown age counts as new, so that nothing is taken for
+    old by mistake.
     """
-    scheme, _, root = url.partition("://")
-    if scheme == "file":
-        return LocalDirectory(Path(root))
-    if scheme == "memory":
-        return MemoryBucket(root)
-    if scheme == "gs":
-        # Read when gcsfs is imported. Zonal buckets are not for checkpoints, and where their API
-        # does not answer, every single call waits 60 s for it.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        return GcsBucket(_filesystem("gs", options), root)
-    config = {
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        "retries": {"mode": "standard", "total_max_attempts": 1},
-        **options.get("config_kwargs", {}),
-    }
-    filesystem = _filesystem("s3", {**options, "config_kwargs": config})
-    # One attempt of botocore's and one of s3fs's: tasks repeat (docs/decisions/0008).
-    filesystem.retries = 1
-    return S3Bucket(filesystem, root)
+    return modified_at(info) or utc_now()
 
 
-def _filesystem(scheme: str, options: Mapping[str, Any]) -> Any:
-    return fsspec.filesystem(
-        scheme, **{"use_listings_cache": False, "skip_instance_cache": True, **options}
-    )
+def modified_at(info: Mapping[str, Any]) -> datetime | None:
+    """Read when an object was written: s3fs says `LastModified`, gcsfs `updated`, others `mtime`
+    or `created`, some as text; None where nobody says.
+    """
+    keys = ("LastModified", "mtime", "updated", "created")
+    written = next((info[key] for key in keys if info.get(key)), None)
+    if isinstance(written, str):
+        try:
+            written = datetime.fromisoformat(written)
+        except ValueError:
+            return None
+    if isinstance(written, int | float):
+        return datetime.fromtimestamp(written, UTC)
+    if not isinstance(written, datetime):
+        return None
+    return written if written.tzinfo else written.replace(tzinfo=UTC)

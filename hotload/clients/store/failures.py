@@ -1,46 +1,127 @@
 """Whatever a store's client library raises, as one of our two errors: try again, or stop.
 
-s3fs, gcsfs and the operating system spell the same facts differently; the HTTP status, where there
-is one, decides.
+botocore, aiohttp, gcsfs, google.auth, requests and the operating system spell the same facts
+differently. What a network can cause may pass; else the HTTP status decides, where there is one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import re
-from collections.abc import Iterable, Iterator
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import TypeVar
 
 from hotload.clients.redaction import redact
 from hotload.errors import StoreError, StoreUnavailableError
 from hotload.http_status import MAY_PASS, meaning_of
 
+ASK_AGAIN_SECONDS = (2.0, 4.0, 8.0)
 RETRYABLE_CODES = frozenset({"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable"})
 RETRYABLE_ERRNO = frozenset(
-    {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET}
+    {
+        *(errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET),
+        *(errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET),
+    }
 )
-# Class names, so that no client library is imported for a store that does not use it.
+# Class names, so that no client library is imported for a store that does not use it, as
+# `Name@package` where the name means something else elsewhere. Derived classes count as named.
 TRANSPORT_ERRORS = frozenset(
     {
+        "ConnectionError@botocore",  # no connection: refused, reset, name look-up, TLS, proxy
         "HTTPClientError",  # botocore: every failure below HTTP
         "ResponseParserError",  # botocore: an answer that is no S3 answer
         "IncompleteReadError",  # botocore: a body cut short
+        "CapacityNotAvailableError",  # botocore: it holds back after such failures
+        "ChecksumError",  # gcsfs, botocore: what arrived is not what was sent
+        "FlexibleChecksumError",  # botocore, the same
+        "MetadataRetrievalError",  # botocore: the machine's own service of credentials
         "ClientError@aiohttp",
-        "ChecksumError",  # gcsfs: what arrived is not what was sent
+        "HttpProcessingError",  # aiohttp: an answer that is not HTTP
+        "IncompleteRead",  # urllib3, http.client
         "RequestException",  # requests, which gcsfs raises for a 502
+        *("TransportError@httpx", "TransportError@httpx2"),  # huggingface_hub, behind hf://
         "TransportError@google",
+        "TimeoutError@google",
+        "ResponseError@google",
+    }
+)
+# Derived from those, or the cause of one, and no waiting mends them.
+ADDRESS_ERRORS = frozenset(
+    {
+        *("InvalidURL", "InvalidSchema", "MissingSchema", "URLRequired", "InvalidHeader@requests"),
+        *("UnsupportedProtocol@httpx", "UnsupportedProtocol@httpx2"),
+        *("NonHttpUrlClientError", "RedirectClientError", "TooManyRedirects"),
+        *("StreamConsumedError", "UnrewindableBodyError"),  # requests: a mistake of its caller
+        "HTTPError@requests",  # its status decides
+    }
+)
+CERTIFICATE_ERRORS = frozenset(
+    {
+        "SSLCertVerificationError",
+        "ClientConnectorCertificateError",
+        "ServerFingerprintMismatch",
     }
 )
 CREDENTIAL_ERRORS = frozenset(
     {
         "NoCredentialsError",
         "PartialCredentialsError",
+        "CredentialRetrievalError",
+        "MetadataRetrievalError",
         "TokenRetrievalError",
+        "NoAuthTokenError",
+        "SSOError",
+        "LoginError",
+        "ProfileNotFound",
         "GoogleAuthError",
     }
 )
 MISSING_BUCKET = "NoSuchBucket"
 NO_BUCKET = "the bucket does not exist; hotload never creates one"
 TEXT_CHARS = 300
+# What the configuration here is to say otherwise, by the store's own code.
+REMEDIES = {
+    "ExpiredToken": "renew the credentials",
+    "ExpiredTokenException": "renew the credentials",
+    "TokenRefreshRequired": "renew the credentials",
+    "RequestTimeTooSkewed": "set the clock of this machine",
+    "InvalidAccessKeyId": "compare the key id with the account's",
+    "SignatureDoesNotMatch": "compare the secret key with the account's",
+}
+# Codes, or statuses of answers to HEAD, which have no body.
+ELSEWHERE = frozenset(
+    {
+        *("PermanentRedirect", "TemporaryRedirect", "Redirect", "301", "307"),
+        *("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "400"),
+    }
+)
+REGION = re.compile(r"[a-z]{2}[a-z0-9-]{1,30}")
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+async def asked_again(what: str, step: Callable[[], Awaitable[T]]) -> T:
+    """Run a step again where the store does not answer, for one that no engine repeats.
+
+    Args:
+        what: is asked for, in words.
+
+    Raises:
+        StoreUnavailableError: not so within a quarter of a minute.
+    """
+    for delay in ASK_AGAIN_SECONDS:
+        try:
+            return await step()
+        except StoreUnavailableError as error:
+            logger.warning("%s is asked for again in %.0f s: %s", what, delay, error)
+            await asyncio.sleep(delay)
+    return await step()
 
 
 def store_error(error: BaseException, path: str, secrets: Iterable[str] = ()) -> StoreError:
@@ -68,6 +149,8 @@ def answer(error: BaseException) -> tuple[int | None, str]:
             if not isinstance(status, int) and code.isdigit():
                 status = int(code)
             return status, code if re.fullmatch(r"[A-Za-z][A-Za-z.]{0,63}", code) else ""
+        if isinstance(status := getattr(response, "status_code", None), int):  # requests
+            return status, ""
         if type(link).__name__ == "HttpError":  # gcsfs.retry
             number = str(getattr(link, "code", None))
             return int(number) if number.isdigit() else None, ""
@@ -85,27 +168,42 @@ def is_missing(error: BaseException) -> bool:
 
 
 def _may_pass(error: BaseException, status: int | None, code: str) -> bool:
+    is_wrong_address = _named(error, ADDRESS_ERRORS) is not None
+    if _named(error, CERTIFICATE_ERRORS) or (status is None and is_wrong_address):
+        return False
+    # Before the status: gcsfs makes a 401 of a token that could not be refreshed, whatever why.
+    if _named(error, TRANSPORT_ERRORS) and not is_wrong_address:
+        return True
+    if any(getattr(link, "retryable", False) is True for link in _chain(error)):  # google.auth
+        return True
     if status is not None:
         may_pass = status == 409 or meaning_of(status) in MAY_PASS
         return may_pass or code in RETRYABLE_CODES
-    names = set(_names(error))
-    if names & CREDENTIAL_ERRORS and not names & TRANSPORT_ERRORS:
-        return False
-    if names & TRANSPORT_ERRORS or isinstance(error, TimeoutError | ConnectionError | EOFError):
+    if isinstance(
+        error, TimeoutError | ConnectionError | EOFError | socket.gaierror | ssl.SSLError
+    ):
         return True
     return isinstance(error, OSError) and error.errno in RETRYABLE_ERRNO
 
 
 def _reason(error: BaseException, status: int | None, code: str) -> str:
-    names = set(_names(error))
     if code == MISSING_BUCKET:
         return NO_BUCKET
+    if name := _named(error, CERTIFICATE_ERRORS):
+        return f"the store's certificate is not trusted ({name})"
+    if name := _named(error, CREDENTIAL_ERRORS):
+        return f"no usable credentials ({name})"
     if status is not None:
-        return f"the store answered HTTP {status} {code or _head(error)}".rstrip()
-    if names & TRANSPORT_ERRORS:
-        return f"no connection to the store ({type(error).__name__})"
-    if names & CREDENTIAL_ERRORS:
-        return f"no usable credentials ({type(error).__name__})"
+        told = f"the store answered HTTP {status} {code or _head(error)}".rstrip()
+        if region := _named_region(error):
+            return f"{told}; the bucket is in {region}: say so in AWS_DEFAULT_REGION, or as" + (
+                f" client_kwargs: {{region_name: {region}}} in the store's options"
+            )
+        return f"{told}; {REMEDIES[code]}" if code in REMEDIES else told
+    if name := _named(error, ADDRESS_ERRORS):
+        return f"the store's address cannot be used ({name})"
+    if name := _named(error, TRANSPORT_ERRORS):
+        return f"no connection to the store ({name})"
     if isinstance(error, TimeoutError):
         return "the store did not answer in time"
     if isinstance(error, FileNotFoundError):
@@ -115,6 +213,18 @@ def _reason(error: BaseException, status: int | None, code: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return str(error.strerror)[:TEXT_CHARS]
     return f"{type(error).__name__}: {_head(error)}"
+
+
+def _named_region(error: BaseException) -> str | None:
+    """The region that an S3 answer says the bucket is in, where it refuses for that."""
+    for link in _chain(error):
+        if isinstance(response := getattr(link, "response", None), dict):
+            refused, answered = response.get("Error", {}), response.get("ResponseMetadata", {})
+            is_elsewhere = refused.get("Code") in ELSEWHERE
+            headers = answered.get("HTTPHeaders", {})
+            region = str(refused.get("Region") or headers.get("x-amz-bucket-region"))
+            return region if is_elsewhere and REGION.fullmatch(region) else None
+    return None
 
 
 def _head(error: BaseException) -> str:
@@ -130,8 +240,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def _names(error: BaseException) -> Iterator[str]:
-    """Names of the classes of `error`, plain and as `Name@package`."""
-    for cls in type(error).__mro__:
-        yield cls.__name__
-        yield f"{cls.__name__}@{cls.__module__.partition('.')[0]}"
+def _named(error: BaseException, names: frozenset[str]) -> str | None:
+    """Name of the class of `error`, or of what lies behind it, that is or derives from `names`."""
+    for link in _chain(error):
+        for cls in type(link).__mro__:
+            if names & {cls.__name__, f"{cls.__name__}@{cls.__module__.partition('.')[0]}"}:
+                return type(link).__name__
+    return None

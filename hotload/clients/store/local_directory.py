@@ -8,19 +8,25 @@ written below `_hotload/partial`, synced, and renamed to where it belongs.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
-from hotload.directory.files import sync_directory
+from hotload.clients.store.stored_object import StoredObject
+from hotload.directory.files import AnyFile, read_pieces, sync_directory
 from hotload.errors import StoreError
 
+T = TypeVar("T")
 PIECE_BYTES = 8 << 20
 PARTIAL = "_hotload/partial"
+TRIES = 10
 # Unfinished files of this process; everything else below PARTIAL was left behind by a dead one.
 _IN_FLIGHT: Counter[str] = Counter()
 
@@ -31,7 +37,7 @@ class LocalDirectory:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    async def put_file(self, local: Path, path: str) -> None:
+    async def put_file(self, local: AnyFile, path: str) -> None:
         """Copy, sync, rename. A cancelled call stops within one piece of 8 MiB."""
         stop = threading.Event()
         try:
@@ -49,6 +55,9 @@ class LocalDirectory:
         """At most `limit_bytes` + 1 bytes, so that the caller sees an object that is too large."""
         return await asyncio.to_thread(_read_head, self._file(path), limit_bytes + 1)
 
+    async def read_piece(self, path: str, start: int, size_bytes: int) -> bytes:
+        return await asyncio.to_thread(_read_head, self._file(path), size_bytes, start)
+
     async def get_file(self, path: str, local: Path) -> None:
         stop = threading.Event()
         try:
@@ -61,6 +70,9 @@ class LocalDirectory:
 
     async def names(self, prefix: str) -> list[str]:
         return await asyncio.to_thread(self._names, prefix)
+
+    async def objects(self, prefix: str) -> list[StoredObject]:
+        return await asyncio.to_thread(self._objects, prefix)
 
     async def delete_file(self, path: str) -> None:
         await asyncio.to_thread(self._delete, path)
@@ -78,23 +90,27 @@ class LocalDirectory:
             )
         return self._root / path if path else self._root
 
-    def _write(self, path: str, pieces: Callable[[], Iterator[bytes]]) -> None:
+    def _write(self, path: str, pieces: Callable[[], Iterator[bytes | bytearray]]) -> None:
         target = self._file(path)
         with self._partial_file() as partial:
             _write_synced(partial, pieces())
-            _make_directory(target.parent)
-            partial.replace(target)
+            _into_directory(target.parent, lambda: partial.replace(target))
             sync_directory(target.parent)
 
     def _create(self, data: bytes, path: str) -> bool:
         target = self._file(path)
         with self._partial_file() as partial:
             _write_synced(partial, iter((data,)))
-            _make_directory(target.parent)
-            try:
+
+            def link() -> bool:
                 # A link, not a rename: it refuses an existing name, and what it names is complete.
-                target.hardlink_to(partial)
-            except FileExistsError:
+                try:
+                    target.hardlink_to(partial)
+                except FileExistsError:
+                    return False
+                return True
+
+            if not _into_directory(target.parent, link):
                 return False
             sync_directory(target.parent)
         return True
@@ -114,11 +130,33 @@ class LocalDirectory:
         start = f"{prefix}/" if prefix else ""
         return sorted(name for name in names if start + name != PARTIAL)
 
+    def _objects(self, prefix: str) -> list[StoredObject]:
+        found = []
+        for directory, below, files in os.walk(self._file(prefix)):
+            place = Path(directory).relative_to(self._root)
+            below[:] = [name for name in below if str(place / name) != PARTIAL]
+            for name in files:
+                # One that is gone since it was listed is not there.
+                with suppress(FileNotFoundError):
+                    facts = Path(directory, name).stat()
+                    written = datetime.fromtimestamp(facts.st_mtime, UTC)
+                    found.append(StoredObject(str(place / name), facts.st_size, written))
+        return sorted(found, key=lambda one: one.path)
+
     def _delete(self, path: str) -> None:
-        try:
-            self._file(path).unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        target = self._file(path)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.unlink()
+        # No object store has an empty directory, and it would be listed as something stored.
+        for parent in target.parents:
+            if parent == self._root:
+                return
+            try:
+                parent.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return
 
     @contextmanager
     def _partial_file(self) -> Iterator[Path]:
@@ -144,11 +182,16 @@ class LocalDirectory:
         return len(orphans)
 
 
-def _pieces(path: Path, stop: threading.Event) -> Iterator[bytes]:
+def _pieces(source: AnyFile, stop: threading.Event) -> Iterator[bytes | bytearray]:
+    for piece in _read(source) if isinstance(source, Path) else read_pieces(source):
+        if stop.is_set():
+            raise InterruptedError("the copy was cancelled")
+        yield piece
+
+
+def _read(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while piece := file.read(PIECE_BYTES):
-            if stop.is_set():
-                raise InterruptedError("the copy was cancelled")
             yield piece
 
 
@@ -158,12 +201,13 @@ def _copy(source: Path, target: Path, stop: threading.Event) -> None:
             file.write(piece)
 
 
-def _read_head(path: Path, size: int) -> bytes:
+def _read_head(path: Path, size: int, start: int = 0) -> bytes:
     with path.open("rb") as file:
+        file.seek(start)
         return file.read(size)
 
 
-def _write_synced(path: Path, pieces: Iterator[bytes]) -> None:
+def _write_synced(path: Path, pieces: Iterator[bytes | bytearray]) -> None:
     with path.open("xb") as file:
         for piece in pieces:
             file.write(piece)
@@ -171,9 +215,27 @@ def _write_synced(path: Path, pieces: Iterator[bytes]) -> None:
         os.fsync(file.fileno())
 
 
+def _into_directory(directory: Path, place: Callable[[], T]) -> T:
+    """Make the directory and place a file in it, again if another's deletion took it between."""
+    for _ in range(TRIES - 1):
+        try:
+            _make_directory(directory)
+            return place()
+        except FileNotFoundError:
+            continue
+    _make_directory(directory)
+    return place()
+
+
 def _make_directory(directory: Path) -> None:
     if directory.is_dir():
         return
     _make_directory(directory.parent)
-    directory.mkdir(exist_ok=True)
+    try:
+        directory.mkdir(exist_ok=True)
+    except FileExistsError:
+        if directory.exists():
+            raise
+        # Another made it and a third removed it, since `mkdir` looked.
+        raise FileNotFoundError(errno.ENOENT, "removed meanwhile", str(directory)) from None
     sync_directory(directory.parent)

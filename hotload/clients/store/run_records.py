@@ -20,8 +20,9 @@ from hotload.clients.store.records import (
     read_snapshot_manifest,
 )
 from hotload.clients.store.store import Store
+from hotload.concurrently import overlap
 from hotload.errors import StoreError, StoreUnavailableError
-from hotload.identity import cycle_name, version_of
+from hotload.identity import NamedVersion, cycle_name, read_identity
 from hotload.publish.snapshot import SnapshotManifest
 from hotload.report.cycle_report import CycleReport
 from hotload.report.run_history import (
@@ -29,7 +30,7 @@ from hotload.report.run_history import (
     RunHistory,
     RunVersion,
     last_metrics,
-    report_version,
+    reports_of,
 )
 
 RUNS = "_hotload/runs"
@@ -61,15 +62,14 @@ async def add_missing(
     Raises:
         StoreError: the store refuses.
     """
-    run_id, rows = history.run_id, {row.policy_version for row in history.versions}
-    names = await store.names(REPORTS)
-    versions = {version for name in names if (version := report_version(name, run_id)) is not None}
-    missing = [one for one in sorted(versions)[-ROWS_LIMIT:] if one not in rows][-limit:]
+    rows = {row.order for row in history.versions}
+    ended = [one for one in reports_of(await store.names(REPORTS)) if one.run_id == history.run_id]
+    missing = [one for one in ended[-ROWS_LIMIT:] if one[1:] not in rows][-limit:]
     gate = asyncio.Semaphore(READ_CONCURRENCY)
     unreadable: list[str] = []
 
-    async def read(version: int) -> RunVersion | None:
-        name = cycle_name(run_id, version)
+    async def read(version: NamedVersion) -> RunVersion | None:
+        name = cycle_name(version.run_id, version.policy_version, version.line)
         async with gate:
             try:
                 return await _read_row(store, name)
@@ -79,15 +79,22 @@ async def add_missing(
                 unreadable.append(name)
                 return None
 
-    added = await asyncio.gather(*map(read, missing))
+    added = await overlap(map(read, missing))
     return history.adding(row for row in added if row), sorted(unreadable)
+
+
+async def last_ended_version(store: Store, run_id: str, line: int) -> int | None:
+    """Find the newest version of a line whose cycle has ended; None before the first."""
+    ended = reports_of(await store.names(REPORTS))
+    of_line = (one.policy_version for one in ended if (one.run_id, one.line) == (run_id, line))
+    return max(of_line, default=None)
 
 
 async def _read_row(store: Store, name: str) -> RunVersion:
     path = f"{REPORTS}/{name}.json"
     data = await store.read_bytes(path, limit_bytes=REPORT_LIMIT_BYTES)
     report = CycleReport.parse_stored(data, path)
-    if report.name != name or cycle_name(report.run_id, report.policy_version) != name:
+    if {report.name, cycle_name(report.run_id, report.policy_version, report.line)} != {name}:
         raise StoreError(path, f"is the report of {report.name!r}")
     try:
         lines = f"{METRICS}/{name}.jsonl"
@@ -104,12 +111,12 @@ async def _read_row(store: Store, name: str) -> RunVersion:
 
 async def read_unfinished(store: Store, history: RunHistory) -> tuple[SnapshotManifest, ...]:
     """Read the newest snapshots of versions after the last of the history, whose cycles go on."""
-    last = history.versions[-1].policy_version if history.versions else -1
+    last = history.versions[-1].order if history.versions else (0, -1)
     names = (name.removesuffix(".json") for name in await store.names(SNAPSHOTS))
     later = [
-        (version, name)
+        (named, name)
         for name in names
-        if (version := version_of(name, history.run_id)) is not None and version > last
+        if (named := read_identity(name)) and named.run_id == history.run_id and named[1:] > last
     ]
     manifests = []
     for _, identity in sorted(later)[-UNFINISHED_LIMIT:]:

@@ -12,17 +12,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
+from hotload.check_line import CheckLine
 from hotload.clients.redaction import leaves
-from hotload.clients.store.buckets import StoreBackend, open_bucket
+from hotload.clients.store.buckets import GcsBucket, MemoryBucket, S3Bucket, StoreBackend
 from hotload.clients.store.failures import store_error
-from hotload.directory.files import sync_and_replace
-from hotload.errors import StoreError, StoreUnavailableError
-from hotload.publish.check_line import CheckLine
+from hotload.clients.store.local_directory import LocalDirectory
+from hotload.clients.store.stored_object import StoredObject
+from hotload.directory.files import AnyFile, sync_and_replace
+from hotload.errors import InvalidCheckpointError, StoreError, StoreUnavailableError
 
 SCHEMES = ("file", "memory", "s3", "gs")
 PATH_LIMIT_BYTES = 900  # S3 allows keys of 1,024
 CALL_TIMEOUT_SECONDS = 60.0
 ABORT_TIMEOUT_SECONDS = 600.0
+LIST_TIMEOUT_SECONDS = 600.0
 SLOWEST_BYTES_PER_SECOND = 5e6
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
@@ -94,10 +99,18 @@ class Store:
         """Url and options: a connection stays in the process that opened it."""
         return {"url": self.url, "options": self.options}
 
+    def options_for(self, url: str) -> Mapping[str, Any]:
+        """Return what opens a URL: the options of this store where it lies in the same bucket, else
+        none, which takes the environment's."""
+        return self.options if url.split("/")[:3] == self.url.split("/")[:3] else {}
+
     async def put_file(
-        self, local: Path, path: str, *, timeout_seconds: float | None = None
+        self, local: AnyFile, path: str, *, timeout_seconds: float | None = None
     ) -> None:
-        """Upload a file. A reader sees all of it or nothing, whatever interrupts the upload.
+        """Upload a file, one that is composed or lies elsewhere included, which is then written
+        nowhere else.
+
+        A reader sees all of it or nothing, whatever interrupts the upload.
 
         An existing object is replaced. The deadline is 60 s and 1 s per 5 MB unless
         `timeout_seconds` says otherwise. Memory stays under about 150 MiB, whatever the size.
@@ -106,6 +119,8 @@ class Store:
             StoreUnavailableError: connection, server or deadline; nothing became visible, try
                 again.
             StoreError: the bucket does not exist or refuses, or the local file cannot be read.
+            InvalidCheckpointError: a file that a composed one is made of cannot be read, or became
+                shorter.
         """
         size = await self._local_size(local)
         limit = _deadline(size) if timeout_seconds is None else timeout_seconds
@@ -149,6 +164,16 @@ class Store:
             raise StoreError(path, f"larger than {limit_bytes} bytes")
         return data
 
+    async def read_piece(self, path: str, start: int, size_bytes: int) -> bytes:
+        """Read `size_bytes` bytes, at least 1, from `start` on; fewer only where the object ends.
+
+        Raises:
+            StoreError: there is no such object, or, on some stores, it ends before `start`.
+        """
+        return await self._call(
+            path, _deadline(size_bytes), lambda bucket: bucket.read_piece(path, start, size_bytes)
+        )
+
     async def get_file(
         self, path: str, local: Path, *, timeout_seconds: float | None = None
     ) -> None:
@@ -190,6 +215,16 @@ class Store:
         """
         return await self._call(
             prefix, CALL_TIMEOUT_SECONDS, lambda bucket: bucket.names(prefix), may_be_root=True
+        )
+
+    async def objects(self, prefix: str) -> list[StoredObject]:
+        """List every object below `prefix/`, however deep, sorted by path; `""` is the store.
+
+        Raises:
+            StoreError: the bucket itself does not exist, or refuses.
+        """
+        return await self._call(
+            prefix, LIST_TIMEOUT_SECONDS, lambda bucket: bucket.objects(prefix), may_be_root=True
         )
 
     async def delete_file(self, path: str) -> None:
@@ -255,7 +290,9 @@ class Store:
         await self.names("")
         return True
 
-    async def _local_size(self, local: Path) -> int:
+    async def _local_size(self, local: AnyFile) -> int:
+        if not isinstance(local, Path):
+            return local.size_bytes
         try:
             return (await asyncio.to_thread(local.stat)).st_size
         except OSError as error:
@@ -270,6 +307,8 @@ class Store:
         try:
             async with asyncio.timeout(timeout_seconds) as deadline:
                 return await operation(self._bucket)
+        except InvalidCheckpointError:  # the trainer's files, not the store's
+            raise
         except Exception as error:  # noqa: BLE001 - client libraries raise anything; here it gets its class
             if isinstance(error, TimeoutError) and deadline.expired():
                 reason = f"not finished within {timeout_seconds:g} s"
@@ -278,11 +317,52 @@ class Store:
 
     @cached_property
     def _bucket(self) -> StoreBackend:
-        return open_bucket(self.url, self.options)
+        return _open_bucket(self.url, self.options)
 
     def _secrets(self) -> list[str]:
         known = [os.environ.get(name, "") for name in SECRET_VARIABLES]
         return [*leaves(self.options), *known]
+
+
+def _open_bucket(url: str, options: Mapping[str, Any]) -> StoreBackend:
+    """Open the backend for a checked url. `options` go to fsspec's file system as they are.
+
+    Raises:
+        Exception: the client library does not accept the options.
+    """
+    scheme, _, root = url.partition("://")
+    if scheme == "file":
+        return LocalDirectory(Path(root))
+    if scheme == "memory":
+        return MemoryBucket(root)
+    if scheme == "gs":
+        return GcsBucket(open_filesystem("gs", options), root)
+    return S3Bucket(open_filesystem("s3", options), root)
+
+
+def open_filesystem(scheme: str, options: Mapping[str, Any]) -> Any:
+    """Open fsspec's file system for a scheme, with connections of its own.
+
+    Raises:
+        Exception: there is no such file system, or it does not accept the options.
+    """
+    own: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if scheme == "s3":
+        # One attempt of botocore's and one of s3fs's: tasks repeat (docs/decisions/0008).
+        own["config_kwargs"] = {
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            **options.get("config_kwargs", {}),
+        }
+    if scheme in ("gs", "gcs"):
+        # Read when gcsfs is imported. Zonal buckets are not for checkpoints, and where their API
+        # does not answer, every single call waits 60 s for it.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    filesystem = fsspec.filesystem(scheme, **{**options, **own})
+    if scheme == "s3":
+        filesystem.retries = 1
+    return filesystem
 
 
 BUCKET_ADVICE = (

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from hotload.concurrently import overlap
 from hotload.options import RewardSpec
 from hotload.reward.outcome import RewardOutcome
 from hotload.rollout.trajectory import Problem, Trajectory
-from hotload.sampling.concurrently import overlap
 
 RewardCall = Callable[[Problem, Sequence[Trajectory]], Coroutine[Any, Any, list[RewardOutcome]]]
 

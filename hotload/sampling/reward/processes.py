@@ -10,11 +10,15 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,6 +32,8 @@ from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.sampling.reward.calls import score_by_calls
 from hotload.sampling.reward.user_errors import secret_values
 
+logger = logging.getLogger(__name__)
+
 PROCESS_COUNT = min(8, max(2, os.cpu_count() or 2))
 CALLS_PER_ASYNC_PROCESS = 32
 START_TIMEOUT_SECONDS = 120.0
@@ -35,6 +41,9 @@ ASYNC_GRACE_SECONDS = 1.0
 END_TIMEOUT_SECONDS = 5.0
 LAST_WORDS_SECONDS = 1.0
 REPLY_LIMIT_BYTES = 16 << 20
+PRINT_PIECE_BYTES = 64 << 10
+PRINT_LIMIT_BYTES_PER_CALL = 4 << 10
+PRINT_LIMIT_BYTES = 1 << 20
 # Keys to the weights, the store and the server; a judge's has another name, or is asked for.
 WITHHELD_PREFIXES = (
     "AWS_",
@@ -67,15 +76,46 @@ def reward_environment(reward: RewardSpec, own: Mapping[str, str]) -> dict[str, 
     }
 
 
+_KEPT: ContextVar[defaultdict[str, list["RewardProcesses"]] | None] = ContextVar(
+    "_KEPT", default=None
+)
+
+
+@asynccontextmanager
+async def keep_reward_processes() -> AsyncIterator[None]:
+    """Keep processes that a scorer has ended with for the next one of the same reward: a start
+    costs about half a second. They end with the outermost of these.
+    """
+    if _KEPT.get() is not None:
+        yield
+        return
+    kept: defaultdict[str, list[RewardProcesses]] = defaultdict(list)
+    token = _KEPT.set(kept)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+        for each in [one for idle in kept.values() for one in idle]:
+            await each.end()
+
+
 class RewardProcesses:
     """Scores by one declared reward that is imported in processes of its own."""
 
+    @classmethod
+    def of(cls, reward: RewardSpec) -> "RewardProcesses":
+        """Take those that are kept of this reward, or make others."""
+        kept = _KEPT.get()
+        idle = None if kept is None else kept[reward.model_dump_json()]
+        return idle.pop() if idle else cls(reward)
+
     def __init__(self, reward: RewardSpec) -> None:
         self._spec = reward
-        self._slots = [_Slot(reward) for _ in range(PROCESS_COUNT)]
+        self._prints = _Prints(reward.name)
+        self._slots = [_Slot(reward, self._prints) for _ in range(PROCESS_COUNT)]
         # The last one given back is taken first, so that no more are started than are needed.
         self._free: asyncio.LifoQueue[_Slot] = asyncio.LifoQueue()
-        self._apart = _Slot(reward)
+        self._apart = _Slot(reward, self._prints)
         self._one_at_a_time = asyncio.Lock()
 
     async def start(self) -> None:
@@ -85,6 +125,7 @@ class RewardProcesses:
             RewardError: it cannot be used.
         """
         first = await self._slots[0].process()
+        self._free = asyncio.LifoQueue()
         for slot in reversed(self._slots):
             for _ in range(CALLS_PER_ASYNC_PROCESS if first.is_async else 1):
                 self._free.put_nowait(slot)
@@ -107,9 +148,51 @@ class RewardProcesses:
         return [answer.unscored] * len(samples) if isinstance(answer, _Lost) else answer
 
     async def stop(self) -> None:
+        """Keep the processes where that is asked for, or end them."""
+        if (kept := _KEPT.get()) is None:
+            await self.end()
+            return
+        self._prints.conclude()
+        kept[self._spec.model_dump_json()].append(self)
+
+    async def end(self) -> None:
         """End the processes, whatever they do."""
         for slot in (*self._slots, self._apart):
             await slot.clear()
+        self._prints.conclude()
+
+
+class _Prints:
+    """Passes on what a reward prints, up to a limit, and counts the rest: for 8 samples one wrote
+    80 MB into a worker's log.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._left = PRINT_LIMIT_BYTES
+        self._left_out = 0
+
+    def pass_on(self, piece: bytes, room: int) -> None:
+        """Write a piece to standard error as far as there is `room`, for its call and for all."""
+        shown = piece[: max(0, min(room, self._left))]
+        self._left -= len(shown)
+        self._left_out += len(piece) - len(shown)
+        with contextlib.suppress(OSError):
+            os.write(2, shown)
+
+    def conclude(self) -> None:
+        """Log how much was left out, if anything was, and begin anew."""
+        self._left = PRINT_LIMIT_BYTES
+        if self._left_out:
+            logger.warning(
+                "reward %r: %d bytes that it printed are left out; shown are at most %d a sample,"
+                " and %d of all",
+                self._name,
+                self._left_out,
+                PRINT_LIMIT_BYTES_PER_CALL,
+                PRINT_LIMIT_BYTES,
+            )
+            self._left_out = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +206,9 @@ class _Lost:
 class _Slot:
     """A place for one process, which is started when needed and again after it was lost."""
 
-    def __init__(self, reward: RewardSpec) -> None:
+    def __init__(self, reward: RewardSpec, prints: _Prints) -> None:
         self._spec = reward
+        self._prints = prints
         self._process: _Process | None = None
         self._starting = asyncio.Lock()
 
@@ -133,7 +217,7 @@ class _Slot:
         async with self._starting:
             if self._process is None or self._process.lost is not None:
                 await self.clear()
-                self._process = await _Process.start(self._spec)
+                self._process = await _Process.start(self._spec, self._prints)
             return self._process
 
     async def clear(self) -> None:
@@ -169,9 +253,12 @@ def _read_outcome(outcome: dict[str, Any], secrets: Sequence[str]) -> RewardOutc
 class _Process:
     """One process, from its start to its end. It answers calls in any order."""
 
-    def __init__(self, child: asyncio.subprocess.Process, secrets: Sequence[str]) -> None:
+    def __init__(
+        self, child: asyncio.subprocess.Process, secrets: Sequence[str], prints: _Prints
+    ) -> None:
         assert child.stdin is not None
         assert child.stdout is not None
+        assert child.stderr is not None
         self._child, self._stdin, self._stdout = child, child.stdin, child.stdout
         self.secrets = secrets
         self.is_async = False
@@ -179,9 +266,11 @@ class _Process:
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future[dict[str, Any] | _Lost]] = {}
         self._listening = asyncio.create_task(self._listen())
+        self._printed_bytes = 0
+        self._passing_on = asyncio.create_task(self._pass_on(child.stderr, prints))
 
     @classmethod
-    async def start(cls, reward: RewardSpec) -> Self:
+    async def start(cls, reward: RewardSpec, prints: _Prints) -> Self:
         """Start a process that has imported the reward.
 
         Raises:
@@ -194,6 +283,7 @@ class _Process:
             "hotload.sampling.reward.worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
             limit=REPLY_LIMIT_BYTES,
             env={
                 **environment,
@@ -201,7 +291,7 @@ class _Process:
             },
             start_new_session=True,
         )
-        process = cls(child, secret_values(environment))
+        process = cls(child, secret_values(environment), prints)
         setup = {
             "name": reward.name,
             "arguments": reward.arguments,
@@ -231,6 +321,7 @@ class _Process:
         if self.lost is not None:
             return self.lost
         number = next(self._numbers)
+        self._printed_bytes = 0
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(limit_seconds):
@@ -262,6 +353,11 @@ class _Process:
                 how = f" with signal {-code}" if code < 0 else f" with exit code {code}"
         self.lose(Unscored(Cause.REWARD_CRASHED, f"its process ended{how}"))
 
+    async def _pass_on(self, source: asyncio.StreamReader, prints: _Prints) -> None:
+        while piece := await source.read(PRINT_PIECE_BYTES):
+            prints.pass_on(piece, PRINT_LIMIT_BYTES_PER_CALL - self._printed_bytes)
+            self._printed_bytes += len(piece)
+
     def lose(self, reason: Unscored) -> _Lost:
         """Kill the process with all it started, and tell the calls that wait for it."""
         if self.lost is None:
@@ -278,7 +374,10 @@ class _Process:
         self.lose(Unscored(Cause.REWARD_CRASHED, "its process was ended"))
         self._stdin.close()
         self._listening.cancel()
-        await asyncio.wait([self._listening])
+        # Its last words are read to their end, unless a child of its own holds the pipe open.
+        await asyncio.wait([self._passing_on], timeout=LAST_WORDS_SECONDS)
+        self._passing_on.cancel()
+        await asyncio.wait([self._listening, self._passing_on])
         # A child that left the process group may hold the pipes open.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(END_TIMEOUT_SECONDS):

@@ -137,13 +137,13 @@ class RemoteReward:
             return Failure(Action.RETRY, Cause.CONNECTION, None, type(error).__name__)
 
 
-def _is_refused(fault: Failure) -> bool:
-    """No key, no money, no rights: no sample's fault, and nothing that passes by itself."""
-    code = fault.status_code
+def _is_refused(failure: Failure) -> bool:
+    """No key, no money, no rights: not the sample's doing, and nothing that passes by itself."""
+    code = failure.status_code
     return code is not None and meaning_of(code) is StatusMeaning.NO_ACCESS
 
 
-def _cause(fault: Failure) -> Cause:
-    if fault.action is Action.FAIL_SAMPLE:
+def _cause(failure: Failure) -> Cause:
+    if failure.action is Action.FAIL_SAMPLE:
         return Cause.REWARD_REFUSED
     return Cause.REWARD_UNAVAILABLE

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
+from hotload.concurrently import overlap
 from hotload.errors import RewardError
 from hotload.options import RewardSpec
 from hotload.reward.advantages import advantages
@@ -27,7 +28,6 @@ from hotload.reward.outcome import (
 from hotload.reward.weighted_sum import sum_weighted, weighted_parts
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, ScoredGroup, Trajectory, TrajectoryGroup
-from hotload.sampling.concurrently import overlap
 from hotload.sampling.reward.processes import RewardProcesses
 from hotload.sampling.reward.remote import RemoteReward
 from hotload.sampling.reward.user_errors import DETAIL_LIMIT_CHARACTERS, replace_surrogates
@@ -112,7 +112,7 @@ def _reward_source(reward: RewardSpec) -> RewardSource:
         return RemoteReward(reward)
     if reward.name in BUILT_INS or ":" not in reward.name:
         return _BuiltIn(reward)
-    return RewardProcesses(reward)
+    return RewardProcesses.of(reward)
 
 
 def _marked(sample: Trajectory, outcome: Unscored) -> Trajectory:
@@ -125,7 +125,7 @@ class _BuiltIn:
 
     def __init__(self, reward: RewardSpec) -> None:
         self._spec = reward
-        self._elsewhere = None if reward.name in QUICK_BUILT_INS else RewardProcesses(reward)
+        self._elsewhere = None if reward.name in QUICK_BUILT_INS else RewardProcesses.of(reward)
 
     async def start(self) -> None:
         self._reward = load_reward(self._spec.name)

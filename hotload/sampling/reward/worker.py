@@ -6,10 +6,12 @@ middle of a reward that hangs.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,6 +47,8 @@ def _read_calls(source: BinaryIO, calls: Calls) -> None:
 
 
 def _reply(sink: BinaryIO, number: int, **answer: Any) -> None:
+    with contextlib.suppress(Exception):  # it may be the reward's own by now
+        sys.stdout.flush()  # so that what is printed for one sample is counted with it
     sink.write(json.dumps({"call": number, **answer}).encode() + b"\n")
     sink.flush()
 

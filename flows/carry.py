@@ -1,0 +1,233 @@
+"""Carry: shards are read, encoded and uploaded where they are placed, here or on nodes.
+
+A node does with its share what a cycle without a placement does with all shards, by the same steps.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from blocks.checkpoint_store import CheckpointStore
+from blocks.hot_load_service import HotLoadService
+from hotload.clients.nodes import NodeAnswer, NodeWork, foreseen_by_all
+from hotload.clients.service import HotLoadClient
+from hotload.clients.store import Store
+from hotload.concurrently import overlap
+from hotload.directory.files import FileDigests
+from hotload.directory.relayout import CheckpointView
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import CheckpointContent, ShardBatch, SnapshotPlan, batches
+from hotload.publish.workspace import Workspace
+from hotload.records import FileDigest
+from hotload.spec import CycleSpec
+from tasks.announce import hint_shards
+from tasks.baseline import Baseline, keep_baseline
+from tasks.encode import DeltaEncoder, encode_once
+from tasks.nodes import answer_of, ask_node, hold_share, leave_answer, read_share
+from tasks.show import Progress
+from tasks.upload import Source, upload_once
+from tasks.validate import place_of, view_of
+
+# Every task run costs the server work (about 30 ms), so many shards share one.
+BATCHES = 25
+
+
+async def carry_shards(
+    service: HotLoadClient,
+    store: Store,
+    workspace: Workspace,
+    view: CheckpointView,
+    digests: FileDigests,
+    plan: SnapshotPlan,
+    shards: Sequence[FileDigest],
+) -> list[ShardBatch]:
+    """Encode, upload and hint shards in this process, in batches that overlap.
+
+    Raises:
+        InvalidCheckpointError: the trainer changed a file since it was validated.
+        BaselineLostError, SelfCheckError: a delta cannot be had; a full snapshot can.
+        StoreError: the store refuses.
+    """
+    size_bytes = sum(shard.size_bytes for shard in shards)
+    progress = Progress(f"{plan.kind.value} {plan.identity}", size_bytes)
+    with DeltaEncoder(workspace, view, plan, digests) as encoder:
+        return await overlap(
+            _carry(encoder, service, store, batch, progress) for batch in batches(shards, BATCHES)
+        )
+
+
+async def _carry(
+    encoder: DeltaEncoder,
+    service: HotLoadClient,
+    store: Store,
+    files: tuple[FileDigest, ...],
+    progress: Progress,
+) -> ShardBatch:
+    """Encode, upload and hint one batch, while other batches are at other steps."""
+    plan = encoder.plan
+    source: Source = encoder.view
+    batch = ShardBatch.as_written(files)
+    if plan.kind is SnapshotKind.DELTA:
+        batch, source = await encode_once(encoder, files), encoder.directory
+    results, digests = encoder.workspace.results, encoder.digests
+    batch = await upload_once(store, plan.identity, source, batch, results, digests)
+    if service.hint_body_template is not None:
+        batch = await hint_shards(service, store, plan, batch)
+    await progress.advance(sum(file.size_bytes for file in files))
+    return batch
+
+
+async def work_here(work: NodeWork, work_dir: Path) -> NodeAnswer:
+    """Do one step of a node's share in this process, in `work_dir`.
+
+    Raises:
+        InvalidCheckpointError, NeedsFullSnapshotError, StoreError: as the step itself.
+    """
+    spec, plan = work.spec, work.plan
+    store = (await CheckpointStore.load(spec.store)).open()
+    workspace = Workspace(work_dir / work.share, work.account_id, work.deployment_id)
+    baseline = Baseline(
+        workspace,
+        store,
+        await place_of(spec),
+        spec.snapshot.spec_dtype_style,
+        links=spec.snapshot.link_baseline,
+        files=work.files,
+    )
+    baseline.reserved = {"": frozenset(work.reserved)}
+    if work.step == "keep":
+        await keep_baseline(baseline, *work.identities)
+        return NodeAnswer(trouble=baseline.trouble)
+    view = await view_of(spec)
+    if plan is None:
+        return await read_share(work, baseline, view)
+    await hold_share(work, baseline, view)
+    service = (await HotLoadService.load(spec.service)).open()
+    carried = await carry_shards(
+        service, store, workspace, view, baseline.digests, plan, work.digests
+    )
+    return NodeAnswer(batches=tuple(carried))
+
+
+@flow(
+    name="node",
+    flow_run_name="{work.step}-{work.spec.name}-{work.share}",
+    persist_result=False,
+)
+async def work_on_share(work: NodeWork, work_dir: str) -> None:
+    """Do one step of a share of a cycle's shards, and leave the answer in the store.
+
+    Args:
+        work: what to do.
+        work_dir: a directory on this machine's own disk for baselines and unfinished files; saved
+            with the deployment.
+
+    Raises:
+        StoreError, StoreUnavailableError: another node may do better.
+    """
+    answer = await answer_of(work_here(work, Path(work_dir)))
+    await leave_answer((await CheckpointStore.load(work.spec.store)).open(), answer)
+
+
+async def work_on_nodes(
+    spec: CycleSpec, store: Store, workspace: Workspace, files: Sequence[str], **step: Any
+) -> dict[str, NodeAnswer]:
+    """Have every share of these files worked on, by its own node or another; returns the answers.
+
+    Args:
+        step: what else NodeWork says of the step; `digests` are those of all files.
+
+    Raises:
+        InvalidCheckpointError, NeedsFullSnapshotError, StoreError: as the step itself.
+    """
+    digests: Collection[FileDigest] = step.pop("digests", ())
+    works = [
+        NodeWork(
+            spec=spec,
+            share=share,
+            account_id=workspace.account_id,
+            deployment_id=workspace.deployment_id,
+            files=placed,
+            digests=tuple(one for one in digests if one.file in placed),
+            **step,
+        )
+        for share, placed in spec.shares_of(files).items()
+    ]
+    answers = await overlap(_work_somewhere(work, store) for work in works)
+    return {work.share: answer for work, answer in zip(works, answers, strict=True)}
+
+
+async def _work_somewhere(work: NodeWork, store: Store) -> NodeAnswer:
+    """Work on a share on its node, else on the first after it that does, else here."""
+    nodes = list(work.spec.placement)
+    own = nodes.index(work.share)
+    for node in nodes[own:] + nodes[:own]:
+        if (answer := await ask_node(node, work, store)) is not None:
+            return answer
+    return await work_here(work, Path(work.spec.work_dir))
+
+
+async def read_on_nodes(
+    files: Sequence[str], spec: CycleSpec, baseline: Baseline, bases: Collection[str]
+) -> list[FileDigest]:
+    """Have the digests of shards read where they are placed, and deltas on `bases` foreseen.
+
+    Raises:
+        InvalidCheckpointError: a file cannot be read.
+    """
+    answers = await work_on_nodes(
+        spec, baseline.store, baseline.workspace, files, step="read", identities=tuple(bases)
+    )
+    baseline.foreseen = foreseen_by_all(answers)
+    found = {one.file: one for answer in answers.values() for one in answer.digests}
+    return [found[file] for file in files]
+
+
+async def carry_content(
+    spec: CycleSpec,
+    service: HotLoadClient,
+    store: Store,
+    workspace: Workspace,
+    view: CheckpointView,
+    digests: FileDigests,
+    content: CheckpointContent,
+    plan: SnapshotPlan,
+) -> list[ShardBatch]:
+    """Encode, upload and hint all shards of a checkpoint where they are placed.
+
+    Raises:
+        InvalidCheckpointError, NeedsFullSnapshotError, StoreError: as `carry_shards`.
+    """
+    if not spec.placement:
+        return await carry_shards(service, store, workspace, view, digests, plan, content.shards)
+    files = [shard.file for shard in content.shards]
+    answers = await work_on_nodes(
+        spec, store, workspace, files, step="carry", plan=plan, digests=content.shards
+    )
+    return [batch for answer in answers.values() for batch in answer.batches]
+
+
+async def keep_baselines(
+    spec: CycleSpec, baseline: Baseline, content: CheckpointContent, identities: Sequence[str]
+) -> None:
+    """Move the baseline on to what every replica has confirmed, wherever it lies.
+
+    Raises:
+        StoreError: the store has no manifest of one.
+    """
+    if not spec.placement:
+        await keep_baseline(baseline, *identities)
+        return
+    answers = await work_on_nodes(
+        spec,
+        baseline.store,
+        baseline.workspace,
+        [shard.file for shard in content.shards],
+        step="keep",
+        identities=tuple(identities),
+        reserved=tuple({name for each in baseline.reserved.values() for name in each}),
+    )
+    troubles = (answer.trouble for answer in answers.values())
+    baseline.trouble = next(filter(None, troubles), None)

@@ -1,0 +1,75 @@
+"""Overlap: several steps at once, all of them or none; and what they do one after the other."""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+logger = logging.getLogger(__name__)
+
+
+_TURNS: ContextVar[defaultdict[str, asyncio.Lock]] = ContextVar("_TURNS")
+
+
+@contextmanager
+def taking_turns() -> Iterator[None]:
+    """Let the steps that are begun within do what they do under one name one after the other."""
+    token = _TURNS.set(defaultdict(asyncio.Lock))
+    try:
+        yield
+    finally:
+        _TURNS.reset(token)
+
+
+@asynccontextmanager
+async def turn(name: str) -> AsyncIterator[None]:
+    """Wait until no other step of these is at what goes by `name`."""
+    async with _TURNS.get()[name]:
+        yield
+
+
+async def overlap(steps: Iterable[Coroutine[Any, Any, A]]) -> list[A]:
+    """Run all steps at once; returns their results in order.
+
+    When one fails, the others are ended and its error is raised; what else failed is logged.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(step) for step in steps]
+    except BaseExceptionGroup as failed:
+        raise_first(failed)
+    return [task.result() for task in running]
+
+
+async def overlap_as_they_come(steps: AsyncIterable[Coroutine[Any, Any, object]]) -> None:
+    """Run steps, each from when it comes on, beside those before it; fails as `overlap` does."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            async for step in steps:
+                group.create_task(step)
+    except BaseExceptionGroup as failed:
+        raise_first(failed)
+
+
+async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
+    """Run two steps at once; returns both results, and fails as `overlap` does."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            one, other = group.create_task(first), group.create_task(second)
+    except BaseExceptionGroup as failed:
+        raise_first(failed)
+    return one.result(), other.result()
+
+
+def raise_first(failed: BaseExceptionGroup[BaseException]) -> NoReturn:
+    """Raise the first error of a task group, and log the others."""
+    first, *others = failed.exceptions
+    for other in others:
+        logger.error("failed as well: %s: %s", type(other).__name__, other)
+    raise first from None

@@ -1,0 +1,61 @@
+"""The steps of a training run as Markdown, for a person who looks at it in Prefect's UI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hotload.quantities import number
+from hotload.training.step_record import Promotion, StepRecord
+
+# Reward, k3 and gradient first: a loss of 0 is right where the policy is its anchor.
+COLUMNS = {
+    "rollout/raw_reward": "reward",
+    "train/inference_k3": "k3, nats",
+    "train/grad_norm": "gradient norm",
+    "train/entropy": "entropy, nats",
+    "async/version_offset_max": "lag, steps",
+    "perf/train_wait_time": "trainer waited, s",
+    "perf/sampler_wait_time": "sampler waited, s",
+    "train/loss": "loss",
+}
+
+
+def render_training(records: Sequence[StepRecord]) -> str:
+    """Render the steps, newest first: one row each."""
+    headings = ("step", "sampled from", "groups", *COLUMNS.values(), "exported as")
+    rows = [headings, ("---",) * len(headings), *map(_cells, reversed(records))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def run_lines(records: Sequence[StepRecord], promotions: Sequence[Promotion]) -> list[str]:
+    """List the steps of a run for a terminal: what each left, and the names that were given."""
+    names: dict[int, list[str]] = {}
+    for one in promotions:
+        names.setdefault(one.policy_version, []).append(one.name)
+    lines = []
+    for record in records:
+        parts = [step_line(record)]
+        if record.state is not None:
+            parts.append(f"state {record.state.path}")
+        if (exported := record.checkpoint) is not None:
+            given = ", ".join(names.get(exported.policy_version, ()))
+            parts.append(f"version {exported.policy_version}" + (f" ({given})" if given else ""))
+        lines.append("; ".join(parts))
+    return lines or ["no step is recorded"]
+
+
+def step_line(record: StepRecord) -> str:
+    """Say in one line what a step came to."""
+    shown = (f"{name} {_figure(record, key)}" for key, name in COLUMNS.items())
+    return f"step {record.step}: {', '.join(shown)}"
+
+
+def _cells(record: StepRecord) -> tuple[str, ...]:
+    groups = sum(len(part.problem_ids) for part in record.groups)
+    exported = "" if record.checkpoint is None else str(record.checkpoint.policy_version)
+    figures = (_figure(record, key) for key in COLUMNS)
+    return (str(record.step), str(record.sampled_version), str(groups), *figures, exported)
+
+
+def _figure(record: StepRecord, key: str) -> str:
+    return number(record.figures[key]) if key in record.figures else "–"

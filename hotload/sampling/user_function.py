@@ -1,0 +1,43 @@
+"""Import a function of the user's own code by `package.module:function`."""
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hotload.errors import HotLoadError
+from hotload.sampling.reward.user_errors import describe_exception, secret_values
+
+
+def import_function(
+    name: str,
+    arguments: Mapping[str, Any],
+    refusal: Callable[[str, str], HotLoadError],
+    *,
+    positional_count: int = 0,
+) -> Any:
+    """Import the function, here and now, and see that it takes so many positional arguments and
+    these by keyword.
+
+    Args:
+        refusal: makes the error of a name and a reason.
+
+    Raises:
+        HotLoadError: the refusal: not importable, nothing to call, or it cannot take them.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of theirs may raise anything
+        why = f"cannot be imported: {describe_exception(error, secret_values(os.environ))}"
+        raise refusal(name, why) from error
+    if not callable(found):
+        raise refusal(name, f"found {type(found).__name__}, expected a function")
+    try:
+        inspect.signature(found).bind(*[None] * positional_count, **arguments)
+    except TypeError as error:
+        raise refusal(name, f"cannot be called with its arguments: {error}") from None
+    except ValueError:
+        pass  # a callable without a signature, such as one written in C
+    return found

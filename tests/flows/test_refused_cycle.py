@@ -1,0 +1,56 @@
+"""A cycle that the service refuses names block and remedy, as the check of the block does."""
+
+import asyncio
+
+import pytest
+
+from blocks.__main__ import main
+from blocks.account import InferenceAccount
+from blocks.hot_load_service import HotLoadService
+from blocks.rollout_client import RolloutClient
+from flows.cycle import checkpoint_to_rollout
+from hotload.errors import ServiceRefusedError
+from tests.flows.fleet import API_KEY, NAMES, Fleet
+
+WRONG_KEY = "another-key-that-must-not-be-shown"
+
+
+def account(fleet: Fleet, **changes: str) -> InferenceAccount:
+    return InferenceAccount(**{"base_url": fleet.url, "api_key": API_KEY, **NAMES, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"api_key": WRONG_KEY}, "use a key of this account"),
+        ({"deployment_id": "elsewhere"}, "compare account, model and deployment"),
+    ],
+)
+async def test_a_service_that_refuses(
+    fleet: Fleet, changes: dict[str, str], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = HotLoadService(account=account(fleet, **changes))
+    await service.save(fleet.name, overwrite=True)
+    with pytest.raises(ServiceRefusedError) as caught:
+        await checkpoint_to_rollout(fleet.spec(1))
+    text = str(caught.value)
+    assert text.count(f"For block hot-load-service/{fleet.name}: {remedy}") == 1
+    capsys.readouterr()
+    assert await asyncio.to_thread(main, ["check", "service", fleet.name]) == 1
+    assert text.partition(". For ")[2] in capsys.readouterr().out
+    assert WRONG_KEY not in text
+
+
+async def test_a_rollouts_block_that_is_refused(
+    fleet: Fleet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollouts = RolloutClient(account=account(fleet, api_key=WRONG_KEY))
+    await rollouts.save(fleet.name, overwrite=True)
+    with pytest.raises(ServiceRefusedError) as caught:
+        await checkpoint_to_rollout(fleet.spec(1))
+    text = str(caught.value)
+    assert text.count(f"For block rollout-client/{fleet.name}: use a key of this account") == 1
+    capsys.readouterr()
+    assert await asyncio.to_thread(main, ["check", "rollouts", fleet.name]) == 1
+    assert text.partition(". For ")[2] in capsys.readouterr().out
+    assert WRONG_KEY not in text

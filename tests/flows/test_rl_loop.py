@@ -1,0 +1,109 @@
+"""The loop on a real Prefect server: a numpy trainer learns from an emulated fleet."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.artifacts import Artifact
+from prefect.utilities.callables import parameter_schema
+
+from flows.cycle_file import parse_run_file
+from flows.rl_loop import list_declared, promote_declared, rl_loop
+from hotload.errors import IdentityConflictError, RewardError, TrainerError
+from hotload.trainers.declaration import TrainingSpec
+from hotload.training.windows import Cursor
+from tests.flows.fleet import Fleet
+from tests.flows.training_runs import bits, declared, problems_of, read_run, spec_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def parts(fleet: Fleet) -> dict[str, int]:
+    """Every file of samples, and when it was written."""
+    found = (fleet.bucket / "_hotload/rollouts").rglob("part-*.parquet")
+    return {str(path): path.stat().st_mtime_ns for path in found}
+
+
+def test_the_form_has_every_part_of_the_declaration() -> None:
+    fields = parameter_schema(rl_loop).properties["spec"]
+    assert "TrainingSpec" in str(fields)
+
+
+async def test_a_run_is_trained_and_goes_on_elsewhere(fleet: Fleet, tmp_path: Path) -> None:
+    """One epoch here; then two epochs are declared on another machine, which has the store and the
+    states: the end of an epoch is not the end of the run."""
+    one = {"prompt_groups_per_step": 4, "seed": 3}
+    last = await rl_loop(spec_of(fleet, windows=one, output_model_id="first"))
+    (first,) = await read_run(fleet)
+    assert last == first
+    assert (first.sampled_version, first.cursor) == (0, Cursor(done_before=4))
+    assert first.checkpoint is not None
+    assert first.checkpoint.policy_version == 1
+    assert first.figures["train/inference_k3"] < 1e-5
+    assert first.figures["train/grad_norm"] > 0
+    assert first.figures["rollout/raw_samples"] == 16
+    assert first.figures["perf/save_time"] > 0
+    page = fleet.bucket / "_hotload/training/learn/page.html"
+    assert "After step <b>1</b>" in page.read_text()
+    assert set(problems_of(first)) <= {f"sum-{n}" for n in range(4)}
+    kept = (fleet.root / "work/training/learn/checkpoints").iterdir()
+    assert sorted(one.name for one in kept) == ["000000", "000001"]
+    (served,) = fleet.served()
+    assert str(served).startswith("learn-000001-")
+    artifact = await Artifact.aget("hotload-training-learn")
+    assert artifact is not None
+    assert "| k3, nats |" in str(artifact.data)
+
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(fleet.root / "states", elsewhere / "states")
+    two = spec_of(fleet, root=elsewhere, windows=one | {"epochs": 2})
+    await rl_loop(two)
+    records = await read_run(fleet)
+    assert records[0] == first
+    assert [each.step for each in records] == [1, 2]
+    assert (records[1].sampled_version, records[1].cursor.epoch) == (1, 1)
+    # What it exported there for version 1 was published here, and is not published again.
+    signals = [note["identity"] for note in fleet.log()["signals"]]
+    assert len(signals) == len({*signals}) == 3
+
+    # Started again, nothing is left to do, and nothing changes.
+    sampled = parts(fleet)
+    assert len(sampled) == 2
+    await rl_loop(two)
+    assert bits(await read_run(fleet)) == bits(records)
+    assert len(fleet.log()["signals"]) == 3
+    assert parts(fleet) == sampled
+
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(declared(fleet)))
+    listed = await list_declared(*parse_run_file(file, TrainingSpec))
+    assert len(listed) == 2
+    assert "version 1 (first)" in listed[0]
+    (line,) = await promote_declared(*parse_run_file(file, TrainingSpec), "second", None)
+    assert line.startswith("second is version 2 of learn: learn-000002-")
+    with pytest.raises(IdentityConflictError, match="'first' stands for version 1: choose another"):
+        await promote_declared(*parse_run_file(file, TrainingSpec), "first", 2)
+
+    other = spec_of(fleet, windows=one, loss={"policy_loss": "dapo"})
+    with pytest.raises(IdentityConflictError, match=r"loss: recorded .*grpo.*, declared .*dapo"):
+        await rl_loop(other)
+
+
+async def test_a_cycle_that_fails_ends_the_run_and_so_does_a_trainer(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither waits for the other, which will not come."""
+    nowhere = spec_of(fleet, cycle={"reward": {"name": "tests.flows.training_runs:nowhere"}})
+    with pytest.raises(RewardError, match="training_runs:nowhere"):
+        await rl_loop(nowhere)
+    monkeypatch.setenv("HOTLOAD_TEST_API_KEY", "hush-hush")
+    raising = spec_of(fleet).trainer.model_copy(
+        update={"name": "tests.flows.training_runs:open_raising_trainer"}
+    )
+    with pytest.raises(TrainerError, match="raised RuntimeError: out of memory") as failed:
+        await rl_loop(spec_of(fleet, trainer=raising.model_dump()))
+    assert "hush-hush" not in str(failed.value)
+    assert await read_run(fleet) == []

@@ -1,0 +1,104 @@
+"""The emulator as a client of others finds it, and the snapshots it is given."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
+
+import numpy as np
+
+from tests.servers import ROOT
+
+KEY = "right"
+RANK = 2
+
+
+class Door:
+    """A running emulator, its bucket, and the names a client needs."""
+
+    def __init__(self, url: str, bucket: Path, transition: str) -> None:
+        self.url, self.bucket, self.transition = url, bucket, transition
+        self.model = "accounts/local/models/policy"
+        self.deployment = "accounts/local/deployments/rollouts"
+
+    def fault(self, name: str, **parameters: Any) -> None:
+        self._ask("POST", "/emulator/faults", {"fault": name, **parameters})
+
+    def tick(self, seconds: float = 0) -> None:
+        self._ask("POST", "/emulator/tick", {"seconds": seconds})
+
+    def log(self) -> dict[str, Any]:
+        return self._ask("GET", "/emulator/log")
+
+    def served(self) -> list[str | None]:
+        """What the replicas serve, asked as the SDK does not: of all of them."""
+        names = {"fireworks-model": self.model, "fireworks-deployment": self.deployment}
+        replicas = self._ask("GET", "/hot_load/v1/models/hot_load", **names)["replicas"]
+        return [replica["current_snapshot_identity"] for replica in replicas]
+
+    def ledger(self, method: str) -> dict[str, Any]:
+        """Operations D and E, which the SDK has no method for."""
+        return self._ask(method, f"/v1/{self.deployment}/ledger")
+
+    def _ask(self, method: str, path: str, body: object = None, **headers: str) -> Any:
+        """The standard library's client: what we ask is not counted with what the others do."""
+        headers |= {"Authorization": f"Bearer {KEY}"}
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self.url + path, data, headers, method=method)
+        with build_opener(ProxyHandler({})).open(request, timeout=60) as answer:
+            return json.load(answer)
+
+
+class SnapshotTrainer:
+    """Stands for the vendor's training client: its steps are our checkpoints, its deltas ours."""
+
+    def __init__(self, ours: str, checkpoints: list[Path], bucket: Path) -> None:
+        self._ours, self._checkpoints, self._bucket = ours, checkpoints, bucket
+        self._version = 0
+
+    def save_weights_for_sampler_ext(self, name: str, checkpoint_type: str) -> SimpleNamespace:
+        """Write the next version into the bucket, whole or as a delta to the one before."""
+        self._version += 1
+        before, now = self._checkpoints[self._version - 1 : self._version + 1]
+        identity = f"{name}-{self._version:08x}"
+        if checkpoint_type == "base":
+            shutil.copytree(now, self._bucket / identity)
+        else:
+            command = [self._ours, "-m", "hotload", "encode", before, now, self._bucket / identity]
+            subprocess.run([*command, "--dialect", "fireworks"], cwd=ROOT, check=True)
+        return SimpleNamespace(snapshot_name=identity)
+
+
+class AdapterTrainer:
+    """The same for LoRA: each save is an adapter of the first layer's query projection."""
+
+    def __init__(self, base: Path, bucket: Path) -> None:
+        self._base, self._bucket = base, bucket
+        self._random = np.random.default_rng(3)
+
+    def save_weights_for_sampler_ext(self, name: str, checkpoint_type: str) -> SimpleNamespace:
+        """Write an adapter into the bucket; `checkpoint_type` is always "base"."""
+        assert checkpoint_type == "base"
+        config = json.loads((self._base / "config.json").read_text())
+        hidden, directory = config["hidden_size"], self._bucket / name
+        stem = "base_model.model.model.layers.0.self_attn.q_proj"
+        shapes = {f"{stem}.lora_A.weight": (RANK, hidden), f"{stem}.lora_B.weight": (hidden, RANK)}
+        directory.mkdir(parents=True)
+        header, data = {}, b""
+        for tensor, shape in shapes.items():
+            values = self._random.normal(0, 1, shape).astype("<f4").tobytes()
+            at = [len(data), len(data) + len(values)]
+            header[tensor] = {"dtype": "F32", "shape": shape, "data_offsets": at}
+            data += values
+        text = json.dumps(header).encode()
+        file = len(text).to_bytes(8, "little") + text + data
+        (directory / "adapter_model.safetensors").write_bytes(file)
+        adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}
+        adapter |= {"base_model_name_or_path": self._base.name}
+        (directory / "adapter_config.json").write_text(json.dumps(adapter))
+        return SimpleNamespace(snapshot_name=name)

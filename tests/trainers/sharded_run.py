@@ -1,0 +1,62 @@
+"""What each process of `torchrun` does in the test of shares: steps, a state, exports."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as processes
+
+from hotload.errors import TrainerError
+from hotload.trainers.torch_trainer import open_torch_trainer
+from hotload.training.schedule import AdamSettings
+
+ADAM = AdamSettings(grad_clip_norm=1.0)
+
+
+def sequences(seed: int) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    lengths = (9,) if seed == 1 else (9, 4, 2, 13, 6)  # one process may have none
+    return [random.integers(0, 64, length).tolist() for length in lengths]
+
+
+def trained(trainer, steps):  # type: ignore[no-untyped-def]
+    """The norms of the gradients."""
+    norms = []
+    for step in steps:
+        asked = sequences(step)
+        logprobs = trainer.logprobs(asked, is_before_backward=True)
+        trainer.backward(asked, [1 / (1 - each) for each in logprobs])
+        norms.append(trainer.step(ADAM, learning_rate=1e-3, divisor=2.0).gradient_norm)
+    return norms
+
+
+def main(base: str, out: Path) -> None:
+    trainer = open_torch_trainer(base, str(out / "states"), device="cpu")
+    norms = trained(trainer, range(2))
+    ref = trainer.save_state("two")
+    norms += trained(trainer, range(2, 4))
+    trainer.export(out / "straight")
+    trainer.load_state(ref)
+    trained(trainer, range(2, 4))
+    trainer.export(out / "resumed")
+    trainer.backward(sequences(0), [np.full(len(one) - 1, 1e38) for one in sequences(0)])
+    refused = ""
+    try:
+        trainer.step(ADAM, learning_rate=1e-3, divisor=1e-30)
+    except TrainerError as error:
+        refused = str(error)
+    found = {
+        "norms": norms,
+        "ref": ref.model_dump(),
+        "logprobs": [each.tolist() for each in trainer.logprobs(sequences(0))],
+        "parameter_count": trainer.describe().parameter_count,
+        "refused": refused,
+        "held": sum(each.to_local().numel() for each in trainer._masters.values()),
+    }
+    (out / f"process-{processes.get_rank()}.json").write_text(json.dumps(found))
+    processes.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
