@@ -39,7 +39,7 @@ ui: install  ## the flow runs of the last demo, in a browser
 	$(PY) -m examples.demo --ui
 
 test: install  ## the whole suite; starts its own servers on loopback
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not heavy'
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not heavy'
 
 test-fast: install  ## what needs no server and little time: under a minute on two quiet cores
 	$(PY) -m pytest -n 2 -m 'not server and not slow and not heavy'

@@ -1,7 +1,7 @@
 """Cycles killed with SIGKILL, at random moments and at chosen ones, and started again (rule 9).
 
-Four random kills, ten in `make long`; HOTLOAD_KILLS=100 for more, HOTLOAD_KILL_SEED for other
-moments.
+Four random kills; ten in `make long`, and the chosen ones. HOTLOAD_KILLS=100 for more,
+HOTLOAD_KILL_SEED for other moments.
 """
 
 import os
@@ -224,6 +224,7 @@ async def test_killed_at_random_moments(series: Series) -> None:
     print(f"a reader looked {reader.looks} times")
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(400)
 async def test_killed_at_chosen_moments(series: Series) -> None:
     """What a random moment hardly hits: half-done steps, and the instants around the signal."""

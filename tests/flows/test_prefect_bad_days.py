@@ -118,6 +118,7 @@ def test_a_server_that_never_returns_is_one_line_and_nothing_is_lost(
     assert len(fleet.log()["signals"]) == 1
 
 
+@pytest.mark.heavy
 async def test_a_database_that_is_locked_now_and_then_costs_seconds(
     fleet: Fleet, server: LoopbackServer
 ) -> None:

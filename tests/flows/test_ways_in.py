@@ -21,6 +21,7 @@ import psutil
 import pytest
 import yaml
 
+from flows.cycle import checkpoint_to_rollout
 from hotload.clients.trigger import publish
 from hotload.errors import IdentityConflictError
 from hotload.spec import RetentionSpec
@@ -193,14 +194,15 @@ async def ended(http: httpx.AsyncClient, run_id: str) -> dict[str, Any]:
 
 
 async def planned_runs(http: httpx.AsyncClient, deployment_id: str) -> list[dict[str, Any]]:
-    """The runs that the server's scheduler has planned; it looks every few seconds."""
+    """The runs that the server's scheduler has planned, the last first; it looks now and then."""
     ours = {
         "deployment_id": {"any_": [deployment_id]},
         "state": {"name": {"any_": ["Scheduled"]}},
     }
 
     async def look() -> list[dict[str, Any]]:
-        return (await post(http, "/flow_runs/filter", {"flow_runs": ours})).json()
+        asked = {"flow_runs": ours, "sort": "EXPECTED_START_TIME_DESC"}
+        return (await post(http, "/flow_runs/filter", asked)).json()
 
     return await until(look)
 
@@ -238,17 +240,19 @@ async def test_a_person_switches_the_schedule_on(
     assert not schedule["active"]
     switch = f"{deployed}/schedules/{schedule['id']}"
     saved = {"spec": declared(fleet, 1)}
-    await send(http, "PATCH", switch, {"active": True})
+    # In this order: the scheduler plans at once, with the parameters that are saved by then.
     await send(http, "PATCH", deployed, {"parameters": saved})
-    planned = await planned_runs(http, deployment["id"])
-    assert all(each["auto_scheduled"] and each["parameters"] == saved for each in planned)
-
-    now = {"state": {"type": "SCHEDULED", "name": "Scheduled"}, "force": True}
-    await post(http, f"/flow_runs/{planned[0]['id']}/set_state", now)
-    done = await ended(http, planned[0]["id"])
-    await send(http, "PATCH", switch, {"active": False})
-    await send(http, "PATCH", deployed, {"parameters": {}})
-    assert done["state"]["name"] == "Completed"
+    await send(http, "PATCH", switch, {"active": True})
+    try:
+        planned = await planned_runs(http, deployment["id"])
+        assert all(each["auto_scheduled"] and each["parameters"] == saved for each in planned)
+        now = {"state": {"type": "SCHEDULED", "name": "Scheduled"}, "force": True}
+        await post(http, f"/flow_runs/{planned[0]['id']}/set_state", now)
+        done = await ended(http, planned[0]["id"])
+    finally:  # or what is planned is run beside the tests that follow
+        await send(http, "PATCH", switch, {"active": False})
+        await send(http, "PATCH", deployed, {"parameters": {}})
+    assert done["state"]["name"] in {"Completed", "AlreadyServed"}  # another may have been due
     assert is_served(fleet)
 
 
@@ -361,16 +365,16 @@ def test_a_developer_runs_a_cycle_file_with_blocks_of_its_own(fleet: Fleet) -> N
     assert API_KEY not in done.stdout + done.stderr
 
 
-def test_a_rollback_is_one_command(fleet: Fleet) -> None:
+async def test_a_rollback_is_one_command(fleet: Fleet) -> None:
     for version in (1, 2):
-        assert python("flows", cycle_file(fleet, version)).returncode == 0
+        await checkpoint_to_rollout(fleet.spec(version, run_id=fleet.name))
     file = cycle_file(fleet, 2)
-    back = python("flows.rollback", file, "1")
+    back = await asyncio.to_thread(python, "flows.rollback", file, "1")
     assert back.returncode == 0, back.stderr
     (served,) = fleet.served()
     assert f"{served} is served by 2 replicas" in back.stdout
     assert str(served).startswith(f"{fleet.name}-000001-")
-    refused = python("flows.rollback", file, "7")
+    refused = await asyncio.to_thread(python, "flows.rollback", file, "7")
     assert (refused.returncode, "has no snapshot of it" in said(refused)) == (1, True)
 
 

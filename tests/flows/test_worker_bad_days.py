@@ -23,8 +23,8 @@ __all__ = ["deployed"]  # a fixture
 
 AUTOMATION = "hotload-end-a-zombie"
 pytestmark = [
+    pytest.mark.heavy,
     pytest.mark.timeout(900),
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
@@ -105,7 +105,6 @@ async def test_a_run_that_is_cancelled_makes_room_and_the_next_goes_on(
     assert len(fleet.log()["signals"]) == 1
 
 
-@pytest.mark.heavy
 async def test_a_run_whose_worker_died_with_it_is_ended_by_the_automation(
     fleet: Fleet,
     worker: LoopbackServer,
