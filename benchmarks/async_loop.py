@@ -68,7 +68,7 @@ def declared(root: Path, options: argparse.Namespace, ahead: int) -> dict[str, A
 
 
 async def run_loop(service: str, root: Path, options: argparse.Namespace, ahead: int) -> float:
-    """Run one loop; returns samples a second."""
+    """Run one loop; returns trained samples a second."""
     from examples.five_cycles import declare_blocks
     from flows.async_rl_loop import async_rl_loop
     from flows.rl_loop import rl_loop
@@ -90,16 +90,16 @@ async def run_loop(service: str, root: Path, options: argparse.Namespace, ahead:
 
 
 def print_run(name: str, records: Sequence[StepRecord], seconds: float) -> float:
-    """Print what a loop did; returns samples a second."""
+    """Print what a loop did; returns trained samples a second."""
     figures = [one.figures for one in records]
-    rate = sum(one["rollout/raw_samples"] for one in figures) / seconds
+    rate = sum(one["rollout/filtered_samples"] for one in figures) / seconds
     waited = [
         sum(one[f"perf/{who}_wait_time"] for one in figures) / len(figures)
         for who in ("train", "sampler")
     ]
     lag = max(one["async/version_offset_max"] for one in figures)
     print(
-        f"{name:>9}: {len(records)} steps in {seconds:.1f} s, {rate:.2f} samples/s; trainer waited "
+        f"{name:>9}: {len(records)} steps in {seconds:.1f} s, {rate:.2f} trained samples/s; trainer waited "
         f"{waited[0]:.1f} s a step, sampler {waited[1]:.1f}; lag at most {lag:g}",
         flush=True,
     )
