@@ -108,6 +108,21 @@ async def test_an_empty_answer_is_an_answer() -> None:
     assert sample.weights is Weights.EXPECTED
 
 
+async def test_an_answer_that_lacks_tokens_is_no_empty_sample() -> None:
+    """As transformers streams a chat of bytes that are no text, and llama.cpp a dropped entry."""
+    stated = {"usage": {"prompt_tokens": 2, "completion_tokens": 8}}
+    empty = http(last([], finish="length", **stated) + DONE)
+    problem = Problem("p", messages=({"role": "user", "content": "hi"},))
+    for asked in (PROBLEM, problem):
+        sample = await sample_once(empty, problem=asked)
+        assert (sample.failure, sample.provenance.attempts) == ("malformed", 1)
+        assert sample.provenance.failed_attempts == ("malformed",)
+        assert "0 tokens" in sample.detail
+        assert "8 by its usage" in sample.detail
+    dropped = http(token(1, "a") + token(3, "c") + last([], finish="length", **stated) + DONE)
+    assert (await sample_once(dropped)).failure == "malformed"
+
+
 async def test_a_plain_response_is_read_too() -> None:
     content = [{"token_id": 4, "sampling_logprob": -1.0}]
     choice = {
