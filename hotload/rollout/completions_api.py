@@ -392,7 +392,8 @@ class Answer:
             detail = f"the answer ended by {shorten(self.finish_reason)}"
             if self.finish_reason in PASSING_FINISH_REASONS:
                 return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, detail)
-            return Failure(Action.FAIL_SAMPLE, Cause.UNUSABLE_END, 200, detail)
+            end = str(self.finish_reason)
+            return Failure(Action.FAIL_SAMPLE, Cause.UNUSABLE_END, 200, detail, end=end)
         lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
         values = self.sampling_logprobs
         count = len(values)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,8 @@ from tests.blocks.scripted_inference import (
     token,
 )
 from tests.scripted_server import Request, ScriptedServer, http, never
+
+CHAT = Problem("p1", messages=({"role": "user", "content": "hi"},))
 
 
 async def test_a_good_answer_carries_tokens_and_provenance() -> None:
@@ -112,8 +115,7 @@ async def test_an_answer_that_lacks_tokens_is_no_empty_sample() -> None:
     """As transformers streams a chat of bytes that are no text, and llama.cpp a dropped entry."""
     stated = {"usage": {"prompt_tokens": 2, "completion_tokens": 8}}
     empty = http(last([], finish="length", **stated) + DONE)
-    problem = Problem("p", messages=({"role": "user", "content": "hi"},))
-    for asked in (PROBLEM, problem):
+    for asked in (PROBLEM, CHAT):
         sample = await sample_once(empty, problem=asked)
         assert (sample.failure, sample.provenance.attempts) == ("malformed", 1)
         assert sample.provenance.failed_attempts == ("malformed",)
@@ -196,12 +198,23 @@ def test_what_an_attempt_met_is_one_of_few_names() -> None:
     )
 
 
+@pytest.mark.parametrize("problem", [PROBLEM, CHAT], ids=["completion", "chat"])
 @pytest.mark.parametrize("finish", ["content_filter", "repetition", "function_call", "eos", "x"])
-async def test_an_end_that_would_come_again_is_final_and_named(finish: str) -> None:
+async def test_an_end_that_would_come_again_is_final_and_named(
+    finish: str, problem: Problem
+) -> None:
     async with sampling(http(token(1, "a") + last([1], finish=finish) + DONE)) as (sampler, script):
-        sample = await sampler.sample(PROBLEM, 0)
+        sample = await sampler.sample(problem, 0)
     assert len(script.requests) == 1
     assert (sample.failure, finish in sample.detail) == ("unusable_end", True)
+    assert sample.provenance.failed_attempts == (f"unusable_end:{finish}",)
+
+
+@pytest.mark.parametrize("finish", ["", "a word", "x" * 41, 7.5])
+async def test_an_end_that_is_no_word_is_counted_without_it(finish: Any) -> None:
+    sample = await sample_once(http(token(1, "a") + last([1], finish=finish) + DONE))
+    met = {"truncated"} if not finish else {"unusable_end"}
+    assert set(sample.provenance.failed_attempts) == met
 
 
 @pytest.mark.parametrize("finish", ["abort", "error"])

@@ -10,6 +10,7 @@ import pytest
 
 from hotload.dataset.rollout_plan import RolloutManifest
 from hotload.errors import RolloutFunctionError, RolloutsFailedError
+from hotload.rollout.counts import rule_rows
 from tests.blocks.scripted_inference import IDENTITY, MODEL, NO_IDS, saying
 from tests.loop_clock import LoopClock
 from tests.scripted_server import Request, http, never
@@ -43,6 +44,27 @@ async def test_missing_samples_are_asked_again_under_new_numbers(bench: Bench) -
     assert manifest.summary.groups.failed_attempts == {"missing_token_ids": 2}
     assert len(server.requests) == manifest.summary.groups.attempts == 6
     assert len({asked.body["seed"] for asked in server.requests}) == 6
+
+
+@pytest.mark.parametrize(
+    "asked", [{"prompt": "q"}, {"messages": [{"role": "user", "content": "q"}]}]
+)
+async def test_ends_that_come_again_are_named_in_the_report_and_not_asked_again(
+    bench: Bench, asked: dict[str, Any]
+) -> None:
+    ends = ["content_filter", "repetition", "content_filter", "stop"]
+
+    def ending(request: Request) -> bytes:
+        return saying("ab", finish=ends[request.number])
+
+    problems = [{**asked, "answer": "ab"}] * 2
+    spec = bench.spec(problems, groups={"max_incomplete_group_retries": 2})
+    manifest, server = await bench.run(spec, replying(ending))
+    assert len(server.requests) == manifest.summary.groups.attempts == 4
+    assert manifest.summary.failed_samples == {"unusable_end": 3}
+    assert rule_rows(manifest.summary.groups)["requests sent again or given up"] == (
+        "2 × unusable end: content_filter, 1 × unusable end: repetition"
+    )
 
 
 @pytest.mark.parametrize(
