@@ -10,6 +10,7 @@ import pytest
 
 from hotload.dataset.rollout_plan import RolloutManifest
 from hotload.errors import RolloutFunctionError, RolloutsFailedError
+from hotload.options import ReadinessPolicy
 from hotload.rollout.counts import rule_rows
 from tests.blocks.scripted_inference import IDENTITY, MODEL, NO_IDS, saying
 from tests.loop_clock import LoopClock
@@ -360,6 +361,34 @@ async def test_the_breaker_leaves_the_rest_for_a_later_run(bench: Bench) -> None
     assert Counter(row["problem_id"] for row in rows) == {str(n): 2 for n in range(12)}
     assert len(server.requests) == 2 * (12 - sum(answered))
     assert manifest.summary.failed_samples == {}
+
+
+SWAPS_ARE_WAITED_FOR_ONCE = ReadinessPolicy(weight_sync_timeout=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function", [None, "one_turn", "undeterred"], ids=["none", "one turn", "undeterred"]
+)
+async def test_a_service_that_swaps_for_ever_opens_the_breaker(
+    bench: Bench, function: str | None
+) -> None:
+    """However many requests a row has, and however often it may ask again."""
+    spec = bench.spec(
+        12,
+        completions_per_prompt=5,
+        concurrency={"max_concurrency": 1},
+        groups={"max_incomplete_group_retries": 3},
+        rollout=playing(function) if function else None,
+    ).model_copy(update={"readiness": SWAPS_ARE_WAITED_FOR_ONCE})
+    async with bench.rollout(spec, replying(lambda _: http(b"", 404))) as (rollout, server):
+        with pytest.raises(RolloutsFailedError) as failed:
+            await carry_all(rollout)
+    # A row, and where it was begun before the last answer of that one, another.
+    assert len(server.requests) in (5, 10)
+    assert f"breaker_open {60 - len(server.requests)}" in str(failed.value)
+    if function != "undeterred":  # that one gives its own reason
+        assert f"swap_timeout {len(server.requests)}" in str(failed.value)
+        assert "HTTP 404" in str(failed.value)
 
 
 async def test_a_failing_service_leaves_no_trace_in_earlier_parts(bench: Bench) -> None:
