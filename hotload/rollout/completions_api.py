@@ -26,6 +26,7 @@ FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
 # has documented) would come again for the same seed.
 PASSING_FINISH_REASONS = frozenset({"abort", "error"})
 WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
+ONE_TOKEN_BODY = {**WARM_UP_BODY, "max_tokens": 1}
 LOGPROB_RANGE = (-1e9, 0.01)  # a sum in floating point may end a little above 0
 COUNT_LIMIT = 1 << 31
 IDENTITY_LIMIT = 64

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hotload.clients.inference.attempt import Chunks
-from hotload.errors import ProtocolError, ServiceRefusedError
+from hotload.errors import ProtocolError, ServiceRefusedError, ServiceUnavailableError
 from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer
 from hotload.rollout.failures import Cause, failure_of_status, is_recoverable
@@ -489,6 +489,17 @@ async def test_the_probe_of_check_and_warm_up() -> None:
             [line] = await client(script.port).check()
             assert not line.ok
             assert str(status) in line.found
+
+
+async def test_the_preflight_asks_for_one_token_and_once() -> None:
+    for status, error in ((404, ServiceRefusedError), (503, ServiceUnavailableError)):
+        async with ScriptedServer(http(b"{}", status, "application/json")).running() as script:
+            with pytest.raises(error, match=f"HTTP {status}"):
+                await client(script.port).ask_one_token()
+        [request] = script.requests
+        body = {"model": "accounts/a/models/m", "prompt": [1, 2], "max_tokens": 1, "temperature": 0}
+        assert request.body == body
+        assert "x-multi-turn-session-id" not in request.headers
 
 
 async def test_a_sample_that_is_refused_says_the_remedy_of_the_check() -> None:
