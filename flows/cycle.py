@@ -69,7 +69,9 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
     # held: until then, a cycle that is killed needs the replicas as it left them.
     async with AsyncExitStack() as right_to_publish, keep_reward_processes():
         publication, rollouts = await both(
-            publish_policy(spec, services, baseline, earlier, publishing, right_to_publish),
+            publish_policy(
+                spec, services, baseline, earlier, publishing, right_to_publish, clients.values()
+            ),
             roll_out_and_score(spec, publishing, earlier, clients, services, store),
         )
         report = await conclude_cycle(store, spec, publication, rollouts, baseline.trouble, began)

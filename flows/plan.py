@@ -15,14 +15,16 @@ from prefect import flow
 from blocks.checkpoint_store import CheckpointStore
 from flows.command_line import run_command
 from flows.cycle_file import load_cycle_file
-from flows.publish import find_content, load_services
+from flows.publish import asked_by, find_content, load_services
+from flows.sampling import load_rollouts
 from hotload.cli.cost_table import preview_lines
+from hotload.identity import SnapshotKind
 from hotload.publish.cost import PublicationPreview
 from hotload.spec import CycleSpec
 from tasks.baseline import Baseline
 from tasks.conclude import find_earlier
 from tasks.plan import preview_plan
-from tasks.preflight import preflight_service
+from tasks.preflight import preflight_rollouts, preflight_service
 from tasks.validate import check_both, place_of, validate_rollouts
 
 
@@ -55,6 +57,7 @@ async def preview_publication(spec: CycleSpec) -> dict[str, PublicationPreview]:
     content = await check_both(
         find_content(spec, services, baseline, earlier), validate_rollouts(spec, store)
     )
+    is_adapter, clients = content.kind is SnapshotKind.LORA, (await load_rollouts(spec)).values()
     declared, previews = spec.readiness.replica_count, {}
     for service in services.values():
         name = service.access.service
@@ -64,6 +67,10 @@ async def preview_publication(spec: CycleSpec) -> dict[str, PublicationPreview]:
         expected = await preflight_service(
             spec.name, service, store, declared, content.adapted_model
         )
+        for client in asked_by(clients, service, services):
+            await preflight_rollouts(
+                spec.name, service, client, spec.readiness, is_adapter=is_adapter
+            )
         before = earlier.served_before(name)
         previews[name] = await preview_plan(
             spec, service, baseline, content, expected, served_before=before

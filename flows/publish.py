@@ -4,7 +4,7 @@ To several services side by side, each by the snapshot that its own replicas can
 them load is encoded and uploaded once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from blocks.rollout_client import RolloutClient
 from flows.carry import carry_content, keep_baselines, read_on_nodes
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.service import HotLoadClient
-from hotload.clients.service.served import side_by_side
+from hotload.clients.service.served import sampled_service, side_by_side
 from hotload.clients.store import Store, publisher_lease
 from hotload.clock import monotonic, utc_now
 from hotload.concurrently import overlap, taking_turns, turn
@@ -41,7 +41,7 @@ from tasks.announce import reset_ledger, signal_snapshot
 from tasks.baseline import Baseline, with_checkpoint
 from tasks.conclude import find_earlier
 from tasks.plan import plan_fallback, plan_snapshot
-from tasks.preflight import preflight_service
+from tasks.preflight import preflight_rollouts, preflight_service
 from tasks.probe import probe_replicas, read_probe
 from tasks.publication import Publishing, find_manifest, record_publication
 from tasks.show import emit_fallback, emit_served
@@ -94,6 +94,7 @@ async def publish_policy(
     earlier: EarlierRun,
     publishing: Publishing,
     right_to_publish: AsyncExitStack,
+    clients: Collection[InferenceClient] = (),
 ) -> Publication:
     """Publish this policy version, or find what an earlier run of the cycle published.
 
@@ -104,11 +105,14 @@ async def publish_policy(
     Args:
         publishing: what has become of each service; sampling begins by it, beside this.
         right_to_publish: holds the publisher's leases; its owner gives them back.
+        clients: what is to be sampled with; none where nothing is.
 
     Raises:
         LeaseLostError: another cycle publishes to one of the services.
         InvalidCheckpointError, InvalidProblemsError, RewardError, RolloutFunctionError: the
             caller's input, InvalidInputError for several of them; nothing was uploaded.
+        ServiceRefusedError: the only service cannot be hot-loaded from this store, or would answer
+            no sample.
         FullSnapshotFailedError, SnapshotRejectedError: as `full_snapshot`, of the only service.
         ServicesFailedError: too few of several services serve it.
     """
@@ -119,7 +123,7 @@ async def publish_policy(
     )
     leases = await hold_services(right_to_publish, services, baseline.store, spec.name)
     publication = await publish_to_all(
-        spec, services, baseline, content, leases, earlier, publishing
+        spec, services, baseline, content, leases, earlier, publishing, clients
     )
     await keep_baselines(spec, baseline, content, publication.identities)
     if spec.sampling.may_overlap:
@@ -186,6 +190,7 @@ async def publish_to_all(
     leases: Mapping[str, Lease],
     earlier: EarlierRun,
     publishing: Publishing,
+    clients: Collection[InferenceClient] = (),
     *,
     may_go_back: bool = False,
 ) -> Publication:
@@ -193,6 +198,7 @@ async def publish_to_all(
 
     Args:
         content: of the checkpoint that the spec names, validated.
+        clients: what is to be sampled with; none where nothing is.
         may_go_back: as `plan_next`.
 
     Raises:
@@ -211,6 +217,7 @@ async def publish_to_all(
                     content,
                     leases[service.access.service],
                     earlier,
+                    asked_by(clients, service, services),
                     may_go_back=may_go_back,
                 ),
             )
@@ -226,6 +233,7 @@ async def publish_to(
     content: CheckpointContent,
     lease: Lease,
     earlier: EarlierRun,
+    clients: Collection[InferenceClient],
     *,
     may_go_back: bool,
 ) -> ServicePublication:
@@ -234,10 +242,12 @@ async def publish_to(
 
     Args:
         spec: of this service alone.
+        clients: what this service is to be sampled with.
         may_go_back: as `plan_next`.
 
     Raises:
         LeaseLostError: another cycle publishes to this service now.
+        ServiceRefusedError: it cannot be hot-loaded from this store, or would answer no sample.
         FullSnapshotFailedError, SnapshotRejectedError: as `full_snapshot`.
     """
     name, store, readiness = service.access.service, baseline.store, spec.readiness
@@ -247,6 +257,9 @@ async def publish_to(
         spec.name, service, store, readiness.replica_count, content.adapted_model
     )
     await wait_for_replicas(spec.name, service, readiness, expected)
+    is_adapter = content.kind is SnapshotKind.LORA
+    for client in clients:
+        await preflight_rollouts(spec.name, service, client, readiness, is_adapter=is_adapter)
     plan = await plan_snapshot(
         spec,
         service,
@@ -272,6 +285,16 @@ async def publish_to(
         )
     baseline.reserved.pop(name, None)
     return ServicePublication(service=name, snapshot=snapshot, fallback=fallback)
+
+
+def asked_by(
+    clients: Collection[InferenceClient],
+    service: HotLoadClient,
+    services: Mapping[str, HotLoadClient],
+) -> list[InferenceClient]:
+    """List those of the clients that sample this one of the services."""
+    name, all_ = service.access.service, services.values()
+    return [client for client in clients if sampled_service(all_, client.access) == name]
 
 
 async def publish_snapshot(

@@ -1,15 +1,24 @@
-"""Preflight: is this the service the user means, and how many replicas are to be expected."""
+"""Preflight: is this the service the user means, how many replicas are to be expected, and are
+samples answered."""
+
+import asyncio
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from hotload.checkpoint.rules import check_adapted_model, refuse_errors
+from hotload.clients.access import Access
+from hotload.clients.inference.client import InferenceClient
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
-from hotload.errors import InvalidIdentityError, ServiceRefusedError
+from hotload.errors import InvalidIdentityError, ServiceRefusedError, ServiceUnavailableError
 from hotload.identity import SnapshotKind
+from hotload.options import ReadinessPolicy
+from hotload.publish.preflight import is_answer_due
 from hotload.publish.readiness import Verdict, assess
 from tasks import RETRIED
+
+UNROUTED_REQUESTS = 12
 
 
 @task(cache_policy=NO_CACHE, task_run_name="preflight-{name}{service.label}", **RETRIED)
@@ -48,6 +57,52 @@ async def preflight_service(
     if expected is None:
         logger.warning("how many replicas to expect is unknown: the list is believed complete")
     return expected
+
+
+@task(cache_policy=NO_CACHE, task_run_name="rollouts-{name}{service.label}", **RETRIED)
+async def preflight_rollouts(
+    name: str,
+    service: HotLoadClient,
+    client: InferenceClient,
+    readiness: ReadinessPolicy,
+    *,
+    is_adapter: bool,
+) -> None:
+    """Ask for one token before anything is published, and return unless no sample could come to an
+    answer afterwards either.
+
+    404 is also what a swap of weights says, so it counts once it was the answer to 12 requests,
+    each while replicas were ready: a minute of the default poll interval. Where it may be in order,
+    and where there is no answer, a warning says so.
+
+    Raises:
+        ServiceRefusedError: the key, its account or its rights are refused, or all was 404.
+    """
+    is_same_place = _asked(client.access) == _asked(service.access)
+    for number in range(UNROUTED_REQUESTS):
+        if number:
+            await asyncio.sleep(readiness.poll_interval_seconds)
+        try:
+            await client.ask_one_token()
+        except (ServiceUnavailableError, ServiceRefusedError) as error:
+            trouble = error
+        else:
+            return
+        if trouble.status_code == 404:
+            status = await service.observe()
+            if is_answer_due(status, is_adapter=is_adapter, is_asked_as_status_was=is_same_place):
+                continue
+        elif isinstance(trouble, ServiceRefusedError) and trouble.status_code != 412:
+            raise trouble
+        get_run_logger().warning("samples may not be answered: %s", trouble)
+        return
+    replicas = "; ".join(status.by_replica)
+    reason = f"{trouble.detail}, to {UNROUTED_REQUESTS} requests, and yet {replicas}"
+    raise ServiceRefusedError(trouble.operation, 404, reason, trouble.advice)
+
+
+def _asked(access: Access) -> tuple[str, str, str]:
+    return access.origin("rollouts"), access.model(), access.deployment()
 
 
 @task(cache_policy=NO_CACHE, task_run_name="served-{identity}{service.label}", **RETRIED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hotload.check_line import CheckLine
 from hotload.publish.fireworks_api import HOSTED_BUCKET_TYPE
-from hotload.publish.readiness import ServiceDescription
+from hotload.publish.readiness import ServiceDescription, ServiceStatus
 
 ENDING_STATES = ("DELETING", "DELETED", "FAILED")
 
@@ -91,6 +91,24 @@ def service_lines(
         )
     )
     return lines
+
+
+def is_answer_due(status: ServiceStatus, *, is_adapter: bool, is_asked_as_status_was: bool) -> bool:
+    """Tell whether samples asked for now have to find the model: a 404 is then a wrong address or
+    name (protocol §8), and else may pass, or be in order.
+
+    A replica that is ready and loads nothing serves. Before the first snapshot nobody says what its
+    base weights answer to, and an adapter has no name before it is loaded: there a 404 is wrong
+    only where it comes from another address, or for other names, than the status.
+
+    Args:
+        is_adapter: what is published is one.
+        is_asked_as_status_was: by the same names, at the same address.
+    """
+    serving = [one for one in status.replicas if one.readiness and not one.loading_identity]
+    if is_adapter:
+        return any(state == "loaded" for one in serving for _, state in one.adapters)
+    return any(one.current_identity or not is_asked_as_status_was for one in serving)
 
 
 def _with_scheme(url: str) -> str:

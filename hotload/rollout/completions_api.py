@@ -14,6 +14,7 @@ from typing import Any
 
 from hotload.errors import ProtocolError, shorten
 from hotload.options import Sampling
+from hotload.quantities import plural
 from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
 from hotload.rollout.routing import join_routing
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, sample_seed
@@ -25,6 +26,7 @@ FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
 # has documented) would come again for the same seed.
 PASSING_FINISH_REASONS = frozenset({"abort", "error"})
 WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
+ONE_TOKEN_BODY = {**WARM_UP_BODY, "max_tokens": 1}
 LOGPROB_RANGE = (-1e9, 0.01)  # a sum in floating point may end a little above 0
 COUNT_LIMIT = 1 << 31
 IDENTITY_LIMIT = 64
@@ -235,6 +237,7 @@ class Answer:
         self._last_raw_ids: list[Any] = []
         self._routing: list[Any] = []
         self._lacks_logprobs = False
+        self._stated_count: int | None = None
         self.is_done = False
         """Whether the closing `[DONE]` was seen; a plain response is done by itself."""
         self.observed: list[str] = []
@@ -324,6 +327,9 @@ class Answer:
         self.prompt_token_count = int(_number(usage.get("prompt_tokens")) or 0)
         details = usage.get("prompt_tokens_details") or {}
         self.cached_prompt_token_count = int(_number(details.get("cached_tokens")) or 0)
+        stated = _number(usage.get("completion_tokens"))
+        if stated is not None and self.finish_reason:  # before, it is of what there was by then
+            self._stated_count = int(stated)
 
     def _observe(self, model: object) -> None:
         identity = served_identity(model)
@@ -387,7 +393,8 @@ class Answer:
             detail = f"the answer ended by {shorten(self.finish_reason)}"
             if self.finish_reason in PASSING_FINISH_REASONS:
                 return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, detail)
-            return Failure(Action.FAIL_SAMPLE, Cause.UNUSABLE_END, 200, detail)
+            end = str(self.finish_reason)
+            return Failure(Action.FAIL_SAMPLE, Cause.UNUSABLE_END, 200, detail, end=end)
         lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
         values = self.sampling_logprobs
         count = len(values)
@@ -406,6 +413,8 @@ class Answer:
             detail = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
             return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
         self.token_ids = ids
+        if miscounted := self._miscount():
+            return malformed(miscounted, lacking)
         while self.runs and self.runs[-1][0] >= count:
             self.runs.pop()  # it made no token
         if not _are_ids(self.prompt_token_ids):
@@ -425,9 +434,11 @@ class Answer:
     def _ids(self, count: int) -> tuple[int, ...] | None:
         """The ids of `count` tokens: those beside the log-probabilities, or else the raw output's.
 
-        The raw output may come at once or in pieces, and may end with the stop token.
+        The raw output may come at once or in pieces, and may end with the stop token, if one ended
+        the answer.
         """
-        raws = [raw for raw in (self._last_raw_ids, self._raw_ids) if len(raw) >= count]
+        longest = count if self.finish_reason == "length" else COUNT_LIMIT
+        raws = [raw for raw in (self._last_raw_ids, self._raw_ids) if count <= len(raw) <= longest]
         if None not in self._content_ids:
             ids = self._content_ids
             if self._raw_ids and all(raw[:count] != ids for raw in raws):
@@ -439,6 +450,24 @@ class Answer:
         else:
             return None
         return tuple(ids) if _are_ids(ids) else None
+
+    def _miscount(self) -> str:
+        """Say how the answer has other than its number of tokens; nothing where it has them all.
+
+        A stop token that the raw output alone ends with may be counted in the usage.
+        """
+        count, stated = len(self.token_ids), self._stated_count
+        found = f"found {plural(count, 'token')} with a log-probability"
+        with_stop = [
+            len(raw)
+            for raw in (self._last_raw_ids, self._raw_ids)
+            if tuple(raw[:count]) == self.token_ids
+        ]
+        if stated is not None and stated not in (count, *with_stop):
+            return f"{found}, expected {stated} by its usage"
+        if not count and self.finish_reason != "stop":
+            return f"{found}, expected at least one before an end by {self.finish_reason}"
+        return ""
 
 
 def _are_ids(tokens: Collection[Any]) -> bool:

@@ -146,7 +146,8 @@ class GroupCounts(Counts):
     before the answer or inside a 200 (`429`), or else the cause (`connection`, `truncated`);
     `cancelled` are those that were given up while under way. `attempts` is the number of requests
     that were answered (be it beyond `max_seq_len`) plus the sum of these. At most one key for each
-    status from 400 to 599, for each `Cause`, and `cancelled`."""
+    status from 400 to 599, for each `Cause`, `cancelled`, and for each word of an unusable end
+    (`unusable_end:content_filter`)."""
 
 
 ASSUMED = " (assumed)"
@@ -362,11 +363,18 @@ def rule_rows(groups: GroupCounts) -> dict[str, str]:
 
 
 def in_words(failed_attempts: dict[str, int]) -> dict[str, int]:
-    """Failed attempts by what they met, the most frequent first: `HTTP 429`, `swap timeout`."""
+    """Failed attempts by what they met, the most frequent first: `HTTP 429`, `swap timeout`,
+    `unusable end: content_filter`.
+    """
     counted = Counter(failed_attempts).most_common()
-    return {
-        f"HTTP {met}" if met.isdigit() else met.replace("_", " "): number for met, number in counted
-    }
+    return {_in_words(met): number for met, number in counted}
+
+
+def _in_words(met: str) -> str:
+    if met.isdigit():
+        return f"HTTP {met}"
+    cause, separator, word = met.partition(":")
+    return cause.replace("_", " ") + (f": {word}" if separator else "")
 
 
 def join_counts(numbers: dict[str, int]) -> str:

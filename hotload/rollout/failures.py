@@ -6,6 +6,7 @@ weights, which is not the model's failure. Pure; randomness is a parameter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
@@ -16,6 +17,7 @@ TRANSIENT_ATTEMPTS = 7
 FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 30.0
 SWAP_WAIT_SECONDS = 5.0
+END_WORD = re.compile(r"[A-Za-z0-9_-]{1,40}")
 CANCELLED = "cancelled"
 """Label of an attempt that was given up while under way."""
 SWAP_TEXTS = ("deployment_scaling_up", "model_not_ready", "hot loading", "model not found")
@@ -92,14 +94,20 @@ class Failure:
     status_code: int | None
     detail: str
     retry_after_seconds: float | None = None
+    end: str = ""
+    """The word of an unusable end."""
 
     @property
     def label(self) -> str:
         """What the attempt is counted by: the status of an error, sent before an answer or inside
-        a 200 (`"429"`), and else the cause (`"truncated"`).
+        a 200 (`"429"`), and else the cause (`"truncated"`), with the word of an unusable end
+        (`"unusable_end:content_filter"`).
         """
         code = self.status_code
-        return str(code) if code is not None and 400 <= code <= 599 else self.cause.value
+        if code is not None and 400 <= code <= 599:
+            return str(code)
+        is_word = END_WORD.fullmatch(self.end)
+        return f"{self.cause}:{self.end}" if is_word else self.cause.value
 
 
 def is_recoverable(label: str) -> bool:

@@ -19,7 +19,6 @@ from hotload.concurrently import raise_first
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
 from hotload.rollout.admission import Admission
-from hotload.rollout.breaker import Breaker
 from hotload.rollout.counts import in_words
 from hotload.rollout.failures import Cause
 from hotload.rollout.group_rules import (
@@ -110,7 +109,7 @@ class Rollout:
         # A window's worth waits behind the window, or a row where that is more, so that it never
         # runs empty and little is held.
         self.gate = Gate(admission, lambda: sampler.size + max(sampler.size, plan.group_size))
-        self._breaker = Breaker()
+        self._breaker = sampler.breaker
         self._groups = GroupSampler(
             Drawing(sampler),
             self._rules,

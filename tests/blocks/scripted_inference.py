@@ -50,14 +50,14 @@ DONE = b"data: [DONE]\n\n"
 GOOD = token(1, "a") + token(2, "b") + last([1, 2]) + DONE
 
 
-def saying(text: str, *models: str) -> bytes:
+def saying(text: str, *models: str, finish: str = "stop") -> bytes:
     """A good answer, one token a character; from `models`, one after the other."""
     served = models or (MODEL,)
     pieces = [
         token(number, each, served[min(number, len(served) - 1)])
         for number, each in enumerate(text)
     ]
-    return http(b"".join(pieces) + last(list(range(len(text))), served[-1]) + DONE)
+    return http(b"".join(pieces) + last(list(range(len(text))), served[-1], finish) + DONE)
 
 
 NO_IDS = http(token(1, "a", token_id=None) + last([]) + DONE)  # fails for good, at once

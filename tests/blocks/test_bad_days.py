@@ -92,6 +92,26 @@ async def test_a_drain_that_holds_requests_uses_up_the_swap_budget() -> None:
     assert (sample.failure, sample.provenance.attempts) == ("swap_timeout", 1)
 
 
+async def test_requests_that_time_out_while_weights_are_swapped_open_the_breaker() -> None:
+    """A swap refuses the first attempt and holds the others; time-outs alone are no swap."""
+    is_swapping = False
+
+    async def held(request: Request) -> bytes:
+        attempt = seen[request.headers["x-request-id"]] = seen[request.headers["x-request-id"]] + 1
+        return http(b"", 425 if is_swapping and attempt == 1 else 504)
+
+    seen: Counter[str] = Counter()
+    async with sampling(held) as (sampler, _):
+        for number in range(10):
+            assert (await sampler.sample(PROBLEM, number)).failure == "timeout"
+        assert not sampler.breaker.is_open
+        is_swapping = True
+        for number in range(10, 15):
+            assert not sampler.breaker.is_open
+            assert (await sampler.sample(PROBLEM, number)).failure == "timeout"
+        assert sampler.breaker.is_open
+
+
 async def test_refusals_with_and_without_a_time_to_wait() -> None:
     naps = Naps()
     replies = [http(b"", 429, retry_after="7")] * 3 + [http(b"", 429)] * 3

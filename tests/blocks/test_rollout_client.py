@@ -3,11 +3,12 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from hotload.clients.inference.attempt import Chunks
-from hotload.errors import ProtocolError, ServiceRefusedError
+from hotload.errors import ProtocolError, ServiceRefusedError, ServiceUnavailableError
 from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer
 from hotload.rollout.failures import Cause, failure_of_status, is_recoverable
@@ -29,6 +30,8 @@ from tests.blocks.scripted_inference import (
     token,
 )
 from tests.scripted_server import Request, ScriptedServer, http, never
+
+CHAT = Problem("p1", messages=({"role": "user", "content": "hi"},))
 
 
 async def test_a_good_answer_carries_tokens_and_provenance() -> None:
@@ -108,6 +111,20 @@ async def test_an_empty_answer_is_an_answer() -> None:
     assert sample.weights is Weights.EXPECTED
 
 
+async def test_an_answer_that_lacks_tokens_is_no_empty_sample() -> None:
+    """As transformers streams a chat of bytes that are no text, and llama.cpp a dropped entry."""
+    stated = {"usage": {"prompt_tokens": 2, "completion_tokens": 8}}
+    empty = http(last([], finish="length", **stated) + DONE)
+    for asked in (PROBLEM, CHAT):
+        sample = await sample_once(empty, problem=asked)
+        assert (sample.failure, sample.provenance.attempts) == ("malformed", 1)
+        assert sample.provenance.failed_attempts == ("malformed",)
+        assert "0 tokens" in sample.detail
+        assert "8 by its usage" in sample.detail
+    dropped = http(token(1, "a") + token(3, "c") + last([], finish="length", **stated) + DONE)
+    assert (await sample_once(dropped)).failure == "malformed"
+
+
 async def test_a_plain_response_is_read_too() -> None:
     content = [{"token_id": 4, "sampling_logprob": -1.0}]
     choice = {
@@ -181,12 +198,23 @@ def test_what_an_attempt_met_is_one_of_few_names() -> None:
     )
 
 
+@pytest.mark.parametrize("problem", [PROBLEM, CHAT], ids=["completion", "chat"])
 @pytest.mark.parametrize("finish", ["content_filter", "repetition", "function_call", "eos", "x"])
-async def test_an_end_that_would_come_again_is_final_and_named(finish: str) -> None:
+async def test_an_end_that_would_come_again_is_final_and_named(
+    finish: str, problem: Problem
+) -> None:
     async with sampling(http(token(1, "a") + last([1], finish=finish) + DONE)) as (sampler, script):
-        sample = await sampler.sample(PROBLEM, 0)
+        sample = await sampler.sample(problem, 0)
     assert len(script.requests) == 1
     assert (sample.failure, finish in sample.detail) == ("unusable_end", True)
+    assert sample.provenance.failed_attempts == (f"unusable_end:{finish}",)
+
+
+@pytest.mark.parametrize("finish", ["", "a word", "x" * 41, 7.5])
+async def test_an_end_that_is_no_word_is_counted_without_it(finish: Any) -> None:
+    sample = await sample_once(http(token(1, "a") + last([1], finish=finish) + DONE))
+    met = {"truncated"} if not finish else {"unusable_end"}
+    assert set(sample.provenance.failed_attempts) == met
 
 
 @pytest.mark.parametrize("finish", ["abort", "error"])
@@ -461,6 +489,17 @@ async def test_the_probe_of_check_and_warm_up() -> None:
             [line] = await client(script.port).check()
             assert not line.ok
             assert str(status) in line.found
+
+
+async def test_the_preflight_asks_for_one_token_and_once() -> None:
+    for status, error in ((404, ServiceRefusedError), (503, ServiceUnavailableError)):
+        async with ScriptedServer(http(b"{}", status, "application/json")).running() as script:
+            with pytest.raises(error, match=f"HTTP {status}"):
+                await client(script.port).ask_one_token()
+        [request] = script.requests
+        body = {"model": "accounts/a/models/m", "prompt": [1, 2], "max_tokens": 1, "temperature": 0}
+        assert request.body == body
+        assert "x-multi-turn-session-id" not in request.headers
 
 
 async def test_a_sample_that_is_refused_says_the_remedy_of_the_check() -> None:

@@ -97,6 +97,10 @@ class Fleet:
             .json()
         )
 
+    def samples_asked(self) -> list[dict[str, Any]]:
+        """The records of requests for samples: the others, as the preflight's, have no session."""
+        return [each for each in self.log()["requests"] if each["session"]]
+
     def fault(self, **order: Any) -> None:
         """Order a fault of protocol §21."""
         httpx.post(

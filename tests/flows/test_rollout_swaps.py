@@ -123,7 +123,7 @@ async def test_the_next_cycles_publish_while_the_first_one_samples(slow_fleet: F
     assert report.rollouts.groups.straddling_samples == answered.filter(weights="straddling").height
 
     # Every request the emulator saw stands in one of the reports.
-    log = Counter(entry["status"] for entry in fleet.log()["requests"])
+    log = Counter(entry["status"] for entry in fleet.samples_asked())
     reports = [report, second, third]
     assert sum(each.rollouts.groups.attempts for each in reports) == sum(log.values())
     failed = sum(sum(each.rollouts.groups.failed_attempts.values()) for each in reports)
@@ -145,18 +145,18 @@ async def test_a_killed_cycle_samples_on_although_another_has_published(
     finally:
         process.stop()
     before = {path: path.stat().st_mtime_ns for path in directory(fleet, 1).glob("part-*")}
-    asked = len(fleet.log()["requests"])
+    asked = len(fleet.samples_asked())
     assert 3 <= len(before) < PROBLEMS
 
     second: CycleReport = await checkpoint_to_rollout(spec(fleet, 2))
-    asked_by_second = len(fleet.log()["requests"]) - asked
+    asked_by_second = len(fleet.samples_asked()) - asked
     report: CycleReport = await checkpoint_to_rollout(declared)
 
     found = rows(fleet, 1)
     assert found["failure"].is_null().all()
     assert Counter(found["problem_id"]) == {f"sum-{n}": 2 for n in range(PROBLEMS)}
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
-    resumed = len(fleet.log()["requests"]) - asked - asked_by_second
+    resumed = len(fleet.samples_asked()) - asked - asked_by_second
     assert resumed == 2 * (PROBLEMS - len(before))
     # The weights were loaded once; what was sampled after the kill came from the later ones.
     assert [note["identity"] for note in fleet.log()["signals"]] == [

@@ -38,7 +38,7 @@ async def reset(fleet: Fleet) -> None:
 
 def requests(fleet: Fleet) -> int:
     """How many samples the service was asked for."""
-    return len(fleet.log()["requests"])
+    return len(fleet.samples_asked())
 
 
 def stored(fleet: Fleet) -> set[str]:

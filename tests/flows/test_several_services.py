@@ -311,7 +311,7 @@ async def test_sampling_begins_while_another_service_is_still_under_way(fleets: 
 
 
 async def _requests(fleet: Fleet, count: int) -> list[Any]:
-    requests = (await asyncio.to_thread(fleet.log))["requests"]
+    requests = await asyncio.to_thread(fleet.samples_asked)
     return requests if len(requests) >= count else []
 
 
@@ -417,14 +417,14 @@ async def test_all_are_sampled_by_weight_each_under_what_it_serves(fleets: Fleet
     """The second falls back, so that the two serve one version under names of their own."""
     await fleets.cycle(1)
     fleets.all[1].fault(fault="torn_apply", replica="replica-1", count=1)
-    before = [len(one.log()["requests"]) for one in fleets.all]
+    before = [len(one.samples_asked()) for one in fleets.all]
     first, second = (one.name for one in fleets.all)
     name, report = await fleets.cycle(
         2,
         rollout_weights={first: 3, second: 1},
         sampling={"completions_per_prompt": 2, "max_completion_tokens": 4, "problems_per_task": 1},
     )
-    after = [len(one.log()["requests"]) for one in fleets.all]
+    after = [len(one.samples_asked()) for one in fleets.all]
     assert [now - then for then, now in zip(before, after, strict=True)] == [6, 2]
     identities = [one.snapshot.identity for one in report.services if one.snapshot]
     assert name == "CompletedByFallback"
@@ -451,14 +451,14 @@ async def test_the_share_of_a_service_that_failed_goes_to_the_others(fleets: Fle
     weights = {first.name: 1.0, second.name: 1.0}
     name, report = await fleets.cycle(1, required="any", rollout_weights=weights)
     assert (name, report.rollouts.sample_count) == ("CompletedInPart", 8)
-    assert [len(one.log()["requests"]) for one in fleets.all] == [0, 8]
+    assert [len(one.samples_asked()) for one in fleets.all] == [0, 8]
     assert report.snapshot.identity in second.served()
     assert report.rollouts.identity == report.snapshot.identity
 
 
 async def test_a_named_service_alone_is_sampled(fleets: Fleets) -> None:
     _, report = await fleets.cycle(1, rollout_weights={fleets.all[1].name: 1})
-    assert [len(one.log()["requests"]) for one in fleets.all] == [0, 8]
+    assert [len(one.samples_asked()) for one in fleets.all] == [0, 8]
     assert report.rollouts.sample_count == 8
 
 

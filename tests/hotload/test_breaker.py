@@ -1,8 +1,10 @@
-"""The breaker opens after a streak, or at half of what was seen lately (protocol §16)."""
+"""The breaker opens after a streak, or at half of what was seen lately (protocol §16), and after
+requests in a row that swaps of weights kept from an answer."""
 
 import pytest
 
 from hotload.rollout.breaker import Breaker
+from hotload.rollout.failures import failure_of_status
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,38 @@ def test_it_stays_open() -> None:
     for _ in range(50):
         breaker.note(is_failure=False)
     assert breaker.is_open
+
+
+SWAP, TIMEOUT, REFUSED = (failure_of_status(status, "", "") for status in (425, 504, 400))
+REQUESTS = {
+    "s": (SWAP, True),
+    "h": (TIMEOUT, True),  # refused for a swap, then held until it timed out
+    "t": (TIMEOUT, False),
+    "r": (REFUSED, False),
+    "R": (REFUSED, True),
+    ".": (None, False),
+    "!": (None, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("requests", "opens_after"),
+    [
+        ("sssss", 5),
+        ("shshs", 5),
+        ("ssss.sssss", 10),
+        ("ssss!sssss", 10),
+        ("ssssrssssRsssss", 15),  # a refusal is an answer: the service is there
+        ("sttstttstsss", 11),  # time-outs alone say nothing of swaps, and end no run of them
+        ("ttttttttttttttttttttt", None),
+        ("ssss.ssss.ssss.ssss.", None),
+    ],
+)
+def test_requests_that_swaps_keep_from_an_answer(requests: str, opens_after: int | None) -> None:
+    breaker = Breaker()
+    opened = []
+    for request in requests:
+        failure, met_swap = REQUESTS[request]
+        breaker.note_request(failure, met_swap=met_swap)
+        opened.append(breaker.is_open)
+    assert (opened.index(True) + 1 if True in opened else None) == opens_after

@@ -91,6 +91,77 @@ def test_raw_ids_in_pieces_or_at_once() -> None:
     assert whole.token_ids == (0, 1, 2)
 
 
+def ended(count: int, reason: str, stated: object = None, **choice: Any) -> list[dict[str, Any]]:
+    """An answer of `count` tokens that its usage says are `stated`."""
+    content = [{"token_id": number, "sampling_logprob": -1.0} for number in range(count)]
+    said = chunk(text="a" * count, logprobs={"content": content}, finish_reason=reason, **choice)
+    return [said, {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": stated}}]
+
+
+@pytest.mark.parametrize(
+    ("count", "reason", "stated"),
+    [
+        (2, "stop", 3),
+        (2, "length", 3),  # llama.cpp drops an entry
+        (2, "length", 1),
+        (2, "tool_calls", 1),
+        (0, "stop", 1),
+        (0, "length", 8),  # transformers: none but bytes that are no text
+        (0, "length", 0),
+        (0, "length", None),
+        (0, "tool_calls", None),
+    ],
+)
+def test_an_answer_that_is_not_all_there_is_malformed(count: int, reason: str, stated: int) -> None:
+    fault = answer(*ended(count, reason, stated)).finish()
+    assert fault is not None
+    assert (fault.cause, fault.action) == (Cause.MALFORMED, Action.FAIL_SAMPLE)
+    assert f"{count} tokens" in fault.detail
+    assert (f"{stated} by its usage" if stated else f"by {reason}") in fault.detail
+    cut = answer(*ended(count, reason, stated))
+    cut.is_done = False
+    fault = cut.finish()
+    assert fault is not None
+    assert fault.action is Action.RETRY
+
+
+@pytest.mark.parametrize(
+    ("count", "reason", "stated"),
+    [
+        (2, "stop", 2),
+        (2, "length", "2"),
+        (2, "length", 2.0),
+        (2, "length", None),
+        (2, "length", "many"),
+        (0, "stop", 0),
+        (0, "stop", None),
+    ],
+)
+def test_an_answer_that_is_all_there(count: int, reason: str, stated: object) -> None:
+    assert answer(*ended(count, reason, stated)).finish() is None
+
+
+def test_a_stop_token_in_the_raw_output_alone_may_be_counted() -> None:
+    raw = {"raw_output": {"completion_token_ids": [0, 1, 9]}}
+    for stated, cause in ((2, None), (3, None), (4, Cause.MALFORMED)):
+        fault = answer(*ended(2, "stop", stated, **raw)).finish()
+        assert (fault and fault.cause) == cause, stated
+    # One that was cut by its length has none.
+    for stated in (2, 3, None):
+        fault = answer(*ended(2, "length", stated, **raw)).finish()
+        assert (fault and fault.cause) == Cause.MISSING_TOKEN_IDS, stated
+
+
+def test_usage_along_the_way_is_of_what_there_was_by_then() -> None:
+    first, second = named("m", 0), named("m", 1)
+    first["usage"] = {"prompt_tokens": 1, "completion_tokens": 0}
+    assert answer(first, second, STOP).finish() is None
+    second["usage"] = {"prompt_tokens": 1, "completion_tokens": 2}
+    assert answer(first, second, STOP).finish() is None
+    last = {**STOP, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    assert answer(first, second, last).finish() is not None
+
+
 def test_a_prompt_whose_ids_are_not_told_cannot_be_trained_on() -> None:
     whole = Answer(Sampling(), None)
     assert whole.add(chunk(text="a", finish_reason="stop", logprobs=LOGPROBS)) is None

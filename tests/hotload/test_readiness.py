@@ -3,6 +3,7 @@
 import pytest
 
 from hotload.identity import SnapshotKind
+from hotload.publish.preflight import is_answer_due
 from hotload.publish.readiness import (
     ReplicaStatus,
     ServiceStatus,
@@ -23,6 +24,42 @@ ODD = ReplicaStatus(True, OLD, "defragmenting", NEW)
 LEFT = ReplicaStatus(True, None, "idle")
 SILENT = ReplicaStatus(True, None)
 STARTING = ReplicaStatus(False, None, "idle")
+
+
+ADAPTED = ReplicaStatus(True, None, "idle", adapters=((NEW, "loaded"),))
+ADAPTING = ReplicaStatus(True, None, "idle", adapters=((NEW, "loading"),))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "is_due", "is_due_elsewhere", "is_due_of_adapter"),
+    [
+        ((), False, False, False),
+        ((STARTING, SWAPPING), False, False, False),
+        ((BEHIND, BEHIND), False, False, False),
+        ((LEFT, SILENT), False, True, False),
+        ((STARTING, LEFT), False, True, False),
+        ((SWAPPING, READY), True, True, False),
+        ((BEHIND, STALE), True, True, False),
+        ((FAILED, ODD), True, True, False),
+        ((LEFT, ADAPTING), False, True, False),
+        ((LEFT, ADAPTED), False, True, True),
+    ],
+)
+def test_when_a_404_is_a_wrong_address(
+    replicas: tuple[ReplicaStatus, ...],
+    is_due: bool,
+    is_due_elsewhere: bool,
+    is_due_of_adapter: bool,
+) -> None:
+    def due(*, is_adapter: bool, is_same: bool) -> bool:
+        return is_answer_due(
+            ServiceStatus(replicas), is_adapter=is_adapter, is_asked_as_status_was=is_same
+        )
+
+    assert due(is_adapter=False, is_same=True) is is_due
+    assert due(is_adapter=False, is_same=False) is is_due_elsewhere
+    for is_same in (True, False):
+        assert due(is_adapter=True, is_same=is_same) is is_due_of_adapter
 
 
 @pytest.mark.parametrize(

@@ -563,7 +563,7 @@ _answer("description answered 503", "deployment", status=503)
 _answer("description answered with HTML", "deployment", status=200, body=HTML)
 
 
-# Answers to samples; publishing alone asks for none.
+# Answers to samples; publishing alone asks for one token, and is not answered like this.
 
 INFERENCE: list[str] = []
 

@@ -36,6 +36,12 @@ async def two_turns(problem: Problem, sampler: Conversation, question: str = "an
     return sampler.trajectory()
 
 
+async def undeterred(problem: Problem, sampler: Conversation) -> None:
+    """Has no sample where it got no answer, and does not say why."""
+    with suppress(TurnFailedError):
+        await sampler.sample(str(problem.prompt))
+
+
 async def one_turn(problem: Problem, sampler: Conversation) -> Trajectory:
     await sampler.sample(str(problem.prompt))
     return sampler.trajectory()

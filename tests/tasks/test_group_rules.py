@@ -10,6 +10,8 @@ import pytest
 
 from hotload.dataset.rollout_plan import RolloutManifest
 from hotload.errors import RolloutFunctionError, RolloutsFailedError
+from hotload.options import ReadinessPolicy
+from hotload.rollout.counts import rule_rows
 from tests.blocks.scripted_inference import IDENTITY, MODEL, NO_IDS, saying
 from tests.loop_clock import LoopClock
 from tests.scripted_server import Request, http, never
@@ -43,6 +45,27 @@ async def test_missing_samples_are_asked_again_under_new_numbers(bench: Bench) -
     assert manifest.summary.groups.failed_attempts == {"missing_token_ids": 2}
     assert len(server.requests) == manifest.summary.groups.attempts == 6
     assert len({asked.body["seed"] for asked in server.requests}) == 6
+
+
+@pytest.mark.parametrize(
+    "asked", [{"prompt": "q"}, {"messages": [{"role": "user", "content": "q"}]}]
+)
+async def test_ends_that_come_again_are_named_in_the_report_and_not_asked_again(
+    bench: Bench, asked: dict[str, Any]
+) -> None:
+    ends = ["content_filter", "repetition", "content_filter", "stop"]
+
+    def ending(request: Request) -> bytes:
+        return saying("ab", finish=ends[request.number])
+
+    problems = [{**asked, "answer": "ab"}] * 2
+    spec = bench.spec(problems, groups={"max_incomplete_group_retries": 2})
+    manifest, server = await bench.run(spec, replying(ending))
+    assert len(server.requests) == manifest.summary.groups.attempts == 4
+    assert manifest.summary.failed_samples == {"unusable_end": 3}
+    assert rule_rows(manifest.summary.groups)["requests sent again or given up"] == (
+        "2 × unusable end: content_filter, 1 × unusable end: repetition"
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,6 +361,34 @@ async def test_the_breaker_leaves_the_rest_for_a_later_run(bench: Bench) -> None
     assert Counter(row["problem_id"] for row in rows) == {str(n): 2 for n in range(12)}
     assert len(server.requests) == 2 * (12 - sum(answered))
     assert manifest.summary.failed_samples == {}
+
+
+SWAPS_ARE_WAITED_FOR_ONCE = ReadinessPolicy(weight_sync_timeout=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function", [None, "one_turn", "undeterred"], ids=["none", "one turn", "undeterred"]
+)
+async def test_a_service_that_swaps_for_ever_opens_the_breaker(
+    bench: Bench, function: str | None
+) -> None:
+    """However many requests a row has, and however often it may ask again."""
+    spec = bench.spec(
+        12,
+        completions_per_prompt=5,
+        concurrency={"max_concurrency": 1},
+        groups={"max_incomplete_group_retries": 3},
+        rollout=playing(function) if function else None,
+    ).model_copy(update={"readiness": SWAPS_ARE_WAITED_FOR_ONCE})
+    async with bench.rollout(spec, replying(lambda _: http(b"", 404))) as (rollout, server):
+        with pytest.raises(RolloutsFailedError) as failed:
+            await carry_all(rollout)
+    # A row, and where it was begun before the last answer of that one, another.
+    assert len(server.requests) in (5, 10)
+    assert f"breaker_open {60 - len(server.requests)}" in str(failed.value)
+    if function != "undeterred":  # that one gives its own reason
+        assert f"swap_timeout {len(server.requests)}" in str(failed.value)
+        assert "HTTP 404" in str(failed.value)
 
 
 async def test_a_failing_service_leaves_no_trace_in_earlier_parts(bench: Bench) -> None:

@@ -129,6 +129,16 @@ class InferenceClient:
         data = await self._complete("probe", body, PROBE_TIMEOUT_SECONDS, headers)
         return ProbeAnswer(session_id, *completions_api.parse_probe(data, token_ids))
 
+    async def ask_one_token(self) -> None:
+        """Ask for one token, whichever it is: are requests answered at all?
+
+        Raises:
+            ServiceRefusedError: 401, 402, 403, 404, 412, no key or no address.
+            ServiceUnavailableError: any other failure, or none within 10 s.
+        """
+        body = json.dumps({"model": self.model, **completions_api.ONE_TOKEN_BODY}).encode()
+        await self._complete("rollouts", body, CHECK_TIMEOUT_SECONDS, {})
+
     async def check(self) -> list[CheckLine]:
         """Ask whether the service answers a small request, and what is missing if not (protocol §8,
         §14).

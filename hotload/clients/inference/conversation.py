@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from hotload.clock import monotonic
@@ -210,7 +210,7 @@ class Conversation:
         if failure is not None:
             status = "no answer" if failure.status_code is None else f"HTTP {failure.status_code}"
             detail = f"{status} at attempt {self.attempts - before}: {failure.detail}"
-            failure = Failure(failure.action, failure.cause, failure.status_code, detail)
+            failure = replace(failure, detail=detail)
         else:
             self._turns.take(answer)
             if longest and len(answer.prompt_token_ids) + len(answer.token_ids) > longest:

@@ -22,6 +22,7 @@ from hotload.clock import monotonic
 from hotload.errors import ServiceRefusedError
 from hotload.options import Sampling
 from hotload.rollout import completions_api
+from hotload.rollout.breaker import Breaker
 from hotload.rollout.completions_api import Request, first_request
 from hotload.rollout.failures import Action, Cause, Failure, RetryBudget
 from hotload.rollout.trajectory import Problem, Trajectory
@@ -60,6 +61,8 @@ class Sampler:
         self._sleep = sleep
         self.failed_attempts: Counter[str] = Counter()
         """Attempts so far that got no usable answer, counted by `Failure.label`."""
+        self.breaker = Breaker()
+        """Is told of every request that has ended."""
         self._names_weights = False
         self._uniform = random.random
 
@@ -131,6 +134,7 @@ class Sampler:
             unsent = Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, None, detail)
             return Outcome(completions_api.Answer(sampling, None), unsent)
         budget = RetryBudget(self._swap_timeout_seconds, self._uniform)
+        met_swap = False
         while True:
             # Nothing is made before there is a slot: thousands may wait here for one.
             await self._slots.acquire()
@@ -151,12 +155,15 @@ class Sampler:
                 self.failed_attempts[failure.label] += 1
             self._slots.release(_attempt_of(answer, failure, number, seconds))
             if failure is None:
+                self.breaker.note_request(None, met_swap=met_swap)
                 return Outcome(answer, None)
             if failure.action is Action.STOP_RUN:
                 status = failure.status_code
                 raise ServiceRefusedError("sample", status, failure.detail, self._remedy(status))
+            met_swap = met_swap or failure.action is Action.WAIT_FOR_SWAP
             wait = budget.wait_seconds(failure, seconds)
             if wait is None:
+                self.breaker.note_request(failure, met_swap=met_swap)
                 if failure.action is Action.RETRY:
                     self._slots.window.note_exhaustion()
                 return Outcome(answer, failure)
