@@ -44,6 +44,7 @@ from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
 from hotload.spec import CycleSpec
 from tasks import RETRIED
+from tasks.validate import place_of
 
 ROOM_BYTES = 64 << 20  # for the files beside the shards, and what else a disk needs
 
@@ -358,6 +359,20 @@ class Baseline:
         if not is_whole and isinstance(place, Path) and place.is_dir():
             self.digests.doubt()
         return is_whole
+
+
+async def baseline_of(
+    spec: CycleSpec, workspace: Workspace, store: Store, files: Collection[str] = ()
+) -> Baseline:
+    """Open the baseline of a cycle in a workspace, all of it or these shards."""
+    return Baseline(
+        workspace,
+        store,
+        await place_of(spec),
+        spec.snapshot.spec_dtype_style,
+        links=spec.snapshot.link_baseline,
+        files=files,
+    )
 
 
 @task(cache_policy=NO_CACHE, task_run_name="baseline-{identity}", **RETRIED)
