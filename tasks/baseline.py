@@ -169,8 +169,10 @@ class Baseline:
             await asyncio.to_thread(_keep_only, self.workspace.baselines, self._needed())
         # What a full snapshot begins anew is read anew: once a chain, and after every doubt.
         held = [self.workspace.baseline(one) for one in self._held]
-        is_chain = all(one.kind is SnapshotKind.DELTA for one in manifests)
-        await asyncio.to_thread(self.digests.remember, held if is_chain else [])
+        if all(one.kind is SnapshotKind.DELTA for one in manifests):
+            await asyncio.to_thread(self.digests.remember, held)
+        else:
+            await asyncio.to_thread(self.digests.doubt)
         await asyncio.to_thread(_keep_only, self.workspace.deltas, {*identities})
         await asyncio.to_thread(remove_tree, self.workspace.results)
 
