@@ -219,6 +219,8 @@ class CycleSpec(Declared):
             "policy_version": policy_version,
             "line": line,
             "placement": {},  # that directory is on this machine alone
+            # Its trainer's digests are not beside it.
+            "snapshot": self.snapshot.model_copy(update={"trust_digests": False}),
         }
         return self.model_copy(update=earlier)
 

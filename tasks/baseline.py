@@ -90,7 +90,8 @@ class Baseline:
         """What the replicas of a service know, by its name, until it has been published to: a base
         that is needed, now or by the next cycle."""
         self._held: dict[str, str] = {}
-        """Digest of the content of every snapshot that is held here, by identity."""
+        """Digest of what is held here of every snapshot, by identity: not of the content as the
+        trainer wrote it, which a delta restores with the headers and files of its base."""
         self._outgoing: set[str] = set()
         """What is held and no service serves any more: spent where the disk is short."""
         self._in_turn = asyncio.Lock()
@@ -123,7 +124,7 @@ class Baseline:
                     await self._build(step, view)
                     # A long chain is rebuilt in the room of two checkpoints.
                     await asyncio.to_thread(_keep_only, baselines, self._needed(step.identity))
-            self._held[manifest.identity] = manifest.content_sha256
+            self._held[manifest.identity] = manifest.content.sha256
             await asyncio.to_thread(_keep_only, baselines, self._needed())
         return baseline
 
@@ -239,7 +240,7 @@ class Baseline:
     def _link(self, manifest: SnapshotManifest) -> bool:
         """Make the baseline of the files of another with the same bytes, which services serve under
         names of their own; False where there is none."""
-        same = [one for one, held in self._held.items() if held == manifest.content_sha256]
+        same = [one for one, held in self._held.items() if held == manifest.content.sha256]
         if not same:
             return False
         source = self.workspace.baseline(same[0])

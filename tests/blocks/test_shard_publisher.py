@@ -239,6 +239,19 @@ def test_what_a_cycle_published_with_other_content_is_not_committed(ranks: Ranks
             publisher.commit()
 
 
+def test_what_a_cycle_published_in_other_words_is_the_same_content(ranks: Ranks) -> None:
+    content = content_of(ranks.checkpoints[2])
+    (side_file, *others) = content.side_files
+    written = side_file.model_copy(update={"sha256": "0" * 64})
+    said = content.model_copy(update={"side_files": (written, *others)})
+    plan = plan_full(said, "test", run_id="run", policy_version=2)
+    shards = ShardBatch.as_written(content.shards).shards
+    manifest = SnapshotManifest.of(plan, said, shards, created_at=CREATED_AT)
+    restored = manifest.model_copy(update={"side_files": content.side_files})
+    asyncio.run(write_manifest(ranks.store, restored))
+    assert ranks.manifest(ranks.write(of=1)).content == content
+
+
 def test_a_copy_follows_what_is_served(ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     copies = [

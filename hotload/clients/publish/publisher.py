@@ -374,7 +374,7 @@ class ShardPublisher:
 
     async def _refuse_conflict(self, manifest: SnapshotManifest) -> None:
         for published in await read_published(self._store, self._name):
-            if published.content_sha256 != manifest.content_sha256:
+            if not published.is_of(manifest.content_sha256):
                 reason = f"published as {published.identity} with other content"
                 raise IdentityConflictError(self._name, reason)
 
