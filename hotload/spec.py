@@ -79,9 +79,9 @@ class CycleSpec(Declared):
     """One policy version, from checkpoint to scored groups."""
 
     checkpoint: str = Field(min_length=1)
-    """The directory the trainer wrote, complete: absolute path, or URL of any file system that
-    fsspec knows, such as s3://bucket/run/000012. Or `ranks`: what the trainer's ranks have put into
-    the store and committed for this version."""
+    """The directory the trainer wrote, complete: absolute path, or URL of a file system of fsspec
+    that lists sizes, such as s3://bucket/run/000012. Or `ranks`: what the trainer's ranks have put
+    into the store and committed for this version."""
     checkpoint_store: BlockName | None = None
     """Name of a `CheckpointStore` block whose options open a checkpoint that is a URL. Empty takes
     those of `store` where it is in the same bucket, else what the worker's environment says."""
