@@ -134,7 +134,7 @@ async def published(
     from hotload.clients.store import publisher_lease
     from hotload.concurrently import taking_turns
     from hotload.spec import CycleSpec
-    from tasks.baseline import Baseline
+    from tasks.baseline import baseline_of
     from tasks.conclude import find_earlier
     from tasks.plan import plan_snapshot
 
@@ -164,7 +164,7 @@ async def published(
         services = await load_services(spec)
         service, store = services[name], (await CheckpointStore.load(name)).open()
         workspace = service.access.workspace(Path(spec.work_dir))
-        baseline = Baseline(workspace, store, Path(spec.checkpoint))
+        baseline = await baseline_of(spec, workspace, store)
         earlier = await find_earlier(store, services.values(), spec)
         marks = [time.perf_counter()]
         content = await find_content(spec, services, baseline, earlier)
@@ -173,9 +173,7 @@ async def published(
             plan = await plan_snapshot(spec, service, baseline, content, lease)
             marks.append(time.perf_counter())
             with taking_turns():
-                made = await publish_snapshot(
-                    spec, service, store, workspace, baseline.digests, content, plan, lease, 1
-                )
+                made = await publish_snapshot(spec, service, baseline, content, plan, lease, 1)
         await keep_baselines(spec, baseline, content, [plan.identity])
         taken = [marks[1] - marks[0], marks[2] - marks[1], made.seconds_by_stage["publish"]]
         return {"kind": plan.kind.name, "stages": taken}

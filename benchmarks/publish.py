@@ -134,7 +134,7 @@ async def published(
     from hotload.clients.store import Store, publisher_lease
     from hotload.concurrently import taking_turns
     from hotload.spec import CycleSpec
-    from tasks.baseline import Baseline, keep_baseline
+    from tasks.baseline import baseline_of, keep_baseline
     from tasks.plan import plan_snapshot
     from tasks.validate import validate_checkpoint
 
@@ -160,7 +160,7 @@ async def published(
 
     @flow(name="publish")
     async def publish() -> dict[str, Any]:
-        baseline = Baseline(workspace, store, Path(spec.checkpoint), links=vouched)
+        baseline = await baseline_of(spec, workspace, store)
         start_bytes, marks = memory("VmRSS"), [time.perf_counter()]
         counts, cpu = [transferred()], time.process_time()
         content = await validate_checkpoint(spec, [service], baseline.digests)
@@ -169,9 +169,7 @@ async def published(
             plan = await plan_snapshot(spec, service, baseline, content, lease)
             marks.append(time.perf_counter())
             with taking_turns():
-                made = await publish_snapshot(
-                    spec, service, store, workspace, baseline.digests, content, plan, lease, 1
-                )
+                made = await publish_snapshot(spec, service, baseline, content, plan, lease, 1)
         taken = [marks[1] - marks[0], marks[2] - marks[1], made.seconds_by_stage["publish"]]
         counts.append(transferred())
         cpu = time.process_time() - cpu

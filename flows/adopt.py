@@ -14,10 +14,10 @@ from flows.publish import hold_services, load_services
 from hotload.identity import check_identity
 from hotload.publish.snapshot import SnapshotManifest
 from hotload.spec import CycleSpec
-from tasks.baseline import Baseline, keep_baseline
+from tasks.baseline import baseline_of, keep_baseline
 from tasks.preflight import preflight_service, require_served
 from tasks.upload import adopt_snapshot
-from tasks.validate import place_of, validate_checkpoint
+from tasks.validate import validate_checkpoint
 
 
 @flow(name="adopt-base", flow_run_name="adopt-{identity}-for-{spec.name}")
@@ -37,10 +37,7 @@ async def adopt_base(spec: CycleSpec, identity: str) -> SnapshotManifest:
     services = await load_services(spec)
     store = (await CheckpointStore.load(spec.store)).open()
     workspace = services[spec.service].access.workspace(Path(spec.work_dir))
-    checkpoint, snapshot = await place_of(spec), spec.snapshot
-    baseline = Baseline(
-        workspace, store, checkpoint, snapshot.spec_dtype_style, links=snapshot.link_baseline
-    )
+    baseline = await baseline_of(spec, workspace, store)
     content = await validate_checkpoint(spec, services.values(), baseline.digests)
     async with AsyncExitStack() as right_to_publish:
         await hold_services(right_to_publish, services, store, spec.name)

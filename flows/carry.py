@@ -15,7 +15,6 @@ from hotload.clients.nodes import NodeAnswer, NodeWork, foreseen_by_all
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
 from hotload.concurrently import overlap
-from hotload.directory.files import FileDigests
 from hotload.directory.relayout import CheckpointView
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import CheckpointContent, ShardBatch, SnapshotPlan, batches
@@ -23,12 +22,12 @@ from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
 from hotload.spec import CycleSpec
 from tasks.announce import hint_shards
-from tasks.baseline import Baseline, keep_baseline
+from tasks.baseline import Baseline, baseline_of, keep_baseline
 from tasks.encode import DeltaEncoder, encode_once
 from tasks.nodes import answer_of, ask_node, hold_share, leave_answer, read_share
 from tasks.show import Progress
 from tasks.upload import Source, upload_once
-from tasks.validate import place_of, view_of
+from tasks.validate import view_of
 
 # Every task run costs the server work (about 30 ms), so many shards share one.
 BATCHES = 25
@@ -36,10 +35,8 @@ BATCHES = 25
 
 async def carry_shards(
     service: HotLoadClient,
-    store: Store,
-    workspace: Workspace,
+    baseline: Baseline,
     view: CheckpointView,
-    digests: FileDigests,
     plan: SnapshotPlan,
     shards: Sequence[FileDigest],
 ) -> list[ShardBatch]:
@@ -52,9 +49,10 @@ async def carry_shards(
     """
     size_bytes = sum(shard.size_bytes for shard in shards)
     progress = Progress(f"{plan.kind.value} {plan.identity}", size_bytes)
-    with DeltaEncoder(workspace, view, plan, digests) as encoder:
+    with DeltaEncoder(baseline.workspace, view, plan, baseline.digests) as encoder:
         return await overlap(
-            _carry(encoder, service, store, batch, progress) for batch in batches(shards, BATCHES)
+            _carry(encoder, service, baseline.store, batch, progress)
+            for batch in batches(shards, BATCHES)
         )
 
 
@@ -88,14 +86,7 @@ async def work_here(work: NodeWork, work_dir: Path) -> NodeAnswer:
     spec, plan = work.spec, work.plan
     store = (await CheckpointStore.load(spec.store)).open()
     workspace = Workspace(work_dir / work.share, work.account_id, work.deployment_id)
-    baseline = Baseline(
-        workspace,
-        store,
-        await place_of(spec),
-        spec.snapshot.spec_dtype_style,
-        links=spec.snapshot.link_baseline,
-        files=work.files,
-    )
+    baseline = await baseline_of(spec, workspace, store, work.files)
     baseline.reserved = {"": frozenset(work.reserved)}
     if work.step == "keep":
         await keep_baseline(baseline, *work.identities)
@@ -105,9 +96,7 @@ async def work_here(work: NodeWork, work_dir: Path) -> NodeAnswer:
         return await read_share(work, baseline, view)
     await hold_share(work, baseline, view)
     service = (await HotLoadService.load(spec.service)).open()
-    carried = await carry_shards(
-        service, store, workspace, view, baseline.digests, plan, work.digests
-    )
+    carried = await carry_shards(service, baseline, view, plan, work.digests)
     return NodeAnswer(batches=tuple(carried))
 
 
@@ -125,14 +114,14 @@ async def work_on_share(work: NodeWork, work_dir: str) -> None:
             with the deployment.
 
     Raises:
-        StoreError, StoreUnavailableError: another node may do better.
+        InvalidCheckpointError, StoreError: as `answer_of`; another node may do better.
     """
     answer = await answer_of(work_here(work, Path(work_dir)))
     await leave_answer((await CheckpointStore.load(work.spec.store)).open(), answer)
 
 
 async def work_on_nodes(
-    spec: CycleSpec, store: Store, workspace: Workspace, files: Sequence[str], **step: Any
+    spec: CycleSpec, baseline: Baseline, files: Sequence[str], **step: Any
 ) -> dict[str, NodeAnswer]:
     """Have every share of these files worked on, by its own node or another; returns the answers.
 
@@ -147,15 +136,16 @@ async def work_on_nodes(
         NodeWork(
             spec=spec,
             share=share,
-            account_id=workspace.account_id,
-            deployment_id=workspace.deployment_id,
+            account_id=baseline.workspace.account_id,
+            deployment_id=baseline.workspace.deployment_id,
             files=placed,
+            reserved=tuple(frozenset().union(*baseline.reserved.values())),
             digests=tuple(one for one in digests if one.file in placed),
             **step,
         )
         for share, placed in spec.shares_of(files).items()
     ]
-    answers = await overlap(_work_somewhere(work, store) for work in works)
+    answers = await overlap(_work_somewhere(work, baseline.store) for work in works)
     return {work.share: answer for work, answer in zip(works, answers, strict=True)}
 
 
@@ -177,9 +167,7 @@ async def read_on_nodes(
     Raises:
         InvalidCheckpointError: a file cannot be read.
     """
-    answers = await work_on_nodes(
-        spec, baseline.store, baseline.workspace, files, step="read", identities=tuple(bases)
-    )
+    answers = await work_on_nodes(spec, baseline, files, step="read", identities=tuple(bases))
     baseline.foreseen = foreseen_by_all(answers)
     found = {one.file: one for answer in answers.values() for one in answer.digests}
     return [found[file] for file in files]
@@ -188,10 +176,8 @@ async def read_on_nodes(
 async def carry_content(
     spec: CycleSpec,
     service: HotLoadClient,
-    store: Store,
-    workspace: Workspace,
+    baseline: Baseline,
     view: CheckpointView,
-    digests: FileDigests,
     content: CheckpointContent,
     plan: SnapshotPlan,
 ) -> list[ShardBatch]:
@@ -201,10 +187,10 @@ async def carry_content(
         InvalidCheckpointError, NeedsFullSnapshotError, StoreError: as `carry_shards`.
     """
     if not spec.placement:
-        return await carry_shards(service, store, workspace, view, digests, plan, content.shards)
+        return await carry_shards(service, baseline, view, plan, content.shards)
     files = [shard.file for shard in content.shards]
     answers = await work_on_nodes(
-        spec, store, workspace, files, step="carry", plan=plan, digests=content.shards
+        spec, baseline, files, step="carry", plan=plan, digests=content.shards
     )
     return [batch for answer in answers.values() for batch in answer.batches]
 
@@ -220,14 +206,7 @@ async def keep_baselines(
     if not spec.placement:
         await keep_baseline(baseline, *identities)
         return
-    answers = await work_on_nodes(
-        spec,
-        baseline.store,
-        baseline.workspace,
-        [shard.file for shard in content.shards],
-        step="keep",
-        identities=tuple(identities),
-        reserved=tuple({name for each in baseline.reserved.values() for name in each}),
-    )
+    files = [shard.file for shard in content.shards]
+    answers = await work_on_nodes(spec, baseline, files, step="keep", identities=tuple(identities))
     troubles = (answer.trouble for answer in answers.values())
     baseline.trouble = next(filter(None, troubles), None)

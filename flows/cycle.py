@@ -20,11 +20,10 @@ from hotload.concurrently import both
 from hotload.report.cycle_report import CycleReport
 from hotload.sampling.reward.processes import keep_reward_processes
 from hotload.spec import CycleSpec
-from tasks.baseline import Baseline
+from tasks.baseline import baseline_of
 from tasks.conclude import completed, conclude_cycle, ended_before, find_earlier
 from tasks.publication import Publishing
 from tasks.show import emit_failure, show_cycle, tell_once
-from tasks.validate import place_of
 
 tell_once()
 
@@ -57,10 +56,7 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
     store = (await CheckpointStore.load(spec.store)).open()
     clients = await load_rollouts(spec)
     workspace = services[spec.service].access.workspace(Path(spec.work_dir))
-    checkpoint, snapshot = await place_of(spec), spec.snapshot
-    baseline = Baseline(
-        workspace, store, checkpoint, snapshot.spec_dtype_style, links=snapshot.link_baseline
-    )
+    baseline = await baseline_of(spec, workspace, store)
     earlier = await find_earlier(store, services.values(), spec)
     if earlier.answers(spec.again):
         return ended_before(earlier)

@@ -21,11 +21,11 @@ from hotload.cli.cost_table import preview_lines
 from hotload.identity import SnapshotKind
 from hotload.publish.cost import PublicationPreview
 from hotload.spec import CycleSpec
-from tasks.baseline import Baseline
+from tasks.baseline import baseline_of
 from tasks.conclude import find_earlier
 from tasks.plan import preview_plan
 from tasks.preflight import preflight_rollouts, preflight_service
-from tasks.validate import check_both, place_of, validate_rollouts
+from tasks.validate import check_both, validate_rollouts
 
 
 @flow(name="preview", flow_run_name="preview-{spec.name}")
@@ -33,7 +33,8 @@ async def preview_publication(spec: CycleSpec) -> dict[str, PublicationPreview]:
     """Look at replicas, store and checkpoint as a cycle would, and say what it would publish.
 
     Takes no lease, signals nothing, and writes neither to the store nor to the work directory, but
-    for the answers of nodes, which pass through the store.
+    for the answers of nodes, which pass through the store, and for digests of a baseline that turns
+    out to be damaged, which are forgotten.
 
     Args:
         spec: of the cycle.
@@ -48,8 +49,7 @@ async def preview_publication(spec: CycleSpec) -> dict[str, PublicationPreview]:
     services = await load_services(spec)
     store = (await CheckpointStore.load(spec.store)).open()
     workspace = services[spec.service].access.workspace(Path(spec.work_dir))
-    checkpoint, style = await place_of(spec), spec.snapshot.spec_dtype_style
-    baseline = Baseline(workspace, store, checkpoint, style)
+    baseline = await baseline_of(spec, workspace, store)
     earlier = await find_earlier(store, services.values(), spec)
     if earlier.answers(spec.again):
         ended = PublicationPreview(None, (), earlier.served)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from prefect import flow
+from prefect import State, flow
+from prefect.states import Completed
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
@@ -22,7 +23,6 @@ from hotload.clients.service.served import sampled_service, side_by_side
 from hotload.clients.store import Store, publisher_lease
 from hotload.clock import monotonic, utc_now
 from hotload.concurrently import overlap, taking_turns, turn
-from hotload.directory.files import FileDigests
 from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
 from hotload.identity import SnapshotKind, is_identity
 from hotload.options import LedgerReset
@@ -38,7 +38,7 @@ from hotload.publish.workspace import Workspace
 from hotload.report.earlier_run import EarlierRun
 from hotload.spec import CycleSpec
 from tasks.announce import reset_ledger, signal_snapshot
-from tasks.baseline import Baseline, with_checkpoint
+from tasks.baseline import Baseline, baseline_of, with_checkpoint
 from tasks.conclude import find_earlier
 from tasks.plan import plan_fallback, plan_snapshot
 from tasks.preflight import preflight_rollouts, preflight_service
@@ -133,8 +133,10 @@ async def publish_policy(
 
 
 @flow(name="publish-version", flow_run_name="publish-{spec.name}", persist_result=False)
-async def publish_version(spec: CycleSpec) -> Publication:
+async def publish_version(spec: CycleSpec) -> Publication | State[Publication]:
     """Publish a version that nothing is sampled from: the last one of a training run.
+
+    Its state has a name of its own where it leaves no baseline.
 
     Raises:
         As `publish_policy`.
@@ -143,8 +145,7 @@ async def publish_version(spec: CycleSpec) -> Publication:
     store = (await CheckpointStore.load(spec.store)).open()
     clients = {name: (await RolloutClient.load(name)).open() for name in spec.sampled_with}
     workspace = services[spec.service].access.workspace(Path(spec.work_dir))
-    style = spec.snapshot.spec_dtype_style
-    baseline = Baseline(workspace, store, await place_of(spec), style)
+    baseline = await baseline_of(spec, workspace, store)
     earlier = await find_earlier(store, services.values(), spec)
     publishing = Publishing.of(spec, services.values(), clients.values())
     async with AsyncExitStack() as right_to_publish:
@@ -152,7 +153,10 @@ async def publish_version(spec: CycleSpec) -> Publication:
             spec, services, baseline, earlier, publishing, right_to_publish
         )
         await record_publication(store, spec.name, publication)
-    return publication
+    if baseline.trouble is None:
+        return publication
+    message = publication.snapshot.without_baseline(baseline.trouble)
+    return Completed(name="CompletedWithoutBaseline", message=message, data=publication)
 
 
 async def find_content(
@@ -269,19 +273,17 @@ async def publish_to(
         served_before=earlier.served_before(name),
         may_go_back=may_go_back,
     )
-    fallback, workspace = None, baseline.workspace
+    fallback = None
     try:
         spec = await with_checkpoint(spec, baseline, plan.identity)
-        snapshot = await publish_snapshot(
-            spec, service, store, workspace, baseline.digests, content, plan, lease, expected
-        )
+        snapshot = await publish_snapshot(spec, service, baseline, content, plan, lease, expected)
     except NeedsFullSnapshotError as reason:
         fallback = str(reason)
         baseline.digests.doubt()
         emit_fallback(spec, service, plan, fallback)
         spec = await with_checkpoint(spec, baseline, "")
         snapshot = await full_snapshot(
-            spec, content, fallback, lease, expected, workspace, service.label
+            spec, content, fallback, lease, expected, baseline.workspace, service.label
         )
     baseline.reserved.pop(name, None)
     return ServicePublication(service=name, snapshot=snapshot, fallback=fallback)
@@ -300,9 +302,7 @@ def asked_by(
 async def publish_snapshot(
     spec: CycleSpec,
     service: HotLoadClient,
-    store: Store,
-    workspace: Workspace,
-    digests: FileDigests,
+    baseline: Baseline,
     content: CheckpointContent,
     plan: SnapshotPlan,
     lease: Lease,
@@ -317,14 +317,13 @@ async def publish_snapshot(
     Raises:
         NeedsFullSnapshotError: a full snapshot under a new identity can still succeed.
     """
-    started, began_at = monotonic(), utc_now()
+    started, began_at, store = monotonic(), utc_now(), baseline.store
     carried: list[ShardBatch] = []
-    async with turn(plan.identity):
+    # Nodes carry one snapshot at a time: each step of theirs is a process, which knows of no other.
+    async with turn("the nodes" if spec.placement else plan.identity):
         manifest = await find_manifest(store, plan.identity)
         if manifest is None:
-            manifest, carried = await _carry_all(
-                spec, service, store, workspace, digests, content, plan
-            )
+            manifest, carried = await _carry_all(spec, service, baseline, content, plan)
     published_at = monotonic()
     warnings = await signal_snapshot(service, store, manifest, lease)
     signalled_at = monotonic()
@@ -353,16 +352,15 @@ async def publish_snapshot(
 async def _carry_all(
     spec: CycleSpec,
     service: HotLoadClient,
-    store: Store,
-    workspace: Workspace,
-    digests: FileDigests,
+    baseline: Baseline,
     content: CheckpointContent,
     plan: SnapshotPlan,
 ) -> tuple[SnapshotManifest, list[ShardBatch]]:
     view = await view_of(spec)
-    carried = await carry_content(spec, service, store, workspace, view, digests, content, plan)
+    carried = await carry_content(spec, service, baseline, view, content, plan)
     shards = tuple(shard for batch in carried for shard in batch.shards)
-    return await upload_manifests(store, view, plan, content, shards, digests), carried
+    manifest = await upload_manifests(baseline.store, view, plan, content, shards, baseline.digests)
+    return manifest, carried
 
 
 async def _probing(spec: CycleSpec, service: HotLoadClient) -> InferenceClient:
@@ -403,7 +401,8 @@ async def full_snapshot(
         (await HotLoadService.load(spec.service)).open(), is_one_of_several=bool(label)
     )
     store = (await CheckpointStore.load(spec.store)).open()
-    digests = FileDigests()  # after a doubt, what was known is read again
+    # Its digests begin anew: after a doubt, what was known is read again.
+    baseline = await baseline_of(spec, workspace, store)
     may_reset = spec.snapshot.ledger_reset is LedgerReset.ON_FAILURE
     for rung in range(FULLS_TRIED + may_reset):
         if rung == FULLS_TRIED:
@@ -414,15 +413,7 @@ async def full_snapshot(
         )
         try:
             return await publish_snapshot(
-                spec,
-                service,
-                store,
-                workspace,
-                digests,
-                content,
-                plan,
-                lease,
-                expected_replica_count,
+                spec, service, baseline, content, plan, lease, expected_replica_count
             )
         except NeedsFullSnapshotError as error:
             reason = str(error)

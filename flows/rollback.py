@@ -22,10 +22,10 @@ from hotload.directory.files import remove_tree
 from hotload.identity import cycle_name
 from hotload.publish.publication import Published
 from hotload.spec import CycleSpec
-from tasks.baseline import Baseline, keep_baseline, restore_snapshot
+from tasks.baseline import baseline_of, keep_baseline, restore_snapshot
 from tasks.conclude import find_earlier
 from tasks.publication import Publishing, find_snapshot, record_publication
-from tasks.validate import place_of, validate_checkpoint
+from tasks.validate import validate_checkpoint
 
 
 @flow(name="roll-back", flow_run_name="{spec.run_id}-to-{name}")
@@ -53,23 +53,26 @@ async def roll_back(spec: CycleSpec, name: str) -> Published:
     async with AsyncExitStack() as right_to_publish:
         leases = await hold_services(right_to_publish, services, store, cycle)
         try:
-            checkpoint = await restore_snapshot(
-                Baseline(restored, store, await place_of(spec)), target
-            )
+            checkpoint = await restore_snapshot(await baseline_of(spec, restored, store), target)
             back = spec.going_back(
                 str(checkpoint), target.run_id, target.policy_version, target.line
             )
-            baseline = Baseline(access.workspace(Path(spec.work_dir)), store, checkpoint)
+            workspace = access.workspace(Path(spec.work_dir))
+            baseline = await baseline_of(back, workspace, store)
+            earlier = await find_earlier(store, services.values(), back, may_go_back=True)
             publication = await publish_to_all(
                 back,
                 services,
                 baseline,
                 await validate_checkpoint(back, services.values(), baseline.digests),
                 leases,
-                await find_earlier(store, services.values(), back),
+                earlier,
                 Publishing.of(back, services.values(), clients.values()),
                 may_go_back=True,
             )
+            if earlier.publication:  # the trainer's own words, which its cycle is held to
+                content = earlier.publication.content
+                publication = publication.model_copy(update={"content": content})
             await keep_baseline(baseline, *publication.identities)
             await record_publication(store, cycle, publication)
         finally:

@@ -25,6 +25,7 @@ from blocks import require_server
 from flows.carry import work_on_share
 from flows.cycle import checkpoint_to_rollout
 from hotload.errors import ServiceUnavailableError
+from hotload.spec import NODE_NAME
 
 QUERY_SECONDS = 0.5
 
@@ -71,7 +72,7 @@ async def serve_node(name: str, work_dir: Path) -> None:
 
 def node_name(text: str) -> str:
     """Parse the name of a node."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", text):
+    if not re.fullmatch(NODE_NAME, text):
         raise argparse.ArgumentTypeError("expected letters, digits, `_` and `-`")
     return text
 

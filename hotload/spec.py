@@ -69,7 +69,8 @@ def dataset_location(uri: str) -> str:
 RANKS = "ranks"
 """In the place of a checkpoint: what the ranks of the trainer have committed."""
 BlockName = Annotated[str, Field(min_length=1)]
-NodeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]{0,63}$")]
+NODE_NAME = r"^[A-Za-z0-9][\w-]{0,63}$"
+NodeName = Annotated[str, Field(pattern=NODE_NAME)]
 FilePattern = Annotated[str, Field(min_length=1, max_length=255)]
 Weight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 RequiredServices = Literal["all", "any", "quorum"]
@@ -79,9 +80,9 @@ class CycleSpec(Declared):
     """One policy version, from checkpoint to scored groups."""
 
     checkpoint: str = Field(min_length=1)
-    """The directory the trainer wrote, complete: absolute path, or URL of any file system that
-    fsspec knows, such as s3://bucket/run/000012. Or `ranks`: what the trainer's ranks have put into
-    the store and committed for this version."""
+    """The directory the trainer wrote, complete: absolute path, or URL of a file system of fsspec
+    that lists sizes, such as s3://bucket/run/000012. Or `ranks`: what the trainer's ranks have put
+    into the store and committed for this version."""
     checkpoint_store: BlockName | None = None
     """Name of a `CheckpointStore` block whose options open a checkpoint that is a URL. Empty takes
     those of `store` where it is in the same bucket, else what the worker's environment says."""
@@ -219,6 +220,8 @@ class CycleSpec(Declared):
             "policy_version": policy_version,
             "line": line,
             "placement": {},  # that directory is on this machine alone
+            # Its trainer's digests are not beside it.
+            "snapshot": self.snapshot.model_copy(update={"trust_digests": False}),
         }
         return self.model_copy(update=earlier)
 

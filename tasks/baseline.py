@@ -44,6 +44,7 @@ from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
 from hotload.spec import CycleSpec
 from tasks import RETRIED
+from tasks.validate import place_of
 
 ROOM_BYTES = 64 << 20  # for the files beside the shards, and what else a disk needs
 
@@ -89,7 +90,8 @@ class Baseline:
         """What the replicas of a service know, by its name, until it has been published to: a base
         that is needed, now or by the next cycle."""
         self._held: dict[str, str] = {}
-        """Digest of the content of every snapshot that is held here, by identity."""
+        """Digest of what is held here of every snapshot, by identity: not of the content as the
+        trainer wrote it, which a delta restores with the headers and files of its base."""
         self._outgoing: set[str] = set()
         """What is held and no service serves any more: spent where the disk is short."""
         self._in_turn = asyncio.Lock()
@@ -122,7 +124,7 @@ class Baseline:
                     await self._build(step, view)
                     # A long chain is rebuilt in the room of two checkpoints.
                     await asyncio.to_thread(_keep_only, baselines, self._needed(step.identity))
-            self._held[manifest.identity] = manifest.content_sha256
+            self._held[manifest.identity] = manifest.content.sha256
             await asyncio.to_thread(_keep_only, baselines, self._needed())
         return baseline
 
@@ -168,8 +170,10 @@ class Baseline:
             await asyncio.to_thread(_keep_only, self.workspace.baselines, self._needed())
         # What a full snapshot begins anew is read anew: once a chain, and after every doubt.
         held = [self.workspace.baseline(one) for one in self._held]
-        is_chain = all(one.kind is SnapshotKind.DELTA for one in manifests)
-        await asyncio.to_thread(self.digests.remember, held if is_chain else [])
+        if all(one.kind is SnapshotKind.DELTA for one in manifests):
+            await asyncio.to_thread(self.digests.remember, held)
+        else:
+            await asyncio.to_thread(self.digests.doubt)
         await asyncio.to_thread(_keep_only, self.workspace.deltas, {*identities})
         await asyncio.to_thread(remove_tree, self.workspace.results)
 
@@ -236,7 +240,7 @@ class Baseline:
     def _link(self, manifest: SnapshotManifest) -> bool:
         """Make the baseline of the files of another with the same bytes, which services serve under
         names of their own; False where there is none."""
-        same = [one for one, held in self._held.items() if held == manifest.content_sha256]
+        same = [one for one, held in self._held.items() if held == manifest.content.sha256]
         if not same:
             return False
         source = self.workspace.baseline(same[0])
@@ -358,6 +362,20 @@ class Baseline:
         if not is_whole and isinstance(place, Path) and place.is_dir():
             self.digests.doubt()
         return is_whole
+
+
+async def baseline_of(
+    spec: CycleSpec, workspace: Workspace, store: Store, files: Collection[str] = ()
+) -> Baseline:
+    """Open the baseline of a cycle in a workspace, all of it or these shards."""
+    return Baseline(
+        workspace,
+        store,
+        await place_of(spec),
+        spec.snapshot.spec_dtype_style,
+        links=spec.snapshot.link_baseline,
+        files=files,
+    )
 
 
 @task(cache_policy=NO_CACHE, task_run_name="baseline-{identity}", **RETRIED)

@@ -69,12 +69,19 @@ ADDED_ROWS_LIMIT = 64
 
 @task(cache_policy=NO_CACHE, task_run_name="earlier-{spec.name}", **RETRIED)
 async def find_earlier(
-    store: Store, services: Collection[HotLoadClient], spec: CycleSpec
+    store: Store,
+    services: Collection[HotLoadClient],
+    spec: CycleSpec,
+    *,
+    may_go_back: bool = False,
 ) -> EarlierRun:
     """Find what an earlier run of this very cycle left, and whether the replicas still serve it.
 
     The checkpoint is compared with it while there is one; a trainer may have removed it since. Of
     several services, one that does not answer has nothing that stands.
+
+    Args:
+        may_go_back: as `plan_next`; nothing is compared.
 
     Raises:
         IdentityConflictError: it had other content under the same run and version.
@@ -90,13 +97,11 @@ async def find_earlier(
     publication = await read_publication(store, spec.name)
     line = max(spec.line, (await read_lines(store, spec.run_id)).current)
     differs = False
-    if report is not None:
-        digest = report.content_sha256
-        await require_content(spec, line, digest, "ended with")
+    if not may_go_back and report is not None:
+        await require_content(spec, line, report.content_sha256, "ended with")
         differs = await _declares_otherwise(store, spec, report.rollouts)
-    elif publication is not None:
-        digest = publication.content.sha256
-        await require_content(spec, line, digest, "published")
+    elif not may_go_back and publication is not None:
+        await require_content(spec, line, publication.content.sha256, "published")
     return EarlierRun.of(statuses, report, publication, run_id=spec.run_id, differs=differs)
 
 

@@ -1,7 +1,7 @@
 """Nodes: a share of the shards is worked on where it is placed, as a run of that node's deployment.
 
-A node that does not begin, or whose run ends without an answer, is passed over: the next one, and
-in the end the cycle's own process, makes what it lacks from the store.
+A node that does not begin, or whose run fails, is passed over: the next one, and in the end the
+cycle's own process, makes what it lacks from the store.
 """
 
 import asyncio
@@ -39,6 +39,8 @@ from tasks.validate import digest_shards
 FLOW = "node"
 BEGIN_SECONDS = 120.0
 LOOK_SECONDS = 0.25
+OF_THE_MACHINE = frozenset({"missing_directory", "not_a_directory", "missing_file", "unreadable"})
+"""Rules that another machine may find kept: this one has lost its mount, or may not read."""
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{work.step}-{work.share}-on-{node}", **RETRIED)
@@ -146,11 +148,15 @@ async def answer_of(step: Coroutine[Any, Any, NodeAnswer]) -> NodeAnswer:
     """Do a step, and make an answer too of the errors that it would meet anywhere.
 
     Raises:
-        StoreError: another node may do better.
+        InvalidCheckpointError, StoreError: another node may do better.
     """
     try:
         return await step
-    except (InvalidCheckpointError, NeedsFullSnapshotError) as error:
+    except InvalidCheckpointError as error:
+        if not OF_THE_MACHINE.isdisjoint(finding.rule for finding in error.findings):
+            raise
+        return NodeAnswer.of_error(error)
+    except NeedsFullSnapshotError as error:
         return NodeAnswer.of_error(error)
 
 

@@ -150,7 +150,7 @@ async def adopt_snapshot(
         StoreError: the store refuses.
     """
     if manifest := await read_snapshot_manifest(store, identity):
-        if manifest.content_sha256 != content.sha256:
+        if not manifest.is_of(content.sha256):
             found = f"sha256 {manifest.content_sha256[:12]}…, now {content.sha256[:12]}…"
             raise IdentityConflictError(identity, f"recorded with other content ({found})")
         return manifest

@@ -8,9 +8,8 @@ import numpy as np
 
 from emulator.engine.engine import UnsupportedModelError
 from emulator.engine.llama import FloatArray
-from hotload.checkpoint.quantization import Block
+from hotload.checkpoint.quantization import Block, QuantizedTensor, block_of
 
-SCALES = ("_scale_inv", "_scale")
 # How large activations were found to be: what is computed here keeps them whole.
 ACTIVATION_SCALE = ".input_scale"
 
@@ -35,7 +34,7 @@ def e8m0(codes: bytes | bytearray) -> FloatArray:
 
 
 def apply_scales(
-    tensors: dict[str, FloatArray], quantized: Iterable[str], block: Block | None
+    tensors: dict[str, FloatArray], quantized: Iterable[QuantizedTensor], block: Block | None
 ) -> None:
     """Multiply the `quantized` tensors by the scales beside them, which are taken out.
 
@@ -45,27 +44,27 @@ def apply_scales(
     Raises:
         UnsupportedModelError: a scale is missing, or fits neither tensor, rows nor blocks.
     """
-    for name in quantized:
-        place = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in tensors), None)
-        if place is None:
+    for one in quantized:
+        name, scale = one.weight.name, one.scale
+        if scale is None:
             raise UnsupportedModelError(f"tensor {name!r} is quantized, and has no scale")
-        tensors[name] *= _spread(tensors.pop(place), tensors[name].shape, block, place)
+        shape, shared = one.weight.shape, block_of(one, block)
+        if shared is None:
+            shapes = f"{list(scale.shape)}, its weight {list(shape)}"
+            raise UnsupportedModelError(f"scale {scale.name!r} is {shapes}")
+        tensors[name] *= _spread(tensors.pop(scale.name), shape, shared)
         tensors.pop(f"{name.rpartition('.')[0]}{ACTIVATION_SCALE}", None)
 
 
-def _spread(
-    scale: FloatArray, shape: tuple[int, ...], block: Block | None, name: str
-) -> FloatArray:
-    """Repeat a scale so that it can be multiplied with a weight of `shape` `[rows, columns]`."""
-    if len(shape) == 2 and block is not None:
-        if scale.shape == (-(-shape[0] // block[0]), -(-shape[1] // block[1])):
-            rows = np.repeat(scale, block[0], axis=0)[: shape[0]]
-            return np.repeat(rows, block[1], axis=1)[:, : shape[1]]
-    elif scale.size == 1:
+def _spread(scale: FloatArray, shape: tuple[int, ...], block: Block) -> FloatArray:
+    """Repeat a scale, one number a block, so that it can be multiplied with a weight of `shape`
+    `[…, rows, columns]`."""
+    if scale.size == 1:
         return scale.reshape(())
-    elif len(shape) == 2 and scale.shape in ((shape[0],), (shape[0], 1)):
-        return scale.reshape(-1, 1)
-    raise UnsupportedModelError(f"scale {name!r} is {list(scale.shape)}, its weight {list(shape)}")
+    rows, columns = shape[-2:]
+    grid = scale.reshape(*shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+    spread = np.repeat(grid, block[0], axis=-2)[..., :rows, :]
+    return np.repeat(spread, block[1], axis=-1)[..., :columns]
 
 
 def _e4m3_table() -> FloatArray:

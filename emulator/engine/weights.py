@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import numpy as np
 
 from emulator.engine.engine import UnsupportedModelError
 from emulator.engine.llama import FloatArray, LlamaWeights
-from emulator.engine.quantized import SCALES, apply_scales, e4m3, e5m2, e8m0
+from emulator.engine.quantized import apply_scales, e4m3, e5m2, e8m0
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
-from hotload.checkpoint.quantization import declared_block
-from hotload.checkpoint.safetensors import SHARD_SUFFIX
-from hotload.directory.shards import open_shard
+from hotload.checkpoint.quantization import declared_block, quantized_tensors
+from hotload.checkpoint.safetensors import SHARD_SUFFIX, TensorInfo
+from hotload.directory.shards import OpenShard, open_shard
 
 JSON_LIMIT_BYTES = 64 << 20
 
@@ -69,25 +70,31 @@ def read_tensors(directory: Path) -> dict[str, FloatArray]:
     """Read every tensor of the checkpoint by name, widened to float32; those in FP8 multiplied by
     their scales.
     """
-    tensors: dict[str, FloatArray] = {}
-    quantized: list[str] = []
-    for name in shard_names(directory):
-        with open_shard(directory / name) as shard:
-            for tensor in shard.header.tensors:
-                dtype = tensor.dtype
-                if dtype == "U8" and tensor.name.endswith(SCALES):
-                    dtype = "F8_E8M0"  # as it was written before torch had a name for it
-                widen = WIDEN.get(dtype)
-                if widen is None:
-                    raise UnsupportedModelError(f"tensor {tensor.name!r} has dtype {dtype}")
-                raw = bytearray(tensor.size_bytes)
-                shard.read_into(shard.header.data_start + tensor.start, memoryview(raw))
-                tensors[tensor.name] = widen(raw).reshape(tensor.shape)
-                if dtype in FP8:
-                    quantized.append(tensor.name)
-    if quantized:
-        apply_scales(tensors, quantized, declared_block(read_json(directory / CONFIG_FILE)))
+    config = read_json(directory / CONFIG_FILE) if (directory / CONFIG_FILE).exists() else {}
+    with ExitStack() as stack:
+        paths = [directory / name for name in shard_names(directory)]
+        shards = [stack.enter_context(open_shard(path)) for path in paths]
+        placed = [(one.header.file, tensor) for one in shards for tensor in one.header.tensors]
+        found = [one for one in quantized_tensors(placed, config) if one.weight.dtype in FP8]
+        scales = {one.scale.name for one in found if one.scale}
+        tensors = {
+            tensor.name: _read(shard, tensor, is_scale=tensor.name in scales)
+            for shard in shards
+            for tensor in shard.header.tensors
+        }
+    apply_scales(tensors, found, declared_block(config))
     return tensors
+
+
+def _read(shard: OpenShard, tensor: TensorInfo, *, is_scale: bool) -> FloatArray:
+    # Powers of two as they were written before torch had a name for them.
+    dtype = "F8_E8M0" if is_scale and tensor.dtype == "U8" else tensor.dtype
+    widen = WIDEN.get(dtype)
+    if widen is None:
+        raise UnsupportedModelError(f"tensor {tensor.name!r} has dtype {dtype}")
+    raw = bytearray(tensor.size_bytes)
+    shard.read_into(shard.header.data_start + tensor.start, memoryview(raw))
+    return widen(raw).reshape(tensor.shape)
 
 
 def add_adapter(tensors: dict[str, FloatArray], adapter: Path) -> None:

@@ -7,7 +7,7 @@ written here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from hotload.checkpoint.checkpoint import Checkpoint
@@ -70,6 +70,22 @@ def build_spec(shards: Iterable[ShardHeader], style: SpecDtypeStyle = "torch") -
 def spell_dtype(tag: str, style: SpecDtypeStyle) -> str:
     """Spell a safetensors dtype as the spec does; a dtype torch does not know keeps its tag."""
     return TORCH_DTYPES.get(tag, tag) if style == "torch" else tag
+
+
+def check_places(
+    shards: Sequence[ShardHeader], weight_map: Mapping[str, Any] | None
+) -> Iterator[Finding]:
+    """Check that every tensor is in one shard: the one that the index names, where there is an
+    index."""
+    if weight_map is not None:
+        yield from check_index(Checkpoint(tuple(shards), {}, ()), weight_map)
+        return
+    places: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if (first := places.setdefault(tensor.name, shard.file)) != shard.file:
+                found, expected = f"a tensor that is in {first}, too", "every tensor in one shard"
+                yield Finding("duplicate_tensor", shard.file, tensor.name, found, expected)
 
 
 def check_index(checkpoint: Checkpoint, weight_map: Mapping[str, Any]) -> Iterator[Finding]:

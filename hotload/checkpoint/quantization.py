@@ -136,6 +136,30 @@ def declared_block(config: Mapping[str, Any]) -> Block | None:
     return found.pop() if len(found) == 1 else None
 
 
+def block_of(one: QuantizedTensor, declared: Block | None) -> Block | None:
+    """Tell how many rows and columns of a matrix share a number of its scale, be it one of a block,
+    a row or all of it; None where its scale is missing or does not fit.
+
+    Blocks that nothing declares are powers of two: of those, one size at most gives so many.
+    """
+    weight, scale = one.weight, one.scale
+    if scale is None or _expected_shape(weight, scale, declared) is not None:
+        return None
+    shape = _values_shape(weight, scale)
+    rows, columns = (1, 1, *shape)[-2:]
+    if scale.shape in _plain_scales((*shape[:-2], 1, 1)):
+        return rows, columns
+    if len(shape) < 2:
+        return None
+    if block := _block(weight, scale, declared):
+        return block
+    if scale.shape in _plain_scales(shape):
+        return 1, columns
+    counts = zip((rows, columns), scale.shape[-2:], strict=True)
+    high, wide = (1 << (-(-size // count) - 1).bit_length() for size, count in counts)
+    return (high, wide) if _grid(shape, (high, wide)) == scale.shape else None
+
+
 def is_companion(name: str, names: Container[str]) -> bool:
     """Tell whether a tensor serves to dequantize another one: `x.scale` beside `x.weight`, too."""
     if name.endswith(".scale"):

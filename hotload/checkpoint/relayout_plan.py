@@ -19,7 +19,7 @@ from hotload.checkpoint.index_and_spec import (
     SpecDtypeStyle,
     build_index,
     build_spec,
-    check_index,
+    check_places,
 )
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.rules import check_full, refuse_errors
@@ -154,7 +154,7 @@ def plan_relayout(
     if weight_map is not None:
         names = (tensor.name for _, tensor in tensors)
         weight_map = without_unwritten_heads(weight_map, names, settings)
-    refuse_errors(_check_source(shards, weight_map))
+    refuse_errors(check_places(shards, weight_map))
     aliases = _aliases(shards)
     tensors += aliases.values()
     parts = find_parts((tensor for _, tensor in tensors), settings)
@@ -182,20 +182,6 @@ def plan_relayout(
         tuple(sorted(tensor.name for _, tensor in tensors if tensor.name not in parts.by_name)),
         dropped_metadata,
     )
-
-
-def _check_source(
-    shards: Sequence[ShardHeader], weight_map: Mapping[str, Any] | None
-) -> Iterator[Finding]:
-    if weight_map is not None:
-        yield from check_index(Checkpoint(tuple(shards), {}, ()), weight_map)
-        return
-    places: dict[str, str] = {}
-    for shard in shards:
-        for tensor in shard.tensors:
-            if (first := places.setdefault(tensor.name, shard.file)) != shard.file:
-                found, expected = f"a tensor that is in {first}, too", "every tensor in one shard"
-                yield Finding("duplicate_tensor", shard.file, tensor.name, found, expected)
 
 
 def _aliases(shards: Sequence[ShardHeader]) -> dict[str, tuple[str, TensorInfo]]:

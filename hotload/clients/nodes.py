@@ -15,6 +15,7 @@ from pydantic import Field
 
 from hotload.clients.store.store import Store
 from hotload.errors import Finding, InvalidCheckpointError, NeedsFullSnapshotError, StoreError
+from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import Foreseen, ShardBatch, SnapshotPlan
 from hotload.records import FileDigest, FileName, Record
 from hotload.spec import CycleSpec, NodeName
@@ -112,7 +113,15 @@ async def take_answer(store: Store, run: str, work: NodeWork) -> NodeAnswer:
     answer = NodeAnswer.parse_stored(data, path).unwrap()
     if work.step == "read" and sorted(one.file for one in answer.digests) != sorted(work.files):
         raise StoreError(path, "answers about other shards than were asked about")
-    carried = {(one.file, one.content_sha256) for batch in answer.batches for one in batch.shards}
-    if work.step == "carry" and carried != {(one.file, one.sha256) for one in work.digests}:
-        raise StoreError(path, "carried other shards than were validated")
+    if work.step == "carry":
+        _check_carried(path, answer, work)
     return answer
+
+
+def _check_carried(path: str, answer: NodeAnswer, work: NodeWork) -> None:
+    carried = {one.file: one.content_sha256 for batch in answer.batches for one in batch.shards}
+    validated = {one.file: one.sha256 for one in work.digests}
+    # What a delta restores has the headers of its base; the encoder held its targets to `digests`.
+    is_delta = work.plan is not None and work.plan.kind is SnapshotKind.DELTA
+    if carried.keys() != validated.keys() or not (is_delta or carried == validated):
+        raise StoreError(path, "carried other shards than were validated")

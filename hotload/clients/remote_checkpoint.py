@@ -1,4 +1,4 @@
-"""Checkpoints wherever fsspec finds them: in a bucket, on a hub, behind a server of files.
+"""Checkpoints wherever fsspec lists them with their sizes: in a bucket or on a hub, not over http.
 
 Read by ranges and never written anywhere. An object that was replaced since it was listed is
 refused: by the store where it takes an ETag with each read, else by its digest.
@@ -92,6 +92,10 @@ class RemoteCheckpoint:
             name = info["name"].rstrip("/").rpartition("/")[2]
             if info["type"] == "directory":
                 directories.append(name)
+            elif info.get("size") is None:  # without it nothing bounds what is read
+                expected = "a store that lists sizes: http does not"
+                where, said = f"{self.url}/{name}", "listed without a size"
+                refuse_file("unreadable", where, said, expected, "operator")
             else:
                 files[name] = _Object(
                     f"{self.url}/{name}",
@@ -103,16 +107,6 @@ class RemoteCheckpoint:
                     connection,
                 )
         return RemoteDirectory(self.url, files, tuple(directories))
-
-    def exists(self) -> bool:
-        """Ask whether anything is there; raises as `look`, but for that."""
-        try:
-            self.look()
-        except InvalidCheckpointError as error:
-            if error.findings[0].rule == "missing_directory":
-                return False
-            raise
-        return True
 
     def below(self, name: str) -> RemoteCheckpoint:
         """Name a directory in it."""

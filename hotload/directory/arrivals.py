@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 
 from hotload.checkpoint.names import INDEX_FILE
-from hotload.checkpoint.safetensors import SHARD_SUFFIX, read_json_object
-from hotload.directory.files import refuse_unreadable
+from hotload.checkpoint.safetensors import SHARD_SUFFIX, name_obstacle, read_json_object
+from hotload.directory.files import refuse_file, refuse_unreadable
 from hotload.directory.places import Directory, RemotePlace
 from hotload.directory.shards import open_shard, read_document
 from hotload.errors import InvalidCheckpointError, StoreUnavailableError
@@ -56,13 +57,12 @@ def find_arrivals(
         version = _version_of(directory.name, name)
         if version is None or (after is not None and version <= after):
             continue
+        waits_for = _what_is_missing(directory, marker, still_seconds, now)
+        if waits_for is None:
+            continue
         if version in found:
             both = f"{found[version].directory.name} and {directory.name}"
             waits_for = f"one directory of version {version}: there are {both}"
-        elif not isinstance(directory, Path) or directory.is_dir():
-            waits_for = _what_is_missing(directory, marker, still_seconds, now)
-        else:
-            continue  # a file, or it vanished
         found[version] = Arrival(version, directory, waits_for)
     return tuple(found[version] for version in sorted(found))
 
@@ -92,8 +92,11 @@ def _places_in(parent: Path | RemotePlace) -> list[Path | RemotePlace]:
 
 def _what_is_missing(
     place: Path | RemotePlace, marker: str | None, still_seconds: float, now: float
-) -> str:
+) -> str | None:
+    """Say what a version waits for, if anything; None where the place is no directory."""
     try:
+        if isinstance(place, Path) and not S_ISDIR(place.stat().st_mode):
+            return None
         directory = place if isinstance(place, Path) else place.look()
         files = _written(directory)
         if marker is not None:
@@ -107,6 +110,8 @@ def _what_is_missing(
         return str(error.findings[0])
     except StoreUnavailableError:
         raise
+    except FileNotFoundError:
+        return None  # it vanished
     except OSError as error:
         return f"a directory that can be read: {error.strerror}"
     if not shards:
@@ -126,8 +131,10 @@ def _written(directory: Directory) -> dict[str, float]:
 def _named_in(directory: Directory) -> set[str]:
     document = read_json_object(read_document(directory / INDEX_FILE), file=INDEX_FILE)
     weight_map = document.get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else ()
-    return {Path(str(one)).name for one in names}
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    for reason in filter(None, map(name_obstacle, names)):
+        refuse_file("file_name", INDEX_FILE, reason, "plain file names")
+    return {*names}
 
 
 def _numbered_beside(shards: set[str]) -> set[str]:

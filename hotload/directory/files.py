@@ -197,7 +197,7 @@ class FileDigests:
     """
 
     def __init__(self, memory: Path | None = None) -> None:
-        self._memory, self._is_doubted = memory, False
+        self._memory = memory
         self._known: dict[Hashable, tuple[tuple[_Inode, ...], str]] = {}
         if memory is not None:
             with suppress(OSError, ValueError, TypeError):
@@ -238,15 +238,18 @@ class FileDigests:
     def doubt(self) -> None:
         """Forget every digest, and let the next process begin with none: all is read again."""
         self._known.clear()
-        self._is_doubted = True
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.unlink(missing_ok=True)
 
     def remember(self, directories: Iterable[Path]) -> None:
-        """Let the next process know the files of these directories, and no others."""
+        """Let the next process know the files of these directories, and no others; after a doubt,
+        none."""
         if self._memory is None:
             return
         paths = [path for directory in directories for path in sorted(directory.iterdir())]
         kept = []
-        for path in [] if self._is_doubted else paths:
+        for path in paths:
             if (digest := self.known(path)) and (inodes := _inodes(path)):
                 kept.append((*astuple(inodes[0]), digest))
         self._memory.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hotload.checkpoint.anatomy import is_delta
 from hotload.checkpoint.checkpoint import Checkpoint
-from hotload.checkpoint.index_and_spec import check_index
+from hotload.checkpoint.index_and_spec import check_index, check_places
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX, read_json_object
 from hotload.delta.apply import Payload, payloads
@@ -169,16 +169,12 @@ def _whole(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding("delta", f"*{SHARD_SUFFIX}", None, "a delta", "a full checkpoint", "caller")
     if not checkpoint.shards:
         yield Finding("no_shard", f"*{SHARD_SUFFIX}", None, "no such file", "a checkpoint's shards")
-    if (index := checkpoint.documents.get(INDEX_FILE)) is not None:
-        weight_map = read_json_object(index, file=INDEX_FILE).get("weight_map")
-        if isinstance(weight_map, dict):
-            yield from check_index(checkpoint, weight_map)
-        else:
-            yield Finding("weight_map", INDEX_FILE, None, shorten(weight_map), "an object")
+    index = checkpoint.documents.get(INDEX_FILE)
+    if index is None:
+        yield from check_places(checkpoint.shards, None)
         return
-    places: dict[str, str] = {}
-    for file, tensor in checkpoint.tensors:
-        if tensor.name in places:
-            found = f"also in {places[tensor.name]}"
-            yield Finding("duplicate_tensor", file, tensor.name, found, "every tensor in one shard")
-        places[tensor.name] = file
+    weight_map = read_json_object(index, file=INDEX_FILE).get("weight_map")
+    if isinstance(weight_map, dict):
+        yield from check_places(checkpoint.shards, weight_map)
+    else:
+        yield Finding("weight_map", INDEX_FILE, None, shorten(weight_map), "an object")

@@ -1,6 +1,6 @@
 """Whole directories: encode, apply, verify, convert, fold (wire-format §2, §3, §6, §9).
 
-`hotload.directory.files` shard by shard, on as many threads as are given. What is made appears in
+`hotload.directory.shards` shard by shard, on as many threads as are given. What is made appears in
 one step under its name, or not at all: it grows in a directory beside OUT whose name begins with a
 dot, and an error or an interrupt stops the threads and removes that.
 

@@ -130,7 +130,8 @@ def plan_next(
             have left it since, nothing of it is on its way: it may be signalled again where it
             follows what they serve, or is full; else a delta leads back to it.
         lost: identities of this cycle whose record cannot be read: none is used again.
-        may_go_back: publish, and now, although the service serves a later version of this run.
+        may_go_back: publish, and now, although the service serves a later version of this run; the
+            content is what was restored of this one.
 
     Raises:
         IdentityConflictError: this run and version was published with other content.
@@ -142,8 +143,7 @@ def plan_next(
     of_run = head if head and head.run_id == run_id else None
     if not may_go_back:
         _refuse_older_line(of_run, name, line, lines)
-    _refuse_conflict(attempts, content, name, line)
-    if not may_go_back:
+        _refuse_conflict(attempts, content, name, line)
         _refuse_to_go_back(of_run, name, policy_version, line)
 
     signalled = [one for one in attempts if one.signalled]
@@ -329,11 +329,12 @@ def _refuse_conflict(
     name: str,
     line: int,
 ) -> None:
-    for manifest in (attempt.manifest for attempt in attempts):
-        if manifest.content_sha256 != content.sha256:
-            digests = f"{manifest.content_sha256[:12]}…, now {content.sha256[:12]}…"
-            reason = f"published as {manifest.identity} with other content (sha256 {digests})"
-            raise IdentityConflictError(name, f"{reason}; {raise_line(line)}")
+    # One is enough: a way back to this version has the content that was restored of another.
+    if attempts and not any(one.manifest.is_of(content.sha256) for one in attempts):
+        manifest = attempts[0].manifest
+        digests = f"{manifest.content_sha256[:12]}…, now {content.sha256[:12]}…"
+        reason = f"published as {manifest.identity} with other content (sha256 {digests})"
+        raise IdentityConflictError(name, f"{reason}; {raise_line(line)}")
 
 
 def _refuse_older_line(served: SnapshotManifest | None, name: str, line: int, lines: Lines) -> None:

@@ -1,7 +1,6 @@
 """The Fireworks hot-load API: names on the wire, JSON to values and back (protocol §1-§8).
 
-The vendor's word *deployment* is our *service*, its *parent* our `previous`; both stay in this
-module.
+The vendor's word *deployment* is our *service*.
 """
 
 from __future__ import annotations

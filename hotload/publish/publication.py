@@ -86,6 +86,13 @@ class Published(Record):
         """Bytes of the checkpoint over bytes that travelled."""
         return self.content_size_bytes / self.size_bytes if self.size_bytes else 0.0
 
+    def without_baseline(self, trouble: str) -> str:
+        """Say in words what it costs that `trouble` left no baseline of it."""
+        whole, sent = self.content_size_bytes, self.size_bytes
+        instead = f", not a delta of about {size(sent)}" if sent < whole else ""
+        cost = f"the next snapshot is full, {size(whole)}{instead}"
+        return f"no baseline in work_dir: {trouble}; {cost}"
+
 
 class ServicePublication(Record):
     """What became of one service of a cycle: the snapshot that its replicas serve, why by a

@@ -162,6 +162,11 @@ class SnapshotManifest(SnapshotPlan):
         """The checkpoint that it stands for."""
         return CheckpointContent.of_stored(self.shards, self.side_files)
 
+    def is_of(self, content_sha256: str) -> bool:
+        """Tell whether that is the digest of its content: as the trainer wrote it, or as it is
+        restored, which has headers and files of `previous` where those mean the same."""
+        return content_sha256 in (self.content_sha256, self.content.sha256)
+
     def shard(self, file: str) -> Shard | None:
         """Find a shard by its name."""
         return next((one for one in self.shards if one.file == file), None)

@@ -89,10 +89,7 @@ class CycleReport(Record):
         """What a lost baseline costs, in words; empty where there is one."""
         if self.baseline_trouble is None:
             return ""
-        whole, sent = self.snapshot.content_size_bytes, self.snapshot.size_bytes
-        instead = f", not a delta of about {size(sent)}" if sent < whole else ""
-        cost = f"the next snapshot is full, {size(whole)}{instead}"
-        return f"no baseline in work_dir: {self.baseline_trouble}; {cost}"
+        return self.snapshot.without_baseline(self.baseline_trouble)
 
     @classmethod
     def of(

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from hotload.clients.publish import ShardPublisher, map_copy, read_copy
+from hotload.clients.publish.served_shard import ServedShard
 from hotload.clients.store import Store
 from hotload.clients.store.rank_records import open_attempt, read_committed
 from hotload.clients.store.records import read_snapshot_manifest, write_manifest
 from hotload.clients.store.retention import read_stored_snapshots
+from hotload.delta.ordered_threads import Workers
 from hotload.directory.files import sha256_file
 from hotload.directory.shards import open_shard, read_checkpoint
 from hotload.errors import (
     IdentityConflictError,
     InvalidCheckpointError,
     InvalidIdentityError,
+    StoreError,
 )
 from hotload.identity import SnapshotKind, ranks_identity
 from hotload.publish.chain import plan_full
@@ -239,6 +244,19 @@ def test_what_a_cycle_published_with_other_content_is_not_committed(ranks: Ranks
             publisher.commit()
 
 
+def test_what_a_cycle_published_in_other_words_is_the_same_content(ranks: Ranks) -> None:
+    content = content_of(ranks.checkpoints[2])
+    (side_file, *others) = content.side_files
+    written = side_file.model_copy(update={"sha256": "0" * 64})
+    said = content.model_copy(update={"side_files": (written, *others)})
+    plan = plan_full(said, "test", run_id="run", policy_version=2)
+    shards = ShardBatch.as_written(content.shards).shards
+    manifest = SnapshotManifest.of(plan, said, shards, created_at=CREATED_AT)
+    restored = manifest.model_copy(update={"side_files": content.side_files})
+    asyncio.run(write_manifest(ranks.store, restored))
+    assert ranks.manifest(ranks.write(of=1)).content == content
+
+
 def test_a_copy_follows_what_is_served(ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     copies = [
@@ -267,11 +285,104 @@ def test_a_copy_follows_what_is_served(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_a_copy_of_something_else_is_refused(ranks: Ranks) -> None:
     wrong = read_copy(ranks.checkpoints[0])
+    with ranks.publisher(served=wrong) as publisher:
+        file = publisher.share[1]
+        with pytest.raises(StoreError, match=f"{ranks.first.identity}/.*does not exist"):
+            ranks.put(publisher, ranks.checkpoints[2])
+        stored = ranks.root / "bucket" / ranks.first.identity / file
+        shutil.copyfile(ranks.checkpoints[2] / file, stored)
+        with pytest.raises(StoreError, match="not what was published"):
+            publisher.put(file, ranks.checkpoints[2] / file)
+        # Of another size it is no copy of this shard: there is no room for what is served.
+        shutil.copyfile(ranks.checkpoints[1] / file, stored)
+        sizes = {len(one._data): one._data for one in wrong.values()}
+        del sizes[len(wrong[file]._data)]
+        wrong[file] = ServedShard(file, min(sizes.values(), key=len))
+        with pytest.raises(InvalidCheckpointError, match=r"served_copy.*as served: read"):
+            publisher.put(file, ranks.checkpoints[2] / file)
+
+
+class Watched(ServedShard):
+    """A copy that notes which threads work on it."""
+
+    threads: ClassVar[set[str]] = set()
+
+    def follow(self, sha256: str, pool: Workers) -> None:
+        self.threads.add(threading.current_thread().name)
+        super().follow(sha256, pool)
+
+
+@pytest.mark.parametrize("harm", ["a full since", "a full and a delta since", "torn by a kill"])
+def test_a_copy_from_before_is_led_across_a_full_snapshot(
+    ranks: Ranks, tmp_path: Path, harm: str
+) -> None:
+    (tmp_path / "own").mkdir()
+    read_copy(ranks.checkpoints[1 if harm == "torn by a kill" else 0], directory=tmp_path / "own")
+    for path in ranks.checkpoints[1].glob("*.safetensors"):
+        shutil.copy(path, ranks.root / "bucket" / ranks.first.identity)
+    previous = ranks.first.identity
+    if harm != "a full since":
+        previous = ranks.write(of=1)
+    if harm == "torn by a kill":
+        for path in (tmp_path / "own").glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-9] + bytes(9))
+    copy = map_copy(tmp_path / "own")
+    served = {file: Watched(file, one._data) for file, one in copy.items()}
+    with ranks.publisher(version=3, served=served, previous=previous) as publisher:
+        ranks.put(publisher, ranks.checkpoints[3])
+        assert ranks.manifest(publisher.commit()).content == content_of(ranks.checkpoints[3])
+    expected = ranks.checkpoints[1 if harm == "a full since" else 2]
+    for file in served:
+        assert sha256_file(tmp_path / "own" / file) == sha256_file(expected / file)
+    assert Watched.threads == {threading.current_thread().name}  # not the one that serves uploads
+
+
+def test_a_chain_without_an_end_is_refused(ranks: Ranks) -> None:
+    second = ranks.manifest(ranks.write(of=1))
+    first = ranks.first.model_copy(
+        update={
+            "kind": SnapshotKind.DELTA,
+            "previous": second.identity,
+            "anchor": second.identity,
+            "chain_length": 1,
+            "codec": "arc_v2",
+            "checksum": "adler32",
+        }
+    )
+    asyncio.run(write_manifest(ranks.store, first))
+    wrong = read_copy(ranks.checkpoints[0])
     with (
-        ranks.publisher(served=wrong) as publisher,
-        pytest.raises(InvalidCheckpointError, match=r"served_copy.*as served: read"),
+        ranks.publisher(version=3, served=wrong, previous=second.identity) as publisher,
+        pytest.raises(StoreError, match="does not end"),
     ):
-        ranks.put(publisher, ranks.checkpoints[2])
+        ranks.put(publisher, ranks.checkpoints[3])
+
+
+def test_every_shard_that_is_not_in_the_store_is_told_until_it_is(
+    ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ranks.publisher() as other:
+        blocked, conflict, good, *_ = other.share
+        other.put(conflict, ranks.checkpoints[3] / conflict)
+    place = ranks.root / "bucket" / other.identity / blocked
+    place.mkdir()
+    (place / "in the way").touch()
+    with ranks.publisher(attempt=other.attempt) as publisher:
+        for file in (blocked, conflict, good):
+            publisher.put(file, ranks.checkpoints[2] / file)
+        for _ in range(2):
+            caplog.clear()
+            with pytest.raises(IdentityConflictError, match=f"{conflict} was handed over"):
+                publisher.flush()
+            assert "failed as well: StoreError" in caplog.text
+            assert blocked in caplog.text
+        publisher.put(conflict, ranks.checkpoints[3] / conflict)
+        with pytest.raises(StoreError, match=blocked):
+            publisher.commit()
+        (place / "in the way").unlink()
+        place.rmdir()
+        publisher.put(blocked, ranks.checkpoints[2] / blocked)
+        publisher.flush()
 
 
 class OnDevice:

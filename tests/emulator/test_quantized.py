@@ -15,6 +15,7 @@ from emulator.engine.engine import UnsupportedModelError
 from emulator.engine.quantized import apply_scales, e4m3, e5m2, e8m0
 from emulator.engine.weights import load_llama
 from hotload.checkpoint.index_and_spec import build_index, build_spec
+from hotload.checkpoint.quantization import QuantizedTensor, quantized_tensors
 from hotload.checkpoint.safetensors import TensorInfo, render_header
 from hotload.directory.operations import encode_directory
 from hotload.directory.shards import read_checkpoint
@@ -38,6 +39,14 @@ def test_every_code_of_e4m3_and_e5m2_is_what_its_definition_says() -> None:
     np.testing.assert_array_equal(e8m0(CODES), np.array(powers, "<f4"))
 
 
+def quantized(scale: np.ndarray | None, name: str) -> list[QuantizedTensor]:
+    """A weight of 5 x 4 in FP8, as it is found with its scale."""
+    tensors = [TensorInfo("a.weight", "F8_E4M3", (5, 4), 0, 20)]
+    if scale is not None:
+        tensors.append(TensorInfo(name, "F32", scale.shape, 20, 20 + scale.nbytes))
+    return quantized_tensors([("a.safetensors", one) for one in tensors], {})
+
+
 @pytest.mark.parametrize(
     ("block", "scale"),
     [
@@ -48,14 +57,17 @@ def test_every_code_of_e4m3_and_e5m2_is_what_its_definition_says() -> None:
         ((2, 3), [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
         ((1, 4), [[1.0], [2.0], [3.0], [4.0], [5.0]]),
         ((128, 128), [[3.0]]),
+        (None, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),  # blocks that no config declares
     ],
 )
-def test_a_scale_is_a_tensors_a_rows_or_a_blocks(block: Any, scale: Any) -> None:
+@pytest.mark.parametrize("name", ["a.weight_scale", "a.weight_scale_inv", "a.scale"])
+def test_a_scale_is_a_tensors_a_rows_or_a_blocks(name: str, block: Any, scale: Any) -> None:
     weight, scales = np.arange(20, dtype="<f4").reshape(5, 4), np.array(scale, "<f4")
-    found = {"a.weight": weight.copy(), "a.weight_scale": scales, "a.input_scale": weight}
-    apply_scales(found, ["a.weight"], block)
+    found = {"a.weight": weight.copy(), name: scales, "a.input_scale": weight}
+    apply_scales(found, quantized(scales, name), block)
     assert found.keys() == {"a.weight"}
-    rows, columns = block or ((5, 4) if scales.size == 1 else (1, 4))
+    whole_or_rows = (5, 4) if scales.size == 1 else (1, 4)
+    rows, columns = block or ((2, 2) if scales.shape == (3, 2) else whole_or_rows)
     grid = scales.reshape(-(-5 // rows), -(-4 // columns))
     for (i, j), value in np.ndenumerate(weight):
         assert found["a.weight"][i, j] == value * grid[i // rows, j // columns]
@@ -65,7 +77,7 @@ def test_a_scale_is_a_tensors_a_rows_or_a_blocks(block: Any, scale: Any) -> None
     ("block", "scale", "reason"),
     [
         (None, None, "has no scale"),
-        (None, np.ones((3, 2), "<f4"), r"is \[3, 2\], its weight \[5, 4\]"),
+        (None, np.ones((4, 2), "<f4"), r"is \[4, 2\], its weight \[5, 4\]"),
         ((128, 128), np.ones((2, 1), "<f4"), r"is \[2, 1\]"),
         ((2, 3), np.ones((), "<f4"), r"is \[\]"),
     ],
@@ -77,7 +89,7 @@ def test_a_scale_that_is_missing_or_does_not_fit_is_refused(
     if scale is not None:
         found["a.weight_scale_inv"] = scale
     with pytest.raises(UnsupportedModelError, match=reason):
-        apply_scales(found, ["a.weight"], block)
+        apply_scales(found, quantized(scale, "a.weight_scale_inv"), block)
 
 
 def save(directory: Path, entries: Entries, config: Mapping[str, Any], source: Path) -> Path:
@@ -144,9 +156,12 @@ def test_fp8_in_blocks_is_served_as_the_numbers_it_stands_for(
     assert answered(caller) == pytest.approx(after, abs=1e-5)
 
 
-def test_groups_with_powers_of_two_are_widened_too(publisher: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("declared", [{"weight_block_size": [1, 32]}, {}], ids=["block", "none"])
+def test_groups_with_powers_of_two_are_widened_too(
+    publisher: Any, tmp_path: Path, declared: dict[str, Any]
+) -> None:
     """MXFP8 as the vendor's quantizer writes it: scales of E8M0 in U8, groups of 32 in a row."""
-    settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [1, 32]}
+    settings = {"quant_method": "fp8", "fmt": "e4m3", **declared}
     packed, plain = map(dict, fp8(tensors(1), 1, 32))
     exponents = np.random.default_rng(3).integers(118, 125, 1 << 12, np.uint8)
     for name, (_, array) in [*packed.items()]:
@@ -158,6 +173,17 @@ def test_groups_with_powers_of_two_are_widened_too(publisher: Any, tmp_path: Pat
             plain[weight] = ("F32", widened(packed[weight][1], scales, 1, 32))
     config = CONFIG | {"quantization_config": settings}
     one = save(tmp_path / "mx", packed, config, publisher.base)
+    assert logprobs(one) == logprobs(save(tmp_path / "plain", plain, CONFIG, publisher.base))
+
+
+@pytest.mark.parametrize("place", ["weight_scale_inv", "weight_scale", "scale"])
+def test_blocks_that_no_config_declares_are_computed_under_any_name_of_a_scale(
+    publisher: Any, tmp_path: Path, place: str
+) -> None:
+    packed, plain = fp8(tensors(1), 16, 32)  # the last one of 48 columns is half a block
+    packed = {name.replace("weight_scale_inv", place): one for name, one in packed.items()}
+    config = CONFIG | {"quantization_config": {"quant_method": "fp8"}}
+    one = save(tmp_path / "fp8", packed, config, publisher.base)
     assert logprobs(one) == logprobs(save(tmp_path / "plain", plain, CONFIG, publisher.base))
 
 

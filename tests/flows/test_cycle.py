@@ -13,6 +13,7 @@ from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from examples.tiny_trainer import TinyTrainer
 from flows.cycle import checkpoint_to_rollout
+from flows.publish import publish_version
 from hotload.clients.store.publisher_lease import publisher_lease
 from hotload.directory.files import sha256_file
 from hotload.directory.shards import read_checkpoint
@@ -362,7 +363,10 @@ async def test_a_work_directory_that_keeps_nothing_is_said_and_priced(fleet: Fle
         assert report.snapshot.kind is SnapshotKind.FULL
         assert "the next snapshot is full, " in str(state.message)
         assert report.rows()[-2] == {"what": "baseline", "value": state.message}
+    state = await publish_version(fleet.spec(3), return_state=True)
+    assert state.name == "CompletedWithoutBaseline"
+    assert "the next snapshot is full, " in str(state.message)
     workspace.baselines.unlink()
-    for version, kind in ((3, SnapshotKind.DELTA), (4, SnapshotKind.DELTA)):
+    for version, kind in ((4, SnapshotKind.DELTA), (5, SnapshotKind.DELTA)):
         state = await checkpoint_to_rollout(fleet.spec(version), return_state=True)
         assert (state.name, (await state.result()).snapshot.kind) == ("Completed", kind)

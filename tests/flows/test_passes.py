@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.publish import SIDES, join_layers, write_model
 from flows.cycle import checkpoint_to_rollout
+from flows.publish import publish_version
 from hotload.directory.supplied_digests import DIGESTS_FILE
 from hotload.errors import InvalidCheckpointError
 from hotload.identity import SnapshotKind
@@ -131,6 +132,14 @@ async def test_a_trainer_that_vouches_spares_every_pass_but_one(
     assert report.snapshot.kind is SnapshotKind.DELTA
     passes = counting.taken(large.checkpoints[3])
     assert passes == about(target=1, base=1, cloned=0, written=0)
+
+
+async def test_what_nothing_is_sampled_from_is_linked_too(large: Fleet) -> None:
+    own = Path(shutil.copytree(large.checkpoints[1], large.root / "own"))
+    linked = {"checkpoint": str(own), "snapshot": {"link_baseline": True}}
+    await publish_version(large.spec(1, **linked))
+    (baseline,) = (large.root / "work" / "local" / "rollouts" / "baseline").iterdir()
+    assert all(path.samefile(own / path.name) for path in baseline.glob("*.safetensors"))
 
 
 async def test_no_second_copy_is_written_for_another_layout(

@@ -290,6 +290,20 @@ async def test_any_goes_on_without_the_one_that_failed(fleets: Fleets) -> None:
     assert report.services[1].snapshot.kind is SnapshotKind.FULL
 
 
+async def test_those_that_stand_apart_keep_each_its_base_on_nodes_too(fleets: Fleets) -> None:
+    # Nodes that nobody has made: the cycle's own process does their work, side by side.
+    placed = {"placement": {"gone-0": [], "gone-1": []}, "required": "any"}
+    _, first = await fleets.cycle(1, **placed)
+    fleets.all[1].fault(**REFUSED)
+    _, second = await fleets.cycle(2, **placed)
+    fleets.all[1].clear_faults()
+    name, third = await fleets.cycle(3, **placed)
+    previous = [one.snapshot and one.snapshot.previous for one in third.services]
+    assert previous == [second.snapshot.identity, first.snapshot.identity]
+    assert (name, [one.fallback for one in third.services]) == ("Completed", [None, None])
+    assert fleets.bugs() == []
+
+
 async def test_any_does_not_sample_from_one_that_failed(fleets: Fleets) -> None:
     fleets.first.fault(**REFUSED)
     with pytest.raises(ServicesFailedError, match="one that is sampled"):

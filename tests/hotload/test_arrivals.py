@@ -1,5 +1,6 @@
 """Checkpoints that appear: complete, half-written, torn, named in other ways, gone again."""
 
+import errno
 import json
 import os
 import re
@@ -88,6 +89,43 @@ def test_two_directories_of_one_version_wait_for_a_person(written: Path) -> None
     shutil.copytree(written, written.parent / "000012")
     (twelve, _) = look(written.parent)
     assert twelve.waits_for == ("one directory of version 12: there are 000012 and checkpoint-12")
+
+
+@pytest.mark.parametrize("stray", ["000012", "checkpoint-12.log.12", "link-12"])
+def test_a_plain_file_is_no_second_directory_of_a_version(written: Path, stray: str) -> None:
+    if "link" in stray:
+        (written.parent / stray).symlink_to(written.parent / "gone")
+    else:
+        (written.parent / stray).write_text("a file")
+    assert [one.waits_for for one in look(written.parent)] == ["", ""]
+
+
+@pytest.mark.parametrize("name", ["x\0y.safetensors", "\ud800.safetensors", "../x", "a/b", 7, None])
+def test_an_index_with_impossible_names_holds_up_its_own_version_alone(
+    written: Path, name: object
+) -> None:
+    (written / INDEX_FILE).write_text(json.dumps({"weight_map": {"x": name}}))
+    twelve, thirteen = look(written.parent)
+    assert "file_name" in twelve.waits_for
+    assert twelve.waits_for.encode()
+    assert not thirteen.waits_for
+
+
+def test_a_directory_that_the_system_refuses_waits(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def stale(path: Path, **options: bool) -> os.stat_result:
+        if path == written:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    assert [one.waits_for for one in look(written.parent)] == [
+        "a directory that can be read: Stale file handle",
+        "",
+    ]
 
 
 def test_a_parent_that_cannot_be_read_is_named(tmp_path: Path) -> None:

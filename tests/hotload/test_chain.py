@@ -27,7 +27,12 @@ from hotload.publish.chain import (
     read_chain,
 )
 from hotload.publish.readiness import ReplicaStatus, ServiceStatus
-from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
+from hotload.publish.snapshot import (
+    CheckpointContent,
+    ShardBatch,
+    SnapshotManifest,
+    SnapshotPlan,
+)
 from hotload.records import FileDigest
 
 DIGEST = "ab" * 32
@@ -155,6 +160,24 @@ def test_other_content_under_the_same_version_is_refused() -> None:
     published = manifest_of(DELTA, OTHER_CONTENT)
     with pytest.raises(IdentityConflictError, match="other content"):
         plan(CHAINED, [PublishAttempt(published, signalled=False)])
+
+
+def test_a_version_is_of_what_its_trainer_wrote_and_of_what_is_restored_of_it() -> None:
+    shards = ShardBatch.as_written(CONTENT.shards).shards
+    published = SnapshotManifest.of(DELTA, OTHER_CONTENT, shards, HEAD.created_at)
+    # A way back to it has what was restored, in both.
+    back = SnapshotManifest.of(
+        DELTA.model_copy(update={"identity": "run-000005-00000001"}),
+        CONTENT,
+        shards,
+        HEAD.created_at,
+    )
+    attempts = [PublishAttempt(one, signalled=False) for one in (published, back)]
+    for content in (CONTENT, OTHER_CONTENT):
+        assert plan(CHAINED, attempts, content=content) == DELTA
+    third = CheckpointContent(kind=SnapshotKind.FULL, shards=(), side_files=())
+    with pytest.raises(IdentityConflictError, match=published.identity):
+        plan(CHAINED, attempts, content=third)
 
 
 def attempt(signalled: bool, planned: SnapshotPlan = DELTA) -> list[PublishAttempt]:

@@ -430,6 +430,7 @@ def test_after_a_doubt_nothing_is_known_here_or_to_the_next_process(tmp_path: Pa
     second = FileDigests(memory)
     assert second.known(path) == digest
     second.doubt()
+    assert FileDigests(memory).known(path) is None  # also where this process ends here
     assert second.known(path) is None
     assert second.of(path) == second.known(path) == digest
     second.remember([directory])

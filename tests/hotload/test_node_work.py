@@ -16,6 +16,7 @@ from hotload.errors import (
 )
 from hotload.publish.snapshot import Foreseen, ShardBatch
 from hotload.records import FileDigest
+from tests.factories import snapshot_manifest
 
 SPEC = {
     "checkpoint": "/checkpoints/000012",
@@ -55,6 +56,14 @@ async def test_an_answer_crosses_once_and_is_gone(store: Store) -> None:
     assert await crossed(store, carried, work("carry")) == carried
     moved = NodeAnswer(trouble="disk is full")
     assert await crossed(store, moved, work("keep")) == moved
+
+
+async def test_a_delta_restores_another_header_than_was_validated(store: Store) -> None:
+    carried = NodeAnswer(batches=(ShardBatch.as_written((OTHER,)),))
+    on_base = work("carry", plan=snapshot_manifest("run-000012-00000000", previous="base").plan)
+    assert await crossed(store, carried, on_base) == carried
+    with pytest.raises(StoreError, match="other shards"):
+        await crossed(store, NodeAnswer(), on_base)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 from collections.abc import Iterator
@@ -94,6 +95,12 @@ class Publisher:
         copy = Path(shutil.copytree(self.fleet.checkpoints[version], self.work / f"own-{version}"))
         self.fleet.checkpoints[version] = copy
         return copy
+
+    def in_other_words(self, version: int) -> Path:
+        """The same with a config.json that means the same."""
+        path = self.checkpoint_of_its_own(version) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+        return path.parent
 
     def content(self, version: int) -> CheckpointContent:
         """What validation says of a full checkpoint."""

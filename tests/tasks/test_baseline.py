@@ -10,9 +10,11 @@ from hotload.clients.store.records import read_snapshot_manifest
 from hotload.directory.files import FileDigests, sha256_file
 from hotload.errors import BaselineLostError, StoreError, StoreUnavailableError
 from hotload.identity import SnapshotKind
-from hotload.publish.snapshot import SnapshotManifest
+from hotload.publish.chain import plan_full
+from hotload.publish.snapshot import ShardBatch, SnapshotManifest
 from tasks.baseline import keep_baseline
 from tasks.encode import encode_shards
+from tasks.upload import adopt_snapshot
 from tests.flows.fleet import REPLICAS
 from tests.tasks.publishing import Publisher, contents, disk_full_after, flip_a_byte, stamps
 
@@ -270,7 +272,7 @@ async def test_after_a_full_and_after_a_doubt_everything_is_read_again(
         ours = publisher.baseline(2)
         await ours.hold(served)
         await keep_baseline.fn(ours, served.identity)
-    assert json.loads(workspace.digests.read_bytes()) == []
+    assert not workspace.digests.exists()
 
 
 async def test_what_another_service_serves_stays(publisher: Publisher) -> None:
@@ -286,6 +288,30 @@ async def test_what_another_service_serves_stays(publisher: Publisher) -> None:
     del fresh.reserved["acme/us"]
     await keep_baseline.fn(fresh, second.identity)  # eu has failed: its base is needed yet
     assert publisher.workspace.baseline(first.identity).is_dir()
+
+
+async def test_of_one_content_in_two_words_each_snapshot_keeps_its_own(
+    publisher: Publisher,
+) -> None:
+    await publisher.publish(1)
+    checkpoint = publisher.in_other_words(2)
+    delta = await publisher.serve(2)
+    assert delta.kind is SnapshotKind.DELTA
+    content = publisher.content(2)
+    plan = plan_full(content, "test", run_id="run", policy_version=2)
+    shards = ShardBatch.as_written(content.shards).shards
+    full = SnapshotManifest.of(plan, content, shards, created_at=delta.created_at)
+    assert full.content_sha256 == delta.content_sha256
+    ours = publisher.baseline(2)
+    served = await ours.hold(delta)
+    assert contents(await ours.hold(full)) == contents(checkpoint) != contents(served)
+    # Either is the content of that version.
+    publisher.fleet.checkpoints[2] = served
+    for words in (content, publisher.content(2)):
+        adopt = adopt_snapshot.fn(
+            publisher.store, words, publisher.spec(2), delta.identity, ours.digests
+        )
+        assert await adopt == delta
 
 
 async def build_with_a_damaged_delta(publisher: Publisher, free_bytes: int) -> tuple[Path, Path]:

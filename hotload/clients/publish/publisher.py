@@ -34,6 +34,7 @@ from hotload.clients.store.rank_records import (
 from hotload.clients.store.records import read_published, read_snapshot_manifest, write_manifest
 from hotload.clients.store.side_files import in_order, put_again
 from hotload.clock import utc_now
+from hotload.concurrently import raise_first
 from hotload.delta.byte_io import Bytes
 from hotload.delta.encode import DeltaStats, encode_shard
 from hotload.delta.ordered_threads import Workers
@@ -51,7 +52,7 @@ from hotload.identity import NamedVersion, SnapshotKind, cycle_name, ranks_ident
 from hotload.publish.snapshot import CheckpointContent, Shard, SnapshotManifest, SnapshotPlan
 
 UNDER_WAY_LIMIT = 8
-"""Deltas that are put at a time, and so held in memory."""
+"""Deltas that are put, and so held in memory, while the next is made."""
 T = TypeVar("T")
 
 
@@ -109,7 +110,8 @@ class ShardPublisher:
         self._rank, self._of = rank, of
         self._previous_name, self._attempt = previous, attempt
         self._previous: SnapshotManifest | None = None
-        self._under_way: list[Future[None]] = []
+        self._under_way: list[tuple[str, Future[None]]] = []
+        self._failed: dict[str, BaseException] = {}
 
     def __enter__(self) -> Self:
         """Open the attempt, or read it.
@@ -137,13 +139,14 @@ class ShardPublisher:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        """Flush, unless the block failed; then end its threads. What was put stays.
+        """Flush what is under way, unless the block failed; then end its threads. What was put
+        stays.
 
         Raises:
             IdentityConflictError, StoreError: as `flush`.
         """
         try:
-            if kind is None:
+            if kind is None and self._under_way:
                 self.flush()
         finally:
             self._end()
@@ -180,7 +183,7 @@ class ShardPublisher:
         Raises:
             InvalidCheckpointError: other tensors than are served; a tensor elsewhere than on the
                 CPU, or not contiguous; or the copy is not what is served.
-            IdentityConflictError, StoreError: as `flush`, of a shard that was put before.
+            IdentityConflictError, StoreError: as `flush`, of any shard that was put.
         """
         followed = {shard.file: shard for shard in self._followed.shards}
         if file not in followed:
@@ -190,7 +193,7 @@ class ShardPublisher:
             refuse_file("served_copy", file, "no copy", "one, read with the others of this rank")
         copy = self._served[file]
         if not copy.is_led_to(followed[file].content_sha256):
-            self._ask(f"{file} as served", lambda: self._catch_up(copy))
+            self._catch_up(copy)
         copy.follow(followed[file].content_sha256, self._pool)
         delta, stats = self._encode(copy, tensors)
         shard = Shard(
@@ -201,24 +204,33 @@ class ShardPublisher:
             content_sha256=stats.content_sha256,
         )
         copy.note_next(delta, shard.content_sha256)
-        if len(self._under_way) == UNDER_WAY_LIMIT:
-            self.flush()
         put = self._begin(file, lambda: self._put(shard, ComposedFile(file, delta)))
-        self._under_way.append(put)
+        self._under_way.append((file, put))
+        if len(self._under_way) > UNDER_WAY_LIMIT:
+            self.flush()
         return shard
 
     def flush(self) -> None:
         """Wait until everything that was put lies in the store.
 
+        Of several errors one is raised, a conflict before others, and the others are logged; each
+        names its shard. Raises again until those are put again.
+
         Raises:
             IdentityConflictError: a shard was handed over in this attempt with other content.
-            StoreError: the store refuses, or does not answer for a quarter of a minute; put that
-                shard again.
+            StoreError: the store refuses, or does not answer for a quarter of a minute.
         """
         ended, self._under_way = self._under_way, []
-        wait(ended)
-        for one in ended:
-            one.result()
+        wait([put for _, put in ended])
+        for file, put in ended:
+            if (error := put.exception()) is not None:
+                self._failed[file] = error
+            else:
+                self._failed.pop(file, None)
+        if self._failed:
+            errors = list(self._failed.values())
+            errors.sort(key=lambda error: not isinstance(error, IdentityConflictError))
+            raise_first(BaseExceptionGroup(self._name, errors))
 
     def commit(self) -> str:
         """Record the version as whole, once every rank has flushed its shards; returns its
@@ -293,21 +305,38 @@ class ShardPublisher:
             raise InvalidIdentityError(identity, "an adapter is published whole, by a cycle")
         return manifest
 
-    async def _catch_up(self, copy: ServedShard) -> None:
-        """Lead the copy of a rank that was started again, which is of an earlier snapshot of the
-        chain, to what is served, by the deltas in the store."""
-        file, steps, at = copy.header.file, list[tuple[str, Shard]](), self._followed
-        while (shard := at.shard(file)) and shard.content_sha256 != copy.sha256:
-            if at.previous is None:
-                return  # of no chain: who reads the copy is told
-            steps.append((f"{at.identity}/{file}", shard))
-            at = await self._manifest_of(at.previous)
-        for path, shard in reversed(steps):
-            delta = await self._store.read_bytes(path, limit_bytes=shard.size_bytes)
-            if hashlib.sha256(delta).hexdigest() != shard.sha256:
+    def _catch_up(self, copy: ServedShard) -> None:
+        """Lead the copy of a rank that was started again to what is served, by what lies in the
+        store: deltas on what it is, or else the full shard and the deltas on that.
+
+        Raises:
+            StoreError: the store does not have what was published.
+        """
+        file = copy.header.file
+        for at in self._ask(f"{file} as served", lambda: self._way_of(copy)):
+            path, shard = f"{at.identity}/{file}", at.shard(file)
+            assert shard is not None
+            read = partial(self._store.read_bytes, path, limit_bytes=shard.size_bytes)
+            data = self._ask(path, read)
+            if hashlib.sha256(data).hexdigest() != shard.sha256:
                 raise StoreError(path, "is not what was published")
-            copy.note_next(delta, shard.content_sha256)
-            copy.follow(shard.content_sha256, self._pool)
+            if at.previous is None:
+                copy.replace(data, shard.content_sha256)
+            else:
+                copy.note_next(data, shard.content_sha256)
+                copy.follow(shard.content_sha256, self._pool)
+
+    async def _way_of(self, copy: ServedShard) -> list[SnapshotManifest]:
+        """List the snapshots that lead the copy to what is served, oldest first."""
+        way, at = list[SnapshotManifest](), self._followed
+        while (shard := at.shard(copy.header.file)) and shard.content_sha256 != copy.sha256:
+            way.append(at)
+            if at.previous is None:
+                break
+            if len(way) > self._followed.chain_length:
+                raise StoreError(at.identity, "its chain in the store does not end")
+            at = await self._manifest_of(at.previous)
+        return way[::-1]
 
     async def _put(self, shard: Shard, delta: ComposedFile) -> None:
         identity, path = self.identity, f"{self.identity}/{shard.file}"
@@ -374,7 +403,7 @@ class ShardPublisher:
 
     async def _refuse_conflict(self, manifest: SnapshotManifest) -> None:
         for published in await read_published(self._store, self._name):
-            if published.content_sha256 != manifest.content_sha256:
+            if not published.is_of(manifest.content_sha256):
                 reason = f"published as {published.identity} with other content"
                 raise IdentityConflictError(self._name, reason)
 

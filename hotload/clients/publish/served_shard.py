@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NoReturn
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from hotload.delta.apply import apply_shard, payloads
 from hotload.delta.byte_io import Bytes, InMemory
 from hotload.delta.libzstd import ByteArray
 from hotload.delta.ordered_threads import Workers
-from hotload.errors import Finding, InvalidCheckpointError
+from hotload.directory.files import refuse_file
 
 
 class ServedShard:
@@ -28,13 +29,10 @@ class ServedShard:
         Raises:
             InvalidCheckpointError: it is no shard.
         """
-        size_bytes = len(data)
-        prefix = data[:PREFIX_BYTES].tobytes()
-        self.head = data[: header_size(prefix, file=file, size_bytes=size_bytes)].tobytes()
-        self.header = read_header(self.head, file=file, size_bytes=size_bytes)
-        self.sha256 = hashlib.sha256(data.data).hexdigest()
         self._data = data
         self._next: tuple[bytes, str] | None = None
+        self._read_header(file)
+        self.sha256 = hashlib.sha256(data.data).hexdigest()
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill the whole view with the bytes from `offset` on."""
@@ -80,6 +78,27 @@ class ServedShard:
             self.sha256 = sha256
         if self.sha256 != sha256:
             found = f"sha256 {self.sha256[:12]}…" if self.sha256 else "a damaged copy"
-            expected = f"sha256 {sha256[:12]}…, as served: read the copy again from that checkpoint"
-            finding = Finding("served_copy", self.header.file, None, found, expected)
-            raise InvalidCheckpointError((finding,))
+            self._refuse(found, sha256)
+
+    def replace(self, data: bytes, sha256: str) -> None:
+        """Make this the shard that is served, all of whose bytes are `data`.
+
+        Raises:
+            InvalidCheckpointError: it is larger or smaller than the copy.
+        """
+        if len(data) != len(self._data):
+            self._refuse(f"{len(self._data)} bytes, not {len(data)}", sha256)
+        self.sha256, self._next = "", None
+        self.write_at(0, data)
+        self._read_header(self.header.file)
+        self.sha256 = sha256
+
+    def _read_header(self, file: str) -> None:
+        size_bytes = len(self._data)
+        prefix = self._data[:PREFIX_BYTES].tobytes()
+        self.head = self._data[: header_size(prefix, file=file, size_bytes=size_bytes)].tobytes()
+        self.header = read_header(self.head, file=file, size_bytes=size_bytes)
+
+    def _refuse(self, found: str, sha256: str) -> NoReturn:
+        expected = f"sha256 {sha256[:12]}…, as served: read the copy again from that checkpoint"
+        refuse_file("served_copy", self.header.file, found, expected)

@@ -1,7 +1,7 @@
 """Where a store's objects lie: the port every kind answers, and the kinds reached through fsspec.
 
 Paths are relative to the store's url and already checked; errors are those of the client library,
-which `store_errors` translates.
+which `failures.store_error` translates.
 """
 
 from __future__ import annotations
@@ -382,13 +382,6 @@ class S3Bucket(RemoteBucket):
 
     async def _find_bucket(self, name: str) -> None:
         await self._filesystem._call_s3("head_bucket", Bucket=name)
-
-
-def _at_latest(info: Mapping[str, Any]) -> datetime:
-    """When an object was written; one of unknown age counts as new, so that nothing is taken for
-    old by mistake.
-    """
-    return modified_at(info) or utc_now()
 
 
 def modified_at(info: Mapping[str, Any]) -> datetime | None:
