@@ -16,7 +16,7 @@ from hotload.errors import ProtocolError, shorten
 from hotload.options import Sampling
 from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
 from hotload.rollout.routing import join_routing
-from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, sample_seed
+from hotload.rollout.trajectory import LOGPROB_RANGE, TOKEN_ID_LIMIT, Problem, sample_seed
 
 DONE = b"[DONE]"
 HEARTBEAT_EVENTS = frozenset({"ping", "heartbeat", "keepalive"})
@@ -25,7 +25,6 @@ FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
 # has documented) would come again for the same seed.
 PASSING_FINISH_REASONS = frozenset({"abort", "error"})
 WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
-LOGPROB_RANGE = (-1e9, 0.01)  # a sum in floating point may end a little above 0
 COUNT_LIMIT = 1 << 31
 IDENTITY_LIMIT = 64
 """Distinct identities kept of one answer."""
