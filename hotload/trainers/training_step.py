@@ -33,8 +33,8 @@ class StepSettings(TrainingPart):
     """What the gradient is divided by, once, before it is clipped: tokens in the loss, samples with
     such a token, or nothing."""
     ppo_n_minibatches: int = Field(1, ge=1, le=1024)
-    """Optimizer steps that the samples of one step are cut into; above 1 the ratio of the later
-    ones leaves 1, and the loss's clipping acts."""
+    """Optimizer steps that the samples of one step are cut into, as many as there are samples at
+    most; above 1 the ratio of the later ones leaves 1, and the loss's clipping acts."""
     micro_batch_tokens: int = Field(16_384, ge=1, le=10**8)
     """Tokens, padding included, that the trainer is asked about at once: bounds its memory. Another
     number gives other bits."""
@@ -86,7 +86,8 @@ class _PreparedChunk:
 
     samples: StepSamples
     before_T: PerToken | None
-    """The anchor's log-probabilities, where they had to be asked for beforehand."""
+    """The trainer's log-probabilities before any weight changes, where they were asked for
+    beforehand."""
     whole: PreparedLoss | None
     """The loss of all of them, where it does not wait for the forward of each micro-batch."""
 
@@ -126,10 +127,7 @@ class AccumulatedStep:
         Raises:
             TrainerError, ValueError: as `train_step`.
         """
-        count = self._settings.ppo_n_minibatches
-        if count > len(samples):
-            found = f"the step has {len(samples)} samples"
-            raise ValueError(f"ppo_n_minibatches is {count}, and {found}")
+        count = min(self._settings.ppo_n_minibatches, len(samples))
         chunk = self._prepare(samples)
         *others, last = np.array_split(np.arange(len(samples)), count)
         for numbers in others:
@@ -153,9 +151,10 @@ class AccumulatedStep:
             samples = _with(samples, reference_logprobs_T=found_T)
         before_T: PerToken | None = None
         is_cut = self._settings.ppo_n_minibatches > 1
-        if loss.needs_anchor and (is_cut or loss.kl == "reward"):
+        if is_cut or (loss.needs_anchor and loss.kl == "reward"):
             before_T = ask_in_micro_batches(self._trainer, samples, limit)
-            samples = _with(samples, anchor_logprobs_T=before_T)
+            if loss.needs_anchor:
+                samples = _with(samples, anchor_logprobs_T=before_T)
         is_known = before_T is not None or not loss.needs_anchor
         self._tally.begin(samples, before_T)
         return _PreparedChunk(samples, before_T, loss.prepare(samples.inputs) if is_known else None)
