@@ -125,6 +125,7 @@ class TinkerTrainer:
         rank = getattr(told, "lora_rank", None)
         return TrainerFacts(
             model=self._model,
+            base_sha256=None,
             parameter_count=None,
             lora_rank=rank if isinstance(rank, int) and rank else None,
             is_deterministic=False,

@@ -49,10 +49,6 @@ class StepOutcome:
     logprobs: tuple[PerToken, ...]
     """The trainer's, before the weights changed, one array per segment and so per row of the batch:
     for `Batch.by_frame_row`."""
-    divisor: float
-    """What the gradient was divided by; with several minibatches, all of theirs together."""
-    micro_batches: tuple[int, ...]
-    """Samples of each, in order."""
 
 
 def train_step(
@@ -247,9 +243,8 @@ class _Tally:
         self.gradient_norms: list[float | None] = []
         self._chunks: list[_ChunkLogprobs] = []
         self._loss = LossFigures()
-        self._correction = self._cut = self._divisor = self._share = 0.0
+        self._correction = self._cut = self._share = 0.0
         self._open = LossFigures()
-        self._sizes: list[int] = []
 
     def begin(self, samples: StepSamples, before_T: PerToken | None) -> None:
         count = samples.inputs.loss_mask_T.size
@@ -271,13 +266,11 @@ class _Tally:
         self._open += figures
         self._correction += prepared.mean_correction * figures.token_count
         self._cut += prepared.cut_share * figures.token_count
-        self._sizes.append(len(numbers))
 
     def close(self, divisor: float, gradient_norm: float | None) -> None:
         self._share += self._open.loss / divisor
         self._loss += self._open
         self._open = LossFigures()
-        self._divisor += divisor
         self.gradient_norms.append(gradient_norm)
 
     def outcome(self, learning_rate: float) -> StepOutcome:
@@ -310,8 +303,6 @@ class _Tally:
         return StepOutcome(
             {name: float(value) for name, value in figures.items() if value is not None},
             tuple(row for chunk in self._chunks for row in chunk.samples.by_segment(chunk.first_T)),
-            self._divisor,
-            tuple(self._sizes),
         )
 
 
