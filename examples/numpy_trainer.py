@@ -20,6 +20,7 @@ from hotload.directory.files import copy_file, new_directory, write_atomic
 from hotload.directory.relayout import view_checkpoint
 from hotload.directory.shards import read_checkpoint
 from hotload.errors import StoreError, TrainerError
+from hotload.trainers.base_digest import digest_base
 from hotload.trainers.saved_state import read_state, write_state
 from hotload.trainers.trainer import OptimizerFigures, TrainerFacts
 from hotload.training.schedule import AdamSettings
@@ -43,6 +44,7 @@ class NumpyTrainer:
         self, base_model: Path, states: Path, temperature: float = 1.0, dtype: type = np.float32
     ) -> None:
         self._base, self._states, self._temperature = base_model, states, temperature
+        self._base_sha256 = digest_base(base_model)
         config = json.loads((base_model / CONFIG_FILE).read_bytes())
         tensors = read_tensors(base_model)
         if config.get("tie_word_embeddings"):
@@ -56,6 +58,7 @@ class NumpyTrainer:
         """Say what is trained."""
         return TrainerFacts(
             model=self._base.name,
+            base_sha256=self._base_sha256,
             parameter_count=sum(each.size for each in self.model.weights.values()),
             lora_rank=None,
             is_deterministic=True,

@@ -14,13 +14,12 @@ from prefect import flow
 
 from blocks.checkpoint_store import CheckpointStore
 from flows.cycle import checkpoint_to_rollout
-from flows.rl_loop import conclude_run, make_next_step, run_loop_command
+from flows.rl_loop import conclude_run, make_next_step, restore_run, run_loop_command
 from hotload.concurrently import both, overlap_as_they_come
 from hotload.trainers.declaration import AsyncTrainingSpec
 from hotload.training.step_record import StepRecord
 from hotload.training.windows import OpenWindow
 from tasks.training.ahead import AheadRun
-from tasks.training.restore import restore_run
 from tasks.training.run import opened_run
 
 

@@ -28,11 +28,19 @@ from hotload.report.training_table import run_lines
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec
 from hotload.training.step_record import StepRecord
-from tasks.training.restore import restore_run
+from tasks.training.restore import (
+    export_again,
+    load_state,
+    make_again,
+    plan_restore,
+    read_again,
+)
 from tasks.training.run import TrainingRun, WindowedRun, opened_run
 from tasks.training.show_training import show_training, write_page
 from tasks.training.step import (
+    PlacedStep,
     acknowledge,
+    closing_step,
     export_checkpoint,
     promote_version,
     record_step,
@@ -60,7 +68,23 @@ async def rl_loop(spec: TrainingSpec) -> StepRecord | None:
         while (window := run.at.window) is not None:
             cycle = await run.declare_cycle(window)
             await both(sample_window(run, cycle), train_window(run))
+        await close_records(run)
         return await conclude_run(run)
+
+
+async def restore_run(run: TrainingRun) -> None:
+    """Bring the trainer to where the newest record left it, and the version that is sampled into
+    its directory (docs/resume.md).
+
+    What the last record is owed, acknowledging and publishing, is done by its window: both change
+    nothing where they are done.
+    """
+    for leg in await plan_restore(run):
+        await load_state(run, leg)
+        for record in leg.replayed:
+            await make_again(run, record, await read_again(run, record))
+        if leg.exports:
+            await export_again(run)
 
 
 async def sample_window(run: WindowedRun, cycle: CycleSpec) -> None:
@@ -84,10 +108,22 @@ async def train_window(run: WindowedRun) -> None:
 async def make_next_step(run: TrainingRun, groups: UsableGroups | GroupsAhead) -> None:
     """Make the run's next step, in the order that survives a kill (docs/resume.md)."""
     made = await train(run, run.next_step, groups)
+    await keep_step(run, made)
+    await both(acknowledge(groups, made), show_training(run))
+
+
+async def keep_step(run: TrainingRun, made: PlacedStep) -> None:
+    """Save the state, export the weights, and record both: from then on the step counts."""
     state = await save_state(run, made)
     checkpoint = await export_checkpoint(run, made)
     await record_step(run, made, state, checkpoint)
-    await both(acknowledge(groups, made), show_training(run))
+
+
+async def close_records(run: WindowedRun) -> None:
+    """Keep what the last step made where no window's end has: at interval 0, where what was left of
+    the problems taught nothing."""
+    if run.records and run.records[-1].checkpoint is None:
+        await keep_step(run, closing_step(run))
 
 
 async def conclude_run(run: TrainingRun) -> StepRecord | None:

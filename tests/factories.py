@@ -13,6 +13,15 @@ from hotload.publish.snapshot import SnapshotManifest
 from hotload.reward.advantages import advantages
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.spec import CycleSpec
+from hotload.training.policy_loss import PolicyLoss
+from hotload.training.settings import StateRef
+from hotload.training.step_record import (
+    ExportedCheckpoint,
+    RunFacts,
+    StepRecord,
+    TrainedGroups,
+)
+from hotload.training.windows import Cursor
 
 IDENTITY = "run-000003-0badf00d"
 SHA = "0" * 64
@@ -145,3 +154,40 @@ def shard_header(
         end = start + bits // 8
         entries.append(TensorInfo(name, dtype, shape, start, end))
     return ShardHeader(file, tuple(entries), metadata, 512, 512 + end)
+
+
+def run_facts(**changes: Any) -> RunFacts:
+    """Build what must stay the same for a training run."""
+    facts: dict[str, Any] = {
+        "base_model": "tiny",
+        "base_sha256": SHA,
+        "reference": None,
+        "init_from_checkpoint": None,
+        "dataset_sha256": SHA,
+        "group_size": 4,
+        "seed": 0,
+        "shuffle": True,
+        "loss": PolicyLoss(kl_beta=0),
+    }
+    return RunFacts(**facts | changes)
+
+
+def step_record(parent: StepRecord | None = None, **changes: Any) -> StepRecord:
+    """Build the record of the step after `parent`: of one problem, saved, and exported."""
+    step = 1 if parent is None else parent.step + 1
+    made: dict[str, Any] = {
+        "run_id": "run",
+        "step": step,
+        "parent_sha256": parent and parent.sha256,
+        "facts": run_facts(),
+        "state": StateRef(path=f"state-{step}", sha256=SHA),
+        "checkpoint": ExportedCheckpoint(policy_version=step, content_sha256=SHA),
+        "sampled_version": step - 1,
+        "window_began": Cursor(done_before=step - 1),
+        "window_size": 1,
+        "groups": (TrainedGroups(part_sha256=SHA, problem_ids=("a",)),),
+        "cursor": Cursor(done_before=step),
+        "learning_rate": 1e-5,
+        "figures": {"train/grad_norm": 0.1},
+    }
+    return StepRecord(**made | changes)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.draw_losses import PICTURES, draw
 from hotload.publish.chain import TRANSITIONS
 from hotload.training.policy_loss import PARAMETERS, PolicyLoss
-from hotload.training.resume import RESUMPTION, STEP_TRANSITIONS, StepEvent
+from hotload.training.resume import RESUMPTION
 
 ROOT = Path(__file__).resolve().parents[1]
 README_WORDS = 900
@@ -36,20 +36,13 @@ def test_the_picture_of_the_chain_is_drawn_from_the_table() -> None:
     assert f"stateDiagram-v2\n{drawn}\n" in page, f"docs/chain.md should show:\n{drawn}"
 
 
-def test_the_picture_of_a_step_is_drawn_from_the_table() -> None:
+def test_the_page_of_a_step_shows_what_is_done_with_the_trainer() -> None:
     page = (ROOT / "docs" / "resume.md").read_text()
-    drawn = "\n".join(
-        f"    {before.value} --> {after.value}: {event.value}"
-        for (before, event), after in STEP_TRANSITIONS.items()
-        if event is not StepEvent.KILLED
-    )
-    assert f"stateDiagram-v2\n{drawn}\n" in page, f"docs/resume.md should show:\n{drawn}"
     rows = "\n".join(
-        f"| {before.value} | {after.value} | {', '.join(RESUMPTION[after]) or '–'} |"
-        for (before, event), after in STEP_TRANSITIONS.items()
-        if event is StepEvent.KILLED
+        f"| {found.value} | {', then '.join(leg.value for leg in legs)} |"
+        for found, legs in RESUMPTION.items()
     )
-    assert f"\n{rows}\n" in page, f"docs/resume.md should show:\n{rows}"
+    assert f"|---|---|\n{rows}\n" in page, f"docs/resume.md should show:\n{rows}"
 
 
 def test_the_page_of_losses_shows_the_defaults_in_force() -> None:

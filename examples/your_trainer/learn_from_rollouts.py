@@ -34,6 +34,9 @@ for version in range(1, 1 + int(count[0] if count else 3)):
     with RolloutReader(store, cycle["run_id"], version, consumer="trainer-0").blocking() as reader:
         for delivery in reader:
             batch = make_batch(delivery.frame)
+            if not len(batch):  # nothing to learn from
+                reader.acknowledge(delivery)
+                continue
             tensors = to_tensors(trl_batch(batch))
             prompt, completion = tensors["prompt_ids"], tensors["completion_ids"]
             seen = torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], dim=1)

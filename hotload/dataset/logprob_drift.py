@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 
 from hotload.records import Record
+from hotload.rollout.trajectory import LOGPROB_RANGE
 
 if TYPE_CHECKING:  # claims import this: a trainer pays for no data frame before it has rows
     import polars as pl
@@ -25,12 +26,6 @@ LOG_RATIO_LIMIT = 20.0
 
 
 """Log-ratios are clamped to ± this before they are raised to a power (protocol §17)."""
-
-
-LOGPROB_LIMIT = 1e6
-
-
-"""Beyond ± this a number stands for "impossible", as -inf does, and not for a log-probability."""
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -89,7 +84,8 @@ def measure_drift(
     if not mask.any():
         return None
     trainer, sampler = trainer[mask], sampler[mask]
-    is_finite = (np.abs(trainer) <= LOGPROB_LIMIT) & (np.abs(sampler) <= LOGPROB_LIMIT)
+    limit = -LOGPROB_RANGE[0]
+    is_finite = (np.abs(trainer) <= limit) & (np.abs(sampler) <= limit)
     difference = trainer[is_finite] - sampler[is_finite]
     not_finite_count = trainer.size - difference.size
     if difference.size == 0:

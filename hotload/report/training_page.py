@@ -69,7 +69,10 @@ def render_training_page(records: Sequence[StepRecord], versions: Sequence[RunVe
         records: its steps, at least one.
         versions: the rows of its cycles that have ended.
     """
-    last, shares = records[-1], TimeShares.of(records, versions)
+    shares = TimeShares.of(records, versions)
+    exported = sum(record.checkpoint is not None for record in records)
+    records = [record for record in records if record.groups]  # one that closes the run has none
+    last = records[-1]
     sections = [
         _curve(records, "Reward", "Mean of all samples of the window", "rollout/raw_reward"),
         _curve(
@@ -100,16 +103,15 @@ def render_training_page(records: Sequence[StepRecord], versions: Sequence[RunVe
         "training.html.jinja",
         run_id=last.run_id,
         last=last,
-        facts=_facts(records, shares),
+        facts=_facts(records, exported, shares),
         sections=[section for section in sections if section],
         time=_time(shares),
     )
 
 
-def _facts(records: Sequence[StepRecord], shares: TimeShares) -> list[Fact]:
+def _facts(records: Sequence[StepRecord], exported: int, shares: TimeShares) -> list[Fact]:
     first, last = records[0], records[-1]
     reward = "rollout/raw_reward"
-    exported = sum(record.checkpoint is not None for record in records)
     return [
         Fact("steps", f"{len(records):,}", f"{plural(exported, 'version')} exported"),
         Fact("mean reward", _figure(last, reward), f"{_figure(first, reward)} at the first step"),

@@ -17,7 +17,7 @@ from hotload.options import Sampling
 from hotload.quantities import plural
 from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
 from hotload.rollout.routing import join_routing
-from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, sample_seed
+from hotload.rollout.trajectory import LOGPROB_RANGE, TOKEN_ID_LIMIT, Problem, sample_seed
 
 DONE = b"[DONE]"
 HEARTBEAT_EVENTS = frozenset({"ping", "heartbeat", "keepalive"})
@@ -27,7 +27,6 @@ FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
 PASSING_FINISH_REASONS = frozenset({"abort", "error"})
 WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
 ONE_TOKEN_BODY = {**WARM_UP_BODY, "max_tokens": 1}
-LOGPROB_RANGE = (-1e9, 0.01)  # a sum in floating point may end a little above 0
 COUNT_LIMIT = 1 << 31
 IDENTITY_LIMIT = 64
 """Distinct identities kept of one answer."""

@@ -14,6 +14,9 @@ from enum import StrEnum
 from typing import Any
 
 TOKEN_ID_LIMIT = 1 << 31
+LOGPROB_RANGE = (-1e6, 0.01)
+"""What counts as a log-probability, for sampler and trainer alike: below it a number stands for
+"impossible", as -inf does; a sum in floating point may end a little above 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,14 @@ from hotload.clients.inference.sampler import Sampler
 from hotload.clients.redaction import redact
 from hotload.errors import RolloutFunctionError
 from hotload.options import RolloutFunction
-from hotload.rollout.completions_api import LOGPROB_RANGE
 from hotload.rollout.failures import Action, Cause, Failure
-from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Segment, Trajectory
+from hotload.rollout.trajectory import (
+    LOGPROB_RANGE,
+    TOKEN_ID_LIMIT,
+    Problem,
+    Segment,
+    Trajectory,
+)
 from hotload.sampling.reward.user_errors import (
     DETAIL_LIMIT_CHARACTERS,
     describe_exception,
@@ -200,12 +205,14 @@ def _checked(segments: Sequence[Segment]) -> tuple[Segment, ...]:
         mask = tuple(map(bool, segment.loss_mask_T))
         if not len(tokens) == len(logprobs) == len(mask):
             raise ValueError("a segment's tokens, log-probabilities and mask differ in length")
+        if any(mask) and not prompt:
+            raise ValueError("a segment with tokens to train on has no prompt")
         for token in prompt + tokens:
             if not 0 <= token < TOKEN_ID_LIMIT:
                 raise ValueError(f"a segment's token id is {token}, expected 0 to 2³¹-1")
         for logprob in logprobs:
             if not LOGPROB_RANGE[0] <= logprob <= LOGPROB_RANGE[1]:
-                raise ValueError(f"a segment's log-probability is {logprob}, expected 0 or below")
+                raise ValueError(f"a segment's log-probability is {logprob}, expected at most 0")
         checked.append(Segment(prompt, tokens, logprobs, mask))
     return tuple(checked)
 

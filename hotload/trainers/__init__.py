@@ -4,6 +4,7 @@ Nothing here schedules a GPU or knows a cycle: whoever has a loop of their own n
 """
 
 __all__ = [
+    "base_digest",
     "declaration",
     "loading",
     "saved_state",

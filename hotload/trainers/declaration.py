@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from hotload.spec import CycleSpec
 from hotload.trainers.refused_fields import REFUSED_TRAINING_FIELDS, REFUSED_TRAINING_PREFIXES
+from hotload.trainers.trainer import TrainerFacts
 from hotload.trainers.training_step import StepSettings
 from hotload.training.policy_loss import PolicyLoss
 from hotload.training.schedule import LearningRate
@@ -173,13 +174,19 @@ class TrainingSpec(TrainingPart):
         """Groups of each chunk of a step, in order: its gradient is added when they are there."""
         return (self.windows.prompt_groups_per_step,)
 
-    def facts(self, base_model: str, dataset_sha256: str) -> RunFacts:
+    def facts(
+        self, base: TrainerFacts, reference: TrainerFacts | None, dataset_sha256: str
+    ) -> RunFacts:
         """State what must stay the same for the run to be the same run."""
         return RunFacts(
-            base_model=base_model,
+            base_model=base.model,
+            base_sha256=base.base_sha256,
+            reference=reference and (reference.base_sha256 or reference.model),
+            init_from_checkpoint=self.init_from_checkpoint,
             dataset_sha256=dataset_sha256,
             group_size=self.cycle.sampling.completions_per_prompt,
             seed=self.windows.seed,
+            shuffle=self.windows.shuffle,
             loss=self.loss,
         )
 

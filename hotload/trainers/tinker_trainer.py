@@ -125,6 +125,7 @@ class TinkerTrainer:
         rank = getattr(told, "lora_rank", None)
         return TrainerFacts(
             model=self._model,
+            base_sha256=None,
             parameter_count=None,
             lora_rank=rank if isinstance(rank, int) and rank else None,
             is_deterministic=False,
@@ -164,7 +165,8 @@ class TinkerTrainer:
         """Send the gradient's parts, divided, and apply their sum.
 
         Raises:
-            TrainerError: the service failed, or its optimizer lacks a setting.
+            TrainerError: the service failed, its optimizer lacks a setting, or it told a norm that
+                is not finite. The service keeps the gradient: load a state.
         """
         waiting, self._waiting = self._waiting, []
         params = self._adam(adam, learning_rate)
@@ -174,11 +176,14 @@ class TinkerTrainer:
             data = self._data(asked, [-each / divisor for each in coefficients])
             method = self._client.forward_backward
             told.append(self._ask("forward_backward", method, data, "cross_entropy"))
+        if not np.isfinite(norm := _last_norm(told) or 0.0):
+            found = f"the service told a gradient norm of {norm}; nothing was changed"
+            raise TrainerError(self._model, f"{found}, and the gradient is left over: load a state")
         told.append(self._ask("optim_step", self._client.optim_step, params))
-        norm = next((found for each in reversed(told) if (found := _norm(each)) is not None), None)
-        if norm is not None and not np.isfinite(norm):
-            raise TrainerError(self._model, f"the service told a gradient norm of {norm}")
-        return OptimizerFigures(gradient_norm=norm)
+        if not np.isfinite(_last_norm(told) or 0.0):
+            found = f"the service told a gradient norm of {_last_norm(told)}"
+            raise TrainerError(self._model, f"{found} after it had applied it: load a state")
+        return OptimizerFigures(gradient_norm=_last_norm(told))
 
     def save_state(self, name: str) -> StateRef:
         """Save weights and optimizer at the service; the digest is of the path it returned, since
@@ -300,6 +305,10 @@ def _numbers(value: Any) -> PerToken:
 
 def _size(outputs: Any) -> int:
     return 0 if outputs is None else len(outputs)
+
+
+def _last_norm(told: Sequence[Any]) -> float | None:
+    return next((found for each in reversed(told) if (found := _norm(each)) is not None), None)
 
 
 def _norm(told: Any) -> float | None:

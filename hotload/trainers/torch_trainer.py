@@ -32,6 +32,7 @@ from hotload.directory.files import (
 )
 from hotload.directory.relayout import view_checkpoint
 from hotload.errors import StoreError, TrainerError
+from hotload.trainers.base_digest import digest_base
 from hotload.trainers.saved_state import read_state, write_state
 from hotload.trainers.trainer import OptimizerFigures, TrainerFacts
 from hotload.training.loss_inputs import PerToken
@@ -117,6 +118,7 @@ class TorchTrainer:
         compute_dtype: Literal["float32", "bfloat16"],
     ) -> None:
         self._model, self._base, self._states = model, base_model, states
+        self._base_sha256 = digest_base(base_model)
         self._temperature, self._export_dtype = temperature, export_dtype
         self._compute_dtype = compute_dtype
         self._masters: dict[str, Any] = dict(sorted(model.named_parameters()))
@@ -142,6 +144,7 @@ class TorchTrainer:
         device = self._model.device.type
         return TrainerFacts(
             model=self._base.name,
+            base_sha256=self._base_sha256,
             parameter_count=sum(each.numel() for each in self._masters.values()),
             lora_rank=None,
             is_deterministic=device == "cpu",

@@ -1,7 +1,7 @@
 """What a trainer is: weights that give log-probabilities, take gradients, and can be put away.
 
 Everything that crosses this seam is a value: token ids, numbers per prediction, names of files. A
-sequence of N tokens has N − 1 predictions, the first of token 1 (hotload.training.alignment).
+sequence of N tokens has N − 1 predictions, the first of token 1.
 Losses, corrections, references and micro-batches are made over it, once for all trainers.
 """
 
@@ -25,6 +25,8 @@ class TrainerFacts:
 
     model: str
     """The base model, as a run names it."""
+    base_sha256: str | None
+    """Of its weights (hotload.trainers.base_digest); None where a service keeps them."""
     parameter_count: int | None
     """Parameters that a step changes; None where a service does not tell."""
     lora_rank: int | None

@@ -33,8 +33,8 @@ class StepSettings(TrainingPart):
     """What the gradient is divided by, once, before it is clipped: tokens in the loss, samples with
     such a token, or nothing."""
     ppo_n_minibatches: int = Field(1, ge=1, le=1024)
-    """Optimizer steps that the samples of one step are cut into; above 1 the ratio of the later
-    ones leaves 1, and the loss's clipping acts."""
+    """Optimizer steps that the samples of one step are cut into, as many as there are samples at
+    most; above 1 the ratio of the later ones leaves 1, and the loss's clipping acts."""
     micro_batch_tokens: int = Field(16_384, ge=1, le=10**8)
     """Tokens, padding included, that the trainer is asked about at once: bounds its memory. Another
     number gives other bits."""
@@ -49,10 +49,6 @@ class StepOutcome:
     logprobs: tuple[PerToken, ...]
     """The trainer's, before the weights changed, one array per segment and so per row of the batch:
     for `Batch.by_frame_row`."""
-    divisor: float
-    """What the gradient was divided by; with several minibatches, all of theirs together."""
-    micro_batches: tuple[int, ...]
-    """Samples of each, in order."""
 
 
 def train_step(
@@ -86,7 +82,8 @@ class _PreparedChunk:
 
     samples: StepSamples
     before_T: PerToken | None
-    """The anchor's log-probabilities, where they had to be asked for beforehand."""
+    """The trainer's log-probabilities before any weight changes, where they were asked for
+    beforehand."""
     whole: PreparedLoss | None
     """The loss of all of them, where it does not wait for the forward of each micro-batch."""
 
@@ -126,10 +123,7 @@ class AccumulatedStep:
         Raises:
             TrainerError, ValueError: as `train_step`.
         """
-        count = self._settings.ppo_n_minibatches
-        if count > len(samples):
-            found = f"the step has {len(samples)} samples"
-            raise ValueError(f"ppo_n_minibatches is {count}, and {found}")
+        count = min(self._settings.ppo_n_minibatches, len(samples))
         chunk = self._prepare(samples)
         *others, last = np.array_split(np.arange(len(samples)), count)
         for numbers in others:
@@ -153,9 +147,10 @@ class AccumulatedStep:
             samples = _with(samples, reference_logprobs_T=found_T)
         before_T: PerToken | None = None
         is_cut = self._settings.ppo_n_minibatches > 1
-        if loss.needs_anchor and (is_cut or loss.kl == "reward"):
+        if is_cut or (loss.needs_anchor and loss.kl == "reward"):
             before_T = ask_in_micro_batches(self._trainer, samples, limit)
-            samples = _with(samples, anchor_logprobs_T=before_T)
+            if loss.needs_anchor:
+                samples = _with(samples, anchor_logprobs_T=before_T)
         is_known = before_T is not None or not loss.needs_anchor
         self._tally.begin(samples, before_T)
         return _PreparedChunk(samples, before_T, loss.prepare(samples.inputs) if is_known else None)
@@ -248,9 +243,8 @@ class _Tally:
         self.gradient_norms: list[float | None] = []
         self._chunks: list[_ChunkLogprobs] = []
         self._loss = LossFigures()
-        self._correction = self._cut = self._divisor = self._share = 0.0
+        self._correction = self._cut = self._share = 0.0
         self._open = LossFigures()
-        self._sizes: list[int] = []
 
     def begin(self, samples: StepSamples, before_T: PerToken | None) -> None:
         count = samples.inputs.loss_mask_T.size
@@ -272,13 +266,11 @@ class _Tally:
         self._open += figures
         self._correction += prepared.mean_correction * figures.token_count
         self._cut += prepared.cut_share * figures.token_count
-        self._sizes.append(len(numbers))
 
     def close(self, divisor: float, gradient_norm: float | None) -> None:
         self._share += self._open.loss / divisor
         self._loss += self._open
         self._open = LossFigures()
-        self._divisor += divisor
         self.gradient_norms.append(gradient_norm)
 
     def outcome(self, learning_rate: float) -> StepOutcome:
@@ -311,8 +303,6 @@ class _Tally:
         return StepOutcome(
             {name: float(value) for name, value in figures.items() if value is not None},
             tuple(row for chunk in self._chunks for row in chunk.samples.by_segment(chunk.first_T)),
-            self._divisor,
-            tuple(self._sizes),
         )
 
 

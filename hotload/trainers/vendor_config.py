@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from hotload.trainers.declaration import AsyncTrainingSpec, TrainingSpec
 from hotload.trainers.refused_fields import REFUSED_TRAINING_FIELDS
 
 LIMIT_BYTES = 1 << 20
@@ -71,13 +73,18 @@ OF_A_LOSS: Mapping[str, Mapping[str, str]] = {
 }
 PARAMETERS_OF_LOSSES = {name: loss for loss, names in OF_A_LOSS.items() for name in names}
 # What the recipes do where nothing is said, and a run file does not.
-DEFAULTS = {"prompt_groups_per_step": 1, "max_rows": 100, "policy_loss": "grpo", "kl_beta": 0.001}
+DEFAULTS = {
+    "prompt_groups_per_step": 1,
+    "max_rows": 100,
+    "policy_loss": "grpo",
+    "kl_beta": 0.001,
+    "anchor_logp": "old_policy",
+}
 OLDER_DEFAULTS = {**DEFAULTS, "shuffle": False, "weight_sync.dcp_save_interval": 0}
 NEWER_DEFAULTS = {
     **DEFAULTS,
     "dcp_save_interval": 10,
     "grad_accumulation_normalization": None,
-    "anchor_logp": "old_policy",
 }
 REASONS: Mapping[str, str] = {
     "base_model": "the trainer is your own: name its weights in `training.trainer.arguments`, and "
@@ -106,7 +113,7 @@ class TranslatedConfig:
     document: dict[str, Any]
     """`blocks:`, `cycle:` and `training:`."""
     notes: list[str] = field(default_factory=list)
-    """What was left out, with the reason or what to set instead."""
+    """What was left out, with the reason or what to set instead; what is refused of the rest."""
 
     @property
     def is_ahead(self) -> bool:
@@ -119,7 +126,7 @@ class TranslatedConfig:
         module = "flows.async_rl_loop" if self.is_ahead else "flows.rl_loop"
         lines = [f"# python -m {module} THIS_FILE", "# Put in the names in capitals."]
         if self.notes:
-            lines += ["# Left out:", *(f"#   {note}" for note in self.notes)]
+            lines += ["# Left out, or to be mended:", *(f"#   {note}" for note in self.notes)]
         return "\n".join(lines) + "\n" + yaml.safe_dump(self.document, sort_keys=False)
 
 
@@ -165,9 +172,40 @@ def translate_config(source: bytes, name: str) -> TranslatedConfig:
     elif loss not in ("grpo", "reinforce") and values.pop("kl_beta", 0):
         _set(made.document, "training.loss.kl_beta", 0)
         made.notes.append(f"kl_beta: the recipe computes no KL with {loss}; here it would act")
+    for one, reason in list(_without_effect(values, loss)):
+        made.notes.append(f"{one}: {reason}")
+        del values[one]
     for one, value in values.items():
         _translate(made, one, value, loss)
+    made.notes += [f"refused as it stands: {reason}" for reason in _refusals(made)]
     return made
+
+
+def _without_effect(values: Mapping[str, object], loss: str) -> Iterator[tuple[str, str]]:
+    """Find what would be refused beside what else is said: a field, and why."""
+    is_ahead = bool(values.get("max_head_offpolicy_versions"))
+    for one, value in values.items():
+        name = one.rpartition(".")[2]
+        if one.startswith("tis.") and loss == "reinforce":
+            yield one, "has no effect with reinforce, whose ratio corrects"
+        elif one.startswith("tis.") and values["anchor_logp"] == "rollout":
+            yield one, "has no effect with anchor rollout"
+        elif name == "weight_sync_interval" and is_ahead and value != 1:
+            yield one, "every step of an asynchronous loop publishes"
+        elif name == "pipeline_chunks_per_step" and not is_ahead:
+            yield one, "acts in the asynchronous loop alone: set `max_head_offpolicy_versions`"
+
+
+def _refusals(made: TranslatedConfig) -> Iterator[str]:
+    """Say what is still refused of the run file, whatever is put in for the names in capitals."""
+    model = AsyncTrainingSpec if made.is_ahead else TrainingSpec
+    training = made.document["training"] | {"trainer": {"name": "team.trainer:open_trainer"}}
+    try:
+        model.model_validate(training | {"cycle": made.document["cycle"]})
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            where = ".".join(map(str, one["loc"]))
+            yield f"{where}: {one['msg']}" if where else one["msg"]
 
 
 def _translate(made: TranslatedConfig, one: str, value: object, loss: str) -> None:
@@ -185,8 +223,7 @@ def _translate(made: TranslatedConfig, one: str, value: object, loss: str) -> No
     elif one == "anchor_logp":
         _set(made.document, "training.loss.anchor", "rollout" if value == "rollout" else "trainer")
     elif one in ("tis.cap", "tis.level"):
-        if loss != "reinforce":
-            _set(made.document, f"training.loss.{one}", value)
+        _set(made.document, f"training.loss.{one}", value)
     elif one == "output_model_id" and isinstance(value, str):
         _set(made.document, "training.output_model_id", value.rpartition("/")[2])
     elif one == "dataset" and not _is_absolute(value):

@@ -2,7 +2,6 @@
 turn, schedules, windows, and what a step leaves behind so that a run goes on after a kill."""
 
 __all__ = [
-    "alignment",
     "correction",
     "custom_loss",
     "divisor",

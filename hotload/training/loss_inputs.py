@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hotload.dataset.logprob_drift import LOGPROB_LIMIT
+from hotload.rollout.trajectory import LOGPROB_RANGE
 
 PerToken = NDArray[np.float64]
 ADVANTAGE_LIMIT = 1e6
-ABOVE_ZERO = 1e-3
-"""Nats by which a log-probability may be above 0 from rounding."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,8 +129,9 @@ def check_logprobs(values: ArrayLike, mask: NDArray[np.bool_], name: str, who: s
     Raises:
         ValueError: not one per token, or within the mask not finite, beyond ± 10⁶ or above 0.
     """
-    checked = _checked(values, mask, name, LOGPROB_LIMIT, who)
-    if checked.size and checked.max() > ABOVE_ZERO:
+    lowest, highest = LOGPROB_RANGE
+    checked = _checked(values, mask, name, -lowest, who)
+    if checked.size and checked.max() > highest:
         place = int(np.argmax(checked))
         raise ValueError(
             f"{name}: found {checked[place]:g} at token {place}, expected a log-probability, at "

@@ -1,133 +1,120 @@
 """How a run goes on after it was killed.
 
-Theory of operation. One step goes through `StepState`s in the order of their durability; what came
-before the step record counts only once the record is there, so a kill before it leads back to the
-leased groups, and a kill after it changes nothing. STEP_TRANSITIONS says both; `docs/resume.md` is
-drawn from it. `plan_resume` reads where a run stands from its records and from what became of the
-last one, nothing remembered.
+Theory of operation. What a step does before its record counts only once the record is there, and
+what comes after it, acknowledging and publishing, changes nothing where it is done. So where a run
+stands follows from its records, and from whether the version that it samples lies here still:
+RESUMPTION says what is then done with the trainer, and `docs/resume.md` shows it. Nothing is
+remembered, so a run that is killed while it resumes plans again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from hotload.errors import IdentityConflictError, StoreError
 from hotload.records import Record
 from hotload.training.settings import StateRef
-from hotload.training.step_record import ExportedCheckpoint, RunFacts, StepRecord
+from hotload.training.step_record import RunFacts, StepRecord
 from hotload.training.windows import Cursor, TrainingWindow, Windows
 
 
-class StepState(StrEnum):
-    """How far one step has come."""
+class Export(StrEnum):
+    """What there is of the version that the newest record names; version 0 before there is one."""
 
-    LEASED = "leased"
-    """Groups are leased; gradients exist in the trainer's memory alone."""
-    SAVED = "saved"
-    EXPORTED = "exported"
-    RECORDED = "recorded"
-    ACKNOWLEDGED = "acknowledged"
-    PUBLISHING = "publishing"
-    """Its cycle has begun, and may be sampling."""
-    DONE = "done"
+    NEW = "nothing is recorded"
+    MADE_AGAIN = "its step comes after the newest state"
+    GONE = "it does not lie here as recorded"
+    HERE = "it lies here as recorded"
 
 
-class StepEvent(StrEnum):
-    """What can happen to a step."""
+class Leg(StrEnum):
+    """How far the trainer is brought at once: the newest state up to there is loaded, if it has not
+    come so far, and the recorded steps after that state are made again from their groups."""
 
-    SAVE_STATE = "save_state"
-    EXPORT = "export"
-    RECORD = "record"
-    ACKNOWLEDGE = "acknowledge"
-    PUBLISH = "publish"
-    FINISH = "finish"
-    """Its cycle ended, or it exported nothing and there is none."""
-    KILLED = "killed"
+    EXPORT = "to the step that exported it, and it is exported again"
+    END = "to the last step"
 
 
-STEP_TRANSITIONS: Mapping[tuple[StepState, StepEvent], StepState] = {
-    (StepState.LEASED, StepEvent.SAVE_STATE): StepState.SAVED,
-    (StepState.LEASED, StepEvent.EXPORT): StepState.EXPORTED,
-    (StepState.LEASED, StepEvent.RECORD): StepState.RECORDED,
-    (StepState.LEASED, StepEvent.KILLED): StepState.LEASED,
-    (StepState.SAVED, StepEvent.EXPORT): StepState.EXPORTED,
-    (StepState.SAVED, StepEvent.RECORD): StepState.RECORDED,
-    (StepState.SAVED, StepEvent.KILLED): StepState.LEASED,
-    (StepState.EXPORTED, StepEvent.RECORD): StepState.RECORDED,
-    (StepState.EXPORTED, StepEvent.KILLED): StepState.LEASED,
-    (StepState.RECORDED, StepEvent.ACKNOWLEDGE): StepState.ACKNOWLEDGED,
-    (StepState.RECORDED, StepEvent.KILLED): StepState.RECORDED,
-    (StepState.ACKNOWLEDGED, StepEvent.PUBLISH): StepState.PUBLISHING,
-    (StepState.ACKNOWLEDGED, StepEvent.FINISH): StepState.DONE,
-    (StepState.ACKNOWLEDGED, StepEvent.KILLED): StepState.ACKNOWLEDGED,
-    (StepState.PUBLISHING, StepEvent.FINISH): StepState.DONE,
-    (StepState.PUBLISHING, StepEvent.KILLED): StepState.PUBLISHING,
-    (StepState.DONE, StepEvent.KILLED): StepState.DONE,
-}
-
-
-# What is still owed to the newest recorded step, by the state a kill left it in. A step without a
-# record is owed nothing: it is made again from its groups.
-RESUMPTION: Mapping[StepState, tuple[StepEvent, ...]] = {
-    StepState.LEASED: (),
-    StepState.RECORDED: (StepEvent.ACKNOWLEDGE, StepEvent.PUBLISH),
-    StepState.ACKNOWLEDGED: (StepEvent.PUBLISH,),
-    StepState.PUBLISHING: (StepEvent.PUBLISH,),
-    StepState.DONE: (),
+# Steps that are made again may come to other bits than were published, so they export again. Where
+# the newest state is of the exporting step or a later one, nothing of the version changes.
+RESUMPTION: Mapping[Export, tuple[Leg, ...]] = {
+    Export.NEW: (Leg.EXPORT,),
+    Export.MADE_AGAIN: (Leg.EXPORT, Leg.END),
+    Export.GONE: (Leg.EXPORT, Leg.END),
+    Export.HERE: (Leg.END,),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class ResumePlan:
-    """What a run does before it goes on with its next step.
+class ResumeLeg:
+    """What brings the trainer to a recorded step.
 
     Args:
-        next_step: the number of the step to make, once all below is done.
-        state: what to load; `None` for the weights that the run began with.
+        begins: whether it takes what the run began with; a trainer that was just made has the start
+            weights.
+        state: what to load; None where it goes on from where it is.
         replayed: recorded steps to make again from their stored groups, in order.
-        acknowledges: whose groups are acknowledged first, although they may be already.
-        publishes: what is then published, or goes on being.
+        exports: whether the version is then exported again.
     """
 
-    next_step: int
-    state: StateRef | None = None
-    replayed: tuple[StepRecord, ...] = ()
-    acknowledges: StepRecord | None = None
-    publishes: ExportedCheckpoint | None = None
+    begins: bool
+    state: StateRef | None
+    replayed: tuple[StepRecord, ...]
+    exports: bool
 
 
-def plan_resume(records: Sequence[StepRecord], last_state: StepState | None = None) -> ResumePlan:
-    """Decide what a run does first when it is started again.
-
-    The same facts give the same plan, so a run that is killed while it resumes plans again.
+def plan_resume(records: Sequence[StepRecord], *, is_here: bool) -> list[ResumeLeg]:
+    """Decide how a trainer that was just made comes to where the newest record left it.
 
     Args:
         records: every step of the run, in order.
-        last_state: how far the last of them has come, by the claims on its groups and its cycle;
-            `None` without records.
+        is_here: whether the version that was exported last lies here as it was recorded.
 
     Raises:
         StoreError: a record is missing, or follows another than the one before it.
-        ValueError: the last state is none that a recorded step can be in.
     """
     _check_lineage(records)
+    exported = exported_step(records)
+    legs: list[ResumeLeg] = []
+    made: int | None = None
+    for leg in RESUMPTION[_find_export(records, is_here)]:
+        goal = exported if leg is Leg.EXPORT else len(records)
+        saved = _newest_state(records[:goal])
+        loads = saved > (made or 0)
+        legs.append(
+            ResumeLeg(
+                begins=made is None and not loads,
+                state=records[saved - 1].state if loads else None,
+                replayed=tuple(one for one in records[max(saved, made or 0) : goal] if one.groups),
+                exports=leg is Leg.EXPORT,
+            )
+        )
+        made = goal
+    return legs
+
+
+def exported_step(records: Sequence[StepRecord]) -> int:
+    """Find the newest step that exported a version; 0 where none did."""
+    return max((one.step for one in records if one.checkpoint is not None), default=0)
+
+
+def is_made_again(records: Sequence[StepRecord]) -> bool:
+    """Tell whether the step that exported last comes after the newest state."""
+    return exported_step(records) > _newest_state(records)
+
+
+def _newest_state(records: Sequence[StepRecord]) -> int:
+    return max((one.step for one in records if one.state is not None), default=0)
+
+
+def _find_export(records: Sequence[StepRecord], is_here: bool) -> Export:
     if not records:
-        return ResumePlan(next_step=1)
-    last = records[-1]
-    found = STEP_TRANSITIONS[last_state, StepEvent.KILLED] if last_state else None
-    if found is None or found is StepState.LEASED:
-        raise ValueError(f"step {last.step} has a record, so it cannot be {last_state}")
-    with_state = [record for record in records if record.state is not None]
-    owed = RESUMPTION[found]
-    return ResumePlan(
-        next_step=last.step + 1,
-        state=with_state[-1].state if with_state else None,
-        replayed=tuple(records[with_state[-1].step if with_state else 0 :]),
-        acknowledges=last if StepEvent.ACKNOWLEDGE in owed else None,
-        publishes=last.checkpoint if StepEvent.PUBLISH in owed else None,
-    )
+        return Export.NEW
+    if is_made_again(records):
+        return Export.MADE_AGAIN
+    return Export.HERE if is_here else Export.GONE
 
 
 def _check_lineage(records: Sequence[StepRecord]) -> None:
@@ -177,17 +164,19 @@ def find_position(
 ) -> RunPosition:
     """Find where a run stands, from its records alone.
 
-    A window without a usable group left no record: it is found empty again.
+    A window that has begun keeps its size, whatever is declared since. One without a usable group
+    left no record: it is found empty again.
     """
     if not records:
         return RunPosition.at(0, Cursor(), windows, problem_count)
     last = records[-1]
-    here = RunPosition.at(last.sampled_version, last.window_began, windows, problem_count)
-    if here.window is not None and not last.cursor.is_over(here.window):
-        return replace(here, cursor=last.cursor)
-    exported = last.checkpoint
-    version = here.version + 1 if exported is None else exported.policy_version
-    return RunPosition.at(version, last.cursor, windows, problem_count)
+    version, exported = last.sampled_version, last.checkpoint
+    if exported is not None:  # none does within a window
+        return RunPosition.at(exported.policy_version, last.cursor, windows, problem_count)
+    window = windows.next_window(last.window_began, problem_count, size=last.window_size)
+    if window is not None and not last.cursor.is_over(window):
+        return RunPosition(version, window, last.window_began, last.cursor)
+    return RunPosition.at(version + 1, last.cursor, windows, problem_count)
 
 
 def check_same_run(run_id: str, recorded: RunFacts, declared: RunFacts) -> None:
@@ -197,10 +186,11 @@ def check_same_run(run_id: str, recorded: RunFacts, declared: RunFacts) -> None:
         IdentityConflictError: names every fact that differs. A branch, a new run_id that begins
             from a state of this one, is not held to them.
     """
+    is_told = recorded.base_sha256 is not None
     differing = [
         f"{name}: recorded {_shown(before)}, declared {_shown(now)}"
         for (name, before), (_, now) in zip(recorded, declared, strict=True)
-        if before != now
+        if before != now and not (is_told and name == "base_model")
     ]
     if differing:
         remedy = "Declare it as recorded, or begin another run_id from init_from_checkpoint"
@@ -211,19 +201,3 @@ def check_same_run(run_id: str, recorded: RunFacts, declared: RunFacts) -> None:
 def _shown(value: object) -> str:
     text = value.model_dump_json(exclude_none=True) if isinstance(value, Record) else str(value)
     return text if len(text) <= 200 else f"{text[:199]}…"
-
-
-def replayed_checkpoint(
-    recorded: ExportedCheckpoint, content_sha256: str, *, next_version: int
-) -> ExportedCheckpoint:
-    """Name what a replayed step exported: the same version if it has the same bits.
-
-    Other bits (kernels of a GPU) get the next free version: one version never has two contents.
-    """
-    if content_sha256 == recorded.content_sha256:
-        return recorded
-    return ExportedCheckpoint(
-        policy_version=next_version,
-        content_sha256=content_sha256,
-        resumed_from=recorded.policy_version,
-    )

@@ -14,7 +14,6 @@ from hotload.dataset.logprob_drift import Finite
 from hotload.errors import StoreError
 from hotload.identity import cycle_name
 from hotload.records import Record, Sha256, schema_number_of
-from hotload.training.divisor import GradientDivisor
 from hotload.training.policy_loss import PolicyLoss
 from hotload.training.settings import Label, StateRef
 from hotload.training.windows import Cursor, OpenWindow
@@ -28,8 +27,6 @@ class ExportedCheckpoint(Record):
 
     policy_version: int = Field(ge=0, lt=10**9)
     content_sha256: Sha256
-    resumed_from: int | None = Field(None, ge=0, lt=10**9)
-    """The version it takes the place of: a replay came to other bits than were published."""
 
 
 class TrainedGroups(Record):
@@ -46,11 +43,18 @@ class RunFacts(Record):
     """What must stay the same for a run to be the same run."""
 
     base_model: Label
+    """Its name, which counts where there is no digest: a path may end in any."""
+    base_sha256: Sha256 | None
+    """Of its weights, as the trainer says; None where a service keeps them."""
+    reference: Label | None
+    """The weights that a KL holds the policy to: their digest, else their name."""
+    init_from_checkpoint: Label | None
     dataset_sha256: Sha256
     group_size: int = Field(ge=1, le=1024)
     seed: int = Field(ge=0, lt=2**31)
-    loss: PolicyLoss | Label
-    """The loss with every value in force; the name of one of the user's own."""
+    shuffle: bool
+    loss: PolicyLoss
+    """With every value in force."""
 
 
 class StepRecord(Record):
@@ -71,17 +75,17 @@ class StepRecord(Record):
     """The policy version whose cycle sampled the groups; the oldest, of several."""
     window_began: Cursor
     """When the window began that the groups are of; the oldest, of several."""
-    groups: tuple[TrainedGroups, ...] = Field(min_length=1)
+    window_size: int = Field(ge=1)
+    """The problems of that window."""
+    groups: tuple[TrainedGroups, ...]
+    """None in a record that closes a run: it saves and exports what the steps before it made."""
     cursor: Cursor
     """After the step; in an asynchronous loop, where the next window begins."""
     open_windows: tuple[OpenWindow, ...] = Field((), max_length=2048)
     """In an asynchronous loop: those of which groups may still come or are to be acknowledged, and
     last the one that is sampled from the exported version."""
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    divisor_mode: GradientDivisor
-    divisor: float = Field(gt=0, allow_inf_nan=False)
-    micro_batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
-    """Samples of each, in order: another split gives other bits."""
+    learning_rate: float = Field(ge=0, allow_inf_nan=False)
+    """0 where nothing was trained on."""
     trainer: Mapping[str, JsonValue] = Field({}, max_length=256)
     """What the trainer says of itself."""
     figures: Mapping[str, Finite] = Field({}, max_length=1024)

@@ -36,7 +36,8 @@ class Windows(TrainingPart):
     prompt_groups_per_step: int = Field(8, ge=1, le=100_000)
     """P: usable groups per optimizer step."""
     weight_sync_interval: int = Field(1, ge=0, le=10_000)
-    """N: optimizer steps between two publications; 0 never publishes after the start."""
+    """N: optimizer steps between two publications; 0 publishes the start and the last weights
+    alone."""
 
     def order(self, epoch: int, problem_count: int) -> tuple[int, ...]:
         """Order the problems' numbers for an epoch; it follows from seed and epoch alone."""
@@ -48,19 +49,22 @@ class Windows(TrainingPart):
 
         return tuple(sorted(range(problem_count), key=key))
 
-    def next_window(self, cursor: Cursor, problem_count: int) -> TrainingWindow | None:
+    def next_window(
+        self, cursor: Cursor, problem_count: int, *, size: int | None = None
+    ) -> TrainingWindow | None:
         """Find what is sampled next: the first problems that are not done, and the rows after them
         that take the place of dropped ones; None once all epochs are over.
 
         Args:
             cursor: where the window before ended.
+            size: its problems, where it has begun; else as many as are declared.
 
         Raises:
             ValueError: there are no problems.
         """
         for here in self._epochs_from(cursor, problem_count):
             if left := here.left_of(problem_count):
-                size = self.window_size(problem_count)
+                size = size or self.window_size(problem_count)
                 reserve = left[size : (1 + RESERVE_WINDOWS) * size]
                 return TrainingWindow(here.epoch, left[:size], reserve)
         return None

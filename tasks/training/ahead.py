@@ -121,11 +121,21 @@ class AheadRun(TrainingRun):
         count = len(self.problems)
         window = self.spec.windows.window_ahead(self._next, count, version, missing)
         is_end = window is None and not await self.groups.has_more()
+        if window is not None:
+            await asyncio.to_thread(self.order, window.epoch)  # the streams do not wait for it
         oldest = min(part.sampled_version or 0 for groups in made for part in groups.groups)
-        began = next(one for one in self.groups.windows if one.policy_version == oldest).began
+        first = next(one for one in self.groups.windows if one.policy_version == oldest)
         opened = () if window is None else (window,)
         cursor = self._next if window is None else window.end
-        return StepPlace(oldest, began, cursor, version, is_end, (*self.groups.windows, *opened))
+        return StepPlace(
+            oldest,
+            first.began,
+            first.count,
+            cursor,
+            version,
+            is_end,
+            (*self.groups.windows, *opened),
+        )
 
     def lag_figures(self, frame: pl.DataFrame) -> Mapping[str, float]:
         """Tell how many versions the trainer is ahead of those that began these samples."""
@@ -149,6 +159,7 @@ class AheadRun(TrainingRun):
 
     def go_on_as(self, version: int) -> None:
         """Sample under another version than the one that was recorded, and is spent."""
+        super().go_on_as(version)
         spent = self.records[-1].checkpoint
         for place, window in enumerate(self._recorded):
             if spent is not None and window.policy_version == spent.policy_version:

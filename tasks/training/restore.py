@@ -1,12 +1,15 @@
-"""Restore: the trainer of a run that was killed, as it was after the newest record."""
+"""Restore: the trainer of a run that was killed, as it was after the newest record.
+
+What reads is tried again; what steps the trainer is not, since it would step twice.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from itertools import islice
 
 from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
 
+from hotload.clients.handoff.directory import version_before
 from hotload.clients.handoff.usable_groups import (
     ChosenGroup,
     StepGroups,
@@ -16,96 +19,135 @@ from hotload.clients.handoff.usable_groups import (
 from hotload.clients.store.records import SNAPSHOTS
 from hotload.clients.store.step_records import read_steps
 from hotload.directory.files import remove_tree
-from hotload.errors import IdentityConflictError
-from hotload.identity import read_identity
-from hotload.training.resume import StepState, plan_resume, replayed_checkpoint
+from hotload.errors import IdentityConflictError, InvalidCheckpointError
+from hotload.identity import NamedVersion, read_identity
+from hotload.training.resume import ResumeLeg, exported_step, is_made_again, plan_resume
+from hotload.training.settings import StateRef
 from hotload.training.step_record import ExportedCheckpoint, StepRecord
 from tasks import RETRIED
 from tasks.training.run import TrainingRun
-from tasks.training.step import content_digest, export_version, make_step
+from tasks.training.step import ARROW, content_digest, export_version, make_step
+
+BEYOND_EVERY_VERSION = 10**9 - 1
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="restore-{run.run_id}", **RETRIED)
-async def restore_run(run: TrainingRun) -> None:
-    """Bring the trainer to where the newest record left it, and the version that is sampled into
-    its directory: loaded from the newest state, the steps after it made again from their groups.
-
-    What the last record is owed, acknowledging and publishing, is done by its window: both change
-    nothing where they are done.
+@task(**ARROW, task_run_name="plan-{run.run_id}", **RETRIED)
+async def plan_restore(run: TrainingRun) -> list[ResumeLeg]:
+    """Look whether the version that is sampled lies here as recorded, and plan by it what brings
+    the trainer to the newest record.
 
     Raises:
-        StoreError: a state, a part or a record is not there, or is not what was recorded.
+        StoreError: a record is missing, or follows another than the one before it.
+    """
+    is_here = not is_made_again(run.records) and await _is_here(run)
+    return plan_resume(run.records, is_here=is_here)
+
+
+@task(**ARROW, task_run_name="load-{run.run_id}", **RETRIED)
+async def load_state(run: TrainingRun, leg: ResumeLeg) -> None:
+    """Load the state that a leg begins with, if it begins with one.
+
+    Raises:
+        StoreError: it is not there, or not what was saved.
         IdentityConflictError: a branch begins with a state that is not recorded.
     """
-    await _begin(run)
-    exported = next((one for one in reversed(run.records) if one.checkpoint is not None), None)
-    until = run.records[: exported.step] if exported is not None else []
-    recorded = None if exported is None else exported.checkpoint
-    made = 0
-    if recorded is None or await _must_export(run, recorded, until):
-        made = await _bring_to(run, until, made)
-        await _export(run, recorded)
-    else:
-        run.exported_version = recorded.policy_version
-    await _bring_to(run, run.records, made)
+    state = await _beginning(run) if leg.begins else leg.state
+    if state is not None:
+        await run.ask(run.trainer.load_state, state)
 
 
-async def _must_export(
-    run: TrainingRun, recorded: ExportedCheckpoint, until: Sequence[StepRecord]
-) -> bool:
-    """Whether the version is not there as it was recorded, or steps before it are made again, which
-    may lead elsewhere."""
-    directory = run.spec.checkpoint_of(recorded.policy_version)
-    if plan_resume(until, StepState.RECORDED).replayed:
-        return True
-    if not await asyncio.to_thread(directory.exists):
-        return True
-    return await content_digest(run, directory) != recorded.content_sha256
+@task(**ARROW, task_run_name="read-{record.step}", **RETRIED)
+async def read_again(run: TrainingRun, record: StepRecord) -> list[ChosenGroup]:
+    """Read the groups of a recorded step.
+
+    Raises:
+        StoreError: as `read_recorded`.
+    """
+    return await read_recorded(run.store, record)
 
 
-async def _export(run: TrainingRun, recorded: ExportedCheckpoint | None) -> None:
-    """Export the weights as the version that a record names, or as version 0."""
+@task(**ARROW, task_run_name="make-again-{record.step}")
+async def make_again(run: TrainingRun, record: StepRecord, groups: Sequence[ChosenGroup]) -> None:
+    """Make a recorded step again of its groups, at its recorded rate.
+
+    Raises:
+        As `make_step`.
+    """
+    chunks = _chunks(groups, run.spec.chunk_sizes)
+    await make_step(run, chunks, record.step, learning_rate=record.learning_rate)
+    get_run_logger().info("step %d is made again from its groups", record.step)
+
+
+@task(**ARROW, task_run_name="export-again-{run.run_id}", **RETRIED)
+async def export_again(run: TrainingRun) -> None:
+    """Export the weights as the version that the newest record names, as version 0 before there is
+    one; other bits than were recorded (kernels of a GPU) are the next free version, since one
+    version never has two contents.
+
+    Raises:
+        As `export_version`; StoreError: the store refuses.
+    """
+    recorded = _recorded(run)
     if recorded is None:
         await export_version(run, 0)
         return
     made = await export_version(run, recorded.policy_version)
-    spent = [recorded.policy_version, *await _published(run)]
-    named = replayed_checkpoint(recorded, made.content_sha256, next_version=1 + max(spent))
-    run.exported_version = named.policy_version
-    if named == recorded:
+    if made.content_sha256 == recorded.content_sha256:
         return
-    places = (recorded.policy_version, named.policy_version)
-    was, becomes = map(run.spec.checkpoint_of, places)
+    version = 1 + max(recorded.policy_version, *await _used(run))
+    was, becomes = map(run.spec.checkpoint_of, (recorded.policy_version, version))
     await asyncio.to_thread(remove_tree, becomes)
     await asyncio.to_thread(was.rename, becomes)
-    run.go_on_as(named.policy_version)
+    run.go_on_as(version)
     get_run_logger().warning(
         "the steps made again came to other bits than were recorded: version %d is spent, and the "
         "run goes on as version %d",
-        *places,
+        recorded.policy_version,
+        version,
     )
 
 
-async def _published(run: TrainingRun) -> list[int]:
+def _recorded(run: TrainingRun) -> ExportedCheckpoint | None:
+    step = exported_step(run.records)
+    return run.records[step - 1].checkpoint if step else None
+
+
+async def _is_here(run: TrainingRun) -> bool:
+    """Whether the version that is sampled lies here as recorded; of version 0 no digest is."""
+    recorded = _recorded(run)
+    directory = run.spec.checkpoint_of(recorded.policy_version if recorded else 0)
+    if not await asyncio.to_thread(directory.exists):
+        return False
+    if recorded is None:
+        return True
+    try:
+        return await content_digest(run, directory) == recorded.content_sha256
+    except InvalidCheckpointError:
+        return False
+
+
+async def _used(run: TrainingRun) -> list[int]:
+    """Versions of the run that were published, or sampled from weights of an earlier one."""
     names = await run.store.names(SNAPSHOTS)
     found = (read_identity(name.removesuffix(".json")) for name in names)
-    return [one.policy_version for one in found if one and one.run_id == run.run_id]
+    published = [one.policy_version for one in found if one and one.run_id == run.run_id]
+    sampled = await version_before(run.store, NamedVersion(run.run_id, 0, BEYOND_EVERY_VERSION))
+    return [*published, 0 if sampled is None else sampled.policy_version]
 
 
-async def _bring_to(run: TrainingRun, records: Sequence[StepRecord], made: int) -> int:
-    """Make the steps of these records that the trainer has not made, from the newest state on that
-    saves any of them; returns how many it has made.
-    """
-    plan = plan_resume(records, StepState.RECORDED if records else None)
-    saved = len(records) - len(plan.replayed)
-    if plan.state is not None and made < saved:
-        await run.ask(run.trainer.load_state, plan.state)
-        made = saved
-    for record in records[made:]:
-        chunks = _chunks(await read_recorded(run.store, record), run.spec.chunk_sizes)
-        await make_step(run, chunks, record.step, learning_rate=record.learning_rate)
-        get_run_logger().info("step %d is made again from its groups", record.step)
-    return len(records)
+async def _beginning(run: TrainingRun) -> StateRef | None:
+    """Find the state that a branch begins with; a trainer that was just made has the start
+    weights."""
+    begins = run.spec.init_from_checkpoint
+    if begins is None:
+        return None
+    other, _, step = begins.rpartition(":")
+    records = await read_steps(run.store, other)
+    state = next((one.state for one in records if one.step == int(step)), None)
+    if state is None:
+        reason = f"init_from_checkpoint: no state of step {step} is recorded in this store"
+        raise IdentityConflictError(other, reason)
+    return state
 
 
 async def _chunks(groups: Sequence[ChosenGroup], sizes: Sequence[int]) -> AsyncIterator[StepGroups]:
@@ -114,19 +156,3 @@ async def _chunks(groups: Sequence[ChosenGroup], sizes: Sequence[int]) -> AsyncI
     for size in (*sizes[:-1], len(groups)):
         if chunk := list(islice(left, size)):
             yield step_groups(chunk)
-
-
-async def _begin(run: TrainingRun) -> None:
-    """Take the state that a branch begins with; a trainer that was just made has the start
-    weights."""
-    begins = run.spec.init_from_checkpoint
-    if begins is None:
-        return
-    other, _, step = begins.rpartition(":")
-    state = next(
-        (one.state for one in await read_steps(run.store, other) if one.step == int(step)), None
-    )
-    if state is None:
-        reason = f"init_from_checkpoint: no state of step {step} is recorded in this store"
-        raise IdentityConflictError(other, reason)
-    await run.ask(run.trainer.load_state, state)

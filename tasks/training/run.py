@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -54,16 +54,26 @@ class StepPlace:
     """Where a step stands in its run, known once its groups are: what its record says of it.
 
     Args:
+        window_size: the problems of the window that its groups are of; the oldest, of several.
         exports_as: the policy version that it exports; None within a window.
         is_end: whether nothing is left to train.
     """
 
     sampled_version: int
     window_began: Cursor
+    window_size: int
     cursor: Cursor
     exports_as: int | None
     is_end: bool
     open_windows: tuple[OpenWindow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EpochOrder:
+    """The problems in the order of an epoch, and the position of each by its id."""
+
+    problems: Sequence[Problem]
+    positions: Mapping[str, int]
 
 
 @dataclass(eq=False, repr=False)
@@ -81,18 +91,21 @@ class TrainingRun(ABC):
     calls: ThreadPoolExecutor
 
     def __post_init__(self) -> None:
-        """Begin before the first version is exported, and without a trainer."""
-        self.exported_version = 0
+        """Begin with what the records say, and without a trainer."""
+        exports = (one.checkpoint for one in reversed(self.records))
+        self.exported_version = next((one.policy_version for one in exports if one is not None), 0)
         """The version whose weights are the last that were exported."""
         self.trainer_facts: TrainerFacts
         self.trainer: Trainer
         self.reference: Trainer | None = None
+        self.reference_facts: TrainerFacts | None = None
         self._sampler_waits_since: float | None = None
         self._waited_before = 0.0
         self.asked_seconds = 0.0
         """Seconds that the trainer was at work since its last step was made."""
         self.page_due_at = 0.0
         """By the monotonic clock."""
+        self._epochs: dict[int, EpochOrder] = {}
 
     async def ask(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call the trainer on its thread. A caller that is cancelled waits until the call has
@@ -124,7 +137,7 @@ class TrainingRun(ABC):
     @property
     def facts(self) -> RunFacts:
         """What must stay the same for it to be the same run."""
-        return self.spec.facts(self.trainer_facts.model, self._dataset_sha256)
+        return self.spec.facts(self.trainer_facts, self.reference_facts, self._dataset_sha256)
 
     @cached_property
     def _dataset_sha256(self) -> str:
@@ -146,9 +159,9 @@ class TrainingRun(ABC):
     def lag_figures(self, frame: pl.DataFrame) -> Mapping[str, float]:
         """Tell how far the trainer is ahead of what sampled these rows."""
 
-    @abstractmethod
     def go_on_as(self, version: int) -> None:
         """Sample under another version than the one that was recorded, and is spent."""
+        self.exported_version = version
 
     def add(self, record: StepRecord) -> None:
         """Stand where the run stands after this record."""
@@ -176,29 +189,32 @@ class TrainingRun(ABC):
             line=0,
         )
         trained = {one for record in self.records for one in record.trained_from(policy_version)}
-        return UsableGroups(reader, self.positions(epoch), trained)
+        return UsableGroups(reader, self.order(epoch).positions, trained)
 
-    def positions(self, epoch: int) -> Mapping[str, int]:
-        """Find the position of every problem in an epoch, by its id."""
-        order = self.spec.windows.order(epoch, len(self.problems))
-        return {self.problems[number].id: place for place, number in enumerate(order)}
+    def order(self, epoch: int) -> EpochOrder:
+        """Order the problems for an epoch: once, since many take a while."""
+        if epoch not in self._epochs:
+            order = self.spec.windows.order(epoch, len(self.problems))
+            problems = [self.problems[number] for number in order]
+            positions = {problem.id: place for place, problem in enumerate(problems)}
+            # Windows of the epoch before may be open still.
+            kept = {one: known for one, known in self._epochs.items() if one == epoch - 1}
+            self._epochs = kept | {epoch: EpochOrder(problems, positions)}
+        return self._epochs[epoch]
 
     async def write_problems(self, policy_version: int, epoch: int, rows: Sequence[int]) -> Path:
         """Write the problems at these positions of an epoch as the file that a version samples."""
-        order = self.spec.windows.order(epoch, len(self.problems))
-        declared = self.spec.cycle.problems
+        problems, declared = self.order(epoch).problems, self.spec.cycle.problems
         lines = [
-            render_problem(
-                self.problems[order[place]], declared.prompt_field, declared.answer_field
-            )
+            render_problem(problems[place], declared.prompt_field, declared.answer_field)
             for place in rows
         ]
         file = self.spec.problems_of(policy_version)
         await asyncio.to_thread(_write, file, b"".join(lines))
         return file
 
-    async def forget_but(self, *kept: Path) -> None:
-        """Remove what lies beside these files or directories, which are in one."""
+    async def forget_but(self, kept: Path) -> None:
+        """Remove what lies beside this file or directory."""
         # What is published lies in the store; what a trainer resumes from is its state.
         await asyncio.to_thread(_remove_beside, kept)
 
@@ -234,6 +250,7 @@ class WindowedRun(TrainingRun):
         """Write the window's problems, and declare the cycle that samples them."""
         self.note_sampling()
         version = self.at.version
+        await asyncio.to_thread(self.order, window.epoch)  # the sampler's streams do not wait
         self.groups = self.groups_from(version, window.epoch)
         file = await self.write_problems(version, window.epoch, window.rows(version))
         await self.forget_but(self.spec.checkpoint_of(self.exported_version))
@@ -257,14 +274,22 @@ class WindowedRun(TrainingRun):
         assert self.at.window is not None
         windows, count = self.spec.windows, len(self.problems)
         is_last = not await self.groups.has_more()
-        positions = self.positions(self.at.window.epoch)
+        positions = self.groups.positions
         trained = [positions[problem] for groups in made for problem in groups.problem_ids]
         cursor = (self.at.end if is_last else self.at.cursor).done(trained)
         is_end = is_last and not windows.next_window(cursor, count)
         exports = is_end or (is_last and windows.weight_sync_interval)
-        version = self.at.version
+        version, size = self.at.version, len(self.at.window.positions)
         return StepPlace(
-            version, self.at.began, cursor, version + 1 if exports else None, bool(is_end)
+            version, self.at.began, size, cursor, version + 1 if exports else None, bool(is_end)
+        )
+
+    def closing_place(self) -> StepPlace:
+        """Find where a record stands that exports what the last step made, all epochs being
+        over."""
+        last, at = self.records[-1], self.at
+        return StepPlace(
+            last.sampled_version, last.window_began, last.window_size, at.cursor, at.version, True
         )
 
     def lag_figures(self, frame: pl.DataFrame) -> Mapping[str, float]:
@@ -278,8 +303,10 @@ class WindowedRun(TrainingRun):
         self.at = find_position(self.records, self.spec.windows, len(self.problems))
 
     def go_on_as(self, version: int) -> None:
-        """Sample under another version than the one that was recorded, and is spent."""
-        self.at = replace(self.at, version=version)
+        """Sample under another version than the one that was recorded, and is spent: what is not
+        done yet, since what was trained on is known by the version that sampled it."""
+        super().go_on_as(version)
+        self.at = RunPosition.at(version, self.at.cursor, self.spec.windows, len(self.problems))
 
     def leave_window(self) -> None:
         """Go on to the next window after one without a usable group."""
@@ -292,9 +319,9 @@ def _write(file: Path, data: bytes) -> None:
     write_atomic(file, data)
 
 
-def _remove_beside(kept: Sequence[Path]) -> None:
-    for each in kept[0].parent.iterdir():
-        if each not in kept:
+def _remove_beside(kept: Path) -> None:
+    for each in kept.parent.iterdir():
+        if each != kept:
             remove_tree(each)
 
 
@@ -322,16 +349,19 @@ async def open_run(
         TrainerError: the trainer cannot be used.
         IdentityConflictError: the run was begun with other problems, weights or settings.
         StoreError: the store refuses, or a record cannot be read.
+        ValueError: the learning rate has no course over so many steps.
     """
     problems = await read_declared(spec.cycle.problems, store)
+    spec.schedule.at(1, spec.windows.step_limit(len(problems)))
     records = await read_steps(store, spec.cycle.run_id)
     run = kind(spec, store, problems, records, calls)
     run.trainer = await run.ask(load_trainer, spec.trainer)
     run.trainer_facts = await run.ask(run.trainer.describe)
-    if records:
-        check_same_run(spec.cycle.run_id, records[-1].facts, run.facts)
     if spec.loss.needs_reference:
         run.reference = await run.ask(load_trainer, spec.reference or spec.trainer)
+        run.reference_facts = await run.ask(run.reference.describe)
+    if records:
+        check_same_run(spec.cycle.run_id, records[-1].facts, run.facts)
     if not spec.dcp_save_interval:
         get_run_logger().warning(
             "dcp_save_interval is 0: no state is saved, and a run that is started again makes "

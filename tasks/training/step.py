@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,16 @@ from hotload.clients.handoff.usable_groups import GroupsAhead, RowKey, StepGroup
 from hotload.clients.store import Store
 from hotload.clients.store.step_records import promote, write_step
 from hotload.clock import monotonic, utc_now
-from hotload.dataset.trainer_batch import make_batch
+from hotload.dataset.trainer_batch import make_batch, trainable
 from hotload.directory.files import FileDigests, remove_tree
 from hotload.directory.relayout import view_checkpoint
 from hotload.trainers.step_samples import StepSamples
-from hotload.trainers.training_step import AccumulatedStep, StepOutcome
+from hotload.trainers.training_step import AccumulatedStep
 from hotload.training.loss_inputs import PerToken
 from hotload.training.settings import StateRef
 from hotload.training.step_record import ExportedCheckpoint, Promotion, StepRecord
 from tasks import RETRIED
-from tasks.training.run import StepPlace, TrainingRun
+from tasks.training.run import StepPlace, TrainingRun, WindowedRun
 from tasks.validate import read_content
 
 ARROW: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -38,27 +37,16 @@ class TrainedStep:
     step: int
     chunks: tuple[StepGroups, ...]
     learning_rate: float
-    outcome: StepOutcome
+    row_logprobs: Mapping[RowKey, PerToken]
+    """The trainer's before the step, of the rows that were trained on."""
     figures: Mapping[str, float]
-    trained_at: datetime
-
-    def row_logprobs(self) -> dict[RowKey, PerToken]:
-        """Sort the trainer's log-probabilities by the rows that were trained on."""
-        found: dict[RowKey, PerToken] = {}
-        logprobs = iter(self.outcome.logprobs)
-        for groups in self.chunks:
-            batch = make_batch(groups.frame)
-            of_chunk = list(islice(logprobs, len(batch)))
-            keys = groups.frame.select("problem_id", "sample_number", "segment_number").rows()
-            for key, row in zip(keys, batch.frame_rows, strict=True):
-                if row is not None:
-                    found[key] = of_chunk[row]
-        return found
+    trained_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedStep(TrainedStep):
-    """A step that is made and not yet recorded, and where it stands in its run."""
+    """A step that is made and not yet recorded, and where it stands in its run. `trained_at` is
+    None where nothing was trained on."""
 
     place: StepPlace
 
@@ -82,14 +70,15 @@ async def make_step(
     total = max(step, spec.windows.step_limit(len(run.problems)))
     rate = learning_rate or spec.schedule.at(step, total)
     work = AccumulatedStep(run.trainer, spec.loss, spec.step, reference=run.reference)
-    seconds, count, made = 0.0, 0, list[StepGroups]()
+    seconds, count, made, rows = 0.0, 0, list[StepGroups](), list[RowKey]()
     async for groups in chunks:
         began = monotonic()
-        samples = StepSamples.of_batch(make_batch(groups.frame))
+        samples, keys = await asyncio.to_thread(_samples_of, groups.frame)
         await run.ask(work.add, samples, rate)
         seconds += monotonic() - began
         made.append(groups)
         count += len(samples)
+        rows += keys
     began = monotonic()
     outcome = await run.ask(work.finish, rate)
     frame = pl.concat([groups.frame for groups in made])
@@ -100,7 +89,14 @@ async def make_step(
         **run.lag_figures(frame),
         "perf/train_time": seconds + monotonic() - began,
     }
-    return TrainedStep(step, tuple(made), rate, outcome, figures, trained_at=utc_now())
+    logprobs = dict(zip(rows, outcome.logprobs, strict=True))
+    return TrainedStep(step, tuple(made), rate, logprobs, figures, trained_at=utc_now())
+
+
+def _samples_of(frame: pl.DataFrame) -> tuple[StepSamples, list[RowKey]]:
+    """Take the rows to train on as samples, and name each."""
+    keys = trainable(frame).select("problem_id", "sample_number", "segment_number").rows()
+    return StepSamples.of_batch(make_batch(frame)), keys
 
 
 @task(**ARROW, task_run_name="train-{step}")
@@ -123,11 +119,18 @@ async def train(run: TrainingRun, step: int, groups: UsableGroups | GroupsAhead)
         made.step,
         made.chunks,
         made.learning_rate,
-        made.outcome,
+        made.row_logprobs,
         figures,
         made.trained_at,
         place,
     )
+
+
+def closing_step(run: WindowedRun) -> PlacedStep:
+    """Make what closes the records of a run whose last step neither saved nor exported: nothing is
+    trained on."""
+    run.asked_seconds = 0.0
+    return PlacedStep(run.next_step, (), 0.0, {}, {}, None, run.closing_place())
 
 
 @task(cache_policy=NO_CACHE, task_run_name="save-state-{made.step}", **RETRIED)
@@ -204,13 +207,11 @@ async def record_step(
         checkpoint=checkpoint,
         sampled_version=place.sampled_version,
         window_began=place.window_began,
+        window_size=place.window_size,
         groups=tuple(part for groups in made.chunks for part in groups.groups),
         cursor=place.cursor,
         open_windows=place.open_windows,
         learning_rate=made.learning_rate,
-        divisor_mode=run.spec.step.grad_accumulation_normalization,
-        divisor=made.outcome.divisor,
-        micro_batches=made.outcome.micro_batches,
         trainer={
             "name": run.spec.trainer.name,
             "parameter_count": facts.parameter_count,
@@ -234,7 +235,7 @@ async def acknowledge(groups: UsableGroups | GroupsAhead, made: TrainedStep) -> 
         LeaseLostError: another consumer reads the run's groups.
         StoreError: the store refuses.
     """
-    await groups.acknowledge(made.row_logprobs())
+    await groups.acknowledge(made.row_logprobs)
 
 
 @task(**ARROW, task_run_name="promote-{name}", **RETRIED)

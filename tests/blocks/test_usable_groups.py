@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hotload.clients.handoff import RolloutReader
+from hotload.clients.handoff import RolloutReader, usable_groups
 from hotload.clients.handoff.usable_groups import UsableGroups, read_recorded, step_groups
 from hotload.clients.store import Store
 from hotload.clients.store.records import write_manifest
@@ -18,19 +19,16 @@ from hotload.clients.store.step_records import (
     read_steps,
     write_step,
 )
-from hotload.errors import IdentityConflictError, InvalidIdentityError, StoreError
-from hotload.rollout.counts import GroupCounts
-from hotload.training.policy_loss import PolicyLoss
-from hotload.training.step_record import (
-    ExportedCheckpoint,
-    RunFacts,
-    StateRef,
-    StepRecord,
-    TrainedGroups,
+from hotload.errors import (
+    IdentityConflictError,
+    InvalidIdentityError,
+    StoreError,
+    StoreUnavailableError,
 )
-from hotload.training.windows import Cursor
+from hotload.rollout.counts import GroupCounts
+from hotload.training.step_record import TrainedGroups
 from tests.blocks.sampled_groups import POSITIONS, sampled
-from tests.factories import snapshot_manifest
+from tests.factories import snapshot_manifest, step_record
 from tests.waiting import PATIENCE_SECONDS
 
 IDENTITY = "run-000003-0123abcd"
@@ -109,6 +107,44 @@ async def test_a_reader_that_is_told_looks_at_once(store: Store) -> None:
     assert delivery.problem_ids == ("a",)
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path]:
+    """Let the store's disk fail so often, in whatever is read next; the files that failed."""
+    failed: list[Path] = []
+    real = Path.open
+
+    def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if len(failed) < times:
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    return failed
+
+
+@pytest.mark.parametrize("is_polled", [False, True], ids=["next", "poll"])
+async def test_a_store_that_does_not_answer_for_a_while_loses_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch, is_polled: bool
+) -> None:
+    """A step in the making cannot be repeated, so what waits for its groups asks again."""
+    monkeypatch.setattr(usable_groups, "AGAIN_SECONDS", (0.0,) * 7)
+    await sampled(store, 3, "ab", "c")
+    for times in range(7):
+        groups = groups_of(store, nonce=str(times) * 32)
+        failed = failing(monkeypatch, times)
+        if is_polled:
+            while not groups.has_ended:
+                await groups.poll(1)
+        else:
+            assert (await groups.take(3)).problem_ids == ("a", "b", "c")
+        assert len(failed) == times
+        assert groups.waiting.keys() == ({"a", "b", "c"} if is_polled else set())
+        await groups._reader.give_back()
+    failing(monkeypatch, 1000)
+    with pytest.raises(StoreUnavailableError, match="Input/output"):
+        await groups_of(store).has_more()
+
+
 async def test_what_waits_to_be_taken_is_not_acknowledged(store: Store) -> None:
     await sampled(store, 3, "abc")
     groups = groups_of(store)
@@ -123,59 +159,35 @@ async def test_a_recorded_step_reads_the_same_rows_again(store: Store) -> None:
     groups = groups_of(store)
     step = await groups.take(3)
     assert [one.part_sha256 for one in step.groups] == [parts[1].sha256, parts[0].sha256]
-    again = await read_recorded(store, record(groups=step.groups, sampled_version=3))
+    again = await read_recorded(store, step_record(groups=step.groups, sampled_version=3))
     assert step_groups(again).frame.equals(step.frame)
     gone = TrainedGroups(part_sha256=SHA, problem_ids=("a",), sampled_version=3)
     with pytest.raises(StoreError, match="no part has the digest 000000000000"):
-        await read_recorded(store, record(groups=(gone,)))
+        await read_recorded(store, step_record(groups=(gone,)))
     stray = TrainedGroups(part_sha256=parts[0].sha256, problem_ids=("z",), sampled_version=3)
     with pytest.raises(StoreError, match="has no group of 'z'"):
-        await read_recorded(store, record(groups=(stray,)))
+        await read_recorded(store, step_record(groups=(stray,)))
 
 
 # Records.
 
 
-def record(parent: StepRecord | None = None, **changed: Any) -> StepRecord:
-    step = 1 if parent is None else parent.step + 1
-    given = {
-        "run_id": "run",
-        "step": step,
-        "parent_sha256": parent and parent.sha256,
-        "facts": RunFacts(
-            base_model="tiny", dataset_sha256=SHA, group_size=2, seed=0, loss=PolicyLoss()
-        ),
-        "state": StateRef(path=f"state-{step}", sha256=SHA),
-        "checkpoint": ExportedCheckpoint(policy_version=step, content_sha256=SHA),
-        "sampled_version": step - 1,
-        "window_began": Cursor(done_before=step - 1),
-        "groups": (TrainedGroups(part_sha256=SHA, problem_ids=("a",)),),
-        "cursor": Cursor(done_before=step),
-        "learning_rate": 1e-5,
-        "divisor_mode": "num_loss_tokens",
-        "divisor": 4,
-        "micro_batches": (2,),
-        "figures": {"train/grad_norm": 0.1},
-    }
-    return StepRecord(**(given | changed))
-
-
 async def test_a_step_is_recorded_once(store: Store) -> None:
-    first = record()
-    second = record(first)
+    first = step_record()
+    second = step_record(first)
     for each in (first, second, first):  # the answer to the first may have been lost
         await write_step(store, each)
     assert await read_steps(store, "run") == [first, second]
     assert await read_steps(store, "other") == []
     with pytest.raises(IdentityConflictError, match="another loop of this run has recorded step 2"):
-        await write_step(store, record(first, divisor=5))
+        await write_step(store, step_record(first, learning_rate=5e-5))
     assert await read_steps(store, "run") == [first, second]
 
 
 async def test_a_name_is_given_once_and_to_what_was_published(store: Store) -> None:
-    first = record()
+    first = step_record()
     await write_step(store, first)
-    await write_step(store, record(first))
+    await write_step(store, step_record(first))
     with pytest.raises(InvalidIdentityError, match="version 2 was not published"):
         await promote(store, "run", "result")
     identity = "run-000001-0123abcd"

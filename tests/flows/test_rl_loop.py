@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -107,3 +109,57 @@ async def test_a_cycle_that_fails_ends_the_run_and_so_does_a_trainer(
         await rl_loop(spec_of(fleet, trainer=raising.model_dump()))
     assert "hush-hush" not in str(failed.value)
     assert await read_run(fleet) == []
+
+
+async def test_a_store_that_fails_while_steps_are_made_again_makes_none_of_them_twice(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a state all are made again; the disk fails once, in the third one's groups."""
+    windows = {"prompt_groups_per_step": 1, "seed": 3}
+    spec = spec_of(fleet, windows=windows, dcp_save_interval=0)
+    await rl_loop(spec)
+    records = await read_run(fleet)
+    assert len(records) >= 3
+    signals = fleet.log()["signals"]
+    read: list[Path] = []
+    real = Path.open
+
+    def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.match("part-*.parquet"):
+            read.append(path)
+            if len(read) == 3:
+                raise OSError(errno.EIO, "Input/output error")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    await rl_loop(spec)
+    # Each once, and that one again.
+    assert len(read) == len(records) + 1
+    # Other bits would have been published as another version.
+    assert fleet.log()["signals"] == signals
+    assert bits(await read_run(fleet)) == bits(records)
+
+
+async def test_what_was_learnt_is_published_also_where_the_last_epoch_teaches_nothing(
+    fleet: Fleet,
+) -> None:
+    records = fleet.bucket / "_hotload/training/learn/steps"
+    reward = {
+        "name": "tests.flows.training_runs:right_once_trained",
+        "arguments": {"records": str(records)},
+    }
+    windows = {"prompt_groups_per_step": 4, "weight_sync_interval": 0, "epochs": 2, "seed": 3}
+    changes = {"cycle": {"reward": reward}, "dcp_save_interval": 5, "output_model_id": "result"}
+    for _ in range(2):  # started again, it comes to the same
+        await rl_loop(spec_of(fleet, windows=windows, **changes))
+        step, closing = await read_run(fleet)
+        assert (step.checkpoint, step.state) == (None, None)
+        assert (closing.groups, closing.learning_rate) == ((), 0)
+        assert closing.state is not None
+        assert closing.checkpoint is not None
+        signals = [note["identity"] for note in fleet.log()["signals"]]
+        assert [one.rpartition("-")[0] for one in signals] == ["learn-000000", "learn-000002"]
+    page = fleet.bucket / "_hotload/training/learn/page.html"
+    assert "After step <b>1</b>" in page.read_text()
+    listed = await list_declared(spec_of(fleet, windows=windows, **changes), {})
+    assert "version 2 (result)" in listed[1]

@@ -3,6 +3,7 @@ one; and runs of other kinds than test_rl_loop.py has. `make train-kills` runs t
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from flows.rl_loop import rl_loop
 from hotload.clients.store import Store
-from hotload.clients.store.step_records import TRAINING
+from hotload.clients.store.step_records import TRAINING, read_steps
 from hotload.errors import IdentityConflictError
 from hotload.training.step_record import StepRecord
 from tests.flows.fleet import Fleet, running_fleet, save_blocks
@@ -156,5 +157,21 @@ async def test_a_branch_begins_with_a_state_of_another_run(fleet: Fleet) -> None
     await rl_loop(spec_of(fleet, cycle=cycle, loss=dapo, init_from_checkpoint=f"learn:{last.step}"))
     signals = [note["identity"] for note in fleet.log()["signals"]]
     assert any(one.startswith("branch-000000-") for one in signals)
+    # What it began with is not needed any more.
+    shutil.rmtree(fleet.bucket / TRAINING / "learn")
+    states = [one.state for one in await read_steps(Store(fleet.bucket.as_uri()), "branch")]
+    kept = {one.path for one in states if one is not None}
+    for path in (fleet.root / "states").iterdir():
+        if path.name not in kept:
+            path.unlink()
+    longer = spec_of(
+        fleet,
+        cycle=cycle,
+        loss=dapo,
+        init_from_checkpoint=f"learn:{last.step}",
+        windows={"prompt_groups_per_step": 2, "seed": 3, "epochs": 2},
+    )
+    await rl_loop(longer)
+    assert len(await read_steps(Store(fleet.bucket.as_uri()), "branch")) > len(states)
     with pytest.raises(IdentityConflictError, match="no state of step 9 is recorded"):
         await rl_loop(spec_of(fleet, cycle={"run_id": "b"}, init_from_checkpoint="learn:9"))

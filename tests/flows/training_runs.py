@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.numpy_trainer import NumpyTrainer
+from examples.rewards import letters
 from hotload.clients.store import Store
 from hotload.clients.store.step_records import read_steps
 from hotload.rollout.trajectory import Problem, Trajectory
@@ -74,6 +75,11 @@ def always_right(problem: Problem, trajectory: Trajectory) -> float:
     return 1.0
 
 
+def right_once_trained(problem: Problem, trajectory: Trajectory, records: str) -> float:
+    """A reward that something can be learnt from, until a step is recorded."""
+    return 1.0 if list(Path(records).glob("*.json")) else letters(problem, trajectory)
+
+
 async def read_run(fleet: Fleet) -> list[StepRecord]:
     """The records of the run, in order."""
     return await read_steps(Store(fleet.bucket.as_uri()), "learn")
@@ -89,7 +95,6 @@ def bits(records: list[StepRecord]) -> list[tuple[Any, ...]]:
             one.window_began,
             one.cursor,
             one.learning_rate,
-            one.micro_batches,
         )
         for one in records
     ]

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from hotload.options import Sampling
+from hotload.rollout.completions_api import Answer
 from hotload.training.correction import Correction
 from hotload.training.divisor import gradient_divisor
 from hotload.training.loss_inputs import LossInputs
@@ -141,6 +143,21 @@ def test_arrays_that_cannot_be_are_refused_with_who_must_act(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(found)):
         inputs(**changed)
+
+
+@pytest.mark.parametrize("logprob", [-1e9, -1000001.0, -1e6, -1e-9, 0.0, 1e-3, 5e-3, 0.01, 0.02])
+def test_what_the_sampler_lets_pass_the_trainer_takes(logprob: float) -> None:
+    """Else it is stored as usable, and the run stops at it whenever it is started."""
+    answer = Answer(Sampling(), None)
+    answer.prompt_token_ids = (7,)
+    logprobs = {"content": [{"token_id": 1, "sampling_logprob": logprob}]}
+    answer.add({"choices": [{"text": "a", "finish_reason": "stop", "logprobs": logprobs}]})
+    answer.is_done = True
+    if answer.finish() is None:
+        stored = np.array([logprob, -2, -3, 0, -1], dtype=np.float32)
+        assert inputs(sampling_logprobs_T=stored).token_count == 4
+    else:
+        assert not -1e6 <= logprob <= 0.01
 
 
 def test_a_sample_without_a_token_in_the_loss_may_have_no_advantage() -> None:

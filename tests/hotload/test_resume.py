@@ -16,50 +16,43 @@ from hotload.errors import IdentityConflictError, StoreError
 from hotload.training.policy_loss import PolicyLoss
 from hotload.training.resume import (
     RESUMPTION,
-    STEP_TRANSITIONS,
-    StepEvent,
-    StepState,
+    Export,
+    Leg,
+    ResumeLeg,
     check_same_run,
+    exported_step,
     find_position,
     plan_resume,
-    replayed_checkpoint,
 )
 from hotload.training.settings import StateRef
 from hotload.training.step_record import (
     STEP_RECORD_LIMIT_BYTES,
     ExportedCheckpoint,
-    RunFacts,
     StepRecord,
     TrainedGroups,
 )
 from hotload.training.windows import Cursor, Windows
+from tests.factories import run_facts, step_record
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
-FACTS = RunFacts(
-    base_model="tiny", dataset_sha256=A, group_size=4, seed=0, loss=PolicyLoss(policy_loss="dapo")
-)
+FACTS = run_facts(dataset_sha256=A, loss=PolicyLoss(policy_loss="dapo"))
 
 
 def record(step: int, parent: StepRecord | None, **changed: Any) -> StepRecord:
     given_ = {
         "run_id": "grpo7",
         "step": step,
-        "parent_sha256": parent and parent.sha256,
         "facts": FACTS,
         "state": StateRef(path=f"states/{step}", sha256=B),
         "checkpoint": ExportedCheckpoint(policy_version=step, content_sha256=C),
-        "sampled_version": step - 1,
         "window_began": Cursor(done_before=2 * step - 2),
+        "window_size": 2,
         "groups": (TrainedGroups(part_sha256=A, problem_ids=("p1", "p0")),),
         "cursor": Cursor(done_before=2 * step),
-        "learning_rate": 1e-5,
-        "divisor_mode": "num_loss_tokens",
-        "divisor": 812,
-        "micro_batches": (3, 5),
         "trainer": {"name": "torch", "is_deterministic": True},
         "figures": {"loss": 0.0, "grad_norm": 1.25},
     }
-    return StepRecord(**(given_ | changed))
+    return step_record(parent, **(given_ | changed))
 
 
 def records_of(
@@ -85,8 +78,6 @@ def test_a_record_comes_back_as_it_was_written() -> None:
     assert StepRecord.parse(second.render(), path="steps/2") == second
     assert second.parent_sha256 == first.sha256
     assert StepRecord.parse(second.render(), path="x").sha256 == second.sha256
-    own = record(1, None, facts=FACTS.model_copy(update={"loss": "mine:loss"}))
-    assert StepRecord.parse(own.render(), path="x") == own
 
 
 def test_a_record_of_a_newer_version_is_refused_as_such() -> None:
@@ -121,15 +112,10 @@ def test_what_is_no_record_is_refused(data: bytes, found: str) -> None:
         {"step": 2},
         {"parent_sha256": A},
         {"run_id": "a/b"},
-        {"groups": ()},
         {"groups": (TrainedGroups.model_construct(part_sha256=A, problem_ids=()),)},
-        {"micro_batches": ()},
-        {"micro_batches": (0,)},
         {"learning_rate": math.nan},
-        {"learning_rate": 0},
-        {"divisor": math.inf},
+        {"learning_rate": -1e-9},
         {"figures": {"loss": math.nan}},
-        {"divisor_mode": "num_tokens"},
         {"surprise": 1},
     ],
     ids=str,
@@ -144,117 +130,97 @@ def test_a_record_that_cannot_be_is_refused(changed: dict[str, Any]) -> None:
         StepRecord.model_validate(whole | plain)
 
 
-# The table.
-
-
-def test_a_kill_before_the_record_leads_back_and_one_after_it_changes_nothing() -> None:
-    killed = {
-        before: after
-        for (before, event), after in STEP_TRANSITIONS.items()
-        if event is StepEvent.KILLED
-    }
-    early = {StepState.LEASED, StepState.SAVED, StepState.EXPORTED}
-    assert {before for before, after in killed.items() if after is StepState.LEASED} == early
-    assert all(after is before for before, after in killed.items() if before not in early)
-    assert set(killed) == set(StepState)
-    assert set(RESUMPTION) == set(killed.values())
-
-
-def test_nothing_is_acknowledged_or_published_before_its_record() -> None:
-    for event in (StepEvent.ACKNOWLEDGE, StepEvent.PUBLISH):
-        sources = {before for (before, each), _ in STEP_TRANSITIONS.items() if each is event}
-        assert not sources & {StepState.LEASED, StepState.SAVED, StepState.EXPORTED}
-
-
-def test_what_is_owed_leads_to_the_end() -> None:
-    for found, owed in RESUMPTION.items():
-        state = found
-        for event in owed:
-            # A cycle that goes on is started again.
-            state = STEP_TRANSITIONS.get((state, event), state)
-        if found is not StepState.LEASED:
-            assert state in (StepState.PUBLISHING, StepState.DONE)
-
-
 # The decision.
 
 
-def test_a_new_run_begins_at_step_1() -> None:
-    plan = plan_resume([])
-    assert (plan.next_step, plan.state, plan.replayed) == (1, None, ())
+def test_every_finding_has_its_legs_and_every_run_ends_at_its_last_step() -> None:
+    assert set(RESUMPTION) == set(Export)
+    for found, legs in RESUMPTION.items():
+        assert legs[-1] is (Leg.EXPORT if found is Export.NEW else Leg.END)
 
 
-@pytest.mark.parametrize(
-    ("last_state", "acknowledges", "publishes"),
-    [
-        (StepState.RECORDED, True, True),
-        (StepState.ACKNOWLEDGED, False, True),
-        (StepState.PUBLISHING, False, True),
-        (StepState.DONE, False, False),
-    ],
-)
-def test_what_the_last_record_is_owed(
-    last_state: StepState, acknowledges: bool, publishes: bool
+def test_a_new_run_begins_and_exports() -> None:
+    for is_here in (False, True):
+        (leg,) = plan_resume([], is_here=is_here)
+        assert leg == ResumeLeg(begins=True, state=None, replayed=(), exports=True)
+
+
+def test_what_lies_here_stays_where_nothing_before_it_is_made_again() -> None:
+    """Steps within a window follow the exporting one: state after it, or at it."""
+    for saves in ([2], [2, 3], [4], [1, 4]):
+        records = records_of(5, saves=saves, exports=[2])
+        (leg,) = plan_resume(records, is_here=True)
+        newest = max(saves)
+        assert (leg.begins, leg.exports) == (False, False)
+        assert leg.state == records[newest - 1].state
+        assert leg.replayed == tuple(records[newest:])
+
+
+def test_a_version_that_is_gone_is_exported_again_and_the_newest_state_loaded_then() -> None:
+    records = records_of(5, saves=[1, 4], exports=[3])
+    export, end = plan_resume(records, is_here=False)
+    assert export == ResumeLeg(False, records[0].state, (records[1], records[2]), exports=True)
+    assert end == ResumeLeg(False, records[3].state, (records[4],), exports=False)
+    # Of the start weights no step is made.
+    records = records_of(3, saves=[3], exports=[])
+    export, end = plan_resume(records, is_here=False)
+    assert export == ResumeLeg(True, None, (), exports=True)
+    assert end == ResumeLeg(False, records[2].state, (), exports=False)
+
+
+@pytest.mark.parametrize("is_here", [False, True])
+def test_a_version_whose_steps_are_made_again_is_exported_again(is_here: bool) -> None:
+    records = records_of(4, saves=[1], exports=[1, 3])
+    export, end = plan_resume(records, is_here=is_here)
+    assert export == ResumeLeg(False, records[0].state, (records[1], records[2]), exports=True)
+    assert end == ResumeLeg(False, None, (records[3],), exports=False)
+
+
+def test_what_a_branch_begins_with_is_needed_only_before_it_has_a_state_of_its_own() -> None:
+    records = records_of(3, saves=[2])
+    assert not any(leg.begins for leg in plan_resume(records, is_here=True))
+    without = records_of(3, saves=[])
+    assert [leg.begins for leg in plan_resume(without, is_here=True)] == [True, False]
+
+
+def test_a_record_that_closes_a_run_is_no_step_to_make_again() -> None:
+    records = records_of(2, saves=[], exports=[])
+    records.append(record(3, records[-1], groups=(), learning_rate=0, state=None))
+    (export, end) = plan_resume(records, is_here=False)
+    assert (export.replayed, end.replayed) == (tuple(records[:2]), ())
+
+
+@given(st.integers(1, 8), st.sets(st.integers(1, 8)), st.sets(st.integers(1, 8)), st.booleans())
+def test_no_step_is_lost_and_none_is_made_twice(
+    steps: int, saves: set[int], exports: set[int], is_here: bool
 ) -> None:
-    records = records_of(3)
-    plan = plan_resume(records, last_state)
-    assert (plan.next_step, plan.replayed) == (4, ())
-    assert plan.state == records[-1].state
-    assert plan.acknowledges == (records[-1] if acknowledges else None)
-    assert plan.publishes == (records[-1].checkpoint if publishes else None)
-    assert plan_resume(records, last_state) == plan
-
-
-def test_a_step_within_a_window_has_nothing_to_publish() -> None:
-    plan = plan_resume(records_of(3, exports=[2]), StepState.ACKNOWLEDGED)
-    assert plan.publishes is None
-
-
-def test_steps_since_the_newest_state_are_made_again() -> None:
-    records = records_of(5, saves=[1, 3])
-    plan = plan_resume(records, StepState.DONE)
-    assert plan.state == records[2].state
-    assert plan.replayed == (records[3], records[4])
-    assert plan.next_step == 6
-
-
-@given(st.integers(1, 8), st.sets(st.integers(1, 8)), st.sampled_from(list(RESUMPTION)[1:]))
-def test_no_step_is_lost_and_none_is_trained_twice(
-    steps: int, saves: set[int], last_state: StepState
-) -> None:
-    records = records_of(steps, saves=[*saves])
-    plan = plan_resume(records, last_state)
-    loaded = max((each.step for each in records if each.state), default=0)
-    assert plan.state == (records[loaded - 1].state if loaded else None)
-    again = [each.step for each in plan.replayed]
-    assert [*range(1, loaded + 1), *again, plan.next_step] == list(range(1, steps + 2))
-
-
-def test_a_run_without_a_state_is_made_again_from_the_start() -> None:
-    records = records_of(2, saves=[])
-    plan = plan_resume(records, StepState.DONE)
-    assert (plan.state, plan.replayed, plan.next_step) == (None, tuple(records), 3)
+    records = records_of(steps, saves=[*saves], exports=[*exports])
+    at: int | None = None
+    for leg in plan_resume(records, is_here=is_here):
+        assert leg.begins == (at is None and leg.state is None)
+        at = at or 0
+        if leg.state is not None:
+            at = next(one.step for one in records if one.state == leg.state)
+        for one in leg.replayed:
+            assert one.step == at + 1
+            at += 1
+        if leg.exports:
+            assert at == exported_step(records)
+    assert at == steps
 
 
 def test_records_that_do_not_follow_each_other_are_refused() -> None:
     records = records_of(3)
-    done = StepState.DONE
     with pytest.raises(StoreError, match="step 3 of grpo7: expected that of step 2"):
-        plan_resume([records[0], records[2]], done)
+        plan_resume([records[0], records[2]], is_here=True)
     with pytest.raises(StoreError, match="step 2 of grpo7: expected that of step 1"):
-        plan_resume(records[1:], done)
-    other = record(1, None, divisor=5)
+        plan_resume(records[1:], is_here=True)
+    other = record(1, None, learning_rate=5e-5)
     with pytest.raises(StoreError, match="follows another record of step 1"):
-        plan_resume([other, *records[1:]], done)
+        plan_resume([other, *records[1:]], is_here=True)
     stray = record(2, records[0], run_id="grpo8")
     with pytest.raises(StoreError, match="step 2 of grpo8"):
-        plan_resume([records[0], stray], done)
-
-
-@pytest.mark.parametrize("early", [None, StepState.LEASED, StepState.SAVED, StepState.EXPORTED])
-def test_a_recorded_step_cannot_be_before_its_record(early: StepState | None) -> None:
-    with pytest.raises(ValueError, match="step 1 has a record"):
-        plan_resume(records_of(1), early)
+        plan_resume([records[0], stray], is_here=True)
 
 
 # The same run.
@@ -263,12 +229,15 @@ def test_a_recorded_step_cannot_be_before_its_record(early: StepState | None) ->
 @pytest.mark.parametrize(
     ("changed", "found"),
     [
-        ({"base_model": "large"}, "base_model: recorded tiny, declared large"),
+        ({"base_sha256": B}, "base_sha256: recorded 0000.*, declared bbbb"),
+        ({"base_sha256": None}, "base_sha256: recorded 0000.*, declared None"),
+        ({"reference": "frozen"}, "reference: recorded None, declared frozen"),
+        ({"init_from_checkpoint": "a:3"}, "init_from_checkpoint: recorded None, declared a:3"),
         ({"dataset_sha256": B}, "dataset_sha256: recorded aaaa"),
         ({"group_size": 8}, "group_size: recorded 4, declared 8"),
         ({"seed": 1}, "seed: recorded 0, declared 1"),
+        ({"shuffle": False}, "shuffle: recorded True, declared False"),
         ({"loss": PolicyLoss(policy_loss="dapo", eps_clip_high=0.3)}, "loss: recorded .*0.28"),
-        ({"loss": "mine:loss"}, "declared mine:loss"),
         ({"seed": 1, "group_size": 8}, "group_size.*; seed"),
     ],
     ids=str,
@@ -279,11 +248,12 @@ def test_a_run_that_is_declared_otherwise_is_refused(changed: dict[str, Any], fo
         check_same_run("grpo7", FACTS, FACTS.model_copy(update=changed))
 
 
-def test_one_version_never_has_two_contents() -> None:
-    recorded = ExportedCheckpoint(policy_version=4, content_sha256=A)
-    assert replayed_checkpoint(recorded, A, next_version=6) is recorded
-    other = replayed_checkpoint(recorded, B, next_version=6)
-    assert other == ExportedCheckpoint(policy_version=6, content_sha256=B, resumed_from=4)
+def test_a_base_model_is_its_weights_and_its_name_where_a_service_keeps_them() -> None:
+    moved = {"base_model": "copy"}
+    check_same_run("grpo7", FACTS, FACTS.model_copy(update=moved))
+    kept = FACTS.model_copy(update={"base_sha256": None})
+    with pytest.raises(IdentityConflictError, match="base_model: recorded tiny, declared copy"):
+        check_same_run("grpo7", kept, kept.model_copy(update=moved))
 
 
 # Where it stands.
@@ -291,9 +261,11 @@ def test_one_version_never_has_two_contents() -> None:
 PAIRS = Windows(epochs=2, prompt_groups_per_step=1, weight_sync_interval=2, shuffle=False)
 
 
-def stand(last: dict[str, Any] | None) -> tuple[int, tuple[int, ...] | None, Cursor]:
+def stand(
+    last: dict[str, Any] | None, windows: Windows = PAIRS
+) -> tuple[int, tuple[int, ...] | None, Cursor]:
     records = [] if last is None else [record(1, None, **last)]
-    at = find_position(records, PAIRS, 5)
+    at = find_position(records, windows, 5)
     return at.version, at.window and at.window.positions, at.cursor
 
 
@@ -323,3 +295,23 @@ def test_the_end_of_an_epoch_is_not_the_end_of_the_run() -> None:
     }
     assert stand(ended)[1] is None
     assert stand(ended | {"cursor": ended["window_began"]})[1] == (4,)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("interval", [0, 1, 2, 3])
+def test_a_window_that_has_begun_keeps_its_size(groups: int, interval: int) -> None:
+    """Another N, or P, is not another run: it counts from the next window on."""
+    other = PAIRS.model_copy(
+        update={"prompt_groups_per_step": groups, "weight_sync_interval": interval}
+    )
+    within = {
+        "sampled_version": 3,
+        "window_began": Cursor(),
+        "checkpoint": None,
+        "cursor": Cursor(done_before=1),
+    }
+    assert stand(within, other) == (3, (0, 1), Cursor(done_before=1))
+    exported = ExportedCheckpoint(policy_version=4, content_sha256=C)
+    over = within | {"checkpoint": exported, "cursor": Cursor(done_before=2)}
+    size = interval * groups or 5
+    assert stand(over, other) == (4, (2, 3, 4)[:size], Cursor(done_before=2))

@@ -6,14 +6,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hotload.report.training_page import TimeShares, render_training_page
-from hotload.training.policy_loss import PolicyLoss
 from hotload.training.step_record import (
     ExportedCheckpoint,
-    RunFacts,
     StepRecord,
-    TrainedGroups,
 )
-from hotload.training.windows import Cursor
+from tests.factories import run_facts, step_record
 from tests.hotload.test_page import EVIL
 from tests.hotload.test_run_page import row
 
@@ -26,24 +23,13 @@ def at(seconds: float) -> datetime:
 
 
 def record(step: int, trained_at: float | None, **figures: float) -> StepRecord:
-    facts = RunFacts(
-        base_model=EVIL, dataset_sha256=SHA, group_size=4, seed=0, loss=PolicyLoss(kl_beta=0)
-    )
-    return StepRecord(
-        run_id="run",
+    return step_record(
         step=step,
         parent_sha256=SHA if step > 1 else None,
-        facts=facts,
+        facts=run_facts(base_model=EVIL),
         state=None,
         checkpoint=ExportedCheckpoint(policy_version=step, content_sha256=SHA),
         sampled_version=step - 1,
-        window_began=Cursor(),
-        groups=(TrainedGroups(part_sha256=SHA, problem_ids=("p",)),),
-        cursor=Cursor(done_before=step),
-        learning_rate=1e-5,
-        divisor_mode="none",
-        divisor=1,
-        micro_batches=(4,),
         figures={"rollout/raw_reward": 0.25 * step, **figures},
         trained_at=None if trained_at is None else at(trained_at),
     )

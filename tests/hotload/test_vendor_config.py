@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from hotload.trainers.declaration import AsyncTrainingSpec, TrainingSpec
 from hotload.trainers.vendor_config import TranslatedConfig, translate_config
@@ -114,6 +117,64 @@ def test_a_parameter_of_another_loss_has_no_effect_and_an_unknown_loss_is_told()
     assert note(made, "eps_clip") == "eps_clip: has no effect with policy_loss gspo"
     made = translate_config(b"Config(policy_loss='dppo')", "r.py")
     assert any(one.startswith("policy_loss dppo: no such loss here") for one in made.notes)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"policy_loss": st.sampled_from(["grpo", "dapo", "reinforce"])},
+        optional={
+            "tis": st.sampled_from(['TISConfig(cap=2.0, level="sequence")', "TISConfig(cap=3.0)"]),
+            "anchor_logp": st.sampled_from(["'rollout'", "'old_policy'"]),
+            "max_head_offpolicy_versions": st.sampled_from([0, 2]),
+            "pipeline_chunks_per_step": st.sampled_from([1, 2, 9]),
+            "prompt_groups_per_step": st.sampled_from([4, 8]),
+            "weight_sync_interval": st.sampled_from([0, 1, 2]),
+            "weight_sync": st.sampled_from(["WeightSyncConfig(weight_sync_interval=2)"]),
+            "ppo_n_minibatches": st.sampled_from([1, 2]),
+            "completions_per_prompt": st.sampled_from([1, 8]),
+            "eps_clip": st.sampled_from([0.1, 2.0]),
+        },
+    )
+)
+def test_a_run_file_can_be_run_or_says_why_not(fields: dict[str, Any]) -> None:
+    given_ = fields | {"policy_loss": repr(fields["policy_loss"])}
+    written = ", ".join(f"{name}={value}" for name, value in given_.items())
+    made = translate_config(f"Config({written})".encode(), "r.py")
+    model = AsyncTrainingSpec if made.is_ahead else TrainingSpec
+    refused = [one for one in made.notes if one.startswith("refused as it stands: ")]
+    may_be_refused = (
+        fields.get("completions_per_prompt") == 1
+        or fields.get("eps_clip") == 2.0
+        or fields.get("pipeline_chunks_per_step", 1) > 1
+    )
+    if refused:
+        assert may_be_refused
+        with pytest.raises(ValidationError):
+            model.model_validate(completed(made))
+    else:
+        model.model_validate(completed(made))
+    for name in fields:  # what is given is there, or it is told
+        is_told = any(one.startswith(name) for one in made.notes)
+        is_there = name.partition(".")[0] in yaml.safe_dump(made.document) or name in (
+            "anchor_logp",
+            "weight_sync",
+        )
+        assert is_told or is_there, name
+
+
+def test_a_correction_stands_where_the_recipe_anchors_at_the_trainer_and_nowhere_else() -> None:
+    tis = "tis=TISConfig(cap=2.0), max_head_offpolicy_versions=2"
+    # The recipe of the older spelling has no anchor but the trainer's; a run file's is the rollout.
+    made = translate_config(f"Config({tis}, infra=InfraConfig(node_count=2))".encode(), "r.py")
+    loss = AsyncTrainingSpec.model_validate(completed(made)).loss
+    assert loss.anchor == "trainer"
+    assert loss.tis is not None
+    assert loss.tis.cap == 2.0
+    made = translate_config(f"Config({tis}, anchor_logp='rollout')".encode(), "r.py")
+    assert AsyncTrainingSpec.model_validate(completed(made)).loss.tis is None
+    assert "no effect with anchor rollout" in note(made, "tis.cap")
+    made = translate_config(b"Config(tis=TISConfig(cap=2.0), policy_loss='reinforce')", "r.py")
+    assert "no effect with reinforce" in note(made, "tis.cap")
 
 
 @pytest.mark.parametrize(

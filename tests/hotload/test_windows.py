@@ -1,9 +1,8 @@
-"""Learning rates, windows, the cursor, and where a token's number stands."""
+"""Learning rates, windows, and the cursor."""
 
 from __future__ import annotations
 
 import math
-import re
 import subprocess
 import sys
 from typing import Any
@@ -15,7 +14,6 @@ from pydantic import ValidationError
 
 from hotload.dataset.rollout_plan import plan_rollout
 from hotload.rollout.trajectory import Problem
-from hotload.training.alignment import by_prediction, inputs_and_targets, response_logprobs
 from hotload.training.schedule import LearningRate
 from hotload.training.windows import Cursor, TrainingWindow, Windows
 from tests.factories import cycle_spec
@@ -226,62 +224,6 @@ def test_a_cursor_at_the_end_of_its_epoch_goes_into_the_next() -> None:
     assert cursor.in_epoch(2) == Cursor(epoch=2)
     with pytest.raises(ValueError, match="epoch 0 is over"):
         cursor.in_epoch(0)
-
-
-# Alignment: three tokens of prompt, two of response.
-
-
-def test_every_way_to_give_log_probabilities_comes_to_the_responses() -> None:
-    for given_ in ([None, -9, -8, -1, -2], [-9, -8, -1, -2], [-1, -2], [0.0, -9, -8, -1, -2]):
-        found = response_logprobs(given_, prompt_length=3, loss_mask_T=[True, True])
-        assert found.tolist() == [-1, -2]
-    # After one token of prompt the last two ways are one.
-    assert response_logprobs([-1.0, -2.0], prompt_length=1, loss_mask_T=[1, 1]).tolist() == [-1, -2]
-    assert response_logprobs([None, -1.0], prompt_length=1, loss_mask_T=[True]).tolist() == [-1]
-    assert response_logprobs([], prompt_length=3, loss_mask_T=[]).tolist() == []
-
-
-def test_what_is_missing_outside_the_loss_is_0_and_inside_an_error() -> None:
-    masked = response_logprobs([None, -2.0, math.nan], prompt_length=2, loss_mask_T=[0, 1, 0])
-    assert masked.tolist() == [0, -2, 0]
-    for missing in (None, math.nan):
-        with pytest.raises(ValueError, match=r"token 1 .* the service must be mended"):
-            response_logprobs(
-                [-1.0, missing], prompt_length=2, loss_mask_T=[True, True], who="the service"
-            )
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 6, 7])
-def test_another_length_is_refused(count: int) -> None:
-    found = f"found {count} log-probabilities for 3 tokens of prompt and 2 of response, "
-    with pytest.raises(ValueError, match=re.escape(found + "expected 5, 4 or 2: the trainer")):
-        response_logprobs([-1.0] * count, prompt_length=3, loss_mask_T=[True, True])
-
-
-def test_nothing_predicts_the_first_token() -> None:
-    for call in (
-        lambda: response_logprobs([-1.0], prompt_length=0, loss_mask_T=[True]),
-        lambda: by_prediction([-1.0], prompt_length=0),
-    ):
-        with pytest.raises(ValueError, match="nothing predicts token 0"):
-            call()
-    with pytest.raises(ValueError, match="found 1 tokens, expected at least 2"):
-        inputs_and_targets([5])
-
-
-def test_values_stand_at_the_prediction_of_their_token() -> None:
-    ids = [10, 11, 12, 20, 21]
-    given_, targets = inputs_and_targets(ids)
-    placed = by_prediction([0.5, 0.25], prompt_length=3)
-    assert (given_.tolist(), targets.tolist()) == ([10, 11, 12, 20], [11, 12, 20, 21])
-    assert dict(zip(targets.tolist(), placed.tolist(), strict=True)) == {
-        11: 0,
-        12: 0,
-        20: 0.5,
-        21: 0.25,
-    }
-    taken = response_logprobs(placed.tolist(), prompt_length=3, loss_mask_T=[True, True])
-    assert taken.tolist() == [0.5, 0.25]
 
 
 def test_windows_ahead_are_neighbours_and_stay_within_their_epoch() -> None:

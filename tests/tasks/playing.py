@@ -88,6 +88,8 @@ async def by_problem(problem: Problem, sampler: Conversation) -> Any:
             return [Segment((1,), (2, 3), (-1.0,), (True, True))]
         case "nan":
             return [Segment((1,), (2,), (float("nan"),), (True,))]
+        case "promptless":
+            return [Segment((1,), (2,), (-1.0,), (True,)), Segment((), (3,), (-1.0,), (True,))]
         case "negative":
             return [Segment((-1,), (2,), (-1.0,), (True,))]
         case "half":

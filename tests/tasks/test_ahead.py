@@ -14,15 +14,14 @@ from hotload.rollout.problem_rows import parse_problems
 from hotload.rollout.trajectory import Problem
 from hotload.sampling.problem_files import read_rows
 from hotload.trainers.declaration import AsyncTrainingSpec
-from hotload.training.policy_loss import PolicyLoss
 from hotload.training.step_record import (
     ExportedCheckpoint,
-    RunFacts,
     StepRecord,
     TrainedGroups,
 )
 from hotload.training.windows import Cursor, OpenWindow
 from tasks.training.ahead import AheadRun
+from tests.factories import step_record
 
 SHA = "0" * 64
 PROBLEMS = tuple(Problem(f"p{n}", f"{n}", answer="") for n in range(12))
@@ -33,29 +32,17 @@ def window(version: int, first: int, count: int) -> OpenWindow:
 
 
 def record(*windows: OpenWindow, exported: int, cursor: int, trained: str = "p0") -> StepRecord:
-    facts = RunFacts(base_model="tiny", dataset_sha256=SHA, group_size=4, seed=0, loss=PolicyLoss())
-    return StepRecord(
-        run_id="run",
-        step=1,
-        parent_sha256=None,
-        facts=facts,
+    version = windows[0].policy_version
+    group = TrainedGroups(part_sha256=SHA, problem_ids=(trained,), sampled_version=version)
+    return step_record(
         state=None,
         checkpoint=ExportedCheckpoint(policy_version=exported, content_sha256=SHA),
-        sampled_version=windows[0].policy_version,
+        sampled_version=version,
         window_began=windows[0].began,
-        groups=(
-            TrainedGroups(
-                part_sha256=SHA,
-                problem_ids=(trained,),
-                sampled_version=windows[0].policy_version,
-            ),
-        ),
+        window_size=windows[0].count,
+        groups=(group,),
         cursor=Cursor(done_before=cursor),
         open_windows=windows,
-        learning_rate=1e-5,
-        divisor_mode="num_loss_tokens",
-        divisor=4,
-        micro_batches=(2,),
     )
 
 

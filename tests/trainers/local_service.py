@@ -78,8 +78,8 @@ class Client:
     gives_futures: bool = True
     drops_first: bool = False
     hangs_in: str = ""
-    norm: float = 0.0
-    parts: list[str] = field(default_factory=list)
+    backward_norm: float | None = None
+    """What it tells with a gradient's part, where it tells anything."""
     refs: dict[str, StateRef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,7 +99,10 @@ class Client:
             weights = [np.array(each.loss_fn_inputs["weights"].data) for each in data]
             scaled = [self.scale(each, len(data)) for each in weights]
             self.trainer.backward(self._ids(data), [-each for each in scaled])
-            return self._outputs(data)
+            made = self._outputs(data)
+            if self.backward_norm is not None:
+                made.metrics["grad_norm:last"] = self.backward_norm
+            return made
 
         return self._answer("forward_backward", work)
 

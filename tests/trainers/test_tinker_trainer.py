@@ -119,6 +119,17 @@ def test_an_optimizer_without_a_setting_is_refused(tmp_path: Path) -> None:
     trainer.step(AdamSettings(weight_decay=0.0), learning_rate=1e-3, divisor=1.0)
 
 
+def test_a_gradient_that_is_told_not_to_be_finite_is_not_applied(tmp_path: Path) -> None:
+    trainer = opened(tmp_path)
+    before = trainer.logprobs(IDS)
+    trainer._client.backward_norm = float("inf")
+    trainer.backward(IDS, COEFFICIENTS)
+    with pytest.raises(TrainerError, match=r"norm of inf; nothing was changed.*a state"):
+        trainer.step(ADAM, learning_rate=1e-2, divisor=1.0)
+    for ours, theirs in zip(before, trainer.logprobs(IDS), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
 def test_the_wrong_number_of_log_probabilities_is_named(tmp_path: Path) -> None:
     trainer = opened(tmp_path, **served(tmp_path, drops_first=True))
     with pytest.raises(

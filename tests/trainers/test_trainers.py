@@ -3,6 +3,7 @@ runs both.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 from emulator.engine.numpy_engine import NumpyEngine
 from examples.numpy_trainer import NumpyTrainer
 from examples.tiny_trainer import TinyTrainer
+from hotload.checkpoint.safetensors import TensorInfo, render_header
 from hotload.dataset.logprob_drift import measure_drift
+from hotload.delta.byte_io import read_bytes
 from hotload.directory.relayout import view_checkpoint
-from hotload.directory.shards import read_checkpoint
+from hotload.directory.shards import open_shard, read_checkpoint
 from hotload.errors import StoreError, TrainerError
+from hotload.trainers.base_digest import digest_base
 from hotload.trainers.loading import load_trainer
 from hotload.trainers.saved_state import read_state
 from hotload.trainers.trainer import Trainer
@@ -109,6 +113,44 @@ def test_what_is_exported_is_served_alike(open_trainer: Open, family: str, tmp_p
     # Rounded to bf16, these wild weights are a little off their masters, and far from the start.
     assert k3(trainer.logprobs(asked), served) < 1e-3
     assert k3(engine_logprobs(FIXTURES / family, asked), served) > 1e-2
+
+
+def test_a_base_is_told_by_its_weights_and_not_by_where_it_lies(
+    open_trainer: Open, tmp_path: Path
+) -> None:
+    def base_of(directory: Path) -> tuple[str, str | None]:
+        facts = open_trainer(base_model=str(directory)).describe()
+        return facts.model, facts.base_sha256
+
+    shutil.copytree(FIXTURES / "llama", tmp_path / "copy")
+    other = open_trainer()
+    trained(other, range(1))
+    (tmp_path / "b").mkdir()
+    other.export(tmp_path / "b" / "llama")
+    name, digest = base_of(FIXTURES / "llama")
+    assert digest is not None
+    assert base_of(tmp_path / "copy") == ("copy", digest)
+    assert base_of(tmp_path / "b" / "llama")[0] == name
+    assert base_of(tmp_path / "b" / "llama")[1] != digest
+    config = (tmp_path / "copy" / "config.json").read_text()
+    (tmp_path / "copy" / "config.json").write_text(config.replace("500000.0", "10000.0"))
+    assert base_of(tmp_path / "copy")[1] != digest
+
+
+def test_a_base_is_the_same_in_one_file_as_in_many(tmp_path: Path) -> None:
+    TinyTrainer().save(tmp_path / "many")
+    infos: list[TensorInfo] = []
+    body = b""
+    for header in read_checkpoint(tmp_path / "many").shards:
+        with open_shard(tmp_path / "many" / header.file) as shard:
+            for one in header.tensors:
+                end = len(body) + one.size_bytes
+                infos.append(TensorInfo(one.name, one.dtype, one.shape, len(body), end))
+                body += read_bytes(shard, header.data_start + one.start, one.size_bytes)
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / "many" / "config.json", tmp_path / "one")
+    (tmp_path / "one" / "model.safetensors").write_bytes(render_header(infos, {}) + body)
+    assert digest_base(tmp_path / "one") == digest_base(tmp_path / "many")
 
 
 def test_rounding_of_an_ordinary_model_costs_a_hundred_thousandth_of_a_nat(

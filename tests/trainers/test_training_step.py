@@ -143,7 +143,7 @@ def test_at_its_own_anchor_a_loss_is_weighted_advantages(
     assert figures["train/ratio_mean"] == 1
     assert figures["train/ppo_kl"] == 0
     assert figures["train/clip_frac"] == 0
-    assert figures["train/active_tokens"] == inputs.token_count == outcome.divisor
+    assert figures["train/active_tokens"] == inputs.token_count
     assert figures["train/loss"] == pytest.approx(values_T.sum() / inputs.token_count)
     assert 0 < figures["train/inference_k3"] < 0.05
     assert figures["tis/weight_mean"] == pytest.approx(weights_T[inputs.loss_mask_T].mean())
@@ -171,11 +171,12 @@ def test_a_split_changes_nothing_but_rounding(
     reference = None
     if loss.needs_reference:
         reference = NumpyTrainer(BASE, tmp_path, temperature=1.3)
+    limits = (10_000, 40, 1)
+    split = [[len(each) for each in samples.micro_batches(limit)] for limit in limits]
+    assert split == [[6], [2, 3, 1], [1] * 6]
     found = [
-        step(samples, tmp_path, loss, {"micro_batch_tokens": limit}, reference)
-        for limit in (10_000, 40, 1)
+        step(samples, tmp_path, loss, {"micro_batch_tokens": limit}, reference) for limit in limits
     ]
-    assert [outcome.micro_batches for _, outcome in found] == [(6,), (2, 3, 1), (1,) * 6]
     whole, figures = gradient(found[0][0]), found[0][1].figures
     assert np.abs(whole).max() > 0
     for trainer, outcome in found[1:]:
@@ -235,7 +236,6 @@ def test_later_minibatches_leave_the_anchor(samples: StepSamples, tmp_path: Path
     assert trainer._step == 3
     assert outcome.figures["train/ratio_mean"] != 1
     assert outcome.figures["train/clip_frac"] > 0
-    assert outcome.divisor == samples.inputs.token_count
     first = NumpyTrainer(BASE, tmp_path).logprobs(samples.token_ids)
     assert np.allclose(np.concatenate(outcome.logprobs), samples.responses(first), atol=1e-5)
     # Without a rate each is the step of its samples, and the loss their mean.
@@ -243,8 +243,28 @@ def test_later_minibatches_leave_the_anchor(samples: StepSamples, tmp_path: Path
     alone = [step(samples.take(part), tmp_path)[1] for part in ([0, 1], [2, 3], [4, 5])]
     losses = [each.figures["train/loss"] for each in alone]
     assert still.figures["train/loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
-    with pytest.raises(ValueError, match="the step has 6 samples"):
-        step(samples, tmp_path, settings={"ppo_n_minibatches": 7})
+    # The last step of a window may be smaller: a sample each.
+    trainer, _ = step(samples, tmp_path, settings={"ppo_n_minibatches": 7})
+    assert trainer._step == 6
+
+
+BEFORE = ("train/inference_k1", "train/inference_k3", "train/entropy")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [GRPO, PolicyLoss(kl_beta=0, anchor="rollout"), PolicyLoss(policy_loss="reinforce")],
+    ids=lambda loss: f"{loss.policy_loss}-{loss.anchor}",
+)
+def test_what_is_told_of_before_the_step_is_of_before_every_minibatch(
+    samples: StepSamples, tmp_path: Path, loss: PolicyLoss
+) -> None:
+    _, whole = step(samples, tmp_path, loss, rate=0.02)
+    _, cut = step(samples, tmp_path, loss, {"ppo_n_minibatches": 3}, rate=0.02)
+    for name in BEFORE:
+        assert cut.figures[name] == pytest.approx(whole.figures[name], abs=1e-5), name
+    apart = np.concatenate(cut.logprobs) - np.concatenate(whole.logprobs)
+    assert np.abs(apart).max() < 1e-5
 
 
 def minus_advantages(
@@ -402,7 +422,6 @@ def test_a_step_in_chunks_is_the_step_of_all_its_samples(
     # A sample a micro-batch, so that the sums are the same to the last bit.
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     assert cut.figures == pytest.approx(whole.figures, rel=1e-12)
-    assert (cut.divisor, cut.micro_batches) == (whole.divisor, whole.micro_batches)
     assert len(cut.logprobs) == len(whole.logprobs)
     for one, other in zip(cut.logprobs, whole.logprobs, strict=True):
         assert (one == other).all()

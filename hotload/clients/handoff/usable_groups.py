@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from hotload.clients.handoff.directory import find_rollouts, read_groups
 from hotload.clients.handoff.reader import Delivery, RolloutReader
+from hotload.clients.store.failures import asked_again
 from hotload.clients.store.store import Store
 from hotload.clock import monotonic
 from hotload.dataset.rollout_plan import RolloutPart
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     import polars as pl
     from numpy.typing import ArrayLike
 
+AGAIN_SECONDS = (2.0, 4.0, 8.0, 16.0, *[30.0] * 9)
+"""Waits between two tries where the store does not answer, as a task has them: a step that is being
+made cannot be repeated, so what waits for its groups asks again by itself."""
 RowKey = tuple[str, int, int]
 """Problem, number of the sample and number of the segment."""
 
@@ -158,7 +163,8 @@ class UsableGroups:
         Raises:
             StoreError: as `RolloutReader.next`.
         """
-        delivery, may_come = await self._reader.poll(count)
+        look = partial(self._reader.poll, count)
+        delivery, may_come = await asked_again("a group", look, AGAIN_SECONDS)
         self.has_ended = not may_come
         if delivery is not None:
             self._take_in(delivery)
@@ -179,7 +185,10 @@ class UsableGroups:
     async def _fill(self, count: int) -> None:
         began = monotonic()
         while not self.has_ended and len(self.waiting) < count:
-            delivery = await self._reader.next(count - len(self.waiting))
+            missing = count - len(self.waiting)
+            delivery = await asked_again(
+                "a group", partial(self._reader.next, missing), AGAIN_SECONDS
+            )
             if delivery is None:
                 self.has_ended = True
             else:

@@ -106,16 +106,19 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-async def asked_again(what: str, step: Callable[[], Awaitable[T]]) -> T:
+async def asked_again(
+    what: str, step: Callable[[], Awaitable[T]], delays: Iterable[float] = ASK_AGAIN_SECONDS
+) -> T:
     """Run a step again where the store does not answer, for one that no engine repeats.
 
     Args:
         what: is asked for, in words.
+        delays: seconds before each further try; a quarter of a minute in all if left out.
 
     Raises:
-        StoreUnavailableError: not so within a quarter of a minute.
+        StoreUnavailableError: not so after the last of them.
     """
-    for delay in ASK_AGAIN_SECONDS:
+    for delay in delays:
         try:
             return await step()
         except StoreUnavailableError as error:
