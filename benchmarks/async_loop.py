@@ -99,8 +99,8 @@ def print_run(name: str, records: Sequence[StepRecord], seconds: float) -> float
     ]
     lag = max(one["async/version_offset_max"] for one in figures)
     print(
-        f"{name:>9}: {len(records)} steps in {seconds:.1f} s, {rate:.2f} trained samples/s; trainer waited "
-        f"{waited[0]:.1f} s a step, sampler {waited[1]:.1f}; lag at most {lag:g}",
+        f"{name:>9}: {len(records)} steps in {seconds:.1f} s, {rate:.2f} trained samples/s; "
+        f"trainer waited {waited[0]:.1f} s a step, sampler {waited[1]:.1f}; lag at most {lag:g}",
         flush=True,
     )
     return rate

@@ -386,11 +386,7 @@ def test_a_policy_learns(trainer: NumpyTrainer) -> None:
         ("examples.numpy_trainer:nothing", {}, "cannot be imported: AttributeError"),
         ("examples.numpy_trainer:SUFFIX", {}, "cannot be imported"),
         ("examples.numpy_trainer:open_trainer", {"base": "x"}, "cannot be called with"),
-        (
-            "examples.numpy_trainer:open_trainer",
-            {"base_model": "/nowhere", "states": "x"},
-            "raised FileNotFoundError",
-        ),
+        ("json:loads", {"s": "{"}, "raised JSONDecodeError"),
         ("json:loads", {"s": "{}"}, "returned dict without describe, logprobs"),
     ],
 )
