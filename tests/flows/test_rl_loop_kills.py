@@ -36,7 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-PROBLEMS = 12
 Moment = Callable[[FlowProcess], bool]
 
 
@@ -48,13 +47,17 @@ def has_said(words: str) -> Moment:
     return lambda process: process.has_said(words)
 
 
-STORIES: dict[str, dict[str, Any]] = {
-    "windows of one step": {"windows": {"prompt_groups_per_step": 2, "seed": 3}},
+# Problems, so many that every kill comes before the end; and the declaration.
+STORIES: dict[str, tuple[int, dict[str, Any]]] = {
+    "windows of one step": (12, {"windows": {"prompt_groups_per_step": 2, "seed": 3}}),
     # With one request in flight the groups arrive in one order, so that the steps are the same.
-    "windows of two, a state every third step": {
-        "windows": {"prompt_groups_per_step": 2, "weight_sync_interval": 2, "seed": 3},
-        "dcp_save_interval": 3,
-    },
+    "windows of two, a state every third step": (
+        20,
+        {
+            "windows": {"prompt_groups_per_step": 2, "weight_sync_interval": 2, "seed": 3},
+            "dcp_save_interval": 3,
+        },
+    ),
 }
 
 
@@ -64,7 +67,7 @@ async def test_killed_at_every_arrow(prefect_api: str, tmp_path: Path, story: st
     from examples.tiny_trainer import TinyTrainer
 
     TinyTrainer().save(checkpoints)
-    changes = STORIES[story]
+    problems, changes = STORIES[story]
     sampling = {
         "completions_per_prompt": 4,
         "max_completion_tokens": 4,
@@ -75,13 +78,13 @@ async def test_killed_at_every_arrow(prefect_api: str, tmp_path: Path, story: st
         (tmp_path / name).mkdir()
     with running_fleet(f"s{uuid.uuid4().hex[:12]}", tmp_path / "straight", [checkpoints]) as fleet:
         await save_blocks(fleet)
-        with_problems(fleet, PROBLEMS)
+        with_problems(fleet, problems)
         await rl_loop(spec_of(fleet, cycle={"sampling": sampling}, **changes))
         straight = await read_run(fleet)
 
     with running_fleet(f"k{uuid.uuid4().hex[:12]}", tmp_path / "killed", [checkpoints]) as fleet:
         await save_blocks(fleet)
-        with_problems(fleet, PROBLEMS)
+        with_problems(fleet, problems)
         document = declared(fleet, cycle={"sampling": sampling}, **changes)
         kills: list[Kill] = [
             ("'roll-out-0'", {}),
