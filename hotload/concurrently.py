@@ -34,36 +34,44 @@ async def turn(name: str) -> AsyncIterator[None]:
         yield
 
 
-async def overlap(steps: Iterable[Coroutine[Any, Any, A]]) -> list[A]:
-    """Run all steps at once; returns their results in order.
+@asynccontextmanager
+async def all_or_none() -> AsyncIterator[asyncio.TaskGroup]:
+    """Run tasks beside each other until the block and all of them have ended.
 
     When one fails, the others are ended and its error is raised; what else failed is logged.
     """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
     try:
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(step) for step in steps]
+            yield group
     except BaseExceptionGroup as failed:
+        # To end the block a group cancels the task it is in, and before Python 3.13 it may leave
+        # that standing: who catches the error would then take the next Ctrl-C for it.
+        if task.cancelling() > before:
+            task.uncancel()
         raise_first(failed)
+
+
+async def overlap(steps: Iterable[Coroutine[Any, Any, A]]) -> list[A]:
+    """Run all steps at once; returns their results in order, and fails as `all_or_none` does."""
+    async with all_or_none() as group:
+        running = [group.create_task(step) for step in steps]
     return [task.result() for task in running]
 
 
 async def overlap_as_they_come(steps: AsyncIterable[Coroutine[Any, Any, object]]) -> None:
     """Run steps, each from when it comes on, beside those before it; fails as `overlap` does."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            async for step in steps:
-                group.create_task(step)
-    except BaseExceptionGroup as failed:
-        raise_first(failed)
+    async with all_or_none() as group:
+        async for step in steps:
+            group.create_task(step)
 
 
 async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
     """Run two steps at once; returns both results, and fails as `overlap` does."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            one, other = group.create_task(first), group.create_task(second)
-    except BaseExceptionGroup as failed:
-        raise_first(failed)
+    async with all_or_none() as group:
+        one, other = group.create_task(first), group.create_task(second)
     return one.result(), other.result()
 
 

@@ -10,7 +10,7 @@ from hotload.clients.inference.client import InferenceClient
 from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import RolloutManifest, RolloutPart, RolloutPlan
 from hotload.options import ReadinessPolicy
-from hotload.rollout.counts import RolloutSummary, unnamed_samples
+from hotload.rollout.counts import RolloutSummary, join_counts, unnamed_samples
 from hotload.rollout.group_rules import usable_count
 from hotload.sampling.part_files import usable_manifest
 from hotload.sampling.problems import plan_rollouts
@@ -97,10 +97,10 @@ async def hand_back(store: Store, manifest: RolloutManifest, path: str) -> Rollo
     if not usable_count(summary):
         did = summary.groups
         get_run_logger().warning(
-            "nothing to train on: %d groups, marked %s, dropped %s; samples failed by cause: %s",
+            "nothing to train on: %d groups, %s; dropped: %s; samples failed by cause: %s",
             summary.group_count,
-            did.groups_by_mark or "none",
-            did.dropped_groups or "none",
-            summary.failed_samples or "none",
+            join_counts(did.groups_by_mark) or "none marked",
+            join_counts(did.dropped_groups) or "none",
+            join_counts(summary.failed_samples) or "none",
         )
     return summary

@@ -41,7 +41,7 @@ def run_lines(records: Sequence[StepRecord], promotions: Sequence[Promotion]) ->
             given = ", ".join(names.get(exported.policy_version, ()))
             parts.append(f"version {exported.policy_version}" + (f" ({given})" if given else ""))
         lines.append("; ".join(parts))
-    return lines or ["no step is recorded"]
+    return lines or ["no step is recorded: until now no group of samples could be trained on"]
 
 
 def step_line(record: StepRecord) -> str:

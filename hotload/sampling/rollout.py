@@ -15,7 +15,7 @@ from hotload.clients.inference.sampler import Sampler
 from hotload.clients.service.client import HotLoadClient
 from hotload.clients.store.store import Store
 from hotload.clock import monotonic
-from hotload.concurrently import raise_first
+from hotload.concurrently import all_or_none
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
 from hotload.rollout.admission import Admission
@@ -152,17 +152,14 @@ class Rollout:
 
     async def _carry_rows(self, writer: PartWriter, problems: Sequence[Problem]) -> None:
         number = writer.part.number
-        try:
-            async with asyncio.TaskGroup() as rows:
-                with self.gate.beginning(number):
-                    for problem in problems:
-                        # Let in before its task is made: rows that wait cost nothing.
-                        await self.gate.enter(number)
-                        rows.create_task(self._carry_row(writer, problem))
-                        if writer.is_held_up:
-                            break
-        except BaseExceptionGroup as failed:
-            raise_first(failed)
+        async with all_or_none() as rows:
+            with self.gate.beginning(number):
+                for problem in problems:
+                    # Let in before its task is made: rows that wait cost nothing.
+                    await self.gate.enter(number)
+                    rows.create_task(self._carry_row(writer, problem))
+                    if writer.is_held_up:
+                        break
 
     async def _end(self, writer: PartWriter) -> None:
         """Write the rest of a part, every problem of which is settled or left out.

@@ -24,6 +24,7 @@ from hotload.training.settings import StateRef
 DTYPES: Mapping[str, str] = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "|u1"}
 SUFFIX = ".state.safetensors"
 FACTS = "facts"
+WAY_ON = "bring it back, or branch off an earlier one by init_from_checkpoint under another run_id"
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -82,7 +83,8 @@ def read_state(directory: Path, ref: StateRef) -> tuple[dict[str, NDArray[Any]],
     try:
         if (found := sha256_file(path)) != ref.sha256:
             expected = f"{found[:12]}…, expected {ref.sha256[:12]}…"
-            raise StoreError(str(path), f"not the state that was saved: its digest is {expected}")
+            why = f"not the state that was saved: its digest is {expected}; {WAY_ON}"
+            raise StoreError(str(path), why)
         with open_shard(path) as shard:
             facts = json.loads(shard.header.metadata[FACTS])
             arrays: dict[str, NDArray[Any]] = {}
@@ -91,7 +93,8 @@ def read_state(directory: Path, ref: StateRef) -> tuple[dict[str, NDArray[Any]],
                 shard.read_into(shard.header.data_start + tensor.start, _bytes(array))
                 arrays[tensor.name] = array.reshape(tensor.shape)
     except InvalidCheckpointError as error:
-        raise StoreError(str(path), f"no state to load: {error.findings[0].summary}") from None
+        why = f"no state to load: {error.findings[0].summary}; {WAY_ON}"
+        raise StoreError(str(path), why) from None
     except (KeyError, ValueError) as error:
         raise StoreError(str(path), f"a state of another program: {error}") from None
     return arrays, facts
