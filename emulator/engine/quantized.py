@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from emulator.engine.engine import UnsupportedModelError
-from emulator.engine.llama import FloatArray
+from emulator.engine.feed_forward import FloatArray
 from hotload.checkpoint.quantization import Block
 
 SCALES = ("_scale_inv", "_scale")
