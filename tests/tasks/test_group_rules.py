@@ -469,6 +469,7 @@ ENDS = {
     "negative": "rollout_raised",
     "half": None,
     "halves": None,
+    "routes": "rollout_raised",
     "half a cause": "rollout_raised",
     "sentence": "rollout_raised",
     "own fault": "rollout_raised",
@@ -498,13 +499,13 @@ async def test_a_failing_function_never_takes_the_batch_with_it(
     assert found == ENDS
     named = {problems[int(row["problem_id"])]["answer"]: row for row in rows}
     assert named["half"]["text"] == "half ?"
-    assert named["halves"]["finish_reason"] == named["halves"]["routing_matrix"] == "?"
+    assert named["halves"]["finish_reason"] == "?"
     assert json.loads(named["unpicklable"]["transcript"]) == [{"role": "user", "content": "hi"}]
     assert named["unprintable"]["detail"] == "UnprintableError"
     assert named["key told"]["detail"] == "********"
     assert not any(KEY[:6] in (row["detail"] or "") for row in rows)
     assert manifest.summary.failed_samples == {
-        "rollout_raised": 32,
+        "rollout_raised": 34,
         "rollout_skipped": 2,
         "own": 2,
     }
