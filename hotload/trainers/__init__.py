@@ -6,6 +6,7 @@ Nothing here schedules a GPU or knows a cycle: whoever has a loop of their own n
 __all__ = [
     "declaration",
     "loading",
+    "router_replay",
     "saved_state",
     "scale_probe",
     "step_samples",
