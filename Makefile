@@ -98,7 +98,7 @@ test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: 
 
 test-train: .trainers-venv/installed  ## the trainers, with torch and transformers: the properties of both, one against the other
 	HF_HUB_OFFLINE=1 .trainers-venv/bin/$(ORACLES) tests/trainers/test_trainers.py \
-		tests/trainers/test_torch_trainer.py
+		tests/trainers/test_torch_trainer.py tests/trainers/test_router_replay.py
 
 ORACLES := python -m pytest -c tests/oracles/pytest.ini
 oracles: .oracle-venv/installed .trainers-venv/installed  ## our bytes in the vendor's own package, our batches and losses in TRL, verl and torch

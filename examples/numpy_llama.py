@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from emulator.engine.engine import UnsupportedModelError
 from emulator.engine.llama import LlamaShape
 
 Array = np.ndarray
@@ -24,6 +25,8 @@ class NumpyLlama:
 
     def __init__(self, config: Mapping[str, Any], weights: dict[str, Array]) -> None:
         self.shape, self.weights = LlamaShape.parse(config), weights
+        if self.shape.experts is not None:
+            raise UnsupportedModelError("experts: their gradient is not written by hand")
         self.gradients = {name: np.zeros_like(value) for name, value in weights.items()}
         self.head = "lm_head.weight"
         if self.shape.is_head_tied:

@@ -262,7 +262,8 @@ class Sampling(Declared):
     """O: how many versions the service may be ahead of the one a group was asked for. Above 0, the
     next cycle may publish while this one still samples."""
     include_routing_matrix: bool = False
-    """Ask for the experts each token was routed to (mixture-of-experts models)."""
+    """Ask for the experts each token was sent to, for a trainer with router replay
+    (mixture-of-experts models)."""
 
     @property
     def may_overlap(self) -> bool:

@@ -97,7 +97,7 @@ async def _answer(
     )
     adapter = _named_adapter(service, request, parsed.model)
     record["session"] = record["session"] or parsed.prompt_cache_key[:SESSION_CHARS] or None
-    if parsed.wants_routing and service.config.engine != "stub":
+    if parsed.wants_routing and not weights.has_experts:
         raise RefusedError(400, "include_routing_matrix: the model has no experts")
     drain_seconds = _drain_seconds(request.headers.get(DRAIN_TIMEOUT_HEADER))
     replica = service.pick(record["session"])

@@ -3,6 +3,7 @@
 __all__ = [
     "decoding",
     "engine",
+    "feed_forward",
     "llama",
     "numpy_engine",
     "quantized",

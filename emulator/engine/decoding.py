@@ -52,8 +52,11 @@ class DecodedChoice:
         tokens: list[Token] = []
         for _ in range(count):
             logits = weights.forward([self.pending], self.cache)[-1]
-            tokens.append(draw(logits, self.sampling, self.rng, self.counts))
-            self.pending = tokens[-1].id
+            token = draw(logits, self.sampling, self.rng, self.counts)
+            if (routing := self.cache.routing_matrix(self.cache.length - 1)) is not None:
+                token = token._replace(routing=routing)
+            tokens.append(token)
+            self.pending = token.id
             self.counts[self.pending] += 1
             if self.pending in self.stop_ids:
                 break
@@ -80,8 +83,10 @@ def prefill(
         echoed.append(first_of_prompt(ids[0], sampling.top_logprobs))
         if rest:
             logits = weights.forward(rest, held, all_positions=True)
-            pairs = zip(ids[1:], logits, strict=True)
-            echoed += [_observed(token, row, sampling.top_logprobs) for token, row in pairs]
+            echoed += [
+                _observed(token, row, sampling.top_logprobs, held.routing_matrix(position))
+                for position, (token, row) in enumerate(zip(ids[1:], logits, strict=True))
+            ]
     elif rest:
         weights.forward(rest, held)
     return DecodedPrompt(ids, sampling, cached_count, held, echoed)
@@ -149,9 +154,11 @@ def _shifted(raw: Doubles, sampling: SamplingParameters, counts: Mapping[int, in
     return shifted
 
 
-def _observed(token: int, logits: npt.NDArray[np.float32], top_logprobs: int) -> Token:
+def _observed(
+    token: int, logits: npt.NDArray[np.float32], top_logprobs: int, routing: str | None
+) -> Token:
     raw = _raw(logits)
-    return Token(token, float(raw[token]), None, _top(raw, top_logprobs))
+    return Token(token, float(raw[token]), None, _top(raw, top_logprobs), routing)
 
 
 def _raw(logits: npt.NDArray[np.float32]) -> Doubles:

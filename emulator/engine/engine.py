@@ -31,12 +31,17 @@ class Cache(Protocol):
     def prefix(self, length: int) -> Self:
         """Copy the first `length` positions, free to grow on their own."""
 
+    def routing_matrix(self, position: int) -> str | None:
+        """Pack the experts that a position was sent to (protocol §12); `None` without experts."""
+
 
 class EngineWeights(Protocol):
     """Weights of one snapshot, ready to compute; safe to share between threads."""
 
     vocab_size: int
     context_length: int
+    has_experts: bool
+    """Whether the cache tells which experts each position was sent to."""
 
     def empty_cache(self) -> Any:
         """Make a cache without positions."""
@@ -52,7 +57,8 @@ class Token(NamedTuple):
 
     `logprob` is raw, at temperature 1, without filters, bias and penalties; `sampling_logprob` is
     under the distribution really sampled (protocol §12), None for every prompt token. The first
-    prompt token is given, not predicted: its `logprob` is 0.
+    prompt token is given, not predicted: its `logprob` is 0. `routing` packs the experts of the
+    forward that predicted the token.
     """
 
     id: int

@@ -1,12 +1,14 @@
 """The numpy forward of the Llama/Qwen block, with a KV cache (the measured default).
 
 RMSNorm, rotary positions without scaling, grouped-query attention, optional biases on q, k, v
-(Qwen2) and norms on q, k (Qwen3), SwiGLU, tied or untied head. Computed in float32; held to
-`transformers` by recorded logits. Anything outside this block is refused, never approximated.
+(Qwen2) and norms on q, k (Qwen3), SwiGLU or experts (Qwen3-MoE), tied or untied head. Computed in
+float32; held to `transformers` by recorded logits. Anything outside this block is refused, never
+approximated.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -15,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from emulator.engine.engine import UnsupportedModelError
+from emulator.engine.feed_forward import DenseBlock, ExpertsBlock, ExpertsShape, FloatArray
 
-FloatArray = npt.NDArray[np.float32]
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+WITH_EXPERTS = "qwen3_moe"
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", WITH_EXPERTS})
 PREFILL_POSITIONS = 512  # at once: bounds the attention scores of a long prompt
 
 
@@ -35,6 +38,7 @@ class LlamaShape:
     norm_epsilon: float
     rope_theta: float
     is_head_tied: bool
+    experts: ExpertsShape | None = None
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Self:
@@ -58,10 +62,12 @@ class LlamaShape:
         try:
             heads = int(config["num_attention_heads"])
             hidden = int(config["hidden_size"])
+            layers = int(config["num_hidden_layers"])
+            has_experts = config["model_type"] == WITH_EXPERTS
             shape = cls(
                 vocab_size=int(config["vocab_size"]),
                 hidden_size=hidden,
-                layer_count=int(config["num_hidden_layers"]),
+                layer_count=layers,
                 head_count=heads,
                 key_value_head_count=int(config.get("num_key_value_heads") or heads),
                 head_dim=int(config.get("head_dim") or hidden // heads),
@@ -69,7 +75,10 @@ class LlamaShape:
                 norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
                 rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
                 is_head_tied=bool(config.get("tie_word_embeddings", False)),
+                experts=ExpertsShape.parse(config, layers) if has_experts else None,
             )
+        except UnsupportedModelError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise UnsupportedModelError(f"config.json: {error}") from None
         if heads % shape.key_value_head_count or shape.head_dim % 2:
@@ -78,42 +87,55 @@ class LlamaShape:
 
 
 class KeyValueCache:
-    """Keys and values of the positions so far: `[layers, 2, heads, capacity, head_dim]`."""
+    """Keys and values of the positions so far: `[layers, 2, heads, capacity, head_dim]`; and the
+    experts each was sent to, `[capacity, layers with any, active]`."""
 
     def __init__(self, shape: LlamaShape, capacity: int = 64) -> None:
         self._layout = (shape.layer_count, 2, shape.key_value_head_count, shape.head_dim)
+        experts = shape.experts
+        self._routed = (0, 0) if experts is None else (len(experts.layers), experts.active_count)
         self.length = 0
-        self.store = self._allocate(capacity)
+        self.store, self.experts = self._allocate(capacity)
 
     @property
     def size_bytes(self) -> int:
         """Bytes held, capacity included."""
-        return self.store.nbytes
+        return self.store.nbytes + self.experts.nbytes
+
+    def routing_matrix(self, position: int) -> str | None:
+        """Pack the experts that a position was sent to (protocol §12); `None` without experts."""
+        if not self.experts.size:
+            return None
+        return base64.b64encode(self.experts[position].tobytes()).decode()
 
     def prefix(self, length: int) -> KeyValueCache:
         """Copy the first `length` positions, free to grow on their own."""
         copy = object.__new__(KeyValueCache)
-        copy._layout, copy.length = self._layout, length
-        copy.store = copy._allocate(length + 32)
-        copy.store[:, :, :, :length] = self.store[:, :, :, :length]
+        copy._layout, copy._routed, copy.length = self._layout, self._routed, length
+        copy._take(self, length, length + 32)
         return copy
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more positions."""
         needed, capacity = self.length + count, self.store.shape[3]
         if needed > capacity:
-            grown = self._allocate(max(needed, 2 * capacity))
-            grown[:, :, :, : self.length] = self.store[:, :, :, : self.length]
-            self.store = grown
+            self._take(self, self.length, max(needed, 2 * capacity))
 
-    def _allocate(self, capacity: int) -> FloatArray:
+    def _take(self, other: KeyValueCache, length: int, capacity: int) -> None:
+        store, experts = self._allocate(capacity)
+        store[:, :, :, :length] = other.store[:, :, :, :length]
+        experts[:length] = other.experts[:length]
+        self.store, self.experts = store, experts
+
+    def _allocate(self, capacity: int) -> tuple[FloatArray, npt.NDArray[np.uint8]]:
         layers, pair, heads, dim = self._layout
-        return np.empty((layers, pair, heads, capacity, dim), np.float32)
+        store = np.empty((layers, pair, heads, capacity, dim), np.float32)
+        return store, np.empty((capacity, *self._routed), np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block's weights, transposed for `x @ w`; q, k, v and gate, up side by side.
+    """One block's weights, transposed for `x @ w`; q, k, v side by side.
 
     `qk_norm` is `[query and key heads, head_dim]`."""
 
@@ -123,9 +145,7 @@ class Layer:
     qk_norm: FloatArray | None
     output: FloatArray
     post_norm: FloatArray
-    gate_up: FloatArray
-    inner_size: int
-    down: FloatArray
+    feed_forward: DenseBlock | ExpertsBlock
 
 
 class LlamaWeights:
@@ -141,12 +161,13 @@ class LlamaWeights:
         """
         self.shape = LlamaShape.parse(config)
         self.vocab_size, self.context_length = self.shape.vocab_size, self.shape.context_length
+        self.has_experts = self.shape.experts is not None
         left = dict(tensors)
         shape = self.shape
         self._embedding = _take(
             left, "model.embed_tokens.weight", shape.vocab_size, shape.hidden_size
         )
-        self._layers = [self._layer(left, f"model.layers.{i}.") for i in range(shape.layer_count)]
+        self._layers = [self._layer(left, number) for number in range(shape.layer_count)]
         self._norm = _take(left, "model.norm.weight", shape.hidden_size)
         head = left.pop("lm_head.weight", None)
         if shape.is_head_tied or head is None:
@@ -194,6 +215,7 @@ class LlamaWeights:
         rotated = heads + shape.key_value_head_count  # query heads and key heads, turned together
         group = heads // shape.key_value_head_count
         scale = np.float32(dim**-0.5)
+        with_experts = 0
         for layer, store in zip(self._layers, cache.store, strict=True):
             qkv = self._rms(hidden_T, layer.input_norm) @ layer.qkv
             if layer.qkv_bias is not None:
@@ -219,9 +241,13 @@ class LlamaWeights:
             scores /= np.add.reduce(scores, axis=2, keepdims=True)
             mixed = (scores @ store[1, :, :end]).reshape(heads, count, dim)
             hidden_T = hidden_T + mixed.transpose(1, 0, 2).reshape(count, -1) @ layer.output
-            both = self._rms(hidden_T, layer.post_norm) @ layer.gate_up
-            gate, up = both[:, : layer.inner_size], both[:, layer.inner_size :]
-            hidden_T = hidden_T + (gate / (1.0 + np.exp(-gate)) * up) @ layer.down
+            normed = self._rms(hidden_T, layer.post_norm)
+            if isinstance(layer.feed_forward, DenseBlock):
+                added = layer.feed_forward.apply(normed)
+            else:
+                added, cache.experts[start:end, with_experts] = layer.feed_forward.mix(normed)
+                with_experts += 1
+            hidden_T = hidden_T + added
         cache.length = end
         if not all_positions:
             hidden_T = hidden_T[-1:]
@@ -235,12 +261,12 @@ class LlamaWeights:
         np.sqrt(mean, out=mean)
         return values / mean * weight
 
-    def _layer(self, left: dict[str, FloatArray], prefix: str) -> Layer:
-        shape = self.shape
+    def _layer(self, left: dict[str, FloatArray], number: int) -> Layer:
+        shape, prefix = self.shape, f"model.layers.{number}."
         queries = shape.head_count * shape.head_dim
         pairs = shape.key_value_head_count * shape.head_dim
         sizes = {"q_proj": queries, "k_proj": pairs, "v_proj": pairs}
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        attention = prefix + "self_attn."
         qkv = [
             _take(left, f"{attention}{name}.weight", size, shape.hidden_size)
             for name, size in sizes.items()
@@ -258,9 +284,6 @@ class LlamaWeights:
                 for name, count in counts.items()
             ]
             qk_norm = np.concatenate(norms)
-        gate = _take(left, f"{mlp}gate_proj.weight", None, shape.hidden_size)
-        up = _take(left, f"{mlp}up_proj.weight", len(gate), shape.hidden_size)
-        down = _take(left, f"{mlp}down_proj.weight", shape.hidden_size, len(gate))
         output = _take(left, f"{attention}o_proj.weight", shape.hidden_size, queries)
         return Layer(
             input_norm=_take(left, f"{prefix}input_layernorm.weight", shape.hidden_size),
@@ -269,10 +292,33 @@ class LlamaWeights:
             qk_norm=qk_norm,
             output=np.ascontiguousarray(output.T),
             post_norm=_take(left, f"{prefix}post_attention_layernorm.weight", shape.hidden_size),
-            gate_up=np.ascontiguousarray(np.concatenate([gate, up]).T),
-            inner_size=len(gate),
-            down=np.ascontiguousarray(down.T),
+            feed_forward=self._feed_forward(left, number, prefix + "mlp."),
         )
+
+    def _feed_forward(
+        self, left: dict[str, FloatArray], number: int, mlp: str
+    ) -> DenseBlock | ExpertsBlock:
+        hidden, experts = self.shape.hidden_size, self.shape.experts
+        if experts is None or number not in experts.layers:
+            return DenseBlock(*_take_swiglu(left, mlp, None, hidden))
+        router = _take(left, f"{mlp}gate.weight", experts.count, hidden)
+        each = [
+            _take_swiglu(left, f"{mlp}experts.{expert}.", experts.inner_size, hidden)
+            for expert in range(experts.count)
+        ]
+        gate_up, down = (np.stack(parts) for parts in zip(*each, strict=True))
+        return ExpertsBlock(experts, np.ascontiguousarray(router.T), gate_up, down)
+
+
+def _take_swiglu(
+    left: dict[str, FloatArray], prefix: str, inner_size: int | None, hidden_size: int
+) -> tuple[FloatArray, FloatArray]:
+    """Gate and up side by side, and down, transposed for `x @ w`."""
+    gate = _take(left, f"{prefix}gate_proj.weight", inner_size, hidden_size)
+    up = _take(left, f"{prefix}up_proj.weight", len(gate), hidden_size)
+    down = _take(left, f"{prefix}down_proj.weight", hidden_size, len(gate))
+    gate_up = np.concatenate([gate, up])
+    return np.ascontiguousarray(gate_up.T), np.ascontiguousarray(down.T)
 
 
 def _take(left: dict[str, FloatArray], name: str, *expected: int | None) -> FloatArray:

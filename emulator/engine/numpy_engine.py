@@ -10,7 +10,7 @@ from emulator.engine.weights import load_llama
 
 
 class NumpyEngine:
-    """Serves Llama, Mistral, Qwen2 and Qwen3 checkpoints."""
+    """Serves Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE checkpoints."""
 
     is_inline = False
     prefill = staticmethod(decoding.prefill)

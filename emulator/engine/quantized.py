@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from emulator.engine.engine import UnsupportedModelError
-from emulator.engine.llama import FloatArray
+from emulator.engine.feed_forward import FloatArray
 from hotload.checkpoint.quantization import Block, QuantizedTensor, block_of
 
 # How large activations were found to be: what is computed here keeps them whole.

@@ -40,6 +40,7 @@ class StubWeights:
 
     vocab_size: int
     context_length: int
+    has_experts: bool = True
 
     def empty_cache(self) -> StubCache:
         """Make a cache without positions."""

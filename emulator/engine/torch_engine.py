@@ -39,9 +39,14 @@ class TorchCache:
             store.crop(length - self.length)
         return TorchCache(store, length)
 
+    def routing_matrix(self, position: int) -> None:
+        """Tell nothing of experts: the models of transformers keep no routes."""
+
 
 class TorchWeights:
     """A transformers model in float32 on the CPU."""
+
+    has_experts = False
 
     def __init__(self, model: Any, context_length: int) -> None:
         self._model = model

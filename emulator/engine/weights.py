@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from emulator.engine.engine import UnsupportedModelError
-from emulator.engine.llama import FloatArray, LlamaWeights
+from emulator.engine.feed_forward import FloatArray
+from emulator.engine.llama import LlamaWeights
 from emulator.engine.quantized import apply_scales, e4m3, e5m2, e8m0
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.quantization import declared_block, quantized_tensors

@@ -11,7 +11,7 @@ from hotload.dataset.table import check_rollouts
 from hotload.errors import StoreError
 
 # It grows with every change of a column's name, type or meaning.
-ROWS_SCHEMA_NUMBER = 2
+ROWS_SCHEMA_NUMBER = 3
 SCHEMA_KEY = "hotload.schema"
 DIGEST_KEY = "hotload.digest"
 NOTES_KEY = "hotload.notes"

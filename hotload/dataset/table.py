@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import pandera.polars as pa
 import polars as pl
 from pandera.api.polars.types import PolarsData
 
 from hotload.identity import version_of
+from hotload.rollout.routing import ITEM
 from hotload.rollout.trajectory import Problem, ScoredGroup, Segment, Trajectory, Weights
 
 IDENTITY_RUN = {"start": pl.Int32, "identity": pl.String}
@@ -25,15 +27,16 @@ class Rollouts(pa.DataFrameModel):
 
     A segment is one sequence to train on; a sample of several turns has more than one where a later
     prompt does not repeat the tokens so far. What is known of the sample as a whole (reward, text,
-    latency, …) stands in each of its rows. In the first alone stand `transcript`, `routing_matrix`
-    and, of the problem, `prompt` (text, or messages as JSON; null if it was token ids) and `answer`
-    (as JSON). With every change of a column, `parquet.ROWS_SCHEMA_NUMBER` grows.
+    latency, …) stands in each of its rows. In the first alone stand `transcript` and, of the
+    problem, `prompt` (text, or messages as JSON; null if it was token ids) and `answer` (as JSON).
+    With every change of a column, `parquet.ROWS_SCHEMA_NUMBER` grows.
 
     `token_ids`, `loss_mask` and `sampling_logprobs` have the same length. `identity` is what was
     confirmed at dispatch, `policy_version` the version it names, `weights` how the answer's own
     words compare with it, `identity_runs` which weights made the tokens from `start` (of this
-    row's, from 0) on. Without a reward there is a `failure`; `mark` says what became of a group
-    that is not simply complete. A row without an advantage is not to be trained on.
+    row's, from 0) on. `routes` are those of hotload.rollout.routing, over the row's prompt and
+    completion, flat. Without a reward there is a `failure`; `mark` says what became of a group that
+    is not simply complete. A row without an advantage is not to be trained on.
     """
 
     identity: pl.String
@@ -48,11 +51,11 @@ class Rollouts(pa.DataFrameModel):
     token_ids: pl.List(pl.Int32)  # type: ignore[valid-type]
     loss_mask: pl.List(pl.Boolean)  # type: ignore[valid-type]
     sampling_logprobs: pl.List(pl.Float32)  # type: ignore[valid-type]
+    routes: pl.List(pl.Int16) = pa.Field(nullable=True)  # type: ignore[valid-type]
     prompt: pl.String = pa.Field(nullable=True)
     answer: pl.String = pa.Field(nullable=True)
     text: pl.String
     transcript: pl.String = pa.Field(nullable=True)
-    routing_matrix: pl.String = pa.Field(nullable=True)
     finish_reason: pl.String = pa.Field(nullable=True)
     reward: pl.Float64 = pa.Field(nullable=True)
     reward_parts: pl.List(pl.Struct(REWARD_PART))  # type: ignore[valid-type]
@@ -89,6 +92,13 @@ class Rollouts(pa.DataFrameModel):
             (tokens == pl.col("loss_mask").list.len())
             & (tokens == pl.col("sampling_logprobs").list.len())
         )
+
+    @pa.dataframe_check(error="routes that are not of the tokens but the last")
+    def _routed(cls, data: PolarsData) -> pl.LazyFrame:  # noqa: N805
+        rows = pl.col("prompt_token_ids").list.len() + pl.col("token_ids").list.len() - 1
+        count = pl.col("routes").list.len()
+        is_whole = (rows > 0) & (count > 0) & (count % rows == 0)
+        return data.lazyframe.select(count.is_null() | is_whole)
 
     @pa.dataframe_check(
         error="reward and advantage are finite, or a failure says why there is none, or a mark"
@@ -162,7 +172,9 @@ def rollouts_frame(
             for own in _segment_columns(group.problem, sample):
                 for name, value in (shared | own).items():
                     columns[name].append(value)
-    return pl.DataFrame(columns, schema=types)
+    # Told its type, polars would go through a list of arrays number by number.
+    routes = pl.Series(columns.pop("routes")).cast(types["routes"])
+    return pl.DataFrame(columns | {"routes": routes}, schema=types)
 
 
 def _segment_columns(problem: Problem, sample: Trajectory) -> Iterable[dict[str, object]]:
@@ -175,11 +187,11 @@ def _segment_columns(problem: Problem, sample: Trajectory) -> Iterable[dict[str,
             "token_ids": segment.token_ids_T,
             "loss_mask": segment.loss_mask_T,
             "sampling_logprobs": segment.sampling_logprobs_T,
+            "routes": segment.routes and pl.Series(np.frombuffer(segment.routes, ITEM)),
             "identity_runs": _runs_of(segment, start, sample.provenance.runs),
             "prompt": _prompt(problem) if is_first else None,
             "answer": None if problem.answer is None or not is_first else _json(problem.answer),
             "transcript": _json(sample.transcript) if is_first and sample.transcript else None,
-            "routing_matrix": sample.routing_matrix if is_first else None,
         }
         start += len(segment.token_ids_T)
 

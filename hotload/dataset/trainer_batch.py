@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from hotload.rollout.routing import NO_ROUTE, Routes
 from hotload.rollout.trajectory import Weights
 
 Integers = NDArray[np.int64]
@@ -58,6 +59,9 @@ class Batch:
     """Of each row."""
     identities: tuple[tuple[str, ...], ...]
     """The weights that made each row, in order; the dispatched ones where the answer named none."""
+    routes: tuple[Routes | None, ...]
+    """Of each row, without its padding: the experts of every token but the last, as
+    hotload.rollout.routing lays them out; `None` where the service told none."""
     frame_rows: tuple[int | None, ...]
     """For each row of the frame it was made of: the row here, `None` where it is left out."""
 
@@ -113,6 +117,7 @@ class Batch:
             **arrays,
             problem_ids=self.problem_ids + ("",) * added,
             identities=self.identities + ((),) * added,
+            routes=self.routes + (None,) * added,
         )
 
 
@@ -162,11 +167,20 @@ def make_batch(frame: pl.DataFrame, *, pad_token_id: int = 0) -> Batch:
                 named=True
             )
         ),
+        routes=tuple(
+            None if routes is None else routes.to_numpy().reshape(length - 1, -1)
+            for routes, length in zip(rows["routes"], _token_counts(rows), strict=True)
+        ),
         frame_rows=tuple(
             next(row_numbers) if is_kept else None
             for is_kept in frame.select(IS_TRAINABLE).to_series()
         ),
     )
+
+
+def _token_counts(rows: pl.DataFrame) -> list[int]:
+    lengths = pl.col("prompt_token_ids").list.len() + pl.col("token_ids").list.len()
+    return rows.select(lengths).to_series().to_list()
 
 
 def _identities(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -221,17 +235,31 @@ def trl_batch(batch: Batch) -> dict[str, Any]:
     }
 
 
-def verl_batch(batch: Batch) -> dict[str, Any]:
+def verl_batch(batch: Batch, *, active_expert_count: int | None = None) -> dict[str, Any]:
     """Lay the batch out as verl's trainer holds it after advantages: tensors of the width of the
     response, and object arrays (`uid`, `data_source`) for its non-tensor batch.
 
     The score stands at the last token of each response; `uid` is one per group.
+
+    Args:
+        active_expert_count: experts a token is sent to in a layer, as the model's config has it:
+            adds `routed_experts` for its router replay (R3), 0 for padding and the last token.
+
+    Raises:
+        ValueError: a token but the last has no route, and verl replays every one.
     """
     mask = np.concatenate([batch.prompt_mask, batch.completion_mask], axis=1)
     scores = np.zeros(batch.completion_ids.shape, dtype=np.float32)
     last = batch.completion_mask.sum(axis=1) - 1
     scores[np.arange(len(batch)), last] = batch.rewards
     advantages = batch.advantages[:, np.newaxis] * batch.loss_mask
+    routed: dict[str, Any] = {}
+    if active_expert_count is not None:
+        routes = _whole_routes(batch, active_expert_count)
+        padded = np.zeros((*mask.shape, *routes[0].shape[1:]) if routes else (0, 0, 0, 0), np.int16)
+        for row, one in enumerate(routes):
+            padded[row, np.flatnonzero(mask[row])[:-1]] = one
+        routed["routed_experts"] = padded
     return {
         "prompts": batch.prompt_ids,
         "responses": batch.completion_ids,
@@ -247,16 +275,24 @@ def verl_batch(batch: Batch) -> dict[str, Any]:
         "returns": advantages.astype(np.float32),
         "uid": np.array(batch.problem_ids, dtype=object),
         "data_source": np.full(len(batch), "hotload", dtype=object),
+        **routed,
     }
 
 
-def slime_batch(batch: Batch) -> dict[str, Any]:
+def slime_batch(batch: Batch, *, active_expert_count: int | None = None) -> dict[str, Any]:
     """Lay the batch out as slime does its samples: ragged lists, prompt and response in one.
 
     `rewards` are the advantages, as they are there after its own normalisation; `raw_reward` the
     rewards. `sample_indices` and `rollout_ids` are the same for the segments of one sample, and
     `rollout_mask_sums` counts the tokens in the loss of all of them. `weight_versions` is a key of
     miles; slime leaves it where it is.
+
+    Args:
+        active_expert_count: as in `verl_batch`; adds `rollout_routed_experts`, [tokens − 1, layers,
+            experts] each. Both count all layers, so each has to have experts.
+
+    Raises:
+        ValueError: as `verl_batch`.
     """
     rows = range(len(batch))
     prompts = [batch.prompt_ids[i][batch.prompt_mask[i]].tolist() for i in rows]
@@ -267,6 +303,10 @@ def slime_batch(batch: Batch) -> dict[str, Any]:
     sums = Counter[int]()
     for index, mask in zip(indices, batch.loss_mask, strict=True):
         sums[index] += int(mask.sum())
+    routed: dict[str, Any] = {}
+    if active_expert_count is not None:
+        routes = _whole_routes(batch, active_expert_count)
+        routed["rollout_routed_experts"] = [one.astype(np.int32) for one in routes]
     return {
         "tokens": [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
         "response_lengths": [len(answer) for answer in answers],
@@ -283,7 +323,30 @@ def slime_batch(batch: Batch) -> dict[str, Any]:
             batch.sampling_logprobs[i][batch.completion_mask[i]].tolist() for i in rows
         ],
         "weight_versions": [list(identities) for identities in batch.identities],
+        **routed,
     }
+
+
+def _whole_routes(batch: Batch, active_expert_count: int) -> list[Routes]:
+    """Routes of each row, [N−1, layers, active experts], for trainers that leave no token to their
+    own router.
+
+    Raises:
+        ValueError: a token but the last has none, or they do not divide so.
+    """
+    found = []
+    why = "and this trainer replays those of all tokens but the last"
+    for row, routes in enumerate(batch.routes):
+        name = f"problem {batch.problem_ids[row]!r}, sample {batch.sample_numbers[row]}"
+        if routes is None:
+            raise ValueError(f"{name}: no token has a route, {why}")
+        if untold := np.count_nonzero((routes == NO_ROUTE).any(axis=1)):
+            raise ValueError(f"{name}: {untold} of {len(routes)} tokens have no route, {why}")
+        if routes.shape[1] % active_expert_count:
+            width = f"{routes.shape[1]} experts for a token"
+            raise ValueError(f"{name}: {width}, not a multiple of {active_expert_count}")
+        found.append(routes.reshape(len(routes), -1, active_expert_count))
+    return found
 
 
 def to_tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:

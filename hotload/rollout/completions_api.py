@@ -16,7 +16,7 @@ from hotload.errors import ProtocolError, shorten
 from hotload.options import Sampling
 from hotload.quantities import plural
 from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
-from hotload.rollout.routing import join_routing
+from hotload.rollout.routing import routes_of_array, routes_of_matrices
 from hotload.rollout.trajectory import LOGPROB_RANGE, TOKEN_ID_LIMIT, Problem, sample_seed
 
 DONE = b"[DONE]"
@@ -225,7 +225,7 @@ class Answer:
         # protocol §12: `logprob` may stand in only where the whole, untempered policy was sampled.
         self._is_plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1, 1, 0)
         self._sent_prompt = prompt
-        self._wants_routing = sampling.include_routing_matrix
+        self._wants_routes = sampling.include_routing_matrix
         self._model: object = None
         self._texts: list[str] = []
         self._reasoning: list[str] = []
@@ -234,7 +234,8 @@ class Answer:
         self._content_ids: list[Any] = []
         self._raw_ids: list[Any] = []
         self._last_raw_ids: list[Any] = []
-        self._routing: list[Any] = []
+        self._matrices: list[Any] = []
+        self._routed_experts: Any = None
         self._lacks_logprobs = False
         self._stated_count: int | None = None
         self.is_done = False
@@ -253,8 +254,9 @@ class Answer:
         self.token_ids: tuple[int, ...] = ()
         self.sampling_logprobs: list[Any] = []
         self.prompt_token_ids: tuple[int, ...] = prompt or ()
-        self.routing: bytes | None = None
-        """The routing matrices of all tokens, where they were asked for and every token has one."""
+        self.routes: bytes | None = None
+        """Of prompt and answer (hotload.rollout.routing), where they were asked for and every token
+        of the answer has one."""
         self.prompt_token_count = self.cached_prompt_token_count = 0
         self.prefill_queue_seconds: float | None = None
         self.replica: str | None = None
@@ -302,8 +304,10 @@ class Answer:
                     value = entry.get("logprob") if self._is_plain else None
                     self._lacks_logprobs |= value is None
                 self.sampling_logprobs.append(value)
-                if self._wants_routing:
-                    self._routing.append(entry.get("routing_matrix"))
+                if self._wants_routes:
+                    self._matrices.append(entry.get("routing_matrix"))
+        if self._wants_routes and choice.get("routed_experts"):
+            self._routed_experts = choice["routed_experts"]
         raw = choice.get("raw_output")
         if raw or "token_ids" in choice:
             self._add_raw(raw or {}, choice)
@@ -423,8 +427,11 @@ class Answer:
             return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
         if self._sent_prompt is not None and self.prompt_token_ids != self._sent_prompt:
             return malformed("the prompt's token ids came back changed", Action.FAIL_SAMPLE)
-        if self._routing and None not in self._routing:
-            self.routing = join_routing(self._routing)
+        if count and self._routed_experts is not None:
+            length = len(self.prompt_token_ids) + count
+            self.routes = routes_of_array(self._routed_experts, length)
+        elif self._matrices and all(self._matrices):
+            self.routes = routes_of_matrices(self._matrices, len(self.prompt_token_ids))
         if count > self._max_tokens:
             detail = f"{count} tokens, {self._max_tokens} asked for"
             return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)

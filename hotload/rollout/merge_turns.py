@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-
 from hotload.rollout.completions_api import Answer
+from hotload.rollout.routing import extend_routes
 from hotload.rollout.trajectory import EMPTY_SEGMENT, Segment
 
 
@@ -12,8 +11,8 @@ class Turns:
     """What the answers so far come to.
 
     A turn whose prompt begins with all ids so far goes on with their sequence; what is new between
-    them gets a loss mask of False, a log-probability of 0 and zeros for its experts. Any other turn
-    begins a new sequence.
+    them gets a loss mask of False, a log-probability of 0 and, unless the service told it, no
+    route. Any other turn begins a new sequence.
     """
 
     def __init__(self) -> None:
@@ -29,19 +28,11 @@ class Turns:
         self.runs: tuple[tuple[int, str], ...] = ()
         self._done: tuple[Segment, ...] = ()
         self._open = EMPTY_SEGMENT
-        self._routing: bytes | None = None
-        self._first_routing: bytes | None = None
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The sequences, in order; at least one."""
         return (*self._done, self._open) if self._open.token_ids_T or not self._done else self._done
-
-    @property
-    def routing_matrix(self) -> str | None:
-        """The experts of the first sequence's tokens, where every token has them."""
-        routing = self._first_routing if self._done else self._routing
-        return None if routing is None else base64.b64encode(routing).decode()
 
     def note(self, answer: Answer) -> None:
         """Take in who answered, be the answer of use or not."""
@@ -59,20 +50,17 @@ class Turns:
         known = so_far.prompt_token_ids + so_far.token_ids_T
         if so_far.token_ids_T and prompt[: len(known)] == known:
             between = prompt[len(known) :]
-            self._routing = _joined(self._routing, len(so_far.token_ids_T), len(between), answer)
             self._open = Segment(
                 so_far.prompt_token_ids,
                 so_far.token_ids_T + between + sampled[0],
                 so_far.sampling_logprobs_T + (0.0,) * len(between) + sampled[1],
                 so_far.loss_mask_T + (False,) * len(between) + mask,
+                _extended(so_far.routes, len(known), answer),
             )
         else:
             if so_far.token_ids_T:
-                if not self._done:
-                    self._first_routing = self._routing
                 self._done += (so_far,)
-            self._open = Segment(prompt, *sampled, mask)
-            self._routing = answer.routing
+            self._open = Segment(prompt, *sampled, mask, answer.routes)
         start = sum(len(segment.token_ids_T) for segment in self.segments) - len(mask)
         # An empty identity says that none was named, where one was before.
         for number, identity in answer.runs or ([(0, "")] if self.runs and mask else []):
@@ -84,9 +72,9 @@ class Turns:
         self.completion_token_count += len(mask)
 
 
-def _joined(before: bytes | None, count: int, between: int, answer: Answer) -> bytes | None:
-    """The experts of `count` tokens, of those between them and the answer, and of the answer's."""
-    added = answer.routing if answer.token_ids else b""
-    if before is None or added is None:
+def _extended(before: bytes | None, before_count: int, answer: Answer) -> bytes | None:
+    """The routes of the sequence once the answer is part of it, where every turn told some."""
+    if before is None or (answer.token_ids and answer.routes is None):
         return None
-    return before + bytes(len(before) // count * between) + added
+    count = len(answer.prompt_token_ids) + len(answer.token_ids)
+    return extend_routes(before, before_count, answer.routes, count)

@@ -90,13 +90,15 @@ class Segment:
     """Tokens that follow one prompt: what a trainer takes as one sequence. Arrays have length T.
 
     Tokens the policy did not sample (a tool's result, a message between turns) have a loss mask of
-    False and a log-probability of 0.
+    False and a log-probability of 0. `routes` are the experts of prompt and completion as
+    hotload.rollout.routing lays them out, where the service was asked and told them.
     """
 
     prompt_token_ids: tuple[int, ...]
     token_ids_T: tuple[int, ...]
     sampling_logprobs_T: tuple[float, ...]
     loss_mask_T: tuple[bool, ...]
+    routes: bytes | None = None
 
 
 EMPTY_SEGMENT = Segment((), (), (), ())
@@ -112,8 +114,7 @@ class Trajectory:
 
     Turns whose prompt repeats the tokens so far are one segment; where one does not (a chat
     template rewrote what was said), a new segment begins. There is at least one; a sample without
-    an answer has an empty one. `routing_matrix` is the base64 text of `uint8[T, layers, experts]`
-    of the first segment.
+    an answer has an empty one.
     `prompt_token_count` counts the prompts of all turns, each as it was sent, and
     `completion_token_count` the tokens that were sampled.
     """
@@ -133,7 +134,6 @@ class Trajectory:
     detail: str = ""
     turn_count: int = 1
     transcript: tuple[Mapping[str, Any], ...] = ()
-    routing_matrix: str | None = None
     is_hedge: bool = False
 
     def __post_init__(self) -> None:

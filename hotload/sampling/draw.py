@@ -21,6 +21,7 @@ from hotload.clients.redaction import redact
 from hotload.errors import RolloutFunctionError
 from hotload.options import RolloutFunction
 from hotload.rollout.failures import Action, Cause, Failure
+from hotload.rollout.routing import read_routes
 from hotload.rollout.trajectory import (
     LOGPROB_RANGE,
     TOKEN_ID_LIMIT,
@@ -172,7 +173,6 @@ def _taken(conversation: Conversation, made: object) -> Trajectory:
             text=str(made.text),
             finish_reason=_text(made.finish_reason),
             transcript=tuple(made.transcript) or own.transcript,
-            routing_matrix=_text(made.routing_matrix),
             failure=own.failure or _cause(made.failure),
             detail=own.detail or detail,
         )
@@ -213,7 +213,9 @@ def _checked(segments: Sequence[Segment]) -> tuple[Segment, ...]:
         for logprob in logprobs:
             if not LOGPROB_RANGE[0] <= logprob <= LOGPROB_RANGE[1]:
                 raise ValueError(f"a segment's log-probability is {logprob}, expected at most 0")
-        checked.append(Segment(prompt, tokens, logprobs, mask))
+        if segment.routes is not None:
+            read_routes(segment.routes, len(prompt) + len(tokens))
+        checked.append(Segment(prompt, tokens, logprobs, mask, segment.routes))
     return tuple(checked)
 
 
@@ -246,6 +248,5 @@ def _readable(sample: Trajectory) -> Trajectory:
         text=replace_surrogates(sample.text),
         finish_reason=_text(sample.finish_reason),
         detail=replace_surrogates(sample.detail),
-        routing_matrix=_text(sample.routing_matrix),
         transcript=tuple(transcript),
     )

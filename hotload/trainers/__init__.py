@@ -7,6 +7,7 @@ __all__ = [
     "base_digest",
     "declaration",
     "loading",
+    "router_replay",
     "saved_state",
     "scale_probe",
     "step_samples",

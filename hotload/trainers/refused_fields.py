@@ -43,7 +43,8 @@ REFUSED_TRAINING_FIELDS: Mapping[str, str] = {
     "max_rows": "it is a field of `problems` of the cycle",
     "save_final_checkpoint": "the last version is always exported and published: remove it",
     "wandb": "it is a field of the cycle",
-    "router_replay": "no trainer here replays routes yet: remove it",
+    "router_replay": "it is an argument of the torch trainer, and needs "
+    "`sampling.include_routing_matrix` of the cycle",
     "branch": "another run_id with `init_from_checkpoint: RUN:STEP` is a branch",
     "tis": "it is a field of `loss`",
     "anchor_logp": "it is `anchor` of `loss`",

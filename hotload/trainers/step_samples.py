@@ -15,16 +15,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from hotload.dataset.trainer_batch import Batch
 from hotload.errors import TrainerError
-from hotload.trainers.trainer import Trainer
+from hotload.rollout.routing import Routes
+from hotload.trainers.trainer import Trainer, as_replayer
 from hotload.training.loss_inputs import LossInputs, PerToken
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainerSequence:
-    """One segment: the ids of prompt and response, and how many are prompt."""
+    """One segment: the ids of prompt and response, how many are prompt, and who it is."""
 
     token_ids: tuple[int, ...]
     prompt_length: int
+    name: str
+    """Problem, sample and segment, for an error."""
+    routes: Routes | None = None
 
     @property
     def response_length(self) -> int:
@@ -66,7 +70,11 @@ class StepSamples:
                 segments.append([])
                 firsts.append(row)
             before = sample
-            segments[-1].append(TrainerSequence((*prompt, *response), len(prompt)))
+            name = f"problem {batch.problem_ids[row]!r}, sample {sample[1]}"
+            if number := int(batch.segment_numbers[row]):
+                name += f", segment {number}"
+            ids = (*prompt, *response)
+            segments[-1].append(TrainerSequence(ids, len(prompt), name, batch.routes[row]))
         taken = batch.completion_mask
         inputs = LossInputs.of(
             lengths=[sum(one.response_length for one in sample) for sample in segments],
@@ -118,6 +126,23 @@ class StepSamples:
     def token_ids(self) -> list[tuple[int, ...]]:
         """What a trainer is asked about."""
         return [one.token_ids for one in self.sequences]
+
+    @property
+    def routes(self) -> list[Routes]:
+        """The routes of all segments, end to end.
+
+        Raises:
+            ValueError: one has none.
+        """
+        found = []
+        for one in self.sequences:
+            if one.routes is None:
+                raise ValueError(
+                    f"{one.name}: no routes to replay; set sampling.include_routing_matrix, with "
+                    "a service that tells them, or leave the trainer's router_replay out"
+                )
+            found.append(one.routes)
+        return found
 
     def micro_batches(self, token_limit: int) -> Iterator[tuple[int, ...]]:
         """Cut the samples, in order, into runs that have at most so many tokens once padded to
@@ -177,15 +202,36 @@ def micro_batches_of(
 
 
 def ask_responses(
-    trainer: Trainer, samples: StepSamples, *, is_before_backward: bool = False
+    trainer: Trainer,
+    samples: StepSamples,
+    *,
+    is_before_backward: bool = False,
+    is_reference: bool = False,
 ) -> PerToken:
     """Ask a trainer for the log-probabilities of all response tokens, [T].
 
+    Args:
+        is_reference: another model than the one that is trained: its router chooses by itself.
+
     Raises:
         TrainerError: it gave another number of them.
+        ValueError: the trainer replays routes, and a sample has none.
     """
-    given = trainer.logprobs(samples.token_ids, is_before_backward=is_before_backward)
+    ids, replayer = samples.token_ids, None if is_reference else as_replayer(trainer)
+    if replayer is None:
+        given = trainer.logprobs(ids, is_before_backward=is_before_backward)
+    else:
+        given = replayer.logprobs(ids, is_before_backward=is_before_backward, routes=samples.routes)
     try:
         return samples.responses(given)
     except ValueError as error:
         raise TrainerError(trainer.describe().model, str(error)) from None
+
+
+def add_gradient(trainer: Trainer, samples: StepSamples, coefficients_T: PerToken) -> None:
+    """Hand a trainer the coefficients of all response tokens, [T]."""
+    coefficients, replayer = samples.by_prediction(coefficients_T), as_replayer(trainer)
+    if replayer is None:
+        trainer.backward(samples.token_ids, coefficients)
+    else:
+        replayer.backward(samples.token_ids, coefficients, routes=samples.routes)

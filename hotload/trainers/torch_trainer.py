@@ -32,7 +32,9 @@ from hotload.directory.files import (
 )
 from hotload.directory.relayout import view_checkpoint
 from hotload.errors import StoreError, TrainerError
+from hotload.rollout.routing import Routes
 from hotload.trainers.base_digest import digest_base
+from hotload.trainers.router_replay import RouterReplay
 from hotload.trainers.saved_state import read_state, write_state
 from hotload.trainers.trainer import OptimizerFigures, TrainerFacts
 from hotload.training.loss_inputs import PerToken
@@ -53,6 +55,7 @@ def open_torch_trainer(
     export_dtype: ExportType = "bfloat16",
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     gradient_checkpointing: bool = False,
+    router_replay: bool = False,
     device: str | None = None,
     threads: int | None = None,
 ) -> TorchTrainer:
@@ -63,8 +66,13 @@ def open_torch_trainer(
         temperature: the samples', at which log-probabilities are taken.
         compute_dtype: of forward and backward; the masters stay float32.
         gradient_checkpointing: compute activations twice instead of keeping them.
+        router_replay: of a mixture of experts, send every token that was sampled to the experts
+            that sampled it. Samples need their routes (`sampling.include_routing_matrix`).
         device: cuda where there is one, else the CPU.
         threads: of the whole process, on the CPU; another number gives other bits.
+
+    Raises:
+        TrainerError: routes are to be replayed, and no layer of the model has experts.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -83,6 +91,7 @@ def open_torch_trainer(
         if not processes.is_initialized():
             processes.init_process_group("nccl" if kind == "cuda" else "gloo")
     model.to(torch.device(kind))
+    replay = RouterReplay(model, Path(base_model).name) if router_replay else None
     if is_sharded:
         _shard(model, kind)
     if gradient_checkpointing:
@@ -90,7 +99,7 @@ def open_torch_trainer(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train(gradient_checkpointing)
     return TorchTrainer(
-        model, Path(base_model), Path(states), temperature, export_dtype, compute_dtype
+        model, Path(base_model), Path(states), temperature, export_dtype, compute_dtype, replay
     )
 
 
@@ -116,7 +125,10 @@ class TorchTrainer:
         temperature: float,
         export_dtype: ExportType,
         compute_dtype: Literal["float32", "bfloat16"],
+        replay: RouterReplay | None = None,
     ) -> None:
+        self.replays_routes = replay is not None
+        self._replay = replay
         self._model, self._base, self._states = model, base_model, states
         self._base_sha256 = digest_base(base_model)
         self._temperature, self._export_dtype = temperature, export_dtype
@@ -135,7 +147,7 @@ class TorchTrainer:
                 "exp_avg": torch.zeros_like(each),
                 "exp_avg_sq": torch.zeros_like(each),
             }
-        self._kept: tuple[Ids, list[Any]] | None = None
+        self._kept: tuple[Ids, Sequence[Routes] | None, list[Any]] | None = None
         self._count = processes.get_world_size() if processes.is_initialized() else 1
         self._rank = processes.get_rank() if processes.is_initialized() else 0
 
@@ -158,19 +170,24 @@ class TorchTrainer:
                 "compute_dtype": self._compute_dtype,
                 "export_dtype": self._export_dtype,
                 "temperature": self._temperature,
+                "router_replay": self.replays_routes,
             },
         )
 
     def logprobs(
-        self, sequences: Sequence[Sequence[int]], *, is_before_backward: bool = False
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        is_before_backward: bool = False,
+        routes: Sequence[Routes] | None = None,
     ) -> list[PerToken]:
         """Compute the log-probability of every token but the first, [N−1] each."""
-        asked = self._checked(sequences)
+        asked = self._checked(sequences, routes)
         self._kept = None
         with torch.set_grad_enabled(is_before_backward):
-            found = self._forward(asked)
+            found = self._forward(asked, routes)
         if is_before_backward:
-            self._kept = (asked, found)
+            self._kept = (asked, routes, found)
         own = [each.detach().double().cpu().numpy() for each in found]
         if self._count == 1:
             return own
@@ -179,17 +196,24 @@ class TorchTrainer:
         return [parts[n % self._count][n // self._count] for n in range(len(asked))]
 
     def backward(
-        self, sequences: Sequence[Sequence[int]], coefficients: Sequence[PerToken]
+        self,
+        sequences: Sequence[Sequence[int]],
+        coefficients: Sequence[PerToken],
+        *,
+        routes: Sequence[Routes] | None = None,
     ) -> None:
         """Add the sum of coefficient × gradient of log-probability to the gradient."""
-        asked = self._checked(sequences)
+        asked = self._checked(sequences, routes)
         kept, self._kept = self._kept, None
         shapes = [np.shape(each) for each in coefficients]
         if shapes != [(len(one) - 1,) for one in asked]:
             raise ValueError(f"coefficients: found shapes {shapes}, expected one per prediction")
         if not all(np.isfinite(each).all() for each in coefficients):
             raise ValueError("coefficients: found one that is not finite: the loss must be mended")
-        found = kept[1] if kept and kept[0] == asked else self._forward(asked)
+        if kept and kept[0] == asked and _are_same(kept[1], routes):
+            found = kept[2]
+        else:
+            found = self._forward(asked, routes)
         logprobs = torch.cat(found)
         own = coefficients[self._rank :: self._count] or [np.zeros(1)]
         weights = torch.from_numpy(np.concatenate(own)).to(logprobs)
@@ -294,8 +318,10 @@ class TorchTrainer:
             raise answer[1]
         return answer[0]
 
-    def _forward(self, asked: Ids) -> list[Any]:
+    def _forward(self, asked: Ids, routes: Sequence[Routes] | None) -> list[Any]:
         """Log-probabilities of this process's sequences."""
+        if routes is not None:
+            routes = routes[self._rank :: self._count]
         asked = asked[self._rank :: self._count] or NO_SEQUENCE
         device = self._model.device
         longest = max(map(len, asked)) - 1
@@ -305,6 +331,8 @@ class TorchTrainer:
             count = len(one) - 1
             ids[row, :count], targets[row, :count] = torch.tensor(one[:-1]), torch.tensor(one[1:])
             mask[row, :count] = 1
+        if self._replay is not None:
+            self._replay.follow(routes, longest, device)
         is_whole = bool(mask.all())
         with torch.autocast(device.type, torch.bfloat16, enabled=self._compute_dtype != "float32"):
             output = self._model(
@@ -331,7 +359,7 @@ class TorchTrainer:
         self._kept = None
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _checked(self, sequences: Sequence[Sequence[int]]) -> Ids:
+    def _checked(self, sequences: Sequence[Sequence[int]], routes: Sequence[Routes] | None) -> Ids:
         config = self._model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         for number, one in enumerate(sequences):
@@ -340,7 +368,17 @@ class TorchTrainer:
                 raise ValueError(f"sequence {number}: found {len(one)} tokens, expected {expected}")
             if not 0 <= min(one) <= max(one) < config.vocab_size:
                 raise ValueError(f"sequence {number}: expected ids below {config.vocab_size}")
+        if routes is not None:
+            if self._replay is None:
+                raise ValueError("routes: this trainer was opened without router_replay")
+            self._replay.check(routes, sequences)
         return tuple(tuple(map(int, one)) for one in sequences)
+
+
+def _are_same(kept: Sequence[Routes] | None, given: Sequence[Routes] | None) -> bool:
+    if kept is None or given is None:
+        return kept is given
+    return all(np.array_equal(one, other) for one, other in zip(kept, given, strict=True))
 
 
 def _whole(tensor: Any) -> Any:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from pydantic import JsonValue
 
+from hotload.rollout.routing import Routes
 from hotload.training.loss_inputs import PerToken
 from hotload.training.schedule import AdamSettings
 from hotload.training.settings import StateRef
@@ -118,3 +119,42 @@ class Trainer(Protocol):
             FileExistsError: there is something already.
             TrainerError: the weights cannot be taken out of where they are.
         """
+
+
+class RouteReplayer(Trainer, Protocol):
+    """A trainer of a mixture of experts that sends tokens to the experts which sampled them: their
+    weights are its own router's. Without routes, and where a row is −1, the router chooses, too.
+    """
+
+    replays_routes: bool
+    """Whether it was asked to. Then a step without routes is an error."""
+
+    def logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        is_before_backward: bool = False,
+        routes: Sequence[Routes] | None = None,
+    ) -> list[PerToken]:
+        """Compute log-probabilities as any trainer.
+
+        Args:
+            routes: of each sequence, as hotload.rollout.routing lays them out.
+
+        Raises:
+            ValueError: as any trainer; or routes of another model.
+        """
+
+    def backward(
+        self,
+        sequences: Sequence[Sequence[int]],
+        coefficients: Sequence[PerToken],
+        *,
+        routes: Sequence[Routes] | None = None,
+    ) -> None:
+        """Add to the gradient as any trainer, along these routes."""
+
+
+def as_replayer(trainer: Trainer) -> RouteReplayer | None:
+    """Take a trainer as one that replays routes, if it was asked to."""
+    return cast(RouteReplayer, trainer) if getattr(trainer, "replays_routes", False) else None

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from hotload.dataset.logprob_drift import measure_drift
-from hotload.trainers.step_samples import StepSamples, ask_responses
-from hotload.trainers.trainer import Trainer
+from hotload.trainers.step_samples import StepSamples, add_gradient, ask_responses
+from hotload.trainers.trainer import Trainer, as_replayer
 from hotload.training.custom_loss import CustomLossValue, custom_coefficients
 from hotload.training.divisor import GradientDivisor, gradient_divisor
 from hotload.training.loss_inputs import PerToken, check_logprobs, places_of
@@ -68,8 +68,8 @@ def train_step(
     Raises:
         TrainerError: the trainer broke its rules, or its gradient is not finite.
         ValueError: no token is in the loss; a log-probability is unusable; there is a reference
-            without KL, or a KL without one. After an error a gradient may be left over: load a
-            state.
+            without KL, or a KL without one; the trainer replays routes, and a sample has none.
+            After an error a gradient may be left over: load a state.
     """
     step = AccumulatedStep(trainer, loss, settings, reference=reference)
     step.add(samples, learning_rate)
@@ -142,8 +142,10 @@ class AccumulatedStep:
 
     def _prepare(self, samples: StepSamples) -> _PreparedChunk:
         loss, limit = self._loss, self._settings.micro_batch_tokens
+        if as_replayer(self._trainer) is not None:
+            _ = samples.routes  # one without is named before anything is computed
         if self._reference is not None:
-            found_T = ask_in_micro_batches(self._reference, samples, limit)
+            found_T = ask_in_micro_batches(self._reference, samples, limit, is_reference=True)
             samples = _with(samples, reference_logprobs_T=found_T)
         before_T: PerToken | None = None
         is_cut = self._settings.ppo_n_minibatches > 1
@@ -174,7 +176,7 @@ class AccumulatedStep:
             else:
                 prepared = whole.take(places)
             value = prepared.coefficients(policy_T)
-            trainer.backward(micro.token_ids, micro.by_prediction(value.coefficients_T))
+            add_gradient(trainer, micro, value.coefficients_T)
             self._tally.add(places, policy_T, prepared, value.figures)
 
     def _apply(self, learning_rate: float) -> None:
@@ -204,16 +206,20 @@ def forward_backward_custom(
     policy_T = ask_in_micro_batches(trainer, samples, micro_batch_tokens)
     known: dict[str, PerToken] = {"anchor_logprobs_T": policy_T}
     if reference is not None:
-        known["reference_logprobs_T"] = ask_in_micro_batches(reference, samples, micro_batch_tokens)
+        known["reference_logprobs_T"] = ask_in_micro_batches(
+            reference, samples, micro_batch_tokens, is_reference=True
+        )
     value = custom_coefficients(function, _with(samples, **known).inputs, policy_T, uses=uses)
     for numbers in samples.micro_batches(micro_batch_tokens):
         micro = samples.take(numbers)
         places = places_of(samples.inputs.lengths, numbers)
-        trainer.backward(micro.token_ids, micro.by_prediction(value.coefficients_T[places]))
+        add_gradient(trainer, micro, value.coefficients_T[places])
     return value
 
 
-def ask_in_micro_batches(trainer: Trainer, samples: StepSamples, token_limit: int) -> PerToken:
+def ask_in_micro_batches(
+    trainer: Trainer, samples: StepSamples, token_limit: int, *, is_reference: bool = False
+) -> PerToken:
     """Ask for the log-probabilities of all response tokens, [T], so many tokens at once: before a
     step the anchor's, of a trainer with the start weights the reference's.
 
@@ -221,7 +227,7 @@ def ask_in_micro_batches(trainer: Trainer, samples: StepSamples, token_limit: in
         TrainerError: the trainer gave another number of them.
     """
     parts = [
-        ask_responses(trainer, samples.take(numbers))
+        ask_responses(trainer, samples.take(numbers), is_reference=is_reference)
         for numbers in samples.micro_batches(token_limit)
     ]
     return np.concatenate(parts)

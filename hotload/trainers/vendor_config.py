@@ -101,7 +101,7 @@ REASONS: Mapping[str, str] = {
     "init_from_checkpoint": "here it names `RUN:STEP` of a run with step records",
     "lr_scheduler": "set `training.schedule.lr_scheduler`: constant, linear or cosine",
     "warm_start_from_adapter": "the weights that your trainer begins with are its own",
-    "router_replay_completion_only": "no trainer here replays routes yet",
+    "router_replay_completion_only": "so it is: a prompt has the trainer's own routes",
     "lora_alpha": "the trainer is your own: one of its arguments",
 }
 

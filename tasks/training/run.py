@@ -33,7 +33,7 @@ from hotload.sampling.reward.user_errors import describe_exception, secret_value
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec
 from hotload.trainers.loading import load_trainer
-from hotload.trainers.trainer import Trainer, TrainerFacts
+from hotload.trainers.trainer import Trainer, TrainerFacts, as_replayer
 from hotload.training.resume import RunPosition, check_same_run, find_position
 from hotload.training.step_record import RunFacts, StepRecord
 from hotload.training.windows import Cursor, OpenWindow, TrainingWindow
@@ -356,6 +356,9 @@ async def open_run(
     records = await read_steps(store, spec.cycle.run_id)
     run = kind(spec, store, problems, records, calls)
     run.trainer = await run.ask(load_trainer, spec.trainer)
+    if as_replayer(run.trainer) and not spec.cycle.sampling.include_routing_matrix:
+        reason = "replays routes, and the cycle asks for none: set sampling.include_routing_matrix"
+        raise TrainerError(spec.trainer.name, reason)
     run.trainer_facts = await run.ask(run.trainer.describe)
     if spec.loss.needs_reference:
         run.reference = await run.ask(load_trainer, spec.reference or spec.trainer)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 from emulator.engine.decoding import log_softmax
 from emulator.engine.weights import load_llama
 
+FIXTURES = Path(__file__).parent / "fixtures"
 Start = Callable[..., Any]
 Events = Callable[[httpx.Response], list[dict[str, Any]]]
 
@@ -335,6 +338,33 @@ def test_the_stub_engine_answers_canned_tokens(
     assert body["model"].endswith("@a")
     chunks = read_events(caller.complete(stream=True, **ask))
     assert chunks[-1]["choices"][0]["raw_output"]["completion_token_ids"] == [5, 6, 7, 8, 9]
+
+
+def test_experts_of_the_forward_that_predicted_each_token(
+    start: Start, read_events: Events
+) -> None:
+    base, ask = (
+        FIXTURES / "qwen3_moe",
+        {"logprobs": True, "include_routing_matrix": True, "seed": 1},
+    )
+    caller, prompt = start(replica_count=1, base_model=base), [3, 61, 0, 17]
+    answer = caller.complete(prompt=prompt, **ask, max_tokens=6, return_token_ids=True).json()
+    content = answer["choices"][0]["logprobs"]["content"]
+    weights = load_llama(base)
+    cache = weights.empty_cache()
+    weights.forward(prompt + answer["choices"][0]["token_ids"], cache)
+    expected = [cache.routing_matrix(position) for position in range(len(prompt) + 5)]
+    assert [entry["routing_matrix"] for entry in content] == expected[3:]
+    # Two layers of three have experts; a token is sent to two of them.
+    assert {len(base64.b64decode(each)) for each in expected} == {2 * 2}
+    streamed = read_events(caller.complete(prompt=prompt, **ask, max_tokens=6, stream=True))
+    entries = [each for chunk in streamed for each in chunk["choices"][0]["logprobs"]["content"]]
+    assert [entry["routing_matrix"] for entry in entries] == expected[3:]
+    echoed = caller.complete(prompt=prompt, **ask, max_tokens=6, echo=True).json()
+    entries = echoed["choices"][0]["logprobs"]["content"]
+    assert [entry["routing_matrix"] for entry in entries] == [None, *expected]
+    plain = caller.complete(prompt=prompt, logprobs=True).json()
+    assert "routing_matrix" not in plain["choices"][0]["logprobs"]["content"][0]
 
 
 def test_weights_that_are_no_numbers_answer_an_error(start: Start, publisher: Any) -> None:

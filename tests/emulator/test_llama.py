@@ -1,5 +1,6 @@
 """The numpy forward is held to transformers: recorded logits, and live where torch is installed."""
 
+import base64
 import importlib.util
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ from emulator.engine.llama import LlamaShape, LlamaWeights
 from emulator.engine.weights import load_llama, read_json, read_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
-NAMES = ["llama", "llama_tied", "qwen2", "qwen3"]
+NAMES = ["llama", "llama_tied", "qwen2", "qwen3", "qwen3_moe"]
+DENSE = NAMES[:-1]
 TOLERANCE = 1e-5
 
 
@@ -40,9 +42,31 @@ def test_token_by_token_equals_the_whole_prompt(name: str) -> None:
     assert np.abs(np.array(rows) - expected[5:]).max() < TOLERANCE
 
 
-def test_a_copied_prefix_goes_on_by_itself() -> None:
-    ids, expected = recorded("qwen3")
-    weights = load_llama(FIXTURES / "qwen3")
+def test_every_position_is_sent_to_the_experts_recorded_from_transformers() -> None:
+    ids, _ = recorded("qwen3_moe")
+    expected = json.loads((FIXTURES / "qwen3_moe" / "expected.json").read_text())["experts"]
+    weights = load_llama(FIXTURES / "qwen3_moe")
+    assert weights.has_experts
+    cache = weights.empty_cache()
+    weights.forward(ids[:7], cache)
+    copy = cache.prefix(5)  # of a token, an answer goes on with what its prompt has
+    weights.forward([0] * 70, cache)  # and the cache grows
+    for token in ids[5:]:
+        weights.forward([token], copy)
+    assert copy.experts[: len(ids)].tolist() == expected
+    assert cache.experts[:7].tolist() == expected[:7]
+    packed = base64.b64decode(copy.routing_matrix(6) or "")
+    assert np.frombuffer(packed, np.uint8).tolist() == np.ravel(expected[6]).tolist()
+    assert cache.size_bytes > cache.store.nbytes
+    dense = load_llama(FIXTURES / "qwen3")
+    assert not dense.has_experts
+    assert dense.empty_cache().routing_matrix(0) is None
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_a_copied_prefix_goes_on_by_itself(name: str) -> None:
+    ids, expected = recorded(name)
+    weights = load_llama(FIXTURES / name)
     cache = weights.empty_cache()
     weights.forward(ids, cache)
     copy = cache.prefix(4)
@@ -79,6 +103,28 @@ def test_what_the_forward_does_not_compute_is_refused(change: dict, told: str) -
         LlamaShape.parse(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_experts_per_tok": 9}, "9 of 8 experts"),
+        ({"num_experts_per_tok": 0}, "0 of 8 experts"),
+        ({"num_experts": 257}, "2 of 257 experts in 2 layers"),
+        ({"decoder_sparse_step": 0}, "in 0 layers"),
+        ({"mlp_only_layers": [0, 1, 2]}, "in 0 layers"),
+        ({"mlp_only_layers": 1}, "config.json"),
+        ({"num_experts": None}, "config.json"),
+        ({"moe_intermediate_size": "wide"}, "config.json"),
+        ({"mlp_only_layers": []}, "model.layers.1.mlp.gate.weight"),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": []}, "model.layers.0.mlp.gate_proj.weight"),
+        ({"moe_intermediate_size": 11}, "expected \\(11, 16\\)"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(change: dict, told: str) -> None:
+    config = read_json(FIXTURES / "qwen3_moe" / "config.json") | change
+    with pytest.raises(UnsupportedModelError, match=told):
+        LlamaWeights(config, read_tensors(FIXTURES / "qwen3_moe"))
+
+
 def test_missing_misshapen_and_unknown_tensors_are_refused() -> None:
     config = read_json(FIXTURES / "llama" / "config.json")
     tensors = read_tensors(FIXTURES / "llama")
@@ -96,7 +142,7 @@ def test_missing_misshapen_and_unknown_tensors_are_refused() -> None:
     reason="torch is not installed",
 )
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DENSE)
 def test_logits_equal_those_of_transformers_now(name: str) -> None:
     from emulator.engine.torch_engine import TorchEngine
 

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,22 +34,31 @@ def sample(number: int, tokens: int = 2, **fields: Any) -> Trajectory:
 
 
 # Two turns and a tool's result between them; then a turn whose prompt was rewritten, made by two
-# versions of the weights: tokens 0-3 and 4 by "old", 5 and 6 by "now".
+# versions of the weights: tokens 0-3 and 4 by "old", 5 and 6 by "now". Two layers with two experts
+# each for a token; the first turn's prompt and what the tool said have none.
+NONE = [[-1, -1], [-1, -1]]
+ROUTES = np.array([NONE, [[1, 2], [3, 0]], NONE, NONE, [[2, 3], [0, 1]]])
+LATER_ROUTES = np.arange(4 * 2 * 2).reshape(4, 2, 2)
 TURNS = trajectory(
-    segment(
-        (10, 11, 12, 13),
-        prompt=(1, 2),
-        logprobs=(-0.5, 0.0, 0.0, -0.25),
-        mask=(True, False, False, True),
+    replace(
+        segment(
+            (10, 11, 12, 13),
+            prompt=(1, 2),
+            logprobs=(-0.5, 0.0, 0.0, -0.25),
+            mask=(True, False, False, True),
+        ),
+        routes=ROUTES.astype("<i2").tobytes(),
     ),
-    segment((20, 21, 22), prompt=(7, 8), logprobs=(-1.0, -2.0, -3.0), mask=(True, True, False)),
+    replace(
+        segment((20, 21, 22), prompt=(7, 8), logprobs=(-1.0, -2.0, -3.0), mask=(True, True, False)),
+        routes=LATER_ROUTES.astype("<i2").tobytes(),
+    ),
     number=1,
     provenance=provenance("old", "now", request_id="r1", attempts=2, runs=((0, "old"), (5, "now"))),
     finish_reason="length",
     turn_count=3,
     completion_token_count=5,
     transcript=({"role": "user", "content": "2 + 2 – ?"}, {"role": "tool", "content": "4"}),
-    routing_matrix="AAE=",
     is_hedge=True,
 )
 PARTS = ({"format": 0.0, "answer": 1.0}, {"answer": 2.0}, {})
@@ -91,7 +101,8 @@ def test_a_row_per_segment() -> None:
     assert json.loads(frame["prompt"][0]) == [{"role": "user", "content": "2 + 2 – ?"}]
     assert frame["prompt"].to_list()[2:] == [None, frame["prompt"][0], "x"]
     assert frame["answer"].to_list() == ["4", "4", None, "4", None]
-    assert frame["routing_matrix"].to_list() == [None, "AAE=", None, None, None]
+    routes = [ROUTES.ravel().tolist(), LATER_ROUTES.ravel().tolist()]
+    assert frame["routes"].to_list() == [None, *routes, None, None]
 
 
 def test_what_a_part_holds_counts_samples_and_not_segments() -> None:
@@ -118,15 +129,22 @@ def test_a_part_there_and_back() -> None:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (with_number(FRAME, "1"), "rows with schema '1', expected 2"),
+        (with_number(FRAME, "2"), "rows with schema '2', expected 3"),
         (b"PAR1", "not a Parquet file"),
         (
-            with_number(FRAME.with_columns(advantage=pl.lit(float("nan"))), "2"),
+            with_number(FRAME.with_columns(advantage=pl.lit(float("nan"))), "3"),
             "reward and advantage are finite",
         ),
-        (with_number(FRAME.drop("mark"), "2"), "break their schema"),
-        (with_number(pl.concat([FRAME, FRAME]), "2"), "a segment occurs twice"),
-        (with_number(FRAME.with_columns(mark=pl.lit(None, pl.String)), "2"), "or a mark"),
+        (with_number(FRAME.drop("mark"), "3"), "break their schema"),
+        (with_number(pl.concat([FRAME, FRAME]), "3"), "a segment occurs twice"),
+        (with_number(FRAME.with_columns(mark=pl.lit(None, pl.String)), "3"), "or a mark"),
+        *(
+            (
+                with_number(FRAME.with_columns(routes=pl.lit(wrong, pl.List(pl.Int16))), "3"),
+                "routes that are not of",
+            )
+            for wrong in ([], [0] * 7)
+        ),
     ],
 )
 def test_a_part_that_is_refused(data: bytes, told: str) -> None:
@@ -158,6 +176,9 @@ def test_padded_arrays() -> None:
     assert BATCH.is_truncated.tolist() == [False, True, True]
     assert BATCH.identities == (("now",), ("old",), ("old", "now"))
     assert BATCH.token_count == 6
+    assert BATCH.routes[0] is None
+    assert BATCH.routes[1].tolist() == ROUTES.reshape(5, 4).tolist()  # type: ignore[union-attr]
+    assert BATCH.routes[2].tolist() == LATER_ROUTES.reshape(4, 4).tolist()  # type: ignore[union-attr]
 
 
 def test_values_of_a_batch_by_the_rows_of_its_frame() -> None:
@@ -197,6 +218,7 @@ def test_rows_are_added() -> None:
     assert batch.group_numbers.tolist() == [0, 0, 0, -1, -1]
     assert batch.problem_ids == ("p", "p", "p", "", "")
     assert batch.identities[3:] == ((), ())
+    assert batch.routes == (*BATCH.routes, None, None)
     # The values of added rows go to no row of the frame.
     assert [row is not None for row in batch.by_frame_row(batch.completion_ids)] == [
         *(True, True, True, False, False)
@@ -287,6 +309,44 @@ def test_as_slime_names_it() -> None:
     assert lists["loss_masks"][1] == [1, 0, 0, 1]
     assert [len(each) for each in lists["rollout_log_probs"]] == lists["response_lengths"]
     assert lists["weight_versions"][2] == ["old", "now"]
+
+
+def test_routes_as_verl_and_slime_have_them() -> None:
+    whole = FRAME.filter(segment_number=1)
+    batch = make_batch(pl.concat([whole, whole.with_columns(problem_id=pl.lit("q"))]))
+    (routed,) = {*verl_batch(batch, active_expert_count=2)} - {*verl_batch(batch)}
+    found = verl_batch(batch, active_expert_count=2)[routed]
+    assert (routed, found.dtype, found.shape) == ("routed_experts", np.int16, (2, 5, 2, 2))
+    assert (found[1, :4] == LATER_ROUTES).all()
+    assert not found[:, 4].any()  # of the last token nothing is predicted
+    (routed,) = {*slime_batch(batch, active_expert_count=2)} - {*slime_batch(batch)}
+    assert routed == "rollout_routed_experts"
+    for one in slime_batch(batch, active_expert_count=4)[routed]:
+        assert (one.dtype, one.tolist()) == (np.int32, LATER_ROUTES.reshape(4, 1, 4).tolist())
+    # Prompts of other lengths: routes follow their tokens.
+    longer = whole.with_columns(
+        problem_id=pl.lit("r"),
+        prompt_token_ids=pl.lit([7, 8, 9, 7], pl.List(pl.Int32)),
+        routes=pl.lit([5] * 6 * 4, pl.List(pl.Int16)),
+    )
+    padded = verl_batch(make_batch(pl.concat([whole, longer])), active_expert_count=2)
+    assert (padded["routed_experts"][0, 2:6] == LATER_ROUTES).all()
+    assert not padded["routed_experts"][0, :2].any()
+    nothing = make_batch(FRAME.head(0))
+    assert verl_batch(nothing, active_expert_count=2)["routed_experts"].shape[0] == 0
+    assert slime_batch(nothing, active_expert_count=2)["rollout_routed_experts"] == []
+
+
+@pytest.mark.parametrize("laid_out", [verl_batch, slime_batch])
+def test_trainers_that_replay_every_token_get_all_routes_or_an_error(laid_out: Any) -> None:
+    with pytest.raises(ValueError, match="problem 'p', sample 0: no token has a route"):
+        laid_out(BATCH, active_expert_count=2)
+    gaps = make_batch(FRAME.filter(sample_number=1, segment_number=0))
+    with pytest.raises(ValueError, match="problem 'p', sample 1: 3 of 5 tokens have no route"):
+        laid_out(gaps, active_expert_count=2)
+    whole = make_batch(FRAME.filter(segment_number=1))
+    with pytest.raises(ValueError, match="sample 1: 4 experts for a token, not a multiple of 3"):
+        laid_out(whole, active_expert_count=3)
 
 
 def test_tensors_where_torch_is_there() -> None:

@@ -200,7 +200,7 @@ def test_which_tokens_each_identity_made(chunks: list[Any], runs: list[Any]) -> 
     assert whole.runs == runs
 
 
-def test_routing_matrices_of_all_tokens_or_none() -> None:
+def test_routes_of_all_tokens_or_none() -> None:
     def routed(*texts: object) -> Answer:
         content = [
             {"token_id": 1, "sampling_logprob": -1.0, "routing_matrix": text} for text in texts
@@ -212,10 +212,11 @@ def test_routing_matrices_of_all_tokens_or_none() -> None:
 
     whole = routed("AQI=", "AwQ=")
     assert whole.finish() is None
-    assert whole.routing == bytes([1, 2, 3, 4])
-    lacking = routed("AQI=", None)
-    assert lacking.finish() is None
-    assert lacking.routing is None
+    assert whole.routes == bytes([1, 0, 2, 0, 3, 0, 4, 0])
+    for nothing in (None, ""):
+        lacking = routed("AQI=", nothing)
+        assert lacking.finish() is None
+        assert lacking.routes is None
     for odd in (("AQI=", "AQ=="), ("AQI=", "%"), (3, 4)):
         fault = routed(*odd).finish()
         assert fault is not None

@@ -1,6 +1,7 @@
-"""Turns merged into sequences, straddling ones masked, routing matrices as arrays."""
+"""Turns merged into sequences, straddling ones masked, routes laid out."""
 
 import base64
+import io
 from dataclasses import replace
 from typing import Any
 
@@ -10,22 +11,33 @@ import pytest
 from hotload.options import Sampling
 from hotload.rollout.completions_api import Answer
 from hotload.rollout.merge_turns import Turns
-from hotload.rollout.routing import join_routing, routing_array
+from hotload.rollout.routing import (
+    pack_matrices,
+    read_routes,
+    routes_of_array,
+    routes_of_matrices,
+)
 from hotload.rollout.straddling import settle_weights
 from hotload.rollout.trajectory import Segment, Trajectory
 from tests.factories import provenance, segment, trajectory
 
 
 def answered(
-    prompt: tuple[int, ...], tokens: tuple[int, ...], identity: str | None = "a", **entry: Any
+    prompt: tuple[int, ...],
+    tokens: tuple[int, ...],
+    identity: str | None = "a",
+    routed: str | None = None,
+    **entry: Any,
 ) -> Answer:
-    answer = Answer(Sampling(include_routing_matrix="routing_matrix" in entry), prompt)
+    asks = routed is not None or "routing_matrix" in entry
+    answer = Answer(Sampling(include_routing_matrix=asks), prompt)
     content = [{"token_id": token, "sampling_logprob": -float(token), **entry} for token in tokens]
     model = "m" if identity is None else f"m@{identity}"
     choice = {
         "text": "x" * len(tokens),
         "finish_reason": "stop",
         "logprobs": {"content": content},
+        "routed_experts": routed,
     }
     assert answer.add({"model": model, "choices": [choice]}) is None
     assert answer.finish() is None
@@ -97,34 +109,105 @@ def test_runs_count_over_all_sequences() -> None:
     assert turns.last_identity == "b"
 
 
-def test_experts_of_what_was_not_sampled_are_zeros() -> None:
+def routes_of(turns: Turns) -> list[list[list[int]] | None]:
+    """Of each segment."""
+    return [
+        None
+        if one.routes is None
+        else read_routes(one.routes, len(one.prompt_token_ids) + len(one.token_ids_T)).tolist()
+        for one in turns.segments
+    ]
+
+
+UNTOLD = [-1, -1]
+
+
+def test_a_matrix_is_of_the_forward_that_predicted_its_token() -> None:
+    turns = turns_of(answered((7, 8, 9), (1, 2), routing_matrix="AQI="))
+    # Of 7, 8, 9 and 1; nothing was predicted from 2.
+    assert routes_of(turns) == [[UNTOLD, UNTOLD, [1, 2], [1, 2]]]
+
+
+def test_what_was_said_between_turns_has_no_route() -> None:
     first = answered((7,), (1,), routing_matrix="AQI=")
     turns = turns_of(first, answered((7, 1, 9), (2,), routing_matrix="AwQ="))
-    assert turns.routing_matrix is not None
-    experts = routing_array(turns.routing_matrix, 3, active_expert_count=2)
-    assert experts.tolist() == [[[1, 2]], [[0, 0]], [[3, 4]]]
-    assert turns_of(first, answered((7, 1, 9), (2,))).routing_matrix is None
+    assert routes_of(turns) == [[[1, 2], UNTOLD, [3, 4]]]
+    assert routes_of(turns_of(first, answered((7, 1, 9), (2,)))) == [None]
     silent = answered((7, 1, 9), (), routing_matrix="AwQ=")
     third = answered((7, 1, 9, 8), (2,), routing_matrix="AwQ=")
-    assert turns_of(first, silent).routing_matrix == "AQIAAA=="
-    assert turns_of(first, silent, third).routing_matrix == "AQIAAAAAAwQ="
-    only_first = turns_of(first, answered((5,), (2,)))
-    assert only_first.routing_matrix == "AQI="
+    assert routes_of(turns_of(first, silent)) == [[[1, 2], UNTOLD]]
+    assert routes_of(turns_of(first, silent, third)) == [[[1, 2], UNTOLD, UNTOLD, [3, 4]]]
+    assert routes_of(turns_of(first, third)) == [[[1, 2], UNTOLD, UNTOLD, [3, 4]]]
+    wider = answered((7, 1, 9), (2,), routing_matrix="AwQF")
+    assert routes_of(turns_of(first, wider)) == [None]
 
 
-def test_routing_of_a_real_models_form() -> None:
+def test_every_segment_has_its_own_routes() -> None:
+    first = answered((7,), (1,), routing_matrix="AQI=")
+    other = answered((5,), (2, 3), routing_matrix="AwQ=")
+    assert routes_of(turns_of(first, other)) == [[[1, 2]], [[3, 4], [3, 4]]]
+    assert routes_of(turns_of(first, answered((5,), (2,)))) == [[[1, 2]], None]
+
+
+def packed(experts: np.ndarray) -> str:
+    """As vLLM sends them."""
+    file = io.BytesIO()
+    np.save(file, experts)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i2", "<u2", "<i4", ">i8"])
+def test_an_array_for_every_token_but_the_last(dtype: str) -> None:
+    experts = np.arange(4 * 3 * 2).reshape(4, 3, 2)
+    turns = turns_of(answered((7, 8, 9), (1, 2), routed=packed(experts.astype(dtype))))
+    assert routes_of(turns) == [experts.reshape(4, 6).tolist()]
+    # The next turn tells the rest, and what was sampled keeps the experts that sampled it.
+    later = -np.ones((6, 3, 2), np.int64)
+    later[3:] = experts[1:] + 7
+    turns = turns_of(
+        answered((7, 8, 9), (1, 2), routed=packed(experts.astype(dtype))),
+        answered((7, 8, 9, 1, 2, 5), (3,), routed=packed(later.astype("<i2"))),
+    )
+    assert routes_of(turns) == [
+        [*experts.reshape(4, 6).tolist(), *later[4:].reshape(2, 6).tolist()]
+    ]
+
+
+def test_routes_of_a_real_models_form() -> None:
     rng = np.random.default_rng(0)
     matrices = rng.integers(0, 256, (5, 58, 8)).astype(np.uint8)
     texts = [base64.b64encode(matrix.tobytes()).decode() for matrix in matrices]
-    whole = base64.b64encode(join_routing(texts)).decode()
-    found = routing_array(whole, 5, active_expert_count=8)
-    assert found.shape == (5, 58, 8)
-    assert (found == matrices).all()
-    for text, tokens, experts in ((whole, 7, 8), (whole, 5, 9), (whole, 0, 8), ("", 5, 8)):
-        with pytest.raises(ValueError, match="bytes of routing"):
-            routing_array(text, tokens, active_expert_count=experts)
-    with pytest.raises(ValueError, match="not base64"):
-        routing_array("?", 1, active_expert_count=1)
+    routes = routes_of_matrices(texts, 3)
+    found = read_routes(routes, 8)
+    assert found.shape == (7, 58 * 8)
+    assert (found[2:] == matrices.reshape(5, -1)).all()
+    assert pack_matrices(found) == ["", "", *texts]
+    with pytest.raises(ValueError, match="expert 256, expected 0 to 255"):
+        pack_matrices(np.full((1, 2), 256, np.int16))
+    for count in (6, 1, 0):
+        with pytest.raises(ValueError, match="bytes of routes"):
+            read_routes(routes, count)
+    with pytest.raises(ValueError, match="bytes of routes"):
+        read_routes(b"\0\0\0", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("?", "not base64"),
+        (base64.b64encode(b"no array").decode(), "magic"),
+        (packed(np.zeros((3, 1, 2), np.uint8)), r"\[3, 1, 2\], expected integers \[2,"),
+        (packed(np.zeros((2, 2), np.uint8)), "expected integers"),
+        (packed(np.zeros((2, 1, 2), np.float32)), "expected integers"),
+        (packed(np.asfortranarray(np.zeros((2, 3, 2), np.uint8))), "expected integers"),
+        (packed(np.full((2, 1, 2), 40_000)), "expert 40000"),
+        (packed(np.zeros((2, 1, 2), np.uint8))[:-4], "reshape"),
+        (base64.b64encode(b"\x93NUMPY\x01\x00\xff\xff").decode(), "EOF"),
+    ],
+)
+def test_an_array_that_is_none_of_the_answer(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        routes_of_array(text, 3)
 
 
 def made_by(runs: tuple[tuple[int, str], ...], *lengths: int, **fields: Any) -> Trajectory:

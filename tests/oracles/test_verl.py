@@ -4,6 +4,7 @@ are those that the rows of the frame give by hand.
 
 from __future__ import annotations
 
+import polars as pl
 import pytest
 import torch
 from tensordict import TensorDict
@@ -27,7 +28,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
-from hotload.dataset.trainer_batch import make_batch, to_tensors, verl_batch
+from hotload.dataset.trainer_batch import IS_TRAINABLE, make_batch, to_tensors, verl_batch
 
 FRAME = frame()
 BATCH = make_batch(FRAME, pad_token_id=1)
@@ -88,6 +89,22 @@ def test_the_correction_finds_nothing_to_correct() -> None:
     mask = torch.from_numpy(BATCH.loss_mask)
     assert torch.equal(corrected.batch["response_mask"].bool(), mask)
     assert (corrected.batch["rollout_is_weights"][mask] == 1).all()
+
+
+def test_routes_stay_beside_their_tokens() -> None:
+    """Without padding, as its router replay takes them: a row for every token, the last one's 0."""
+    rows = FRAME.filter(IS_TRAINABLE)
+    counts = [len(row["prompt_token_ids"]) + len(row["token_ids"]) - 1 for row in rows.to_dicts()]
+    routes = [[1000 * row + i for i in range(4 * count)] for row, count in enumerate(counts)]
+    routed = rows.with_columns(routes=pl.Series(routes, dtype=pl.List(pl.Int16)))
+    arrays = to_tensors(verl_batch(make_batch(routed, pad_token_id=1), active_expert_count=2))
+    data = left_right_2_no_padding(DataProto.from_single_dict(arrays).to_tensordict())
+    parts = data["routed_experts"].unbind()
+    assert [len(part) for part in parts] == [len(ids) for ids in data["input_ids"].unbind()]
+    for part, expected in zip(parts, routes, strict=True):
+        assert part.shape[1:] == (2, 2)
+        assert part[:-1].flatten().tolist() == expected
+        assert not part[-1].any()
 
 
 def test_the_rewards_of_a_row_are_its_reward() -> None:

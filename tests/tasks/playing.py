@@ -96,7 +96,9 @@ async def by_problem(problem: Problem, sampler: Conversation) -> Any:
             return made_otherwise(sampler, text="half \ud800")
         case "halves":
             half = "\ud800"
-            return made_otherwise(sampler, finish_reason=half, routing_matrix=half, detail=half)
+            return made_otherwise(sampler, finish_reason=half, detail=half)
+        case "routes":
+            return [replace(one, routes=bytes(7)) for one in sampler.trajectory().segments]
         case "half a cause":
             return made_otherwise(sampler, failure="\ud800")
         case "unpicklable":

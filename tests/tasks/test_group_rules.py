@@ -521,6 +521,7 @@ ENDS = {
     "negative": "rollout_raised",
     "half": None,
     "halves": None,
+    "routes": "rollout_raised",
     "half a cause": "rollout_raised",
     "sentence": "rollout_raised",
     "own fault": "rollout_raised",
@@ -550,7 +551,7 @@ async def test_a_failing_function_never_takes_the_batch_with_it(
     assert found == ENDS
     named = {problems[int(row["problem_id"])]["answer"]: row for row in rows}
     assert named["half"]["text"] == "half ?"
-    assert named["halves"]["finish_reason"] == named["halves"]["routing_matrix"] == "?"
+    assert named["halves"]["finish_reason"] == "?"
     assert json.loads(named["unpicklable"]["transcript"]) == [{"role": "user", "content": "hi"}]
     assert named["unprintable"]["detail"] == "UnprintableError"
     assert named["key told"]["detail"] == "********"

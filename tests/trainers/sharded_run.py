@@ -2,13 +2,15 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as processes
 
 from hotload.errors import TrainerError
-from hotload.trainers.torch_trainer import open_torch_trainer
+from hotload.rollout.routing import Routes
+from hotload.trainers.torch_trainer import TorchTrainer, open_torch_trainer
 from hotload.training.schedule import AdamSettings
 
 ADAM = AdamSettings(grad_clip_norm=1.0)
@@ -20,19 +22,32 @@ def sequences(seed: int) -> list[list[int]]:
     return [random.integers(0, 64, length).tolist() for length in lengths]
 
 
-def trained(trainer, steps):  # type: ignore[no-untyped-def]
-    """The norms of the gradients."""
+def routes(asked: list[list[int]]) -> list[Routes]:
+    """Two of eight experts in two layers, for every token but the last."""
+    random = np.random.default_rng(len(asked))
+    return [
+        np.argsort(random.random((len(one) - 1, 2, 8)))[:, :, :2]
+        .reshape(len(one) - 1, 4)
+        .astype(np.int16)
+        for one in asked
+    ]
+
+
+def trained(trainer: TorchTrainer, steps: Iterable[int]) -> list[float | None]:
+    """The norms of the gradients, along routes where they are replayed."""
     norms = []
     for step in steps:
         asked = sequences(step)
-        logprobs = trainer.logprobs(asked, is_before_backward=True)
-        trainer.backward(asked, [1 / (1 - each) for each in logprobs])
+        along = routes(asked) if trainer.replays_routes else None
+        logprobs = trainer.logprobs(asked, is_before_backward=True, routes=along)
+        trainer.backward(asked, [1 / (1 - each) for each in logprobs], routes=along)
         norms.append(trainer.step(ADAM, learning_rate=1e-3, divisor=2.0).gradient_norm)
     return norms
 
 
 def main(base: str, out: Path) -> None:
-    trainer = open_torch_trainer(base, str(out / "states"), device="cpu")
+    has_experts = base.endswith("_moe")
+    trainer = open_torch_trainer(base, str(out / "states"), device="cpu", router_replay=has_experts)
     norms = trained(trainer, range(2))
     ref = trainer.save_state("two")
     norms += trained(trainer, range(2, 4))

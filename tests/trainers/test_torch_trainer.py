@@ -154,9 +154,9 @@ def test_transformers_reads_what_is_exported(tmp_path: Path) -> None:
     assert np.allclose(chosen, trainer.logprobs(asked[:1])[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
 def test_two_processes_with_a_share_each_are_one(family: str, tmp_path: Path) -> None:
-    """FSDP2 over gloo, the second model with a tied head and biases."""
+    """FSDP2 over gloo, the second model with a tied head and biases, the third along routes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).with_name("sharded_run.py")
     root = str(script.parents[2])
@@ -178,7 +178,10 @@ def test_two_processes_with_a_share_each_are_one(family: str, tmp_path: Path) ->
         assert straight.read_bytes() == resumed.read_bytes(), name
     assert max(each["held"] for each in found) < 0.7 * found[0]["parameter_count"]
     # One process goes on from what two have saved, and comes to the same.
-    alone = open_torch_trainer(str(FIXTURES / family), str(tmp_path / "states"))
+    has_experts = family == "qwen3_moe"
+    alone = open_torch_trainer(
+        str(FIXTURES / family), str(tmp_path / "states"), router_replay=has_experts
+    )
     norms = sharded_run.trained(alone, range(2))
     alone.load_state(StateRef(**found[0]["ref"]))
     norms += sharded_run.trained(alone, range(2, 4))

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from examples.numpy_trainer import NumpyTrainer
 from hotload.dataset.table import rollouts_frame
 from hotload.dataset.trainer_batch import Batch, make_batch
 from hotload.errors import TrainerError
-from hotload.rollout.trajectory import ScoredGroup, Segment
+from hotload.rollout.routing import Routes
+from hotload.rollout.trajectory import ScoredGroup, Segment, Trajectory
 from hotload.trainers.loading import load_trainer
 from hotload.trainers.saved_state import read_state
 from hotload.trainers.step_samples import StepSamples
@@ -353,6 +355,87 @@ def test_a_trainer_that_breaks_its_rules_is_named(samples: StepSamples, tmp_path
         train_step(Short(BASE, tmp_path), samples, GRPO, SETTINGS, learning_rate=RATE)
     with pytest.raises(ValueError, match="the trainer must be mended"):
         train_step(Deaf(BASE, tmp_path), samples, GRPO, SETTINGS, learning_rate=RATE)
+
+
+class Replaying(NumpyTrainer):
+    """Notes the routes that it is told, and computes as ever."""
+
+    replays_routes = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.told: list[Any] = []
+
+    def logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        is_before_backward: bool = False,
+        routes: Sequence[Routes] | None = None,
+    ) -> list[np.ndarray]:
+        self.told.append(routes)
+        return super().logprobs(sequences, is_before_backward=is_before_backward)
+
+    def backward(
+        self,
+        sequences: Sequence[Sequence[int]],
+        coefficients: Sequence[np.ndarray],
+        *,
+        routes: Sequence[Routes] | None = None,
+    ) -> None:
+        self.told.append(routes)
+        super().backward(sequences, coefficients)
+
+
+def routed(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+    """The groups, each of their segments with routes of its own."""
+    numbers = count()
+
+    def with_routes(one: Segment) -> Segment:
+        rows = len(one.prompt_token_ids) + len(one.token_ids_T) - 1
+        return replace(one, routes=np.full((rows, 4), next(numbers), "<i2").tobytes())
+
+    def of_sample(sample: Trajectory) -> Trajectory:
+        return replace(sample, segments=tuple(map(with_routes, sample.segments)))
+
+    return [
+        replace(group, trajectories_G=tuple(map(of_sample, group.trajectories_G)))
+        for group in groups
+    ]
+
+
+def test_routes_reach_a_trainer_that_replays_them(trainer: NumpyTrainer, tmp_path: Path) -> None:
+    samples = StepSamples.of_batch(batch_of(routed(scored(trainer))))
+    policy, reference = (Replaying(BASE, tmp_path) for _ in range(2))
+    settings = StepSettings(micro_batch_tokens=40)
+    loss = PolicyLoss(kl_beta=0.1)
+    outcome = train_step(policy, samples, loss, settings, learning_rate=RATE, reference=reference)
+    assert len(outcome.micro_batches) > 1
+    asked = [[int(one[0, 0]) for one in routes] for routes in policy.told]
+    assert asked[::2] == asked[1::2]  # forward and backward
+    assert [number for one in asked[::2] for number in one] == list(range(7))
+    for routes in policy.told:
+        assert all(one.shape[1] == 4 for one in routes)
+    # Another model's router chooses by itself.
+    assert {*reference.told} == {None}
+    policy.told.clear()
+    forward_backward_custom(policy, samples, minus_advantages, uses="numpy", micro_batch_tokens=40)
+    assert [each is None for each in policy.told] == [False] * 2 * len(outcome.micro_batches)
+
+
+def test_a_sample_without_routes_is_named_before_anything_is_computed(
+    trainer: NumpyTrainer, tmp_path: Path
+) -> None:
+    groups = routed(scored(trainer))
+    first, *others = groups[1].trajectories_G
+    cut = replace(others[0], segments=tuple(replace(s, routes=None) for s in others[0].segments))
+    groups[1] = replace(groups[1], trajectories_G=(first, cut, *others[1:]))
+    samples = StepSamples.of_batch(batch_of(groups))
+    replaying, settings = Replaying(BASE, tmp_path), StepSettings(micro_batch_tokens=20)
+    with pytest.raises(ValueError, match=r"problem 'b', sample 1: no routes to replay; set"):
+        train_step(replaying, samples, GRPO, settings, learning_rate=RATE)
+    assert replaying.told == []
+    train_step(trainer, samples, GRPO, SETTINGS, learning_rate=RATE)  # it does not ask for them
 
 
 def test_a_policy_learns(trainer: NumpyTrainer) -> None:

@@ -245,6 +245,9 @@ class Conversation:
         failure = failure or self._failure
         turns, request = self._turns, self._request
         is_own = segments is not None and not _are_same_tokens(segments, turns.segments)
+        if segments is not None and not is_own:
+            pairs = zip(segments, turns.segments, strict=True)
+            segments = [replace(one, routes=sampled.routes) for one, sampled in pairs]
         now = monotonic()
         trajectory = Trajectory(
             problem_id=request.problem.id,
@@ -273,7 +276,6 @@ class Conversation:
             detail="" if failure is None else failure.detail,
             turn_count=max(1, self._turn_count),
             transcript=tuple(self._transcript),
-            routing_matrix=None if is_own else turns.routing_matrix,
             is_hedge=request.is_hedge,
         )
         return settle_weights(trajectory, request.sampling.groups.on_straddling)
