@@ -557,7 +557,7 @@ async def test_a_failing_function_never_takes_the_batch_with_it(
     assert named["key told"]["detail"] == "********"
     assert not any(KEY[:6] in (row["detail"] or "") for row in rows)
     assert manifest.summary.failed_samples == {
-        "rollout_raised": 34,
+        "rollout_raised": 36,
         "rollout_skipped": 2,
         "own": 2,
     }
