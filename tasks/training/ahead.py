@@ -7,6 +7,7 @@ that is the window of the version that the step exports; its record names it.
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 
 import polars as pl
 from prefect import task
@@ -14,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from hotload.clients.handoff.usable_groups import GroupsAhead, StepGroups
 from hotload.clients.store import Store
+from hotload.clients.store.failures import LONG_AGAIN_SECONDS, asked_again
 from hotload.clients.store.publisher_lease import held_leases
 from hotload.clients.store.records import read_publication
 from hotload.directory.files import remove_tree
@@ -39,8 +41,6 @@ class AheadRun(TrainingRun):
         self._next = self.records[-1].cursor if self.records else Cursor()
         self._newest_version = 0
         """The newest that was exported, or that samples older weights under its own number."""
-        self._is_here: set[int] = set()
-        """Versions that this process exported."""
         self._begun: set[int] = set()
         """Versions whose cycles are under way."""
         self._has_ended = asyncio.Event()
@@ -49,7 +49,6 @@ class AheadRun(TrainingRun):
 
     def open_windows(self) -> None:
         """Open the windows that the newest record names, or the first one."""
-        self._is_here.add(self.exported_version)
         self._newest_version = self.exported_version
         for window in self._recorded:
             self._open(window)
@@ -82,11 +81,10 @@ class AheadRun(TrainingRun):
     async def declare_cycle(self, window: OpenWindow) -> CycleSpec:
         """Write the window's problems, and declare the cycle that samples them."""
         version = window.policy_version
-        # Of an earlier process's exports the newest alone is here: another is not published late.
-        exported = version if version in self._is_here else self.exported_version
+        exported = version if await self._has_own_weights(version) else self.exported_version
         file = await self.write_problems(version, window.epoch, window.positions)
         async with self._forgetting:  # started again, several cycles begin at once
-            await asyncio.to_thread(self._forget_before, exported)
+            await asyncio.to_thread(self._forget_before, min(version, exported))
         return self.spec.cycle_of(
             version,
             exported,
@@ -151,7 +149,6 @@ class AheadRun(TrainingRun):
         """Stand where the run stands after this record; the window that it names last, if it is of
         the exported version, is open from now on."""
         super().add(record)
-        self._is_here.add(self.exported_version)
         self._newest_version, self._next = self.exported_version, record.cursor
         for window in record.open_windows:
             if window.policy_version == self.exported_version:
@@ -164,6 +161,19 @@ class AheadRun(TrainingRun):
         for place, window in enumerate(self._recorded):
             if spent is not None and window.policy_version == spent.policy_version:
                 self._recorded[place] = window.model_copy(update={"policy_version": version})
+
+    async def _has_own_weights(self, version: int) -> bool:
+        """Whether the cycle of a version has an export of its own: one that lies here, or one that
+        it needs no more, having published. Else, as on another machine, what was not published in
+        time is left out: its window samples what is served."""
+        exports = (one.checkpoint for one in self.records)
+        named = {one.policy_version for one in exports if one is not None}
+        if version in {0, self.exported_version, *named} and await asyncio.to_thread(
+            self.spec.checkpoint_of(version).exists
+        ):
+            return True
+        look = partial(read_publication, self.store, cycle_name(self.run_id, version))
+        return await asked_again("a publication", look, LONG_AGAIN_SECONDS) is not None
 
     def _open_next(self, version: int) -> bool:
         window = self.spec.windows.window_ahead(
@@ -180,11 +190,12 @@ class AheadRun(TrainingRun):
         self._to_begin.put_nowait(window)
         self._newest_version = max(self._newest_version, window.policy_version)
 
-    def _forget_before(self, exported_version: int) -> None:
-        """Remove the exports before a version, and the problems of cycles that have ended."""
+    def _forget_before(self, version: int) -> None:
+        """Remove the exports before a version, which are published by then, and the problems of
+        cycles that have ended."""
         oldest = min(self._begun)
         for kept, name in (
-            (exported_version, self.spec.checkpoint_of),
+            (version, self.spec.checkpoint_of),
             (oldest, self.spec.problems_of),
         ):
             for each in name(kept).parent.iterdir():

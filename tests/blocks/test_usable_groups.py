@@ -127,7 +127,7 @@ async def test_a_store_that_does_not_answer_for_a_while_loses_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch, is_polled: bool
 ) -> None:
     """A step in the making cannot be repeated, so what waits for its groups asks again."""
-    monkeypatch.setattr(usable_groups, "AGAIN_SECONDS", (0.0,) * 7)
+    monkeypatch.setattr(usable_groups, "LONG_AGAIN_SECONDS", (0.0,) * 7)
     await sampled(store, 3, "ab", "c")
     for times in range(7):
         groups = groups_of(store, nonce=str(times) * 32)

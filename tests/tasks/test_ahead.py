@@ -10,9 +10,14 @@ from typing import Any
 import pytest
 
 from hotload.clients.store import Store
+from hotload.clients.store.records import write_publication
+from hotload.identity import SnapshotKind
+from hotload.publish.publication import Publication, Published
+from hotload.publish.snapshot import CheckpointContent
 from hotload.rollout.problem_rows import parse_problems
 from hotload.rollout.trajectory import Problem
 from hotload.sampling.problem_files import read_rows
+from hotload.spec import CycleSpec
 from hotload.trainers.declaration import AsyncTrainingSpec
 from hotload.training.step_record import (
     ExportedCheckpoint,
@@ -123,22 +128,67 @@ async def test_a_version_waits_for_cycles_that_it_would_be_too_far_ahead_of(
     await waiting
 
 
-async def test_an_unpublished_version_of_an_earlier_process_is_left_out(tmp_path: Path) -> None:
-    run = run_of(tmp_path, record(window(1, 2, 2), window(2, 4, 2), exported=2, cursor=6))
-    for version in (1, 2):
-        run.spec.checkpoint_of(version).mkdir(parents=True)
-    for number in range(3000):
-        (run.spec.checkpoint_of(1) / f"{number}").touch()
-    run.exported_version = 2
+def two_open(tmp_path: Path) -> AheadRun:
+    """A run with a window of version 1 and one of version 2, which was exported last."""
+    last = record(window(1, 2, 2), window(2, 4, 2), exported=2, cursor=6)
+    return run_of(tmp_path, record(window(1, 2, 2), exported=1, cursor=4), last)
+
+
+async def cycles_of(run: AheadRun) -> list[CycleSpec]:
+    """The cycles of all open windows, begun at once."""
     run.open_windows()
     windows = begun(run)
     for one in windows:
         run.begin_cycle(one)
+    return list(await asyncio.gather(*map(run.declare_cycle, windows)))
+
+
+def weights(run: AheadRun, cycle: CycleSpec) -> tuple[int, int]:
+    """The version whose export a cycle has, and whether it may be published."""
+    places = {str(run.spec.checkpoint_of(version)): version for version in range(4)}
+    return places[cycle.checkpoint], cycle.cadence.weight_sync_interval
+
+
+async def test_the_cycles_of_all_open_windows_go_on_with_their_own_exports(tmp_path: Path) -> None:
+    run = two_open(tmp_path)
+    for version in (0, 1, 2):
+        run.spec.checkpoint_of(version).mkdir(parents=True)
+    for number in range(3000):
+        (run.spec.checkpoint_of(0) / f"{number}").touch()
     # Both begin at once, and neither trips over what the other removes.
-    older, newest = await asyncio.gather(*map(run.declare_cycle, windows))
-    assert (older.policy_version, older.cadence.weight_sync_interval) == (1, 0)
-    assert (newest.policy_version, newest.cadence.weight_sync_interval) == (2, 1)
-    assert Path(newest.checkpoint) == run.spec.checkpoint_of(2)
-    assert not run.spec.checkpoint_of(1).exists()
+    older, newest = await cycles_of(run)
+    assert [weights(run, one) for one in (older, newest)] == [(1, 1), (2, 1)]
+    assert not run.spec.checkpoint_of(0).exists()
     problems = parse_problems(read_rows(newest.problems.dataset, {}), source="window")
     assert [one.id for one in problems] == ["p4", "p5"]
+
+
+async def test_a_version_that_is_published_needs_no_export_and_meets_no_other(
+    tmp_path: Path,
+) -> None:
+    """Its export was removed when the next one was published; its cycle samples still."""
+    run = two_open(tmp_path)
+    run.spec.checkpoint_of(2).mkdir(parents=True)
+    served = Published(
+        identity="run-000001-0123abcd",
+        policy_version=1,
+        kind=SnapshotKind.FULL,
+        previous=None,
+        reason="the first",
+        size_bytes=0,
+        content_size_bytes=0,
+        replica_count=2,
+    )
+    content = CheckpointContent(kind=SnapshotKind.FULL, shards=(), side_files=())
+    publication = Publication(content=content, snapshot=served)
+    await write_publication(run.store, "run-000001", publication)
+    older, newest = await cycles_of(run)
+    assert [weights(run, one) for one in (older, newest)] == [(1, 1), (2, 1)]
+
+
+async def test_a_version_that_is_neither_here_nor_published_is_left_out(tmp_path: Path) -> None:
+    run = two_open(tmp_path)
+    run.spec.checkpoint_of(2).mkdir(parents=True)
+    older, newest = await cycles_of(run)
+    assert older.policy_version == 1
+    assert [weights(run, one) for one in (older, newest)] == [(2, 0), (2, 1)]

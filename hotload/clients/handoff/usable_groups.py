@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hotload.clients.handoff.directory import find_rollouts, read_groups
 from hotload.clients.handoff.reader import Delivery, RolloutReader
-from hotload.clients.store.failures import asked_again
+from hotload.clients.store.failures import LONG_AGAIN_SECONDS, asked_again
 from hotload.clients.store.store import Store
 from hotload.clock import monotonic
 from hotload.dataset.rollout_plan import RolloutPart
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     import polars as pl
     from numpy.typing import ArrayLike
 
-AGAIN_SECONDS = (2.0, 4.0, 8.0, 16.0, *[30.0] * 9)
-"""Waits between two tries where the store does not answer, as a task has them: a step that is being
-made cannot be repeated, so what waits for its groups asks again by itself."""
 RowKey = tuple[str, int, int]
 """Problem, number of the sample and number of the segment."""
 
@@ -63,6 +60,7 @@ class UsableGroups:
     A group is usable if it has a row to train on and not all of its advantages are 0; the others
     are acknowledged with the step that they come before, and used for none. A step's groups are
     sorted by their positions, so the same groups give the same bits in whatever order they came.
+    A step in the making cannot be repeated, so a store that does not answer is asked again here.
 
     Args:
         positions: of every problem of the epoch, by its id.
@@ -164,7 +162,7 @@ class UsableGroups:
             StoreError: as `RolloutReader.next`.
         """
         look = partial(self._reader.poll, count)
-        delivery, may_come = await asked_again("a group", look, AGAIN_SECONDS)
+        delivery, may_come = await asked_again("a group", look, LONG_AGAIN_SECONDS)
         self.has_ended = not may_come
         if delivery is not None:
             self._take_in(delivery)
@@ -185,10 +183,8 @@ class UsableGroups:
     async def _fill(self, count: int) -> None:
         began = monotonic()
         while not self.has_ended and len(self.waiting) < count:
-            missing = count - len(self.waiting)
-            delivery = await asked_again(
-                "a group", partial(self._reader.next, missing), AGAIN_SECONDS
-            )
+            look = partial(self._reader.next, count - len(self.waiting))
+            delivery = await asked_again("a group", look, LONG_AGAIN_SECONDS)
             if delivery is None:
                 self.has_ended = True
             else:

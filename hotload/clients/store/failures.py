@@ -20,6 +20,8 @@ from hotload.errors import StoreError, StoreUnavailableError
 from hotload.http_status import MAY_PASS, meaning_of
 
 ASK_AGAIN_SECONDS = (2.0, 4.0, 8.0)
+LONG_AGAIN_SECONDS = (2.0, 4.0, 8.0, 16.0, *[30.0] * 9)
+"""As long as a task repeats, for what waits beside tasks that do."""
 RETRYABLE_CODES = frozenset({"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable"})
 RETRYABLE_ERRNO = frozenset(
     {
