@@ -24,6 +24,7 @@ from hotload.clients.inference.conversation import Conversation, Outcome
 from hotload.clients.store import Store
 from hotload.concurrently import overlap
 from hotload.dataset.rollout_plan import plan_rollout
+from hotload.rollout.breaker import Breaker
 from hotload.rollout.completions_api import Answer, Request, first_request
 from hotload.rollout.trajectory import Problem
 from hotload.sampling.reward.scorer import open_scorer
@@ -43,6 +44,7 @@ class CannedSampler:
         self.sampling = spec.sampling
         self.size = IN_FLIGHT
         self.identity = IDENTITY
+        self.breaker = Breaker()
         self._tokens = tokens
 
     def converse(self, problem: Problem, number: int, *, is_hedge: bool = False) -> Conversation:
