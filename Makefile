@@ -17,7 +17,7 @@ STEPS := 1
 LESSON := even_numbers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train oracles families strangers conformance fuzz lock golden deploy wheel clean
+.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train tinker oracles families strangers conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -99,6 +99,9 @@ test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: 
 test-train: .trainers-venv/installed  ## the trainers, with torch and transformers: the properties of both, one against the other
 	HF_HUB_OFFLINE=1 .trainers-venv/bin/$(ORACLES) tests/trainers/test_trainers.py \
 		tests/trainers/test_torch_trainer.py tests/trainers/test_router_replay.py
+
+tinker: .tinker-venv/installed  ## the tinker client and SkyRL's server: adapter, probe, states, the loop; 7 GB, ten minutes
+	.tinker-venv/bin/python -m pytest -c tests/tinker/pytest.ini tests/tinker
 
 ORACLES := python -m pytest -c tests/oracles/pytest.ini
 oracles: .oracle-venv/installed .trainers-venv/installed  ## our bytes in the vendor's own package, our batches and losses in TRL, verl and torch
@@ -217,6 +220,14 @@ PYTHON312 ?= $(shell for python in python3.14 python3.13 python3.12 python3 \
 	$(PYTHON312) -m venv .cwtrain-venv
 	.cwtrain-venv/bin/python -m pip install --disable-pip-version-check --quiet \
 		-r tests/oracles/requirements-cwtrain.txt
+	@touch $@
+
+# So does SkyRL.
+.tinker-venv/installed: tests/tinker/requirements.txt
+	@test -n "$(PYTHON312)" || { echo 'No Python >= 3.12 found: make PYTHON312=… tinker' >&2; exit 1; }
+	$(PYTHON312) -m venv .tinker-venv
+	.tinker-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/tinker/requirements.txt
 	@touch $@
 
 # verl takes no 3.13.

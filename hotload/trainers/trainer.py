@@ -31,7 +31,7 @@ class TrainerFacts:
     parameter_count: int | None
     """Parameters that a step changes; None where a service does not tell."""
     lora_rank: int | None
-    """None where all parameters of the model are trained."""
+    """None where all parameters of the model are trained, or a service does not tell."""
     is_deterministic: bool
     """Whether the same state and the same calls give the same bits."""
     details: Mapping[str, JsonValue]
