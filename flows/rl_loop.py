@@ -22,11 +22,13 @@ from flows.cycle import checkpoint_to_rollout
 from flows.cycle_file import TrainingSpecT, parse_run_file, save_inline_blocks
 from flows.publish import publish_version
 from hotload.clients.handoff.usable_groups import GroupsAhead, UsableGroups
+from hotload.clients.store.kept_states import read_branches, read_removed
 from hotload.clients.store.step_records import read_promotions, read_steps
 from hotload.concurrently import both
 from hotload.report.training_table import run_lines
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec
+from hotload.training.kept_states import decide_states
 from hotload.training.step_record import StepRecord
 from tasks.training.restore import (
     export_again,
@@ -35,6 +37,7 @@ from tasks.training.restore import (
     plan_restore,
     read_again,
 )
+from tasks.training.retain_states import retain_states
 from tasks.training.run import TrainingRun, WindowedRun, opened_run
 from tasks.training.show_training import show_training, write_page
 from tasks.training.step import (
@@ -113,10 +116,13 @@ async def make_next_step(run: TrainingRun, groups: UsableGroups | GroupsAhead) -
 
 
 async def keep_step(run: TrainingRun, made: PlacedStep) -> None:
-    """Save the state, export the weights, and record both: from then on the step counts."""
+    """Save the state, export the weights, and record both: from then on the step counts, and older
+    states may go."""
     state = await save_state(run, made)
     checkpoint = await export_checkpoint(run, made)
     await record_step(run, made, state, checkpoint)
+    if state is not None and run.spec.keep_states is not None:
+        await retain_states(run)
 
 
 async def close_records(run: WindowedRun) -> None:
@@ -176,7 +182,17 @@ async def list_declared(spec: TrainingSpec, blocks: dict[str, Block]) -> list[st
     spec = await load_run_file(spec, blocks)
     store = (await CheckpointStore.load(spec.cycle.store)).open()
     run_id = spec.cycle.run_id
-    return run_lines(await read_steps(store, run_id), await read_promotions(store, run_id))
+    records, promotions = await read_steps(store, run_id), await read_promotions(store, run_id)
+    removed, begun = await read_removed(store, run_id), await read_branches(store, run_id)
+    kept = decide_states(
+        records,
+        newest=spec.keep_states,
+        every=spec.keep_states_every,
+        promoted=[one.step for one in promotions],
+        branches=begun,
+        lost=removed,
+    )
+    return run_lines(records, promotions, kept, removed)
 
 
 async def promote_declared(

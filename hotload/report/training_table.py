@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from hotload.quantities import number
 from hotload.training.step_record import Promotion, StepRecord
@@ -27,8 +27,18 @@ def render_training(records: Sequence[StepRecord]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def run_lines(records: Sequence[StepRecord], promotions: Sequence[Promotion]) -> list[str]:
-    """List the steps of a run for a terminal: what each left, and the names that were given."""
+def run_lines(
+    records: Sequence[StepRecord],
+    promotions: Sequence[Promotion],
+    kept: Mapping[int, str],
+    removed: Collection[int],
+) -> list[str]:
+    """List the steps of a run for a terminal: what each left, and the names that were given.
+
+    Args:
+        kept: why the state of a step stays, as `hotload.training.kept_states` decides.
+        removed: steps whose state is removed.
+    """
     names: dict[int, list[str]] = {}
     for one in promotions:
         names.setdefault(one.policy_version, []).append(one.name)
@@ -36,7 +46,9 @@ def run_lines(records: Sequence[StepRecord], promotions: Sequence[Promotion]) ->
     for record in records:
         parts = [step_line(record)]
         if record.state is not None:
-            parts.append(f"state {record.state.path}")
+            why = kept.get(record.step, "may go")
+            shown = "removed" if record.step in removed else f"{record.state.path} ({why})"
+            parts.append(f"state {shown}")
         if (exported := record.checkpoint) is not None:
             given = ", ".join(names.get(exported.policy_version, ()))
             parts.append(f"version {exported.policy_version}" + (f" ({given})" if given else ""))

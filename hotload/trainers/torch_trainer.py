@@ -35,7 +35,7 @@ from hotload.errors import StoreError, TrainerError
 from hotload.rollout.routing import Routes
 from hotload.trainers.base_digest import digest_base
 from hotload.trainers.router_replay import RouterReplay
-from hotload.trainers.saved_state import read_state, write_state
+from hotload.trainers.saved_state import read_state, remove_state, write_state
 from hotload.trainers.trainer import OptimizerFigures, TrainerFacts
 from hotload.training.loss_inputs import PerToken
 from hotload.training.schedule import AdamSettings
@@ -265,6 +265,10 @@ class TorchTrainer:
         for state in self._optimizer.state.values():
             state["step"].fill_(float(facts["step"]))
         self._clear()
+
+    def remove_state(self, ref: StateRef) -> None:
+        """Remove what was saved."""
+        self._first(lambda: remove_state(self._states, ref))
 
     def export(self, directory: Path) -> None:
         """Write a checkpoint as transformers does, with the base model's other files."""

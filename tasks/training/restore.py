@@ -16,6 +16,7 @@ from hotload.clients.handoff.usable_groups import (
     read_recorded,
     step_groups,
 )
+from hotload.clients.store.kept_states import keep_for_branch
 from hotload.clients.store.records import SNAPSHOTS
 from hotload.clients.store.step_records import read_steps
 from hotload.directory.files import remove_tree
@@ -39,8 +40,8 @@ async def plan_restore(run: TrainingRun) -> list[ResumeLeg]:
     Raises:
         StoreError: a record is missing, or follows another than the one before it.
     """
-    is_here = not is_made_again(run.records) and await _is_here(run)
-    return plan_resume(run.records, is_here=is_here)
+    is_here = not is_made_again(run.records, run.lost) and await _is_here(run)
+    return plan_resume(run.records, is_here=is_here, lost=run.lost)
 
 
 @task(**ARROW, task_run_name="load-{run.run_id}", **RETRIED)
@@ -49,7 +50,7 @@ async def load_state(run: TrainingRun, leg: ResumeLeg) -> None:
 
     Raises:
         StoreError: it is not there, or not what was saved.
-        IdentityConflictError: a branch begins with a state that is not recorded.
+        IdentityConflictError: a branch begins with a state that is not recorded, or was removed.
     """
     state = await _beginning(run) if leg.begins else leg.state
     if state is not None:
@@ -147,6 +148,7 @@ async def _beginning(run: TrainingRun) -> StateRef | None:
     if state is None:
         reason = f"init_from_checkpoint: no state of step {step} is recorded in this store"
         raise IdentityConflictError(other, reason)
+    await keep_for_branch(run.store, other, int(step), run.run_id)
     return state
 
 

@@ -20,6 +20,7 @@ from prefect.cache_policies import NO_CACHE
 from hotload.clients.handoff import RolloutReader
 from hotload.clients.handoff.usable_groups import StepGroups, UsableGroups
 from hotload.clients.store import Store
+from hotload.clients.store.kept_states import read_removed
 from hotload.clients.store.step_records import read_steps
 from hotload.clock import monotonic
 from hotload.directory.files import remove_tree, write_atomic
@@ -33,7 +34,7 @@ from hotload.sampling.reward.user_errors import describe_exception, secret_value
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec
 from hotload.trainers.loading import load_trainer
-from hotload.trainers.trainer import Trainer, TrainerFacts, as_replayer
+from hotload.trainers.trainer import Trainer, TrainerFacts, as_remover, as_replayer
 from hotload.training.resume import RunPosition, check_same_run, find_position
 from hotload.training.step_record import RunFacts, StepRecord
 from hotload.training.windows import Cursor, OpenWindow, TrainingWindow
@@ -101,6 +102,10 @@ class TrainingRun(ABC):
         self.reference_facts: TrainerFacts | None = None
         self._sampler_waits_since: float | None = None
         self._waited_before = 0.0
+        self.lost: set[int] = set()
+        """Steps whose state is removed, or about to be."""
+        self.removed: set[int] = set()
+        """Those whose state this process has removed."""
         self.asked_seconds = 0.0
         """Seconds that the trainer was at work since its last step was made."""
         self.page_due_at = 0.0
@@ -355,7 +360,11 @@ async def open_run(
     spec.schedule.at(1, spec.windows.step_limit(len(problems)))
     records = await read_steps(store, spec.cycle.run_id)
     run = kind(spec, store, problems, records, calls)
+    run.lost = await read_removed(store, spec.cycle.run_id)
     run.trainer = await run.ask(load_trainer, spec.trainer)
+    if spec.keep_states is not None and as_remover(run.trainer) is None:
+        reason = "has no remove_state (docs/training.md), which keep_states needs: leave that out"
+        raise TrainerError(spec.trainer.name, reason)
     if as_replayer(run.trainer) and not spec.cycle.sampling.include_routing_matrix:
         reason = "replays routes, and the cycle asks for none: set sampling.include_routing_matrix"
         raise TrainerError(spec.trainer.name, reason)

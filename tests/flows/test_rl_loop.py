@@ -14,11 +14,20 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.cycle_file import parse_run_file
 from flows.rl_loop import list_declared, promote_declared, rl_loop
+from hotload.clients.store import Store
+from hotload.clients.store.kept_states import keep_for_branch, mark_removed
 from hotload.errors import IdentityConflictError, RewardError, TrainerError
 from hotload.trainers.declaration import TrainingSpec
 from hotload.training.windows import Cursor
 from tests.flows.fleet import Fleet
-from tests.flows.training_runs import bits, declared, problems_of, read_run, spec_of
+from tests.flows.training_runs import (
+    bits,
+    declared,
+    problems_of,
+    read_run,
+    spec_of,
+    with_problems,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -92,6 +101,33 @@ async def test_a_run_is_trained_and_goes_on_elsewhere(fleet: Fleet, tmp_path: Pa
     other = spec_of(fleet, windows=one, loss={"policy_loss": "dapo"})
     with pytest.raises(IdentityConflictError, match=r"loss: recorded .*grpo.*, declared .*dapo"):
         await rl_loop(other)
+
+
+async def test_old_states_go_and_what_is_needed_stays(fleet: Fleet, tmp_path: Path) -> None:
+    """Of four states two stay, and one that a branch begins with; a removal that was broken off is
+    finished, and what is gone is told where it is asked for."""
+    with_problems(fleet, 4)
+    windows = {"prompt_groups_per_step": 1, "seed": 3}
+    await rl_loop(spec_of(fleet, windows=windows))
+    states, store = fleet.root / "states", Store(fleet.bucket.as_uri())
+    first, second, *_ = saved = [one.state for one in await read_run(fleet) if one.state]
+    assert len(saved) >= 2
+    await keep_for_branch(store, "learn", 2, "branch")
+    await mark_removed(store, "learn", [1])
+    longer = spec_of(fleet, windows=windows | {"epochs": 2}, keep_states=2)
+    await rl_loop(longer)
+    records = await read_run(fleet)
+    kept = [second, *(one.state for one in records[-2:])]
+    assert {path.name for path in states.iterdir()} == {one.path for one in kept if one}
+    listed = await list_declared(longer, {})
+    assert "state removed" in listed[0]
+    assert f"state {second.path} (the beginning of branch)" in listed[1]
+    assert "(newest)" in listed[-1]
+    assert bits(records)[0][0] == first.sha256  # the records stay as they were
+    await rl_loop(longer)  # nothing is left to do
+    branch = spec_of(fleet, cycle={"run_id": "late"}, init_from_checkpoint="learn:1")
+    with pytest.raises(IdentityConflictError, match="state of step 1 was removed"):
+        await rl_loop(branch)
 
 
 async def test_a_cycle_that_fails_ends_the_run_and_so_does_a_trainer(

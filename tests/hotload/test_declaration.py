@@ -37,6 +37,12 @@ def test_a_uniform_group_is_replaced_unless_it_is_said_otherwise() -> None:
     assert kept.cycle.sampling.groups.on_uniform == "keep"
 
 
+def test_states_are_kept_by_number_only_where_older_ones_go() -> None:
+    assert spec().keep_states is None
+    with pytest.raises(ValidationError, match="keep_states_every has no effect without"):
+        spec(keep_states_every=10)
+
+
 def test_the_groups_of_a_step_are_a_part_unless_it_is_said_otherwise() -> None:
     run = spec(windows={"prompt_groups_per_step": 6})
     assert run.cycle_of(3, 3).sampling.problems_per_task == 6

@@ -2,6 +2,7 @@
 
 _hotload/training/<run>/steps/000000007.json    the record of a step, written once
 _hotload/training/<run>/promoted/<name>.json    a name for one of its versions, given once
+_hotload/training/<run>/states/                 which states are removed, or a branch begins with
 _hotload/training/<run>/page.html               its steps to look at
 """
 
