@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 
 from hotload.clients.handoff import RolloutReader
 from hotload.clients.handoff.usable_groups import StepGroups, UsableGroups
+from hotload.clients.metrics.send import WandbLog, open_wandb
 from hotload.clients.store import Store
 from hotload.clients.store.kept_states import read_removed
 from hotload.clients.store.step_records import read_steps
@@ -102,6 +103,8 @@ class TrainingRun(ABC):
         self.reference_facts: TrainerFacts | None = None
         self._sampler_waits_since: float | None = None
         self._waited_before = 0.0
+        self.wandb: WandbLog | None = None
+        """Where the figures of each step go, too."""
         self.lost: set[int] = set()
         """Steps whose state is removed, or about to be."""
         self.removed: set[int] = set()
@@ -335,10 +338,16 @@ async def opened_run(
     spec: TrainingSpec, store: Store, kind: Callable[..., RunT]
 ) -> AsyncIterator[RunT]:
     """Open a run of this kind, its trainer on a thread that ends with it, as do the reward's
-    processes."""
+    processes and the one that logs at Weights & Biases."""
     with ThreadPoolExecutor(1, "trainer") as calls:
         async with keep_reward_processes():
-            yield await open_run(spec, store, calls, kind)
+            run = await open_run(spec, store, calls, kind)
+            run.wandb = await open_wandb(spec.cycle, "training")
+            try:
+                yield run
+            finally:
+                if run.wandb is not None and (wrong := await run.wandb.close()):
+                    get_run_logger().warning(wrong)
 
 
 @task(

@@ -22,9 +22,12 @@ SECONDS_BETWEEN_PAGES = 10.0
 
 @task(cache_policy=NO_CACHE, task_run_name="show-training-{run.run_id}")
 async def show_training(run: TrainingRun) -> None:
-    """Log the last step, and show the run's steps as the next version of its artifact; now and then
-    write its page."""
-    get_run_logger().info("%s", step_line(run.records[-1]))
+    """Log the last step, also where a cycle's metrics go, and show the run's steps as the next
+    version of its artifact; now and then write its page."""
+    last = run.records[-1]
+    get_run_logger().info("%s", step_line(last))
+    if run.wandb is not None and (wrong := await run.wandb.log(last.figures, last.step)):
+        get_run_logger().warning(wrong)
     with best_effort():
         await acreate_markdown_artifact(
             render_training(run.records[-STEPS_SHOWN:]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.flows.training_runs import (
     spec_of,
     with_problems,
 )
+from tests.tasks.test_send_metrics import install_client
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -43,12 +45,21 @@ def test_the_form_has_every_part_of_the_declaration() -> None:
     assert "TrainingSpec" in str(fields)
 
 
-async def test_a_run_is_trained_and_goes_on_elsewhere(fleet: Fleet, tmp_path: Path) -> None:
+async def test_a_run_is_trained_and_goes_on_elsewhere(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One epoch here; then two epochs are declared on another machine, which has the store and the
     states: the end of an epoch is not the end of the run."""
     one = {"prompt_groups_per_step": 4, "seed": 3}
-    last = await rl_loop(spec_of(fleet, windows=one, output_model_id="first"))
+    install_client(tmp_path, monkeypatch)
+    monkeypatch.setenv("WANDB_SAYS", "yes")
+    told = {"wandb": {"entity": "acme"}}
+    last = await rl_loop(spec_of(fleet, windows=one, cycle=told, output_model_id="first"))
     (first,) = await read_run(fleet)
+    _, step = json.loads((tmp_path / "learn~training.json").read_text())
+    assert step == {"metrics": dict(first.figures), "step": 1}
+    waits = {"perf/train_wait_time", "perf/sampler_wait_time", "async/version_offset_max"}
+    assert waits <= step["metrics"].keys()
     assert last == first
     assert (first.sampled_version, first.cursor) == (0, Cursor(done_before=4))
     assert first.checkpoint is not None
