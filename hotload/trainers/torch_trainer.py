@@ -287,9 +287,10 @@ class TorchTrainer:
         self._first(lambda: self._write(directory, state))
 
     def _write(self, directory: Path, state: dict[str, Any]) -> None:
-        if not all(bool(torch.isfinite(each).all()) for each in state.values()):
-            reason = f"a weight is beyond what {self._export_dtype} holds"
-            raise TrainerError(self._base.name, reason)
+        for name, each in state.items():
+            if not bool(torch.isfinite(each).all()):
+                reason = f"{name} has a weight that is no number, or beyond {self._export_dtype}"
+                raise TrainerError(self._base.name, reason)
         view = view_checkpoint(self._base)
         with new_directory(directory) as out:
             written = out / "written"
