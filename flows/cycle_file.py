@@ -28,7 +28,8 @@ from blocks.account import InferenceAccount
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
-from hotload.cli.cycle_file import did_you_mean, read_cycle_file, read_run_file
+from hotload.cli.cycle_file import read_cycle_file, read_run_file
+from hotload.errors import did_you_mean
 from hotload.identity import slug
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec

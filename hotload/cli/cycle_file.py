@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hotload.errors import did_you_mean
 
 BLOCK_FIELDS = ("account", "service", "store", "checkpoint_store", "rollouts")
 LIMIT_BYTES = 1 << 20
@@ -61,9 +61,3 @@ def _read_sections(path: Path, *sections: str) -> list[dict[str, Any]]:
         expected = ", ".join(sections)
         raise ValueError(f"{path}: unknown {found}{hint}; expected {expected}, and blocks {known}")
     return [*(data[one] for one in sections), inline]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Ask for the known name that is close to a misspelt one; empty if none is."""
-    close = get_close_matches(name, list(known), 1)
-    return f"; did you mean `{close[0]}`?" if close else ""

@@ -103,6 +103,8 @@ class TrainingRun(ABC):
         self.reference_facts: TrainerFacts | None = None
         self._sampler_waits_since: float | None = None
         self._waited_before = 0.0
+        self.step_under_way = 0
+        """The step that the trainer makes, or has made last; 0 before the first."""
         self.wandb: WandbLog | None = None
         """Where the figures of each step go, too."""
         self.lost: set[int] = set()
@@ -120,7 +122,7 @@ class TrainingRun(ABC):
         ended: nothing stops it, and what it holds is to be used again.
 
         Raises:
-            TrainerError: the trainer raised what is no error of ours.
+            TrainerError: the trainer raised one, or what is no error of ours.
         """
         loop, began = asyncio.get_running_loop(), monotonic()
         running = loop.run_in_executor(self.calls, lambda: call(*args, **kwargs))
@@ -131,11 +133,20 @@ class TrainingRun(ABC):
         except asyncio.CancelledError:
             await asyncio.wait([running])
             raise
+        except TrainerError as error:
+            raise self.trainer_error(" ".join([error.reason, *_notes(error)])) from None
         except HotLoadError:
             raise
         except Exception as error:  # noqa: BLE001 - code of theirs may raise anything
             why = describe_exception(error, secret_values(os.environ))
-            raise TrainerError(self.spec.trainer.name, f"raised {why}") from None
+            raise self.trainer_error(" ".join([f"raised {why}", *_notes(error)])) from None
+
+    def trainer_error(self, reason: str) -> TrainerError:
+        """Word what went wrong with the trainer: in which step, and where the run goes on."""
+        during = f"step {self.step_under_way}: " if self.step_under_way else ""
+        after = f"after step {len(self.records)}" if self.records else "from its beginning"
+        goes_on = f"Mend it, and start the run again: it goes on {after}"
+        return TrainerError(self.spec.trainer.name, f"{during}{reason}. {goes_on}")
 
     @property
     def run_id(self) -> str:
@@ -320,6 +331,10 @@ class WindowedRun(TrainingRun):
         """Go on to the next window after one without a usable group."""
         count = len(self.problems)
         self.at = RunPosition.at(self.at.version + 1, self.at.end, self.spec.windows, count)
+
+
+def _notes(error: Exception) -> list[str]:
+    return [str(one) for one in getattr(error, "__notes__", ())]
 
 
 def _write(file: Path, data: bytes) -> None:

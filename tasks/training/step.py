@@ -19,7 +19,6 @@ from hotload.dataset.trainer_batch import make_batch, trainable
 from hotload.directory.files import FileDigests, remove_tree
 from hotload.directory.finite import find_not_finite
 from hotload.directory.relayout import CheckpointView, view_checkpoint
-from hotload.errors import TrainerError
 from hotload.trainers.step_samples import StepSamples
 from hotload.trainers.training_step import AccumulatedStep
 from hotload.training.loss_inputs import PerToken
@@ -30,8 +29,8 @@ from tasks.training.run import StepPlace, TrainingRun, WindowedRun
 from tasks.validate import read_content
 
 NOT_FINITE = (
-    "nothing of it was recorded or published. Lower schedule.learning_rate or set "
-    "step.adam.grad_clip_norm, and start the run again: the step is made anew"
+    "nothing of it is published. A smaller schedule.learning_rate or a step.adam.grad_clip_norm "
+    "may keep it finite"
 )
 ARROW: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
@@ -72,7 +71,7 @@ async def make_step(
     Raises:
         TrainerError, ValueError: as `hotload.trainers.training_step.train_step`.
     """
-    spec = run.spec
+    spec, run.step_under_way = run.spec, step
     total = max(step, spec.windows.step_limit(len(run.problems)))
     rate = learning_rate or spec.schedule.at(step, total)
     work = AccumulatedStep(run.trainer, spec.loss, spec.step, reference=run.reference)
@@ -176,7 +175,7 @@ async def export_version(run: TrainingRun, policy_version: int) -> ExportedCheck
     await asyncio.to_thread(directory.parent.mkdir, parents=True, exist_ok=True)
     await run.ask(run.trainer.export, directory)
     if wrong := await asyncio.to_thread(find_not_finite, _view(run, directory)):
-        raise TrainerError(run.spec.trainer.name, f"exported {wrong}; {NOT_FINITE}")
+        raise run.trainer_error(f"exported {wrong}; {NOT_FINITE}")
     digest = await content_digest(run, directory)
     return ExportedCheckpoint(policy_version=policy_version, content_sha256=digest)
 

@@ -152,14 +152,15 @@ async def test_a_cycle_that_fails_ends_the_run_and_so_does_a_trainer(
     raising = spec_of(fleet).trainer.model_copy(
         update={"name": "tests.flows.training_runs:open_raising_trainer"}
     )
-    with pytest.raises(TrainerError, match="raised RuntimeError: out of memory") as failed:
+    with pytest.raises(TrainerError, match="step 1: raised RuntimeError: out of memory") as failed:
         await rl_loop(spec_of(fleet, trainer=raising.model_dump()))
     assert "hush-hush" not in str(failed.value)
+    assert str(failed.value).endswith("start the run again: it goes on from its beginning")
     signals = fleet.log()["signals"]
     diverging = spec_of(fleet).trainer.model_copy(
         update={"name": "tests.flows.training_runs:open_diverging_trainer"}
     )
-    lost = r"exported tensor model.norm.weight of .*: 2 of 128 values are infinite or no number"
+    lost = r"step 1: exported tensor model.norm.weight of .*: 2 of 128 values are infinite or"
     with pytest.raises(TrainerError, match=lost):
         await rl_loop(spec_of(fleet, trainer=diverging.model_dump()))
     assert fleet.log()["signals"] == signals
