@@ -83,7 +83,9 @@ async def restore_run(run: TrainingRun) -> None:
     nothing where they are done.
     """
     for leg in await plan_restore(run):
-        await load_state(run, leg)
+        if not await load_state(run, leg):
+            await restore_run(run)  # planned without that state
+            return
         for record in leg.replayed:
             await make_again(run, record, await read_again(run, record))
         if leg.exports:

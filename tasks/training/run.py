@@ -108,7 +108,7 @@ class TrainingRun(ABC):
         self.wandb: WandbLog | None = None
         """Where the figures of each step go, too."""
         self.lost: set[int] = set()
-        """Steps whose state is removed, or about to be."""
+        """Steps whose state is removed, or about to be, or of no use."""
         self.removed: set[int] = set()
         """Those whose state this process has removed."""
         self.asked_seconds = 0.0

@@ -17,7 +17,7 @@ from flows.cycle_file import parse_run_file
 from flows.rl_loop import list_declared, promote_declared, rl_loop
 from hotload.clients.store import Store
 from hotload.clients.store.kept_states import keep_for_branch, mark_removed
-from hotload.errors import IdentityConflictError, RewardError, TrainerError
+from hotload.errors import IdentityConflictError, RewardError, StoreError, TrainerError
 from hotload.trainers.declaration import TrainingSpec
 from hotload.training.windows import Cursor
 from tests.flows.fleet import Fleet
@@ -139,6 +139,36 @@ async def test_old_states_go_and_what_is_needed_stays(fleet: Fleet, tmp_path: Pa
     branch = spec_of(fleet, cycle={"run_id": "late"}, init_from_checkpoint="learn:1")
     with pytest.raises(IdentityConflictError, match="state of step 1 was removed"):
         await rl_loop(branch)
+
+
+async def test_a_state_that_is_damaged_gives_way_to_the_one_before(
+    fleet: Fleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The steps since then are made again of their groups, here and on another machine, to the same
+    bits; without those groups, or without an earlier state, the damage is told."""
+    with_problems(fleet, 4)
+    windows = {"prompt_groups_per_step": 1, "seed": 3}
+    await rl_loop(spec_of(fleet, windows=windows))
+    records = await read_run(fleet)
+    assert len(records) >= 3
+    states = [fleet.root / "states" / one.state.path for one in records if one.state]
+    for path in states[1:]:
+        path.write_bytes(path.read_bytes()[:-1])
+    signals = fleet.log()["signals"]
+    with caplog.at_level("WARNING"):
+        for root in (fleet.root, tmp_path / "elsewhere"):
+            shutil.copytree(fleet.root / "states", root / "states", dirs_exist_ok=True)
+            await rl_loop(spec_of(fleet, root=root, windows=windows))
+    assert fleet.log()["signals"] == signals
+    assert bits(await read_run(fleet)) == bits(records)
+    assert f"the state of step {len(records)} is of no use" in caplog.text
+    assert "the run goes on from that of step 1" in caplog.text
+    states[0].unlink()
+    with pytest.raises(StoreError, match="no state to load"):
+        await rl_loop(spec_of(fleet, windows=windows))
+    shutil.rmtree(fleet.bucket / "_hotload/rollouts")
+    with pytest.raises(StoreError, match="not the state that was saved"):
+        await rl_loop(spec_of(fleet, windows=windows))
 
 
 async def test_a_cycle_that_fails_ends_the_run_and_so_does_a_trainer(
