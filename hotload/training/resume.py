@@ -16,7 +16,7 @@ from enum import StrEnum
 from hotload.errors import IdentityConflictError, StoreError
 from hotload.records import Record
 from hotload.training.settings import StateRef
-from hotload.training.step_record import RunFacts, StepRecord
+from hotload.training.step_record import WAY_ON, RunFacts, StepRecord
 from hotload.training.windows import Cursor, TrainingWindow, Windows
 
 
@@ -131,10 +131,12 @@ def _check_lineage(records: Sequence[StepRecord]) -> None:
     for step, record in enumerate(records, start=1):
         where = f"record of step {record.step} of {record.run_id}"
         if record.step != step or (parent and record.run_id != parent.run_id):
-            raise StoreError(where, f"expected that of step {step}: one is missing or astray")
+            found = f"expected that of step {step}: one is missing or astray"
+            raise StoreError(where, f"{found}; {WAY_ON}")
         if parent is not None and record.parent_sha256 != parent.sha256:
             found = f"{str(record.parent_sha256)[:12]}…, expected {parent.sha256[:12]}…"
-            raise StoreError(where, f"follows another record of step {parent.step} ({found})")
+            found = f"follows another record of step {parent.step} ({found})"
+            raise StoreError(where, f"{found}; {WAY_ON}")
         parent = record
 
 

@@ -18,7 +18,7 @@ from hotload.clients.handoff.usable_groups import (
 )
 from hotload.clients.store.kept_states import keep_for_branch
 from hotload.clients.store.records import SNAPSHOTS
-from hotload.clients.store.step_records import read_steps
+from hotload.clients.store.step_records import read_step
 from hotload.directory.files import remove_tree
 from hotload.errors import (
     IdentityConflictError,
@@ -189,8 +189,8 @@ async def _beginning(run: TrainingRun) -> StateRef | None:
     if begins is None:
         return None
     other, _, step = begins.rpartition(":")
-    records = await read_steps(run.store, other)
-    state = next((one.state for one in records if one.step == int(step)), None)
+    record = await read_step(run.store, other, int(step))
+    state = None if record is None else record.state
     if state is None:
         reason = f"init_from_checkpoint: no state of step {step} is recorded in this store"
         raise IdentityConflictError(other, reason)

@@ -17,6 +17,7 @@ from flows.cycle_file import parse_run_file
 from flows.rl_loop import list_declared, promote_declared, rl_loop
 from hotload.clients.store import Store
 from hotload.clients.store.kept_states import keep_for_branch, mark_removed
+from hotload.clients.store.step_records import read_step
 from hotload.errors import IdentityConflictError, RewardError, StoreError, TrainerError
 from hotload.trainers.declaration import TrainingSpec
 from hotload.training.windows import Cursor
@@ -163,6 +164,17 @@ async def test_a_state_that_is_damaged_gives_way_to_the_one_before(
     assert bits(await read_run(fleet)) == bits(records)
     assert f"the state of step {len(records)} is of no use" in caplog.text
     assert "the run goes on from that of step 1" in caplog.text
+    store, step = Store(fleet.bucket.as_uri()), "_hotload/training/learn/steps/000000003.json"
+    whole = await store.read_bytes(step, limit_bytes=1 << 20)
+    await store.put_bytes(whole[:-20], step)
+    with pytest.raises(
+        StoreError, match=f"{store.url}/{step}: not a step record: .* the store acts"
+    ):
+        await rl_loop(spec_of(fleet, windows=windows))
+    begun = await read_step(store, "learn", 1)  # as a branch reads it
+    assert begun == records[0]
+    await store.put_bytes(whole, step)
+
     states[0].unlink()
     with pytest.raises(StoreError, match="no state to load"):
         await rl_loop(spec_of(fleet, windows=windows))
