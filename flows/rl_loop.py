@@ -39,7 +39,7 @@ from tasks.training.restore import (
 )
 from tasks.training.retain_states import retain_states
 from tasks.training.run import TrainingRun, WindowedRun, opened_run
-from tasks.training.show_training import show_training, write_page
+from tasks.training.show_training import show_training, tell_what_taught_nothing, write_page
 from tasks.training.step import (
     PlacedStep,
     acknowledge,
@@ -53,7 +53,7 @@ from tasks.training.step import (
 
 
 @flow(name="rl-loop", flow_run_name="{spec.cycle.run_id}", persist_result=False)
-async def rl_loop(spec: TrainingSpec) -> StepRecord | None:
+async def rl_loop(spec: TrainingSpec) -> StepRecord:
     """Train a policy on what is sampled from it, window by window.
 
     Safe to kill anywhere and to start again, here or on another machine with the store and the
@@ -63,7 +63,10 @@ async def rl_loop(spec: TrainingSpec) -> StepRecord | None:
         spec: what is trained, on which problems, and how it is sampled.
 
     Returns:
-        the record of the last step; None where nothing could be learnt from.
+        the record of the last step.
+
+    Raises:
+        RewardError: nothing could be learnt from.
     """
     store = (await CheckpointStore.load(spec.cycle.store)).open()
     async with opened_run(spec, store, WindowedRun) as run:
@@ -107,7 +110,7 @@ async def train_window(run: WindowedRun) -> None:
     while await groups.has_more():
         await make_next_step(run, groups)
     if len(run.records) == steps:
-        run.leave_window()
+        run.leave_window(groups.counts)
 
 
 async def make_next_step(run: TrainingRun, groups: UsableGroups | GroupsAhead) -> None:
@@ -134,16 +137,21 @@ async def close_records(run: WindowedRun) -> None:
         await keep_step(run, closing_step(run))
 
 
-async def conclude_run(run: TrainingRun) -> StepRecord | None:
+async def conclude_run(run: TrainingRun) -> StepRecord:
     """Publish the weights that were exported last, write the page of the run, and give its result
-    the declared name; returns the last record."""
+    the declared name; returns the last record.
+
+    Raises:
+        RewardError: nothing was ever trained.
+    """
     spec, version = run.spec, run.exported_version
     if version:
         await publish_version(spec.cycle_of(version, version))
     await write_page(run)
+    tell_what_taught_nothing(run)
     if spec.output_model_id is not None:
         await promote_version(run.store, run.run_id, spec.output_model_id, None)
-    return run.records[-1] if run.records else None
+    return run.records[-1]
 
 
 async def load_run_file(spec: TrainingSpecT, blocks: dict[str, Block]) -> TrainingSpecT:

@@ -27,6 +27,7 @@ from hotload.clock import monotonic
 from hotload.directory.files import remove_tree, write_atomic
 from hotload.errors import HotLoadError, TrainerError
 from hotload.identity import NamedVersion
+from hotload.rollout.counts import GroupCounts
 from hotload.rollout.problem_rows import render_problem
 from hotload.rollout.trajectory import Problem
 from hotload.sampling.problems import read_declared
@@ -105,6 +106,8 @@ class TrainingRun(ABC):
         self._waited_before = 0.0
         self.step_under_way = 0
         """The step that the trainer makes, or has made last; 0 before the first."""
+        self.idle = GroupCounts()
+        """Of the windows that no step was made of."""
         self.wandb: WandbLog | None = None
         """Where the figures of each step go, too."""
         self.lost: set[int] = set()
@@ -327,8 +330,10 @@ class WindowedRun(TrainingRun):
         super().go_on_as(version)
         self.at = RunPosition.at(version, self.at.cursor, self.spec.windows, len(self.problems))
 
-    def leave_window(self) -> None:
-        """Go on to the next window after one without a usable group."""
+    def leave_window(self, counts: GroupCounts) -> None:
+        """Go on to the next window after one without a usable group, in which so much was
+        sampled."""
+        self.idle = GroupCounts.total([self.idle, counts])
         count = len(self.problems)
         self.at = RunPosition.at(self.at.version + 1, self.at.end, self.spec.windows, count)
 

@@ -13,6 +13,7 @@ import yaml
 from prefect.artifacts import Artifact
 from prefect.utilities.callables import parameter_schema
 
+from flows.async_rl_loop import async_rl_loop
 from flows.cycle_file import parse_run_file
 from flows.rl_loop import list_declared, promote_declared, rl_loop
 from hotload.clients.store import Store
@@ -23,6 +24,7 @@ from hotload.trainers.declaration import TrainingSpec
 from hotload.training.windows import Cursor
 from tests.flows.fleet import Fleet
 from tests.flows.training_runs import (
+    ahead_of,
     bits,
     declared,
     problems_of,
@@ -236,6 +238,18 @@ async def test_a_store_that_fails_while_steps_are_made_again_makes_none_of_them_
     # Other bits would have been published as another version.
     assert fleet.log()["signals"] == signals
     assert bits(await read_run(fleet)) == bits(records)
+
+
+async def test_a_run_that_learns_nothing_ends_with_what_to_look_at(fleet: Fleet) -> None:
+    reward = {"cycle": {"reward": {"name": "tests.flows.training_runs:always_right"}}}
+    found = r"always_right': nothing was trained: 4 groups of 4 samples .* mean reward is 1\."
+    for _ in range(2):  # started again, it comes to the same
+        with pytest.raises(RewardError, match=found):
+            await rl_loop(spec_of(fleet, **reward))
+        assert await read_run(fleet) == []
+        assert len(fleet.log()["signals"]) == 1
+    with pytest.raises(RewardError, match=found):
+        await async_rl_loop(ahead_of(fleet, cycle=reward["cycle"] | {"run_id": "ahead"}))
 
 
 async def test_what_was_learnt_is_published_also_where_the_last_epoch_teaches_nothing(
