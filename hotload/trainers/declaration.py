@@ -24,6 +24,8 @@ from hotload.training.windows import Windows
 
 BY_THE_LOOP = "/by/the/loop"
 """Stands where the loop names the directory of each version."""
+WITHOUT_RATIO = ("grpo", "reinforce")
+"""Losses that are what their name says also where the policy is its anchor."""
 
 
 class LoopCycle(CycleSpec):
@@ -175,6 +177,18 @@ class TrainingSpec(TrainingPart):
         if branch is not None and branch.rpartition(":")[0] == self.cycle.run_id:
             raise ValueError("init_from_checkpoint names this run itself: choose another run_id")
         return self
+
+    @property
+    def without_effect(self) -> str | None:
+        """Say what has no effect, though it may be declared; None where all acts."""
+        loss, minibatches = self.loss, self.step.ppo_n_minibatches
+        if loss.policy_loss in WITHOUT_RATIO or loss.anchor != "trainer" or minibatches > 1:
+            return None
+        return (
+            f"loss.policy_loss {loss.policy_loss} has the gradient of grpo here, and nothing is "
+            "clipped: with anchor trainer and step.ppo_n_minibatches 1 its ratio is 1 at every "
+            "token. Set loss.anchor rollout, or more minibatches, for the ratio to act"
+        )
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:

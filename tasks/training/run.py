@@ -403,6 +403,8 @@ async def open_run(
         run.reference_facts = await run.ask(run.reference.describe)
     if records:
         check_same_run(spec.cycle.run_id, records[-1].facts, run.facts)
+    if spec.without_effect:
+        get_run_logger().warning(spec.without_effect)
     if not spec.dcp_save_interval:
         get_run_logger().warning(
             "dcp_save_interval is 0: no state is saved, and a run that is started again makes "
