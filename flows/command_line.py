@@ -45,7 +45,10 @@ def read_input(read: Callable[[], T]) -> T:
     one line and exit code 2."""
     try:
         return read()
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        print(f"error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

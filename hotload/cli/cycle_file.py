@@ -45,9 +45,12 @@ def _read_sections(path: Path, *sections: str) -> list[dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
         raise ValueError(f"{path} is not YAML{where}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8: not a cycle file") from None
     if not isinstance(data, dict) or not all(isinstance(data.get(one), dict) for one in sections):
+        named = f"{path} is empty" if data is None else f"{path}"
         expected = " and ".join(f"`{one}:`" for one in sections)
-        raise ValueError(f"{path}: expected a mapping with {expected} and, if needed, `blocks:`")
+        raise ValueError(f"{named}: expected a mapping with {expected} and, if needed, `blocks:`")
     inline = data.get("blocks") or {}
     if not isinstance(inline, dict):
         raise ValueError(f"{path}: expected a mapping below `blocks:`")
