@@ -21,11 +21,12 @@ from flows.command_line import read_input, run_command
 from flows.cycle import checkpoint_to_rollout
 from flows.cycle_file import TrainingSpecT, parse_run_file, save_inline_blocks
 from flows.publish import publish_version
+from hotload.cli.wording import text_table
 from hotload.clients.handoff.usable_groups import GroupsAhead, UsableGroups
 from hotload.clients.store.kept_states import read_branches, read_removed
 from hotload.clients.store.step_records import read_promotions, read_steps
 from hotload.concurrently import both
-from hotload.report.training_table import run_lines
+from hotload.report.training_table import run_rows
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec
 from hotload.training.kept_states import decide_states
@@ -202,7 +203,9 @@ async def list_declared(spec: TrainingSpec, blocks: dict[str, Block]) -> list[st
         branches=begun,
         lost=removed,
     )
-    return run_lines(records, promotions, kept, removed)
+    if not records:
+        return [f"run {run_id}: no step is recorded"]
+    return list(text_table(*run_rows(records, promotions, kept, removed)))
 
 
 async def promote_declared(

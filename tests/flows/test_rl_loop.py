@@ -105,8 +105,10 @@ async def test_a_run_is_trained_and_goes_on_elsewhere(
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(declared(fleet)))
     listed = await list_declared(*parse_run_file(file, TrainingSpec))
-    assert len(listed) == 2
-    assert "version 1 (first)" in listed[0]
+    assert len(listed) == 3
+    assert listed[0].split("  ")[0] == "step"
+    assert len({*map(len, listed)}) == 1  # aligned
+    assert " 1 (first) " in listed[1]
     (line,) = await promote_declared(*parse_run_file(file, TrainingSpec), "second", None)
     assert line.startswith("second is version 2 of learn: learn-000002-")
     with pytest.raises(IdentityConflictError, match="'first' stands for version 1: choose another"):
@@ -134,9 +136,9 @@ async def test_old_states_go_and_what_is_needed_stays(fleet: Fleet, tmp_path: Pa
     kept = [second, *(one.state for one in records[-2:])]
     assert {path.name for path in states.iterdir()} == {one.path for one in kept if one}
     listed = await list_declared(longer, {})
-    assert "state removed" in listed[0]
-    assert f"state {second.path} (the beginning of branch)" in listed[1]
-    assert "(newest)" in listed[-1]
+    assert " removed " in listed[1]
+    assert f"{second.path}  the beginning of branch" in listed[2]
+    assert listed[-1].endswith(" newest")
     assert bits(records)[0][0] == first.sha256  # the records stay as they were
     await rl_loop(longer)  # nothing is left to do
     branch = spec_of(fleet, cycle={"run_id": "late"}, init_from_checkpoint="learn:1")
@@ -274,4 +276,4 @@ async def test_what_was_learnt_is_published_also_where_the_last_epoch_teaches_no
     page = fleet.bucket / "_hotload/training/learn/page.html"
     assert "After step <b>1</b>" in page.read_text()
     listed = await list_declared(spec_of(fleet, windows=windows, **changes), {})
-    assert "version 2 (result)" in listed[1]
+    assert " 2 (result) " in listed[2]
