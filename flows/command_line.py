@@ -3,18 +3,24 @@
 import asyncio
 import copy
 import logging
+import re
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
+import prefect
 from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.settings import get_current_settings
 
 from blocks import SERVER_FAILURES, quit_without_server
 from hotload.errors import HotLoadError
-from tasks.show import tell_once
+from tasks.show import FLOW_LOGGER, TASK_LOGGER, tell_once
 
 T = TypeVar("T")
+PREFECT = str(Path(prefect.__file__).parent)
+AGAIN = re.compile(r"- Retry \d+/\d+ will start")
 
 
 def run_command(work: Coroutine[Any, Any, T], show: Callable[[T], int]) -> int:
@@ -24,6 +30,7 @@ def run_command(work: Coroutine[Any, Any, T], show: Callable[[T], int]) -> int:
     there, 130 and 143 where it was stopped by Ctrl-C or SIGTERM.
     """
     show_no_traceback()
+    show_own_lines()
     tell_once(at_the_end=True)
     try:
         return show(asyncio.run(work))
@@ -51,6 +58,26 @@ def read_input(read: Callable[[], T]) -> T:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def show_own_lines() -> None:
+    """Keep Prefect's own lines out of the terminal, unless somebody has set its logging level.
+
+    Above our lines of progress it tells of every task that begins and ends, and of one failure once
+    for each task and flow that it ends; the command tells it at its end. Its server has it all.
+    """
+    if "level" in get_current_settings().logging.model_fields_set:
+        return
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.addFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    is_of_a_run = record.name in (TASK_LOGGER, FLOW_LOGGER)
+    if not (is_of_a_run and record.pathname.startswith(PREFECT)):
+        return record.levelno >= logging.WARNING or not record.name.startswith("prefect.engine")
+    return record.levelno == logging.WARNING or bool(AGAIN.search(record.getMessage()))
 
 
 def show_no_traceback() -> None:

@@ -95,7 +95,7 @@ def test_a_deployment_that_is_not_there_is_one_line(tmp_path: Path, prefect_api:
 
 @pytest.mark.server
 def test_a_block_that_is_not_there_is_one_line(tmp_path: Path, prefect_api: str) -> None:
-    run = ended("flows FILE", tmp_path, PREFECT_LOGGING_LEVEL="CRITICAL")
+    run = ended("flows FILE", tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: Unable to find block document named default")
     assert "hot-load-service" in run.stderr
