@@ -51,7 +51,8 @@ def test_no_server_is_one_line(command: str, tmp_path: Path) -> None:
         "error: Prefect server: http://127.0.0.1:9/api does not answer (ConnectError: "
     )
     assert run.stderr.endswith(
-        "); start one with `prefect server start`, or set PREFECT_API_URL to one that runs\n"
+        "); start one with `env $(cat deployments/sqlite.env) prefect server start`, or set "
+        "PREFECT_API_URL to one that runs\n"
     )
     assert len(run.stderr.splitlines()) == 1
     assert PASSWORD not in run.stderr
