@@ -74,9 +74,10 @@ def show_own_lines() -> None:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    is_of_a_run = record.name in (TASK_LOGGER, FLOW_LOGGER)
-    if not (is_of_a_run and record.pathname.startswith(PREFECT)):
-        return record.levelno >= logging.WARNING or not record.name.startswith("prefect.engine")
+    if not record.pathname.startswith(PREFECT):
+        return True
+    if record.name not in (TASK_LOGGER, FLOW_LOGGER):
+        return record.levelno >= logging.WARNING
     return record.levelno == logging.WARNING or bool(AGAIN.search(record.getMessage()))
 
 

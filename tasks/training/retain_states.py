@@ -2,7 +2,7 @@
 
 from prefect import get_run_logger, task
 
-from hotload.clients.store.kept_states import mark_removed, read_branches
+from hotload.clients.store.kept_states import mark_removed, read_branches, read_removed
 from hotload.clients.store.step_records import read_promotions
 from hotload.errors import StoreError, TrainerError
 from hotload.trainers.trainer import as_remover
@@ -31,7 +31,8 @@ async def retain_states(run: TrainingRun) -> None:
         )
         saved = {one.step: one.state for one in run.records if one.state is not None}
         going = saved.keys() - kept.keys()
-        await mark_removed(run.store, run.run_id, going - run.lost)
+        marked = await read_removed(run.store, run.run_id)
+        await mark_removed(run.store, run.run_id, going - marked)
         run.lost |= going
         begun = await read_branches(run.store, run.run_id)
         for step in sorted(going - run.removed - begun.keys()):
