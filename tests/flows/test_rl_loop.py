@@ -244,7 +244,7 @@ async def test_a_store_that_fails_while_steps_are_made_again_makes_none_of_them_
 
 async def test_a_run_that_learns_nothing_ends_with_what_to_look_at(fleet: Fleet) -> None:
     reward = {"cycle": {"reward": {"name": "tests.flows.training_runs:always_right"}}}
-    found = r"always_right': nothing was trained: 4 groups of 4 samples .* mean reward is 1\."
+    found = r"always_right': nothing was trained: \d groups of 4 samples .* mean reward is 1\."
     for _ in range(2):  # started again, it comes to the same
         with pytest.raises(RewardError, match=found):
             await rl_loop(spec_of(fleet, **reward))
