@@ -96,9 +96,10 @@ postgres: install  ## the ways in and a cycle with PostgreSQL behind Prefect (De
 test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: ceph-mon ceph-osd radosgw)
 	$(PY) -m tests.radosgw $(PY) -m pytest tests/blocks -m stores
 
-test-train: .trainers-venv/installed  ## the trainers, with torch and transformers: the properties of both, one against the other
+test-train: .trainers-venv/installed  ## the trainers, with torch and transformers: the properties of both, one against the other; wandb, offline
 	HF_HUB_OFFLINE=1 .trainers-venv/bin/$(ORACLES) tests/trainers/test_trainers.py \
-		tests/trainers/test_torch_trainer.py tests/trainers/test_router_replay.py
+		tests/trainers/test_torch_trainer.py tests/trainers/test_router_replay.py \
+		tests/trainers/test_wandb.py
 
 tinker: .tinker-venv/installed  ## the tinker client and SkyRL's server: adapter, probe, states, the loop; 7 GB, ten minutes
 	.tinker-venv/bin/python -m pytest -c tests/tinker/pytest.ini tests/tinker
