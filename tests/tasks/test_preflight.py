@@ -7,6 +7,7 @@ import pytest
 from hotload.clients.access import Access
 from hotload.clients.inference.client import InferenceClient
 from hotload.errors import ServiceRefusedError
+from hotload.options import Sampling
 from tasks.preflight import UNROUTED_REQUESTS, preflight_rollouts
 from tests.flows.fleet import API_KEY, NAMES
 from tests.tasks.publishing import IMPATIENT, Publisher
@@ -24,6 +25,7 @@ async def ask(publisher: Publisher, *, is_adapter: bool = False, **changes: Any)
             publisher.service,
             InferenceClient(access),
             IMPATIENT,
+            Sampling(),
             is_adapter=is_adapter,
         )
     finally:
