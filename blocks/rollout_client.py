@@ -35,7 +35,7 @@ class RolloutClient(Block):
     path_prefix: str | None = Field(
         None, pattern=r"^(/[A-Za-z0-9._~-]+)*$", examples=["/inference"]
     )
-    """Path before the routes of inference; empty is the account's dialect's, "" is none."""
+    """What stands before the paths of inference; empty is the account's dialect's, "" is none."""
     session_headers: tuple[Annotated[str, Field(pattern=HEADER)], ...] | None = None
     """Headers that carry one value per trajectory, for a router; empty are the engine's own."""
     request_id_header: str | None = Field(None, pattern=HEADER)

@@ -148,7 +148,7 @@ SENT: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("llama.cpp", "ids"): {
         **OPENAI,
-        **STREAM,
+        "stream": False,
         "prompt": [1, 2],
         "logprobs": 1,
         "top_k": 0,
@@ -307,7 +307,7 @@ LACKING: list[tuple[str, str, bytes, str]] = [
     ("sglang", "ids", whole(answers.sglang(prompt_token_ids=[1, 2, 3])), "malformed"),
     ("tgi", "text", whole(answers.tgi(generated_tokens=3)), "malformed"),
     # llama.cpp leaves tokens out that are no whole letters.
-    ("llama.cpp", "ids", stream(*answers.LLAMA_CPP_STREAM[1:]), "malformed"),
+    ("llama.cpp", "ids", whole(answers.llama_cpp(1)), "malformed"),
     # Labels of weights that leave tokens out.
     ("vllm", "ids", changed(of("vllm", "ids"), weight_versions=LABELS[:1]), "malformed"),
     (

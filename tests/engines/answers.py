@@ -146,18 +146,21 @@ def sglang_chat(**extra: Any) -> dict[str, Any]:
     }
 
 
-def llama_cpp(entries: list[dict[str, Any]] | None, **extra: Any) -> dict[str, Any]:
+def llama_cpp(*numbers: int) -> dict[str, Any]:
+    """An answer, of the tokens that it does not leave out."""
+    entries = [llama_cpp_entry(number) for number in numbers]
     choice = {
-        "text": "",
+        "text": TEXT,
         "index": 0,
-        "logprobs": None if entries is None else {"content": entries},
-        "finish_reason": None,
+        "logprobs": {"content": entries},
+        "finish_reason": "stop",
     }
     return {
-        "choices": [{**choice, **extra}],
+        "choices": [choice],
         "created": 1,
         "model": "dir/m@2.gguf",
         "object": "text_completion",
+        "usage": USAGE,
         "id": "1",
     }
 
@@ -165,9 +168,6 @@ def llama_cpp(entries: list[dict[str, Any]] | None, **extra: Any) -> dict[str, A
 def llama_cpp_entry(number: int) -> dict[str, Any]:
     prob = (0.6065306597126334, 0.2865047968601901)[number]  # exp of the log-probabilities
     return {"id": IDS[number], "token": TEXT[number], "bytes": [97 + number], "prob": prob}
-
-
-LLAMA_CPP_LAST = {**llama_cpp(None, finish_reason="stop"), "usage": USAGE}
 
 
 def tgi(**details: Any) -> dict[str, Any]:
@@ -228,11 +228,6 @@ GENERATE_STREAM = [
     generated(1, **VLLM_ENDS),
     {"request_id": "r", "usage": USAGE, "output_mode": "text", "choices": []},
 ]
-LLAMA_CPP_STREAM = [
-    llama_cpp([llama_cpp_entry(0)], text="a"),
-    llama_cpp([llama_cpp_entry(1)], text="b"),
-    LLAMA_CPP_LAST,
-]
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 RECORDED = [
@@ -245,7 +240,9 @@ RECORDED = [
     Recorded("sglang", "ids", "/generate", [sglang()], is_stream=False),
     Recorded("sglang", "text", "/generate", [sglang()], is_stream=False),
     Recorded("sglang", "chat", CHAT, [sglang_chat()], is_stream=False),
-    Recorded("llama.cpp", "ids", COMPLETIONS, LLAMA_CPP_STREAM, names_weights=False),
+    Recorded(
+        "llama.cpp", "ids", COMPLETIONS, [llama_cpp(0, 1)], is_stream=False, names_weights=False
+    ),
     Recorded("tgi", "text", "/generate", [tgi()], is_stream=False, names_weights=False),
     Recorded("openai", "ids", COMPLETIONS, [openai()], is_stream=False, names_weights=False),
 ]

@@ -1,4 +1,4 @@
-"""The inference routes: one request, its attempts, and the window they share."""
+"""The inference endpoints: one request, its attempts, and the window they share."""
 
 __all__ = [
     "attempt",

@@ -49,7 +49,7 @@ async def send_once(
     Raises:
         ProtocolError: 200 with something else than an answer.
     """
-    path = kind.routes[form_of(request.problem)].path
+    path = kind.endpoints[form_of(request.problem)].path
     headers = {
         kind.request_id_header: request.request_id,
         **dict.fromkeys(kind.session_headers, request.session_id),

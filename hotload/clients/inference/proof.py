@@ -52,12 +52,12 @@ class Proof:
             ServiceUnavailableError: no answer, or one that may be better later.
         """
         kind = self._kind
-        form = next((form for form in PromptForm if form in kind.routes), None)
+        form = next((form for form in PromptForm if form in kind.endpoints), None)
         if form is None:
             raise self._refused(f"{kind.name} cannot be trained on")
         if sampling.include_routing_matrix and not kind.tells_routes:
             raise self._refused(f"routes of experts are not read of {kind.name}")
-        logprobs = kind.routes[form].reading.logprobs
+        logprobs = kind.endpoints[form].reading.logprobs
         if not logprobs.are_sampled(sampling):
             raise self._refused(f"log-probabilities of {kind.name} are {logprobs.value}")
         await self._sample(form, sampling)
@@ -75,11 +75,11 @@ class Proof:
             ServiceRefusedError, ServiceUnavailableError: as `prove`.
         """
         few = sampling.model_copy(update={"max_completion_tokens": TOKENS, "stop": ()})
-        problem, route = PROBLEMS[form], self._kind.routes[form]
+        problem, endpoint = PROBLEMS[form], self._kind.endpoints[form]
         request = first_request(problem, 0, sampling=few, identity="", policy_version=0)
         prompt = problem.prompt if isinstance(problem.prompt, tuple) else None
-        answer = Answer(few, prompt, route.reading)
-        body = body_bytes(route.body(request, self._model))
+        answer = Answer(few, prompt, endpoint.reading)
+        body = body_bytes(endpoint.body(request, self._model))
         try:
             failure = await send_once(self._transport, self._kind, request, body, answer)
         except ProtocolError as error:

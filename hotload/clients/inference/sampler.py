@@ -133,8 +133,8 @@ class Sampler:
             unsent = Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, None, detail)
             return Outcome(completions_api.Answer(sampling, None), unsent)
         form = form_of(request.problem)
-        route = self._kind.routes.get(form)
-        if route is None:
+        endpoint = self._kind.endpoints.get(form)
+        if endpoint is None:
             reason = f"{self._kind.name} is asked {form}, which cannot be trained on there"
             raise ServiceRefusedError("sample", None, reason, self._kind.advice)
         budget = RetryBudget(self._swap_timeout_seconds, self._uniform)
@@ -144,9 +144,9 @@ class Sampler:
             await self._slots.acquire()
             number = budget.transient_count + 1
             try:
-                body = body_bytes(route.body(request, self._model))
+                body = body_bytes(endpoint.body(request, self._model))
                 on_attempt()
-                answer = completions_api.Answer(sampling, prompt, route.reading)
+                answer = completions_api.Answer(sampling, prompt, endpoint.reading)
                 started_at = monotonic()
                 failure = await send_once(self._transport, self._kind, request, body, answer)
             except BaseException:

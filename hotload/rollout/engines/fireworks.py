@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hotload.publish import fireworks_names
-from hotload.rollout.engines.kind import InferenceRoute, PromptForm, ServerKind, asked_of
+from hotload.rollout.engines.kind import InferenceEndpoint, PromptForm, ServerKind, asked_of
 from hotload.rollout.request import Request
 
 
@@ -38,13 +38,13 @@ def sample_body(request: Request, model: str) -> dict[str, Any]:
     return body
 
 
-_COMPLETIONS = InferenceRoute(fireworks_names.COMPLETIONS, sample_body)
+_COMPLETIONS = InferenceEndpoint(fireworks_names.COMPLETIONS, sample_body)
 FIREWORKS = ServerKind(
     "fireworks",
     {
         PromptForm.IDS: _COMPLETIONS,
         PromptForm.TEXT: _COMPLETIONS,
-        PromptForm.CHAT: InferenceRoute(fireworks_names.CHAT, sample_body),
+        PromptForm.CHAT: InferenceEndpoint(fireworks_names.CHAT, sample_body),
     },
     tells_routes=True,
 )

@@ -27,7 +27,7 @@ class PromptForm(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class InferenceRoute:
+class InferenceEndpoint:
     """Where one form of request goes, what writes its body out of request and model, and how the
     answer is read.
     """
@@ -41,12 +41,12 @@ class InferenceRoute:
 class ServerKind:
     """One kind of server.
 
-    A form that has no route cannot be trained on and is refused, with `advice`: what has to be
+    A form that has no endpoint cannot be trained on and is refused, with `advice`: what has to be
     switched on at the server, or asked otherwise.
     """
 
     name: str
-    routes: Mapping[PromptForm, InferenceRoute]
+    endpoints: Mapping[PromptForm, InferenceEndpoint]
     advice: str = ""
     certain: Mapping[str, float] | None = None
     """Settings under which every token's log-probability is 0, if it is of the distribution that
@@ -68,7 +68,7 @@ def form_of(problem: Problem) -> PromptForm:
 
 
 def asked_of(problem: Problem) -> dict[str, Any]:
-    """Say what a problem asks in the words of OpenAI's routes."""
+    """Say what a problem asks in the words of OpenAI's endpoints."""
     if problem.messages is None:
         is_text = isinstance(problem.prompt, str)
         return {"prompt": problem.prompt if is_text else list(problem.prompt or ())}

@@ -1,5 +1,6 @@
 """llama.cpp's server: completions of token ids, with the probabilities after all its samplers.
 
+Whole answers: after a stream it closes the connection that it promised to keep.
 Run against the server itself (`make engines`).
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 
 from hotload.publish import fireworks_names
 from hotload.rollout.completions_api import Logprobs, Reading
-from hotload.rollout.engines.kind import InferenceRoute, PromptForm, ServerKind
+from hotload.rollout.engines.kind import InferenceEndpoint, PromptForm, ServerKind
 from hotload.rollout.engines.openai import NO_SWAP, openai_body, spell_choices
 from hotload.rollout.failures import FailureRules
 from hotload.rollout.request import Request
@@ -34,7 +35,7 @@ NEUTRAL = {
 
 def llama_cpp_body(request: Request, model: str) -> dict[str, Any]:
     """Return the body of a completion."""
-    return openai_body(request, model) | {
+    return openai_body(request, model, is_stream=False) | {
         "top_k": request.sampling.top_k,
         **NEUTRAL,
         "post_sampling_probs": True,
@@ -54,6 +55,6 @@ def spell_probabilities(chunk: Mapping[str, Any]) -> dict[str, Any]:
 _READING = Reading(spell_probabilities, Logprobs.SAMPLED, FailureRules(NO_SWAP, ("loading model",)))
 LLAMA_CPP = ServerKind(
     "llama.cpp",
-    {PromptForm.IDS: InferenceRoute(fireworks_names.COMPLETIONS, llama_cpp_body, _READING)},
+    {PromptForm.IDS: InferenceEndpoint(fireworks_names.COMPLETIONS, llama_cpp_body, _READING)},
     advice="ask llama.cpp token ids alone: it does not tell those of a text or a chat",
 )

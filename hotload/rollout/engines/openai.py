@@ -1,4 +1,4 @@
-"""OpenAI's routes, as servers have them that say nothing more of themselves.
+"""OpenAI's endpoints, as servers have them that say nothing more of themselves.
 
 The token ids may stand where any known server puts them. One that tells none is refused by the
 preflight: nothing is ever tokenized here.
@@ -11,7 +11,7 @@ from typing import Any
 
 from hotload.publish import fireworks_names
 from hotload.rollout.completions_api import Reading
-from hotload.rollout.engines.kind import InferenceRoute, PromptForm, ServerKind, asked_of
+from hotload.rollout.engines.kind import InferenceEndpoint, PromptForm, ServerKind, asked_of
 from hotload.rollout.failures import Action, Cause, FailureRules
 from hotload.rollout.request import Request
 
@@ -19,10 +19,10 @@ UNTOLD = -9999.0
 """Stands for a log-probability that the server does not have, or that is minus infinity."""
 ID_TEXT = "token_id:"
 NO_SWAP = {404: (Action.STOP_RUN, Cause.REFUSED)}
-"""404 is a route or a name that is not there, and will not be."""
+"""404 is a path or a name that is not there, and will not be."""
 
 
-def openai_body(request: Request, model: str) -> dict[str, Any]:
+def openai_body(request: Request, model: str, *, is_stream: bool = True) -> dict[str, Any]:
     """Return the body of a completion or a chat, with nothing but OpenAI's own fields."""
     sampling = request.sampling
     body = {
@@ -35,16 +35,17 @@ def openai_body(request: Request, model: str) -> dict[str, Any]:
         "seed": request.seed,
         # A completion's is the number of other tokens beside the sampled one.
         "logprobs": True if request.problem.messages is not None else 1,
-        "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream": is_stream,
     }
+    if is_stream:
+        body["stream_options"] = {"include_usage": True}
     if sampling.stop:
         body["stop"] = list(sampling.stop)
     return body
 
 
 def spell_choices(chunk: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell a chunk, or a whole answer, of OpenAI's routes as the vendor does.
+    """Spell a chunk, or a whole answer, of OpenAI's endpoints as the vendor does.
 
     The model's name is left out: it says nothing of the weights.
     """
@@ -85,13 +86,13 @@ def _id_in(text: str | None) -> int | None:
 
 
 _READING = Reading(spell_choices, rules=FailureRules(NO_SWAP))
-_COMPLETIONS = InferenceRoute(fireworks_names.COMPLETIONS, openai_body, _READING)
+_COMPLETIONS = InferenceEndpoint(fireworks_names.COMPLETIONS, openai_body, _READING)
 OPENAI = ServerKind(
     "openai",
     {
         PromptForm.IDS: _COMPLETIONS,
         PromptForm.TEXT: _COMPLETIONS,
-        PromptForm.CHAT: InferenceRoute(fireworks_names.CHAT, openai_body, _READING),
+        PromptForm.CHAT: InferenceEndpoint(fireworks_names.CHAT, openai_body, _READING),
     },
     advice=(
         "a server that tells the ids of prompt and tokens with their log-probabilities is needed;"

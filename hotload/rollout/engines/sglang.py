@@ -1,4 +1,4 @@
-"""SGLang: its own route for ids and text, OpenAI's for chats; whole answers only.
+"""SGLang: its own endpoint for ids and text, OpenAI's for chats; whole answers only.
 
 Its streams repeat everything from the first token on, and its chats tell no ids in streams. Held to
 the request and response classes of SGLang 0.5.23.
@@ -11,7 +11,7 @@ from typing import Any
 
 from hotload.publish import fireworks_names
 from hotload.rollout.completions_api import Logprobs, Reading
-from hotload.rollout.engines.kind import InferenceRoute, PromptForm, ServerKind
+from hotload.rollout.engines.kind import InferenceEndpoint, PromptForm, ServerKind
 from hotload.rollout.engines.openai import NO_SWAP, openai_body, spell_choices
 from hotload.rollout.failures import Action, Cause, FailureRules
 from hotload.rollout.request import Request
@@ -51,14 +51,11 @@ def sglang_body(request: Request, model: str) -> dict[str, Any]:
 
 def sglang_chat_body(request: Request, model: str) -> dict[str, Any]:
     """Return the body of a chat."""
-    body = openai_body(request, model) | {
+    return openai_body(request, model, is_stream=False) | {
         "top_k": request.sampling.top_k or ALL_TOKENS,
         **NEUTRAL,
         "return_token_ids": True,
-        "stream": False,
     }
-    del body["stream_options"]
-    return body
 
 
 def spell_generated(answer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -107,7 +104,7 @@ def _spans(told: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 # `/pause_generation` in the mode `abort`, or an update of weights that ends what runs.
 _RULES = FailureRules(NO_SWAP, abort=(Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT))
-_GENERATE = InferenceRoute(
+_GENERATE = InferenceEndpoint(
     "/generate", sglang_body, Reading(spell_generated, Logprobs.TEMPERED, _RULES)
 )
 SGLANG = ServerKind(
@@ -115,7 +112,7 @@ SGLANG = ServerKind(
     {
         PromptForm.IDS: _GENERATE,
         PromptForm.TEXT: _GENERATE,
-        PromptForm.CHAT: InferenceRoute(
+        PromptForm.CHAT: InferenceEndpoint(
             fireworks_names.CHAT, sglang_chat_body, Reading(spell_chat, Logprobs.TEMPERED, _RULES)
         ),
     },

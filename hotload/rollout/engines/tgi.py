@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hotload.rollout.completions_api import Logprobs, Reading
-from hotload.rollout.engines.kind import InferenceRoute, PromptForm, ServerKind
+from hotload.rollout.engines.kind import InferenceEndpoint, PromptForm, ServerKind
 from hotload.rollout.engines.openai import NO_SWAP
 from hotload.rollout.failures import Action, Cause, FailureRules
 from hotload.rollout.request import Request
@@ -65,7 +65,7 @@ _FAILED = {424: (Action.RETRY, Cause.SERVER_ERROR)}
 TGI = ServerKind(
     "tgi",
     {
-        PromptForm.TEXT: InferenceRoute(
+        PromptForm.TEXT: InferenceEndpoint(
             "/generate",
             tgi_body,
             Reading(spell_details, Logprobs.SAMPLED, FailureRules(NO_SWAP | _FAILED)),

@@ -1,4 +1,4 @@
-"""vLLM: OpenAI's routes with token ids beside them, and its own route with ids in and ids out.
+"""vLLM: OpenAI's endpoints with token ids beside them, and its own with ids in and ids out.
 
 Held to the request and response classes of vLLM 0.33.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from hotload.publish import fireworks_names
 from hotload.rollout.completions_api import Logprobs, Reading
-from hotload.rollout.engines.kind import InferenceRoute, PromptForm, ServerKind
+from hotload.rollout.engines.kind import InferenceEndpoint, PromptForm, ServerKind
 from hotload.rollout.engines.openai import NO_SWAP, openai_body, spell_choices
 from hotload.rollout.failures import Action, Cause, FailureRules
 from hotload.rollout.request import Request
@@ -25,7 +25,8 @@ NEUTRAL = {
 
 def vllm_body(request: Request, model: str) -> dict[str, Any]:
     """Return the body of a completion or a chat; routes of experts are told in whole answers."""
-    body = openai_body(request, model) | {
+    is_stream = not request.sampling.include_routing_matrix
+    body = openai_body(request, model, is_stream=is_stream) | {
         "top_k": request.sampling.top_k,
         **NEUTRAL,
         "return_token_ids": True,
@@ -34,9 +35,6 @@ def vllm_body(request: Request, model: str) -> dict[str, Any]:
     }
     if request.problem.messages is None:
         body["logprobs"] = 0
-    if request.sampling.include_routing_matrix:
-        body["stream"] = False
-        del body["stream_options"]
     return body
 
 
@@ -75,8 +73,8 @@ _PROCESSED = (
     "start vLLM with --logprobs-mode processed_logprobs, or sample with temperature 1, top_p 1,"
     " top_k 0; a name is what --served-model-name says"
 )
-_COMPLETIONS = InferenceRoute(fireworks_names.COMPLETIONS, vllm_body, _READING)
-_CHAT = InferenceRoute(fireworks_names.CHAT, vllm_body, _READING)
+_COMPLETIONS = InferenceEndpoint(fireworks_names.COMPLETIONS, vllm_body, _READING)
+_CHAT = InferenceEndpoint(fireworks_names.CHAT, vllm_body, _READING)
 VLLM = ServerKind(
     "vllm",
     {PromptForm.IDS: _COMPLETIONS, PromptForm.TEXT: _COMPLETIONS, PromptForm.CHAT: _CHAT},
@@ -88,7 +86,7 @@ VLLM = ServerKind(
 VLLM_GENERATE = ServerKind(
     "vllm-generate",
     {
-        PromptForm.IDS: InferenceRoute("/inference/v1/generate", vllm_generate_body, _READING),
+        PromptForm.IDS: InferenceEndpoint("/inference/v1/generate", vllm_generate_body, _READING),
         PromptForm.TEXT: _COMPLETIONS,
         PromptForm.CHAT: _CHAT,
     },
