@@ -1,9 +1,12 @@
 """Samples of other servers than the vendor's, served over HTTP as those servers write them."""
 
+import base64
 import copy
+import io
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from blocks.account import InferenceAccount
@@ -534,3 +537,20 @@ def test_a_block_says_what_it_lacks() -> None:
 async def test_the_probe_is_the_vendors_alone() -> None:
     with pytest.raises(ServiceRefusedError, match="probe_sessions to 0"):
         await client(1, "vllm").ask_logprobs((1, 2), "s")
+
+
+async def test_routes_of_experts_come_in_whole_answers_of_vllm() -> None:
+    file = io.BytesIO()
+    experts = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 2, 2)  # of prompt and answer but one
+    np.save(file, experts)
+    [choice] = copy.deepcopy(answers.VLLM_STREAM[0]["choices"])
+    both = {"tokens": ["token_id:5", "token_id:6"], "token_logprobs": [*LOGPROBS]}
+    choice |= {"text": "ab", "logprobs": both, "token_ids": [*IDS], "finish_reason": "length"}
+    choice["routed_experts"] = base64.b64encode(file.getvalue()).decode()
+    said = whole({**answers.VLLM_LAST, "choices": [choice]})
+    trajectory, [request], _ = await sampled("vllm", "ids", said, include_routing_matrix=True)
+    assert trajectory.failure is None
+    [segment] = trajectory.segments
+    assert segment.routes == experts.astype("<i2").tobytes()
+    assert request.body["stream"] is False
+    assert "stream_options" not in request.body
