@@ -17,7 +17,7 @@ STEPS := 1
 LESSON := even_numbers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train tinker oracles families strangers conformance fuzz lock golden deploy wheel clean
+.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train tinker oracles families strangers engines conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -119,6 +119,9 @@ families: install .families-venv/installed  ## model families in miniature: doct
 strangers: install .strangers-venv/installed  ## the vendor's SDK, its typed client and openai against the emulator
 	.strangers-venv/bin/python -m pytest -c tests/strangers/pytest.ini tests/strangers --ours $(PY)
 
+engines: .engines-venv/installed  ## llama.cpp's server, and the classes of vLLM and SGLang, against our rollout client
+	.engines-venv/bin/python -m pytest -c tests/engines/pytest.ini tests/engines
+
 # The implementations on trial together in each environment: each is tried alone, and with the others.
 ADAPTERS := tests/conformance/adapters
 HERE := $(addprefix $(ADAPTERS)/,ours.py slime.py)
@@ -209,6 +212,15 @@ $(VENV)/installed: $(VENV)/locked pyproject.toml
 	$(PYTHON) -m venv .strangers-venv
 	.strangers-venv/bin/python -m pip install --disable-pip-version-check --quiet \
 		-r tests/strangers/requirements.txt
+	@touch $@
+
+.engines-venv/installed: tests/engines/requirements.txt tests/engines/requirements-alone.txt
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… engines' >&2; exit 1; }
+	$(PYTHON) -m venv .engines-venv
+	.engines-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/engines/requirements.txt
+	.engines-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		-r tests/engines/requirements-alone.txt
 	@touch $@
 
 # cwtrain asks for 3.12; pyenv keeps its Pythons where no PATH finds them.
