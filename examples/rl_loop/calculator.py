@@ -2,9 +2,9 @@
 
 The rollout, its reward and its problems are those of examples/rollouts/calculator.py: a sum that
 the calculator can read pays, as does a digit, and the right answer pays most. The policy learns to
-use the tool, the mean reward goes from 0.35 to 0.77, and seldom to say what came back. A sample that
-calls has more tokens, and its advantage weighs by them: twice the learning rate, or half the
-samples, and the first steps lose more than the later ones win. Eight minutes beside other work.
+use the tool, and seldom to say what came back: the mean reward goes from 0.35 to 0.77. A sample
+that calls has more tokens, and its advantage weighs by them: with twice the learning rate, or half
+the samples, the first steps lose more than the later ones win. Eight minutes beside other work.
 """
 
 from examples.rl_loop.stage import Lesson, main
