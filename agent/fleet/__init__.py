@@ -1,0 +1,3 @@
+"""What is known of a service: names, signals, ledger, what may be let in."""
+
+__all__ = ["admission", "ledger", "service", "settings", "signals", "validation"]
