@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.fleet.signals import Signal
 from agent.loading.disk import Load
 from hotload.identity import SnapshotKind
 
@@ -16,7 +15,6 @@ class LedgerEntry:
     """One accepted snapshot."""
 
     load: Load
-    signal: Signal
     signalled_at: float
     ready_at: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from agent.loading.disk import Transition
 from hotload.publish.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
 from hotload.publish.fireworks_names import deployment_name, model_name
-
-Transition = Literal["ASYNC", "SYNC"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +50,13 @@ class FleetConfig:
     def base(self) -> str:
         """Resource name of the base model, as the deployment shows it."""
         return self.base_model_name or f"accounts/{self.account_id}/models/base"
+
+
+def add_names(parser: ArgumentParser) -> None:
+    """Let a command line take the bucket and the names of a service."""
+    add = parser.add_argument
+    add("--bucket", required=True, metavar="URL", help="the service's bucket: s3://, gs://, a path")
+    add("--bucket-option", action="append", default=[], metavar="KEY=VALUE", help="fsspec option")
+    for name in ("account", "deployment"):
+        default = getattr(FleetConfig, f"{name}_id")
+        add(f"--{name}", default=default, metavar="ID", help="of the service (%(default)s)")

@@ -5,6 +5,7 @@ Names beginning with `_` or `.` are the publisher's own and not looked at.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fsspec.core import split_protocol, url_to_fs
 from hotload.clients.store.buckets import GcsBucket, S3Bucket
 from hotload.clients.store.store import open_filesystem
 
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 READ_LIMIT_BYTES = 128 << 20
 # How the library's own store reads large objects: bounded in memory.
 BOUNDED = {"s3": S3Bucket.get_options, "gs": GcsBucket.get_options}
@@ -92,6 +94,7 @@ class SnapshotBucket:
         Raises:
             MissingObjectError: no such file.
             BucketError: the bucket refuses or does not answer.
+            OSError: this machine's disk is full.
         """
         try:
             path = f"{self._path(identity)}/{file}"
@@ -99,6 +102,8 @@ class SnapshotBucket:
         except FileNotFoundError:
             raise MissingObjectError(f"{file} of {identity!r} is not in the bucket") from None
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                raise
             raise BucketError(f"{file} cannot be read: {type(error).__name__}") from error
 
     def _path(self, identity: str) -> str:

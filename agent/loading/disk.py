@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from agent.loading.bucket import MissingObjectError, SnapshotBucket
 from agent.loading.checkpoint_files import shard_names
@@ -19,6 +20,8 @@ from hotload.directory.shards import apply_file
 from hotload.errors import DeltaError
 from hotload.identity import SnapshotKind
 
+Transition = Literal["ASYNC", "SYNC"]
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -28,6 +31,7 @@ class Load:
     kind: SnapshotKind
     previous: str | None
     reset_prompt_cache: str = "all"
+    transition: Transition = "ASYNC"
 
 
 class Disk:

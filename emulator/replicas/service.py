@@ -200,7 +200,7 @@ class Service:
             return None
         load = Load(identity, kind, signal.previous, signal.reset_prompt_cache)
         note["result"] = "accepted"
-        self.ledger.add(LedgerEntry(load, signal, self.clock.now()))
+        self.ledger.add(LedgerEntry(load, self.clock.now()))
         if reason is not None:
             for replica in self.replicas:
                 replica.refuse(load, reason)
@@ -337,7 +337,7 @@ class Service:
     def _name_base(self, identity: str) -> None:
         """Begin the ledger with the base model, which every replica comes back to."""
         load = Load(identity, SnapshotKind.FULL, None)
-        self.ledger.add(LedgerEntry(load, Signal(identity, None, "all", ()), self.clock.now()))
+        self.ledger.add(LedgerEntry(load, self.clock.now()))
         for replica in self.replicas:
             self.restart(replica)
 

@@ -1,0 +1,215 @@
+"""A replica whose engine is a server of its own, which reads what lies behind one link."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+from agent.beside.seal import read_seal, seal
+from agent.engines.reloading import EngineAwayError, EngineError, Reload, ReloadingEngine
+from agent.fleet.report import AgentReport
+from agent.loading.bucket import BucketError, MissingObjectError, SnapshotBucket
+from agent.loading.disk import Disk, Load
+from agent.loading.loader import Loader
+from hotload.clients.store.records import SNAPSHOTS
+from hotload.directory.files import sync_directory
+from hotload.errors import ChecksumMismatchError, DeltaError
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import SnapshotManifest, content_sha256
+
+BASE = "base"  # what an engine is told that its weights are when they are nobody's snapshot
+UNNAMED = (None, "default", BASE)  # what engines say that were never told
+PASSING = (BucketError, EngineAwayError)
+
+logger = logging.getLogger(__name__)
+
+
+class EngineReplica(Loader):
+    """Keeps the checkpoint behind `link` what it is to be, and its engine on that.
+
+    `directory` holds two copies while one is made. The link changes in one step, before the engine
+    is told; an engine that was started on the link therefore comes back with whole weights whenever
+    it comes back. Where the engine fails, link and engine go back to what was served.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        bucket: SnapshotBucket,
+        threads: Executor,
+        engine: ReloadingEngine,
+        *,
+        engine_kind: str,
+        base: Path | None = None,
+        workers: int = 1,
+    ) -> None:
+        super().__init__(name, Disk(directory, bucket, workers=workers), threads)
+        self.link = directory / "current"
+        self.readiness = False
+        self.error = "not yet looked at its engine"
+        self._directory, self._bucket, self._engine = directory, bucket, engine
+        self._engine_kind, self._base = engine_kind, base
+        self._served: Path | None = None
+        self._content: str | None = None
+        self._last: str | None = None
+        self._is_told = False
+        self._refused: str | None = None
+
+    def report(self) -> AgentReport:
+        """Say what is served, and how far what is loading has come."""
+        return AgentReport(
+            name=self.name,
+            engine=self._engine_kind,
+            readiness=self.readiness,
+            current=self.current,
+            stage=self.stage,
+            target=self.target or None,
+            content_sha256=self._content,
+            error=self.error[:2000],
+        )
+
+    async def come_up(self) -> None:
+        """Find what is whole of an earlier life, and remove the rest; the engine is told later."""
+        target = self.link.resolve() if self.link.is_symlink() else None
+        is_ours = target is not None and target.parent == (self._directory / "held").resolve()
+        digests = await self._in_thread(read_seal, target) if target and is_ours else None
+        if target is not None and digests is not None:
+            self._held = self._served = self._directory / "held" / target.name
+            self._content = content_sha256(digests)
+        elif is_ours:
+            logger.warning("%s: what was held is torn; a full snapshot is needed", self.name)
+        await self._in_thread(self._disk.forget_others, self._held)
+        if self._held is None and self._base is not None:
+            self._point_at(self._base)
+
+    def catch_up(self, chain: Sequence[Load]) -> None:
+        """Load what is missing of a chain, unless something is loading, or it failed before."""
+        if self._task is not None and not self._task.done():
+            return
+        if not chain:
+            if self._held is not None:
+                self._begin(self._forget)
+            return
+        names = [load.identity for load in chain]
+        held = self._held.name if self._held else None
+        steps = chain[names.index(held) + 1 :] if held in names else chain
+        if not steps or (self.stage == "error" and self.target == names[-1]):
+            return
+        self._last = names[-1]
+        for load in steps:
+            self.load(load)
+
+    async def look_at_engine(self) -> None:
+        """See whether the engine answers with what is held, and tell it again where it does not."""
+        if self._task is not None and not self._task.done():
+            return
+        try:
+            version = await self._engine.version()
+        except EngineError as error:
+            self.readiness, self.error = False, str(error)
+            return
+        expected = (self._served.name,) if self._served else UNNAMED
+        is_right = version in expected if self._engine.tells_version else self._is_told
+        if is_right or (self._served is None and not self._is_told and version in UNNAMED):
+            self.readiness, self._is_told = True, True
+            self.current = self._served.name if self._served else None
+            self.error = self.error if self.stage == "error" else ""
+        elif self.readiness or version != self._refused or self._refused is None:
+            self.readiness, self._refused = False, version
+            self._begin(self._go_back)
+
+    # What the loader asks.
+
+    async def _weights(self, load: Load, arrived: Path) -> dict[str, str]:
+        return await self._in_thread(self._digests, load, arrived)
+
+    def _kept_beside(self, load: Load) -> Sequence[Path | None]:
+        return [self._served]
+
+    async def _swap(self, weights: dict[str, str], load: Load, kept: Path) -> None:
+        await self._in_thread(seal, kept, weights)
+        if load.identity != self._last:
+            return  # a step on the way: the engine goes to the last at once
+        self.readiness = False
+        try:
+            await self._tell(kept, load)
+        except BaseException:
+            await self._go_back()
+            raise
+        self._served, self._content = kept, content_sha256(weights)
+        self.current, self.stage, self.readiness, self.error = load.identity, "completed", True, ""
+        await self._in_thread(self._disk.forget_others, kept)
+
+    def _fail(self, load: Load, error: Exception) -> None:
+        super()._fail(load, error)
+        self._held, self.error = self._served, f"{load.identity}: {type(error).__name__}: {error}"
+        if isinstance(error, PASSING) and not isinstance(error, MissingObjectError):
+            self.stage = "pending"  # tried again at the next look
+
+    def _log(self, load: Load, result: str, detail: str | None) -> None:
+        level = logging.WARNING if detail else logging.INFO
+        logger.log(level, "%s: %s %s %s", self.name, load.identity, result, detail or "")
+
+    # Its own.
+
+    def _digests(self, load: Load, arrived: Path) -> dict[str, str]:
+        """Digest every file, and hold it to the publisher's record where there is one."""
+        if load.kind is SnapshotKind.LORA:
+            raise DeltaError(load.identity, "an adapter, which no agent loads")
+        files = sorted(path for path in arrived.iterdir() if path.is_file())
+        digests = {path.name: self._disk.digests.of(path) for path in files}
+        try:
+            data = self._bucket.read(SNAPSHOTS, f"{load.identity}.json")
+        except MissingObjectError:
+            return digests
+        content = SnapshotManifest.parse(data, identity=load.identity).content
+        for file in (*content.shards, *content.side_files):
+            found = digests.get(file.file, "no such file")
+            if found != file.sha256:
+                raise ChecksumMismatchError(f"{load.identity}/{file.file}", found, file.sha256)
+        return digests
+
+    async def _tell(self, directory: Path, load: Load) -> None:
+        """Point the link at a directory, let the engine load it, and ask what it serves."""
+        self._is_told = False
+        self._point_at(directory)
+        policy = load.reset_prompt_cache
+        await self._engine.reload(Reload(self.link, load.identity, load.transition, policy))
+        if self._engine.tells_version and (found := await self._engine.version()) != load.identity:
+            raise EngineError(f"the engine reports {found!r} after it was given {load.identity!r}")
+        self._is_told = True
+
+    async def _go_back(self) -> None:
+        """Let the engine serve again what it served; not ready where it does not."""
+        self.readiness = False
+        directory, self._held = self._served or self._base, self._served
+        self.current = None
+        if directory is None:
+            self.link.unlink(missing_ok=True)
+            self.error = "no weights are known to be served, and no base model was named"
+            return
+        name = self._served.name if self._served else BASE
+        try:
+            await self._tell(directory, Load(name, SnapshotKind.FULL, None))
+        except EngineError as error:
+            self.error = str(error)
+            return
+        self.current, self.readiness = self._served.name if self._served else None, True
+
+    async def _forget(self) -> None:
+        """Serve base weights, as after a reset of the ledger."""
+        self._served, self._content, self._is_torn = None, None, False
+        self.stage, self.target, self.error = "idle", "", ""
+        await self._go_back()
+        await self._in_thread(self._disk.forget_others)
+
+    def _point_at(self, directory: Path) -> None:
+        partial = self.link.with_name(f".current.{secrets.token_hex(4)}")
+        partial.symlink_to(directory.resolve(), target_is_directory=True)
+        os.replace(partial, self.link)
+        sync_directory(self.link.parent)
