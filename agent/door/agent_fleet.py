@@ -77,7 +77,7 @@ class AgentFleet:
                     self._contents[identity] = manifest.content.sha256 if manifest else None
         except StoreError as error:
             raise RefusedError(503, f"the store: {error}") from None
-        return state, [doubt(one, state, self._contents.get) for one in seen]
+        return state, doubt(seen, state, self._contents)
 
     async def signal(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out operation A: check, write it into the log, let the agents look.

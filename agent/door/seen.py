@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -54,17 +54,36 @@ async def ask_all(client: httpx.AsyncClient, urls: Sequence[str]) -> list[SeenAg
     ]
 
 
-def doubt(seen: SeenAgent, state: FleetState, content_of: Callable[[str], str | None]) -> SeenAgent:
-    """Hold an agent's word to the ledger, and to the digest of what the identity stands for."""
-    report = seen.report
-    if not seen.is_believed or report.current is None:
-        return seen
-    if state.ledger.get(report.current) is None and state.head_for(report.name) != report.current:
-        return replace(seen, problem=f"serves {report.current}, which was not signalled here")
-    expected = content_of(report.current)
-    if expected is not None and report.content_sha256 != expected:
-        return replace(seen, problem=f"serves other bytes than {report.current} stands for")
-    return seen
+def doubt(
+    agents: Sequence[SeenAgent], state: FleetState, content_of: Mapping[str, str | None]
+) -> list[SeenAgent]:
+    """Hold the agents' words to the ledger, to the digest of what an identity stands for, and where
+    nobody recorded one, to each other's: of those that differ, none is believed."""
+    told: dict[str | None, set[str | None]] = {}
+    for one in agents:
+        if one.is_believed:
+            told.setdefault(one.report.current, set()).add(one.report.content_sha256)
+    return [
+        replace(one, problem=problem) if (problem := _doubt(one, state, content_of, told)) else one
+        for one in agents
+    ]
+
+
+def _doubt(
+    seen: SeenAgent,
+    state: FleetState,
+    content_of: Mapping[str, str | None],
+    told: Mapping[str | None, set[str | None]],
+) -> str:
+    report, current = seen.report, seen.report.current
+    if not seen.is_believed or current is None:
+        return ""
+    if state.ledger.get(current) is None:
+        return f"serves {current}, which was not signalled here"
+    if expected := content_of.get(current):
+        is_it = report.content_sha256 == expected
+        return "" if is_it else f"serves other bytes than {current} stands for"
+    return "" if len(told[current]) == 1 else f"agents serve different bytes as {current}"
 
 
 async def nudge(client: httpx.AsyncClient, urls: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.scripted_server import JSON, http
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
@@ -255,6 +257,38 @@ def test_two_agents_of_one_name_are_not_believed(place: Any) -> None:
     answer = place.signal("a")
     assert (answer.status_code, "called same, too" in answer.text) == (503, True)
     assert place.served() == ["not ready", "not ready"]
+
+
+LIES = {
+    "a name that was never signalled": {"current": "x"},
+    "other bytes": {"content_sha256": "0" * 64},
+    "no name": {"name": "../left"},
+    "no truth value": {"readiness": "yes"},
+    "more than it may": {"extra": 1},
+}
+
+
+@pytest.mark.parametrize("lie", [*LIES])
+async def test_an_agent_that_lies_is_not_ready(two: Any, lie: str) -> None:
+    two.publisher.full("a")
+    two.load("a")
+    report = two.agents[0].report() | {"name": "liar"} | LIES[lie]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(http(json.dumps(report).encode(), content_type=JSON))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as liar:
+        port = liar.sockets[0].getsockname()[1]
+        await asyncio.to_thread(two.open_door, "--agent", f"http://127.0.0.1:{port}")
+        served = await asyncio.to_thread(two.served)
+        assert served[2] == "not ready"
+        if lie != "other bytes":  # who of them lies nobody can tell
+            assert served[:2] == ["a", "a"]
+        two.publisher.full("b", seed=6)
+        answer = await asyncio.to_thread(two.signal, "b")
+        assert answer.status_code == 503, answer.text
 
 
 def test_a_door_that_was_killed_knows_everything_again(two: Any) -> None:

@@ -38,7 +38,7 @@ class TinyEngine:
         self.serves: dict[str, str] = {}
         self.version: str | None = None
         self.calls: list[tuple[str, Any]] = []
-        self.is_paused = False
+        self.is_paused = self.is_unflushed = False
         self.refuses: set[str] = set()
         self.refusals_left: int | None = None
         self.lies: str | None = None
@@ -96,7 +96,7 @@ class TinyEngine:
             case "/reload":
                 self.load(body["path"], body["name"])
             case "/reset_prefix_cache":
-                return 200, {"success": True}
+                return 200, {"success": not self.is_unflushed}
             case _:
                 return 404, {"detail": "Not Found"}
         return 200, {}
