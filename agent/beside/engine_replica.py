@@ -125,6 +125,10 @@ class EngineReplica(Loader):
 
     # What the loader asks.
 
+    async def _may_begin(self, load: Load) -> bool:
+        await self._engine.version()  # one that is away costs no download
+        return True
+
     async def _weights(self, load: Load, arrived: Path) -> dict[str, str]:
         return await self._in_thread(self._digests, load, arrived)
 
