@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from agent.beside.seal import read_seal, seal
@@ -53,7 +53,7 @@ class EngineReplica(Loader):
         self.readiness = False
         self.error = "not yet looked at its engine"
         self._directory, self._bucket, self._engine = directory, bucket, engine
-        self._engine_kind, self._base = engine_kind, base
+        self._engine_kind, self._base, self._workers = engine_kind, base, workers
         self._served: Path | None = None
         self._content: str | None = None
         self._last: str | None = None
@@ -166,16 +166,18 @@ class EngineReplica(Loader):
         if load.kind is SnapshotKind.LORA:
             raise DeltaError(load.identity, "an adapter, which no agent loads")
         files = sorted(path for path in arrived.iterdir() if path.is_file())
-        digests = {path.name: self._disk.digests.of(path) for path in files}
+        with ThreadPoolExecutor(self._workers, "digest") as pool:
+            found = pool.map(self._disk.digests.of, files)
+            digests = {path.name: digest for path, digest in zip(files, found, strict=True)}
         try:
             data = self._bucket.read(SNAPSHOTS, f"{load.identity}.json")
         except MissingObjectError:
             return digests
         content = SnapshotManifest.parse(data, identity=load.identity).content
         for file in (*content.shards, *content.side_files):
-            found = digests.get(file.file, "no such file")
-            if found != file.sha256:
-                raise ChecksumMismatchError(f"{load.identity}/{file.file}", found, file.sha256)
+            digest = digests.get(file.file, "no such file")
+            if digest != file.sha256:
+                raise ChecksumMismatchError(f"{load.identity}/{file.file}", digest, file.sha256)
         return digests
 
     async def _tell(self, directory: Path, load: Load) -> None:
