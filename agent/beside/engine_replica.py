@@ -89,7 +89,7 @@ class EngineReplica(Loader):
 
     def catch_up(self, chain: Sequence[Load]) -> None:
         """Load what is missing of a chain, unless something is loading, or it failed before."""
-        if self._task is not None and not self._task.done():
+        if self._is_busy():
             return
         if not chain:
             if self._held is not None:
@@ -105,13 +105,17 @@ class EngineReplica(Loader):
             self.load(load)
 
     async def look_at_engine(self) -> None:
-        """See whether the engine answers with what is held, and tell it again where it does not."""
-        if self._task is not None and not self._task.done():
+        """See whether the engine answers with what is held; tell it again where it does not, and
+        nothing is loading. What is being told to it is not looked at."""
+        if self._is_telling():
             return
         try:
             version = await self._engine.version()
         except EngineError as error:
-            self.readiness, self.error = False, str(error)
+            if not self._is_telling():
+                self.readiness, self.error = False, str(error)
+            return
+        if self._is_telling():  # since it was asked
             return
         expected = (self._served.name,) if self._served else UNNAMED
         is_right = version in expected if self._engine.tells_version else self._is_told
@@ -120,8 +124,10 @@ class EngineReplica(Loader):
             self.current = self._served.name if self._served else None
             self.error = self.error if self.stage == "error" else ""
         elif self.readiness or version != self._refused or self._refused is None:
-            self.readiness, self._refused = False, version
-            self._begin(self._go_back)
+            self.readiness = False
+            if not self._is_busy():
+                self._refused = version
+                self._begin(self._go_back)
 
     # What the loader asks.
 
@@ -213,6 +219,12 @@ class EngineReplica(Loader):
         self.stage, self.target, self.error = "idle", "", ""
         await self._go_back()
         await self._in_thread(self._disk.forget_others)
+
+    def _is_busy(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def _is_telling(self) -> bool:
+        return self._is_busy() and not self._is_told
 
     def _point_at(self, directory: Path) -> None:
         partial = self.link.with_name(f".current.{secrets.token_hex(4)}")
