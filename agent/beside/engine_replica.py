@@ -16,7 +16,7 @@ from agent.loading.bucket import BucketError, MissingObjectError, SnapshotBucket
 from agent.loading.disk import Disk, Load
 from agent.loading.loader import Loader
 from hotload.clients.store.records import SNAPSHOTS
-from hotload.directory.files import sync_directory
+from hotload.directory.files import sha256_file, sync_directory
 from hotload.errors import ChecksumMismatchError, DeltaError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest, content_sha256
@@ -75,17 +75,19 @@ class EngineReplica(Loader):
 
     async def come_up(self) -> None:
         """Find what is whole of an earlier life, and remove the rest; the engine is told later."""
-        target = self.link.resolve() if self.link.is_symlink() else None
-        is_ours = target is not None and target.parent == (self._directory / "held").resolve()
-        digests = await self._in_thread(read_seal, target) if target and is_ours else None
-        if target is not None and digests is not None:
-            self._held = self._served = self._directory / "held" / target.name
-            self._content = content_sha256(digests)
-        elif is_ours:
-            logger.warning("%s: what was held is torn; a full snapshot is needed", self.name)
+        target = self.link.resolve() if self.link.is_symlink() else Path()
+        kept = [*(self._directory / "held").glob("*")]
+        # The one that was served, else the one before it, which goes when that is sealed.
+        for path in sorted(kept, key=lambda one: one.name != target.name):
+            digests = await self._in_thread(read_seal, path)
+            if digests is not None:
+                self._held = self._served = path
+                self._content = content_sha256(digests)
+                break
+            logger.warning("%s: %s is torn, or was not sealed", self.name, path.name)
         await self._in_thread(self._disk.forget_others, self._held)
-        if self._held is None and self._base is not None:
-            self._point_at(self._base)
+        if (directory := self._held or self._base) is not None:
+            self._point_at(directory)
 
     def catch_up(self, chain: Sequence[Load]) -> None:
         """Load what is missing of a chain, unless something is loading, or it failed before."""
@@ -135,24 +137,35 @@ class EngineReplica(Loader):
         await self._engine.version()  # one that is away costs no download
         return True
 
-    async def _weights(self, load: Load, arrived: Path) -> dict[str, str]:
-        return await self._in_thread(self._digests, load, arrived)
+    async def _weights(self, load: Load, arrived: Path) -> dict[str, str] | None:
+        """Digest a full before it is served: nothing but the publisher's record tells its bytes.
+        Every tensor of a delta was held to its checksum."""
+        if load.kind is SnapshotKind.LORA:
+            raise DeltaError(load.identity, "an adapter, which no agent loads")
+        if load.kind is SnapshotKind.DELTA:
+            return None
+        return await self._in_thread(self._digests, load.identity, arrived)
 
     def _kept_beside(self, load: Load) -> Sequence[Path | None]:
         return [self._served]
 
-    async def _swap(self, weights: dict[str, str], load: Load, kept: Path) -> None:
-        await self._in_thread(seal, kept, weights)
+    async def _swap(self, weights: dict[str, str] | None, load: Load, kept: Path) -> None:
         if load.identity != self._last:
             return  # a step on the way: the engine goes to the last at once
-        self.readiness = False
+        self.readiness, before = False, (self._served, self._content)
         try:
             await self._tell(kept, load)
+            self._served, self._content = kept, None
+            self.current, self.stage, self.readiness = load.identity, "completed", True
+            self.error = ""
+            if (digests := weights) is None:
+                digests = await self._in_thread(self._digests, load.identity, kept)
+            await self._in_thread(seal, kept, digests)
         except BaseException:
+            self._served, self._content = before
             await self._go_back()
             raise
-        self._served, self._content = kept, content_sha256(weights)
-        self.current, self.stage, self.readiness, self.error = load.identity, "completed", True, ""
+        self._content = content_sha256(digests)
         await self._in_thread(self._disk.forget_others, kept)
 
     def _fail(self, load: Load, error: Exception) -> None:
@@ -167,23 +180,21 @@ class EngineReplica(Loader):
 
     # Its own.
 
-    def _digests(self, load: Load, arrived: Path) -> dict[str, str]:
+    def _digests(self, identity: str, directory: Path) -> dict[str, str]:
         """Digest every file, and hold it to the publisher's record where there is one."""
-        if load.kind is SnapshotKind.LORA:
-            raise DeltaError(load.identity, "an adapter, which no agent loads")
-        files = sorted(path for path in arrived.iterdir() if path.is_file())
+        files = sorted(path for path in directory.iterdir() if path.is_file())
         with ThreadPoolExecutor(self._workers, "digest") as pool:
-            found = pool.map(self._disk.digests.of, files)
+            found = pool.map(sha256_file, files)
             digests = {path.name: digest for path, digest in zip(files, found, strict=True)}
         try:
-            data = self._bucket.read(SNAPSHOTS, f"{load.identity}.json")
+            data = self._bucket.read(SNAPSHOTS, f"{identity}.json")
         except MissingObjectError:
             return digests
-        content = SnapshotManifest.parse(data, identity=load.identity).content
+        content = SnapshotManifest.parse(data, identity=identity).content
         for file in (*content.shards, *content.side_files):
             digest = digests.get(file.file, "no such file")
             if digest != file.sha256:
-                raise ChecksumMismatchError(f"{load.identity}/{file.file}", digest, file.sha256)
+                raise ChecksumMismatchError(f"{identity}/{file.file}", digest, file.sha256)
         return digests
 
     async def _tell(self, directory: Path, load: Load) -> None:

@@ -16,7 +16,7 @@ REPORT_PATH, LOOK_PATH = "/agent", "/agent/look"
 
 class AgentReport(Record):
     """Name, stage and identity of one agent; `content_sha256` names the bytes that it serves from,
-    as `hotload.publish.snapshot` names a checkpoint's content."""
+    as `hotload.publish.snapshot` names a checkpoint's content, once it has digested them."""
 
     name: str = Field(pattern=NAME)
     engine: str
