@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hotload.publish.fireworks_api import delta_metadata
 from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
 from tests.emulator.conftest import Publisher
 from tests.servers import LoopbackServer
@@ -125,11 +126,7 @@ class Place:
     def signal(self, identity: str, previous: str | None = None, **fields: Any) -> httpx.Response:
         body: dict[str, Any] = {"identity": identity, **fields}
         if previous is not None:
-            body["incremental_snapshot_metadata"] = {
-                "previous_snapshot_identity": previous,
-                "compression_format": "arc_v2",
-                "checksum_format": "alder32",
-            }
+            body |= delta_metadata(previous)
         return self.ask("POST", HOT_LOAD, body)
 
     def replicas(self) -> list[dict[str, Any]]:
