@@ -90,6 +90,23 @@ def test_an_agent_killed_in_an_apply_goes_on_when_it_is_started_again(two: Any) 
     two.check("c")
 
 
+def test_an_agent_killed_at_any_moment_converges(two: Any) -> None:
+    left, right = two.agents
+    two.publisher.full("v0")
+    two.load("v0")
+    for number in range(1, 5):
+        identity, previous = f"v{number}", f"v{number - 1}"
+        two.publisher.delta(identity, previous, seed=number)
+        before = len(left.engine.calls)
+        assert two.signal(identity, previous).status_code == 200
+        # As soon as it has asked its engine so often since: before, in and after the load.
+        wait_until(lambda: len(left.engine.calls) >= before + number - 1)  # noqa: B023
+        left.kill()
+        left.start()
+        wait_until(lambda: two.served() == [identity] * 2)  # noqa: B023
+        two.check(identity, left, right)
+
+
 def test_what_was_torn_on_disk_is_found_and_mended_by_a_full(two: Any) -> None:
     left, _ = two.agents
     two.publisher.full("a")
