@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+import agent.server
+from agent.server import Server, bind
 from emulator.api.app import create_app
 from emulator.control.settings import EmulatorConfig
-
-HOST = "127.0.0.1"
-SHUTDOWN_SECONDS = 1
 
 
 class Gathering:
@@ -58,50 +54,13 @@ class Protocol(H11Protocol):
         super().connection_made(Gathering(transport))  # type: ignore[arg-type]
 
 
-class Server(uvicorn.Server):
-    """uvicorn that says when it answers, and why it does not."""
-
-    def __init__(self, config: EmulatorConfig, on_settled: Callable[[], None]) -> None:
-        self._app = create_app(config)
-        super().__init__(
-            uvicorn.Config(
-                self._app,
-                http=Protocol,
-                log_level="critical",
-                access_log=False,
-                lifespan="on",
-                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-            )
-        )
-        self._on_settled = on_settled
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start; `on_settled` is called whether or not it answers now."""
-        try:
-            await super().startup(sockets=sockets)
-        except SystemExit:
-            self.should_exit = True  # its way to say that the application did not start
-        finally:
-            self._on_settled()
-
-    def check_started(self) -> None:
-        """Return if it answers, or did.
-
-        Raises:
-            RuntimeError: it did not start; the cause is attached.
-        """
-        if not self.started:
-            cause: BaseException | None = getattr(self._app.state, "failure", None)
-            raise RuntimeError("the emulator did not start") from cause
-
-
 class RunningEmulator:
     """An emulator that answers at `url` until `stop`; also a context manager."""
 
     def __init__(self, config: EmulatorConfig) -> None:
-        self._socket, self.url = _bind(config.port)
+        self._socket, self.url = bind(config.port)
         settled = threading.Event()
-        self._server = Server(config, settled.set)
+        self._server = Server(create_app(config), settled.set, Protocol)
         work = self._server.serve([self._socket])
         self._thread = threading.Thread(
             target=asyncio.run, args=[work], name="emulator", daemon=True
@@ -142,31 +101,7 @@ def serve(config: EmulatorConfig) -> RunningEmulator:
     return RunningEmulator(config)
 
 
-def run(config: EmulatorConfig, announce: Callable[[str], None]) -> None:
-    """Serve until interrupted; `announce` gets the address once it answers.
-
-    Raises:
-        RuntimeError: the base model cannot be loaded; the cause is attached.
-        OSError: the port is taken.
-    """
-    listening, url = _bind(config.port)
-    with listening:
-
-        def settled() -> None:
-            if server.started:
-                announce(url)
-
-        server = Server(config, settled)
-        asyncio.run(server.serve([listening]))
-    server.check_started()
-
-
-def _bind(port: int) -> tuple[socket.socket, str]:
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((HOST, port))
-    except OSError:
-        listening.close()
-        raise
-    return listening, f"http://{HOST}:{listening.getsockname()[1]}"
+def run(config: EmulatorConfig) -> int:
+    """Serve until interrupted; 0 when it was ended, 2 when it could not start."""
+    app = create_app(config)
+    return agent.server.serve_app("emulator", app, port=config.port, http=Protocol)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from emulator.engine.engine import UnsupportedModelError
+from agent.loading.checkpoint_files import UnsupportedModelError
 from emulator.engine.llama import LlamaShape
 
 Array = np.ndarray

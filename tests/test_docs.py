@@ -22,7 +22,7 @@ PAGES = [
     ROOT / "deployments" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-PACKAGES = ("hotload", "emulator", "blocks", "tasks", "flows", "examples")
+PACKAGES = ("hotload", "agent", "emulator", "blocks", "tasks", "flows", "examples")
 
 
 def named(path: Path) -> str:

@@ -84,7 +84,7 @@ def test_every_package_of_the_library_is_in_the_wheel_and_nothing_else(tmp_path:
 
 
 def test_every_module_a_make_target_runs_exists() -> None:
-    ours = r"-m ((?:examples|benchmarks|tests|flows|emulator)[\w.]*)"
+    ours = r"-m ((?:examples|benchmarks|tests|flows|agent|emulator)[\w.]*)"
     (lesson,) = re.findall(r"^LESSON := (\w+)$", MAKEFILE, re.MULTILINE)
     for name in re.findall(ours, MAKEFILE.replace("$(LESSON)", lesson)):
         path = ROOT / name.replace(".", "/")

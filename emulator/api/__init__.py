@@ -6,7 +6,6 @@ __all__ = [
     "extensions",
     "gateway",
     "generation",
-    "hot_load",
     "inference",
     "inference_request",
     "inference_response",

@@ -6,30 +6,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
-from emulator.api import deployed_models, extensions, hot_load, plain_door
+from agent.api.gateway import make_app
+from agent.api.hot_load import ACCOUNT, ROUTES
+from emulator.api import deployed_models, extensions, plain_door
+from emulator.api.gateway import ordered
 from emulator.api.inference import infer, list_models
 from emulator.control.settings import EmulatorConfig
-from emulator.failures import RefusedError
 from emulator.replicas.service import Service
 from hotload.publish.fireworks_names import (
-    ACCOUNTS_PATH,
     CHAT_PATH,
     COMPLETIONS_PATH,
-    HINT_PATH,
-    HOT_LOAD_PATH,
     INFERENCE_PREFIX,
     MODELS_PATH,
 )
 
-ACCOUNT = f"{ACCOUNTS_PATH}/{{account}}"
-DEPLOYMENTS = f"{ACCOUNT}/deployments"
-DEPLOYMENT = f"{DEPLOYMENTS}/{{deployment}}"
-MODELS = f"{ACCOUNT}/models"
 DEPLOYED = f"{ACCOUNT}/deployedModels"
 
 
@@ -39,6 +31,7 @@ def create_app(config: EmulatorConfig) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.service = service = Service(config)
+        app.state.instead = ordered
         try:
             await service.start()
         except BaseException as error:
@@ -59,23 +52,11 @@ def create_app(config: EmulatorConfig) -> Starlette:
         for prefix in (INFERENCE_PREFIX, "")  # the vendor's typed client leaves it out
     ]
     routes += [
-        Route(HOT_LOAD_PATH, hot_load.signal, methods=["POST"]),
-        Route(HOT_LOAD_PATH, hot_load.status, methods=["GET"]),
-        Route(HINT_PATH, hot_load.hint, methods=["POST"]),
-        Route(f"{DEPLOYMENT}/ledger", hot_load.delete_ledger, methods=["DELETE"]),
-        Route(f"{DEPLOYMENT}/ledger", hot_load.read_ledger, methods=["GET"]),
-        Route(DEPLOYMENT, hot_load.get_deployment, methods=["GET"]),
-        Route(DEPLOYMENT, hot_load.change_deployment, methods=["PATCH", "DELETE"]),
-        Route(DEPLOYMENTS, hot_load.create_deployment, methods=["POST"]),
-        Route(DEPLOYMENTS, hot_load.list_deployments, methods=["GET"]),
-        Route(f"{MODELS}/{{model}}", hot_load.get_model, methods=["GET"]),
-        Route(MODELS, hot_load.list_account_models, methods=["GET"]),
+        *ROUTES,
         Route(DEPLOYED, deployed_models.list_deployed, methods=["GET"]),
         Route(DEPLOYED, deployed_models.load, methods=["POST"]),
         Route(f"{DEPLOYED}/{{deployed}}", deployed_models.get_deployed, methods=["GET"]),
         Route(f"{DEPLOYED}/{{deployed}}", deployed_models.unload, methods=["DELETE"]),
-        Route(ACCOUNT, hot_load.get_account, methods=["GET"]),
-        Route(ACCOUNTS_PATH, hot_load.list_accounts, methods=["GET"]),
     ]
     if config.dialect == "plain":
         routes = list(plain_door.ROUTES)
@@ -88,22 +69,4 @@ def create_app(config: EmulatorConfig) -> Starlette:
         Route("/emulator/replicas", extensions.change_replicas, methods=["POST"]),
         Route("/emulator/tick", extensions.tick, methods=["POST"]),
     ]
-    handlers = {HTTPException: _refuse, Exception: _confess}
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
-    app.router.redirect_slashes = False
-    return app
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, in the documented shape."""
-    status = error.status_code if isinstance(error, HTTPException) else 404
-    reason = f"{request.method} {request.url.path}: not found"
-    if status == 405:
-        reason = f"{request.method} is not allowed here"
-    return RefusedError(status, reason).response(request.url.path)
-
-
-async def _confess(request: Request, error: Exception) -> Response:
-    """A defect of the emulator itself, said so that nobody looks for it elsewhere."""
-    reason = f"defect of the emulator: {type(error).__name__}: {error}"
-    return RefusedError(500, reason[:2000]).response(request.url.path)
+    return make_app(routes, lifespan)

@@ -7,8 +7,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from emulator.api.gateway import CONTROL_LIMIT_BYTES, operation, read_object, service_of
-from emulator.failures import RefusedError, json_response
+from agent.api.gateway import CONTROL_LIMIT_BYTES, operation, read_object
+from agent.failures import RefusedError, json_response
+from emulator.api.gateway import service_of
 from emulator.replicas.adapters import LOADED, LOADING
 from emulator.replicas.service import Service
 from hotload.publish.fireworks_names import model_name

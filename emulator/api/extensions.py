@@ -7,9 +7,10 @@ from functools import wraps
 from starlette.requests import Request
 from starlette.responses import Response
 
-from emulator.api.gateway import CONTROL_LIMIT_BYTES, Endpoint, read_object, service_of
+from agent.api.gateway import CONTROL_LIMIT_BYTES, Endpoint, read_object
+from agent.failures import RefusedError, json_response
+from emulator.api.gateway import service_of
 from emulator.control.faults import InvalidFaultError
-from emulator.failures import RefusedError, json_response
 
 
 def own(endpoint: Endpoint) -> Endpoint:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from agent.failures import RefusedError
 from emulator.api.inference_request import InferenceRequest
 from emulator.engine.engine import Choice, Prompt, Token
 from emulator.engine.tokens import TextStream, Tokens
-from emulator.failures import RefusedError
 from emulator.replicas.replica import Replica
 from emulator.replicas.service import Service
 

@@ -14,18 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from emulator.api.gateway import (
-    INFERENCE_LIMIT_BYTES,
-    BrokenResponse,
-    operation,
-    read_object,
-    service_of,
-    struck,
-)
+from agent.api.gateway import operation, read_object
+from agent.failures import RefusedError, json_response
+from emulator.api.gateway import INFERENCE_LIMIT_BYTES, BrokenResponse, service_of, struck
 from emulator.api.generation import Generation, Piece
 from emulator.api.inference_request import InferenceRequest
 from emulator.api.inference_response import AnswerWriter
-from emulator.failures import RefusedError, json_response
 from emulator.replicas.replica import Replica
 from emulator.replicas.service import Service
 from hotload.publish.fireworks_names import (

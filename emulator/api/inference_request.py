@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from agent.failures import RefusedError
 from emulator.api.request_fields import check_fields
 from emulator.engine.engine import SamplingParameters
 from emulator.engine.tokens import Tokens, UntokenizableError
-from emulator.failures import RefusedError
 
 DEFAULT_MAX_TOKENS = 2048
 PROMPT_LIMIT = 128

@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from emulator.api.gateway import CONTROL_LIMIT_BYTES, operation, read_object, service_of
+from agent.api.gateway import CONTROL_LIMIT_BYTES, operation, read_object
+from agent.failures import RefusedError, json_response
+from emulator.api.gateway import service_of
 from emulator.api.inference import infer
 from emulator.control.settings import EmulatorConfig
-from emulator.failures import RefusedError, json_response
 from hotload.publish.fireworks_names import CHAT, COMPLETIONS, FORMATS, HOT_LOAD_PATH
 
 FIELDS = ("identity", "incremental_snapshot_metadata", "reset_prompt_cache")

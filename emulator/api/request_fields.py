@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from emulator.failures import RefusedError, refused_field
-from emulator.replicas.signals import refuse_extra
+from agent.failures import RefusedError, refused_field
+from agent.fleet.signals import refuse_extra
 
 SERVED = frozenset(
     [

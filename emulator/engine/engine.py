@@ -15,10 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 
-class UnsupportedModelError(ValueError):
-    """The files describe a model this engine does not compute."""
-
-
 class Cache(Protocol):
     """Keys and values of the positions computed so far."""
 

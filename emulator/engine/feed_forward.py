@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from emulator.engine.engine import UnsupportedModelError
+from agent.loading.checkpoint_files import UnsupportedModelError
 
 FloatArray = npt.NDArray[np.float32]
 EXPERT_LIMIT = 256  # their numbers travel as bytes (protocol §12)

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from emulator.engine.engine import UnsupportedModelError
+from agent.loading.checkpoint_files import UnsupportedModelError
 from emulator.engine.feed_forward import DenseBlock, ExpertsBlock, ExpertsShape, FloatArray
 
 WITH_EXPERTS = "qwen3_moe"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from emulator.engine.engine import UnsupportedModelError
+from agent.loading.checkpoint_files import UnsupportedModelError
 from emulator.engine.feed_forward import FloatArray
 from hotload.checkpoint.quantization import Block, QuantizedTensor, block_of
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.loading.checkpoint_files import read_json, shard_names
 from emulator.engine.engine import SamplingParameters, Token, first_of_prompt
-from emulator.engine.weights import read_json, shard_names
 from hotload.checkpoint.names import CONFIG_FILE
 from hotload.checkpoint.sub_configs import language_config, vocab_size
 from hotload.directory.shards import open_shard

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from emulator.engine.weights import read_json
+from agent.loading.checkpoint_files import read_json
 from hotload.checkpoint.names import CONFIG_FILE
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agent.loading.checkpoint_files import UnsupportedModelError, read_json
 from emulator.engine import decoding
-from emulator.engine.engine import UnsupportedModelError
-from emulator.engine.weights import adapter_pairs, adapter_scale, read_json, read_tensors
+from emulator.engine.weights import adapter_pairs, adapter_scale, read_tensors
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -11,16 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from emulator.engine.engine import UnsupportedModelError
+from agent.loading.checkpoint_files import UnsupportedModelError, read_json, shard_names
 from emulator.engine.feed_forward import FloatArray
 from emulator.engine.llama import LlamaWeights
 from emulator.engine.quantized import apply_scales, e4m3, e5m2, e8m0
-from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE
+from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from hotload.checkpoint.quantization import declared_block, quantized_tensors
-from hotload.checkpoint.safetensors import SHARD_SUFFIX, TensorInfo
+from hotload.checkpoint.safetensors import TensorInfo
 from hotload.directory.shards import OpenShard, open_shard
-
-JSON_LIMIT_BYTES = 64 << 20
 
 
 def load_llama(directory: Path, adapter: Path | None = None) -> LlamaWeights:
@@ -36,35 +33,6 @@ def load_llama(directory: Path, adapter: Path | None = None) -> LlamaWeights:
     if adapter is not None:
         add_adapter(tensors, adapter)
     return LlamaWeights(read_json(directory / CONFIG_FILE), tensors)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in `path`.
-
-    Raises:
-        UnsupportedModelError: not a JSON object.
-        OSError: not readable.
-    """
-    if path.stat().st_size > JSON_LIMIT_BYTES:
-        raise UnsupportedModelError(f"{path.name} is larger than {JSON_LIMIT_BYTES} bytes")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise UnsupportedModelError(f"{path.name} is not JSON") from None
-    if not isinstance(value, dict):
-        raise UnsupportedModelError(f"{path.name} is not a JSON object")
-    return value
-
-
-def shard_names(directory: Path) -> list[str]:
-    """Weight files of a checkpoint: as its index lists them, else all there are."""
-    index = directory / INDEX_FILE
-    if index.exists():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict):
-            raise UnsupportedModelError(f"{INDEX_FILE} has no weight_map")
-        return sorted({Path(str(name)).name for name in listed.values()})
-    return sorted(path.name for path in directory.glob(f"*{SHARD_SUFFIX}"))
 
 
 def read_tensors(directory: Path) -> dict[str, FloatArray]:

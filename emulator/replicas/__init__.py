@@ -2,12 +2,8 @@
 
 __all__ = [
     "adapters",
-    "arrival",
-    "bucket",
-    "ledger",
+    "faulty",
     "prompt_cache",
     "replica",
     "service",
-    "signals",
-    "validation",
 ]

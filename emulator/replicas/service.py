@@ -11,25 +11,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from agent.failures import RefusedError
+from agent.fleet.admission import Member, chain_obstacle, inspect_snapshot, is_repeated
+from agent.fleet.ledger import Ledger, LedgerEntry
+from agent.fleet.service import ReplicaCounts
+from agent.fleet.signals import Signal
+from agent.fleet.validation import BaseModel, InvalidSnapshotError
+from agent.loading.bucket import BucketError, MissingObjectError
+from agent.loading.disk import Load
+from agent.loading.loader import LOOKS
 from emulator.control.clock import Clock
 from emulator.control.faults import Faults
 from emulator.control.settings import EmulatorConfig
 from emulator.engine.engine import Engine
 from emulator.engine.stub import StubEngine
 from emulator.engine.tokens import Tokens
-from emulator.failures import RefusedError
-from emulator.replicas.arrival import Load
-from emulator.replicas.bucket import BucketError, MissingObjectError, SnapshotBucket
-from emulator.replicas.ledger import Ledger, LedgerEntry
-from emulator.replicas.replica import LOOKS, Replica, Surroundings
-from emulator.replicas.signals import Signal
-from emulator.replicas.validation import (
-    BaseModel,
-    InvalidSnapshotError,
-    validate_full,
-    validate_lora,
-)
-from hotload.checkpoint.names import ADAPTER_CONFIG_FILE
+from emulator.replicas.faulty import FaultyBucket
+from emulator.replicas.replica import Replica, Surroundings
 from hotload.checkpoint.safetensors import name_obstacle
 from hotload.identity import SnapshotKind, check_identity
 
@@ -39,7 +37,6 @@ COMPUTE_THREADS = 1
 SESSION_LIMIT = 50_000
 RECORD_LIMIT = 10_000
 REQUEST_LIMIT = 100_000
-UNCHAINED = "incremental snapshot refused"
 
 
 class Service:
@@ -77,7 +74,7 @@ class Service:
                 config=config,
                 clock=self.clock,
                 faults=self.faults,
-                bucket=SnapshotBucket(config.bucket, config.bucket_options, self.faults),
+                bucket=FaultyBucket(config.bucket, config.bucket_options, self.faults),
                 engine=engine,
                 base=base,
                 base_weights=await asyncio.to_thread(engine.load, config.base_model),
@@ -145,6 +142,30 @@ class Service:
                 replica.load(load)
         return {"identity": signal.identity}
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that fit the model."""
+        length: int = self.around.base_weights.context_length
+        return length
+
+    async def observe(self) -> dict[str, Any]:
+        """Carry out operation B."""
+        return self.status()
+
+    async def forget(self) -> None:
+        """Carry out operation D."""
+        self.reset()
+
+    async def entries(self) -> list[dict[str, Any]]:
+        """Carry out operation E."""
+        return self.ledger.render()
+
+    async def count(self) -> ReplicaCounts:
+        """Count the replicas for operation F; none is listed while they start."""
+        listed = self.replicas if self.is_up else []
+        ready = sum(replica.readiness for replica in listed)
+        return ReplicaCounts(len(self.replicas), len(listed), ready)
+
     async def _accept(self, signal: Signal) -> Load | None:
         """The load to hand to the replicas; None where there is nothing to hand on."""
         identity = signal.identity
@@ -155,11 +176,7 @@ class Service:
         }
         self.signals.append(note)
         del self.signals[:-RECORD_LIMIT]
-        known = self.ledger.get(identity)
-        if known is not None:
-            if known.load.previous != signal.previous:
-                message = f"identity {identity!r} was signalled before with other metadata"
-                raise RefusedError(400, message)
+        if is_repeated(self.ledger, signal):
             note["result"] = "repeated"
             return None
         if not self.is_up or not self.replicas:
@@ -167,23 +184,23 @@ class Service:
             note["result"] = "crashed"
             return None
         reason = self._chain_error(signal)
+        kind = SnapshotKind.FULL if signal.previous is None else SnapshotKind.DELTA
         try:
-            is_lora = await self._inspect(signal) if reason is None else False
+            if reason is None:
+                kind = await self._inspect(signal)
         except (InvalidSnapshotError, MissingObjectError, BucketError) as error:
             raise RefusedError(400, f"snapshot validation failed: {error}") from None
         # The look took a while: another party may have reset or signalled meanwhile.
         reason = reason or self._chain_error(signal)
         if reason is not None and self.config.chain_error != "load_error":
             raise RefusedError(int(self.config.chain_error), reason)
-        if is_lora and signal.previous is not None:
+        if kind is SnapshotKind.LORA and signal.previous is not None:
             self._crash(f"delta metadata for the LoRA snapshot {identity}")
             note["result"] = "crashed"
             return None
-        kind = SnapshotKind.FULL if signal.previous is None else SnapshotKind.DELTA
-        kind = SnapshotKind.LORA if is_lora else kind
         load = Load(identity, kind, signal.previous, signal.reset_prompt_cache)
         note["result"] = "accepted"
-        self.ledger.add(LedgerEntry(load, signal, self.clock.now()))
+        self.ledger.add(LedgerEntry(load, self.clock.now()))
         if reason is not None:
             for replica in self.replicas:
                 replica.refuse(load, reason)
@@ -191,24 +208,15 @@ class Service:
         return load
 
     def _chain_error(self, signal: Signal) -> str | None:
-        loading = {replica.loading for replica in self.replicas} - {None, signal.identity}
-        if loading:
-            return f"snapshot {min(filter(None, loading))!r} is being loaded"
-        if signal.previous is None:
-            return None
-        if self.ledger.get(signal.previous) is None:
-            return f"{UNCHAINED}: {signal.previous!r} is not in the ledger"
-        if all(replica.current != signal.previous for replica in self.replicas):
-            return f"{UNCHAINED}: {signal.previous!r} is not the snapshot being served"
-        return None
+        members = (Member(replica.current, replica.loading) for replica in self.replicas)
+        return chain_obstacle(self.ledger, signal, members)
 
-    async def _inspect(self, signal: Signal) -> bool:
-        """Whether the snapshot is a LoRA adapter; a full or an adapter is validated on the way."""
+    async def _inspect(self, signal: Signal) -> SnapshotKind:
         around = self.around
         for look in range(LOOKS):
             try:
                 return await asyncio.get_running_loop().run_in_executor(
-                    self._threads, _inspect, around.bucket, signal, around.base
+                    self._threads, inspect_snapshot, around.bucket, signal, around.base
                 )
             except MissingObjectError:
                 if look + 1 == LOOKS:
@@ -254,7 +262,13 @@ class Service:
     async def hint(self, body: Mapping[str, Any]) -> None:
         """Carry out operation C: record it, and pre-stage the file it names if it is there
         (protocol §6).
+
+        Raises:
+            RefusedError: the status that was chosen for hints.
         """
+        code = self.config.hint_status_code
+        if code != 200:
+            raise RefusedError(code, "hints are not taken here")
         note = {"body": body, "prestaged": False}
         self.hints.append(note)
         del self.hints[:-RECORD_LIMIT]
@@ -323,7 +337,7 @@ class Service:
     def _name_base(self, identity: str) -> None:
         """Begin the ledger with the base model, which every replica comes back to."""
         load = Load(identity, SnapshotKind.FULL, None)
-        self.ledger.add(LedgerEntry(load, Signal(identity, None, "all", ()), self.clock.now()))
+        self.ledger.add(LedgerEntry(load, self.clock.now()))
         for replica in self.replicas:
             self.restart(replica)
 
@@ -375,13 +389,3 @@ def make_engine(config: EmulatorConfig) -> Engine:
     from emulator.engine.numpy_engine import NumpyEngine
 
     return NumpyEngine()
-
-
-def _inspect(bucket: SnapshotBucket, signal: Signal, base: BaseModel) -> bool:
-    files = bucket.files(signal.identity)
-    is_lora = ADAPTER_CONFIG_FILE in files
-    if is_lora and signal.previous is None:
-        validate_lora(bucket, signal.identity, files, base)
-    elif signal.previous is None:
-        validate_full(bucket, signal.identity, files, base, list(signal.extra_fields_ignore))
-    return is_lora

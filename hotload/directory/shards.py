@@ -236,16 +236,24 @@ def _require_frames(delta: Path, base: ShardHeader, envelope: Envelope) -> None:
             content_size(written, payload.start, payload.end, name, expected=expected)
 
 
-def apply_file(base: Path, delta: Path, out: Path, *, pool: Workers | None = None) -> str:
-    """Write the shard that `delta` makes of `base` at `out`, and return its SHA-256; `out` may
-    be `base`.
+def apply_file(
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    pool: Workers | None = None,
+    with_sha256: bool = True,
+) -> str:
+    """Write the shard that `delta` makes of `base` at `out`, and return its SHA-256 if asked for;
+    `out` may be `base`.
 
     Raises:
         InvalidCheckpointError: the base cannot be read.
         DeltaError: the delta cannot be read or applied; also ChecksumMismatchError.
     """
     with open_shard(base) as old, open_delta_shard(delta) as change, replacing_file(out) as file:
-        return apply_shard(old, old.header, payloads_on(old, change), file, pool=pool)
+        found = payloads_on(old, change)
+        return apply_shard(old, old.header, found, file, pool=pool, with_sha256=with_sha256)
 
 
 def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None = None) -> None:

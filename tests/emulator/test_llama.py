@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emulator.engine.engine import UnsupportedModelError
+from agent.loading.checkpoint_files import UnsupportedModelError, read_json
 from emulator.engine.llama import LlamaShape, LlamaWeights
-from emulator.engine.weights import load_llama, read_json, read_tensors
+from emulator.engine.weights import load_llama, read_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["llama", "llama_tied", "qwen2", "qwen3", "qwen3_moe"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emulator.engine.engine import UnsupportedModelError
+from agent.loading.checkpoint_files import UnsupportedModelError
 from emulator.engine.quantized import apply_scales, e4m3, e5m2, e8m0
 from emulator.engine.weights import load_llama
 from hotload.checkpoint.index_and_spec import build_index, build_spec

@@ -5,20 +5,22 @@ A delta is written to a copy, which then takes the old one's place: on a failure
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from emulator.control.faults import Faults
-from emulator.engine.weights import shard_names
-from emulator.replicas.bucket import MissingObjectError, SnapshotBucket
+from agent.loading.bucket import MissingObjectError, SnapshotBucket
+from agent.loading.checkpoint_files import shard_names
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
+from hotload.delta.ordered_threads import Workers, for_each_shard
 from hotload.directory.files import copy_file, remove_tree
 from hotload.directory.shards import apply_file
 from hotload.errors import DeltaError
 from hotload.identity import SnapshotKind
+
+Transition = Literal["ASYNC", "SYNC"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +31,21 @@ class Load:
     kind: SnapshotKind
     previous: str | None
     reset_prompt_cache: str = "all"
+    transition: Transition = "ASYNC"
 
 
 class Disk:
-    """One replica's directory: what it holds, and a place for what arrives."""
+    """One replica's directory: what it holds, and a place for what arrives.
 
-    def __init__(
-        self, directory: Path, hinted: Path, bucket: SnapshotBucket, faults: Faults, name: str
-    ) -> None:
-        self._directory, self._hinted = directory, hinted
-        self._bucket, self._faults, self._name = bucket, faults, name
+    Shards are merged on `workers` threads; memory is what those hold, whatever the shards' size.
+    """
+
+    def __init__(self, directory: Path, bucket: SnapshotBucket, *, workers: int = 1) -> None:
+        self._directory, self._bucket, self._workers = directory, bucket, workers
         directory.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, load: Load) -> Path:
-        """Download every file of the snapshot into a directory, or take it from a hint's copy.
+        """Download every file of the snapshot into a directory.
 
         Files already there are kept, so a second look fetches only what was missing.
 
@@ -52,31 +55,17 @@ class Disk:
         """
         staged = self._directory / "arriving" / load.identity
         staged.mkdir(parents=True, exist_ok=True)
-        files = self._bucket.files(load.identity, replica=self._name)
+        files = self._files(load.identity)
         for name, size in files.items():
-            target, hinted = staged / name, self._hinted / load.identity / name
-            if target.exists() and target.stat().st_size == size:
-                continue
-            if hinted.exists() and hinted.stat().st_size == size:
-                shutil.copyfile(hinted, target)
-            else:
-                self._bucket.download(load.identity, name, target)
-            self._corrupt(load.identity, target)
+            target = staged / name
+            if not target.exists() or target.stat().st_size != size:
+                self._get(load.identity, name, target, size)
         needed = ADAPTER_CONFIG_FILE if load.kind is SnapshotKind.LORA else INDEX_FILE
         if needed not in files:
             raise MissingObjectError(f"{needed} of {load.identity!r} is missing")
         missing = [] if load.kind is SnapshotKind.LORA else set(shard_names(staged)) - files.keys()
         if missing:
             raise MissingObjectError(f"{min(missing)} of {load.identity!r} is missing")
-        return staged
-
-    def copy(self, load: Load, directory: Path) -> Path:
-        """Take the files of a local directory for the snapshot, as a base that has a name."""
-        staged = self._directory / "arriving" / load.identity
-        staged.mkdir(parents=True, exist_ok=True)
-        for path in directory.iterdir():
-            if path.is_file():
-                copy_file(path, staged / path.name)
         return staged
 
     def merge(self, load: Load, arrived: Path, held: Path) -> Path:
@@ -90,12 +79,16 @@ class Disk:
         merged.mkdir(parents=True)
         if (arrived / INDEX_FILE).read_bytes() != (held / INDEX_FILE).read_bytes():
             raise DeltaError(INDEX_FILE, "differs from that of the previous snapshot")
-        for name in shard_names(held):
-            apply_file(held / name, arrived / name, merged / name)
-            if self._faults.take("torn_apply", replica=self._name, identity=load.identity):
-                # As the vendor's decoder does it: in place, without a journal (wire-format §7).
-                os.replace(merged / name, held / name)
-                raise DeltaError(name, "torn: the apply stopped after this shard")
+
+        def merge_shard(name: str, pool: Workers | None = None, on_bytes: object = None) -> None:
+            self._merge_shard(load, held / name, arrived / name, merged / name, pool)
+
+        names = shard_names(held)
+        if self._workers == 1:
+            for name in names:  # in their order, and none begun after one that failed
+                merge_shard(name)
+        else:
+            for_each_shard(names, merge_shard, workers=self._workers, total_bytes=0, progress=None)
         for path in arrived.iterdir():
             if not path.name.endswith(SHARD_SUFFIX):
                 copy_file(path, merged / path.name)
@@ -120,13 +113,18 @@ class Disk:
         for place in ("arriving", "merging"):
             shutil.rmtree(self._directory / place / load.identity, ignore_errors=True)
 
-    def _corrupt(self, identity: str, path: Path) -> None:
-        where = {"replica": self._name, "identity": identity, "file": path.name}
-        fault = self._faults.take("corrupt_object", **where)
-        if fault is None or not path.stat().st_size:
-            return
-        data = bytearray(path.read_bytes())
-        start = int(fault["offset"]) % len(data)
-        for at in range(start, min(len(data), start + int(fault["size"]))):
-            data[at] ^= 0x01
-        path.write_bytes(data)
+    def _files(self, identity: str) -> dict[str, int]:
+        return self._bucket.files(identity)
+
+    def _get(self, identity: str, name: str, target: Path, size_bytes: int) -> None:
+        self._bucket.download(identity, name, target)
+
+    def _merge_shard(
+        self,
+        load: Load,
+        base: Path,
+        delta: Path,
+        out: Path,
+        pool: Workers | None,
+    ) -> None:
+        apply_file(base, delta, out, pool=pool, with_sha256=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from emulator.replicas.arrival import Load
-from emulator.replicas.signals import Signal
+from agent.loading.disk import Load
 from hotload.identity import SnapshotKind
 
 
@@ -15,10 +15,14 @@ class LedgerEntry:
     """One accepted snapshot."""
 
     load: Load
-    signal: Signal
     signalled_at: float
     ready_at: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_coming_adapter(self) -> bool:
+        """Whether it is an adapter that no replica has loaded yet."""
+        return self.load.kind is SnapshotKind.LORA and not self.ready_at
 
     def render(self) -> dict[str, Any]:
         """Show the entry as `GET …/ledger` does."""
@@ -80,16 +84,20 @@ class Ledger:
 
         A snapshot that failed wherever it was tried is left out.
         """
-        chain: list[Load] = []
-        coming: list[Load] = []
-        for entry in self._entries.values():
-            load = entry.load
-            if entry.errors and not entry.ready_at:
-                continue
-            if load.kind is SnapshotKind.LORA and not entry.ready_at:
-                coming = [load]
-            elif load.kind is SnapshotKind.FULL:
-                chain = [load]
-            elif chain and chain[-1].identity == load.previous:
-                chain = [*chain, load]
-        return [*chain, *self._adapters, *coming]
+        entries = [one for one in self._entries.values() if one.ready_at or not one.errors]
+        coming = [one.load for one in entries if one.is_coming_adapter]
+        weights = [one.load for one in entries if one.load.kind is not SnapshotKind.LORA]
+        return [*lineage(weights), *self._adapters, *coming[-1:]]
+
+
+def lineage(loads: Sequence[Load]) -> list[Load]:
+    """List what leads to the last of the loads, from a full snapshot on; empty where none does."""
+    by_identity = {load.identity: load for load in loads}
+    chain: list[Load] = []
+    wanted = loads[-1].identity if loads else None
+    while wanted is not None:
+        if (load := by_identity.pop(wanted, None)) is None:
+            return []
+        chain.append(load)
+        wanted = load.previous
+    return chain[::-1]

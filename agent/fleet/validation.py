@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emulator.engine.weights import read_json, shard_names
-from emulator.replicas.bucket import MissingObjectError, SnapshotBucket
+from agent.loading.bucket import MissingObjectError, SnapshotBucket
+from agent.loading.checkpoint_files import read_json, shard_names
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.checkpoint.safetensors import (
     PREFIX_BYTES,
@@ -79,17 +79,18 @@ def validate_full(
     bucket: SnapshotBucket,
     identity: str,
     files: Mapping[str, int],
-    base: BaseModel,
+    base: BaseModel | None,
     ignored: list[str],
 ) -> None:
-    """Return if the full snapshot `identity` may be loaded over `base`.
+    """Return if the full snapshot `identity` may be loaded over `base`, where that is known.
 
     Raises:
         InvalidSnapshotError: with the first broken rule, in the vendor's words where known.
         MissingObjectError: a file is not there (yet).
     """
     config = _document(bucket, identity, files, CONFIG_FILE)
-    validate_config(config, base.config, ignored)
+    if base is not None:
+        validate_config(config, base.config, ignored)
     weight_map = _document(bucket, identity, files, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidSnapshotError(f"{INDEX_FILE}: weight_map is not an object with tensors")
@@ -107,6 +108,8 @@ def validate_full(
     _check_spec(_document(bucket, identity, files, SPEC_FILE), headers)
     is_quantized = _without_quantization(config) != config
     _check_scales(headers, is_quantized=is_quantized)
+    if base is None:
+        return
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     missing = _weights(base.shapes) - _weights(weight_map) - tied
     if missing:
@@ -141,7 +144,7 @@ def validate_config(config: Mapping[str, Any], base: Mapping[str, Any], ignored:
 
 
 def validate_lora(
-    bucket: SnapshotBucket, identity: str, files: Mapping[str, int], base: BaseModel
+    bucket: SnapshotBucket, identity: str, files: Mapping[str, int], base: BaseModel | None
 ) -> None:
     """Return if the adapter `identity` names `base` and holds readable weights.
 
@@ -150,7 +153,7 @@ def validate_lora(
     """
     config = _document(bucket, identity, files, ADAPTER_CONFIG_FILE)
     named = config.get("base_model_name_or_path")
-    if named not in (base.name, base.name.rpartition("/")[2], str(base.directory)):
+    if base and named not in (base.name, base.name.rpartition("/")[2], str(base.directory)):
         raise InvalidSnapshotError(
             f"{ADAPTER_CONFIG_FILE}: base_model_name_or_path {str(named)[:200]!r} "
             f"is not the served base model {base.name!r}"

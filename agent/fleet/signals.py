@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from emulator.failures import RefusedError, refused_field
+from agent.failures import RefusedError, refused_field
 from hotload.errors import InvalidIdentityError
 from hotload.identity import check_identity
 from hotload.publish.fireworks_names import FORMATS

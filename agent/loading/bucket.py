@@ -1,20 +1,24 @@
-"""The bucket as the service sees it: snapshot directories below one fsspec URL, read only.
+"""The bucket as a service sees it: snapshot directories below one fsspec URL, read only.
 
 Names beginning with `_` or `.` are the publisher's own and not looked at.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.core import url_to_fs
+from fsspec.core import split_protocol, url_to_fs
 
-from emulator.control.faults import Faults
+from hotload.clients.store.buckets import GcsBucket, S3Bucket
+from hotload.clients.store.store import open_filesystem
 
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 READ_LIMIT_BYTES = 128 << 20
+# How the library's own store reads large objects: bounded in memory.
+BOUNDED = {"s3": S3Bucket.get_options, "gs": GcsBucket.get_options}
 
 
 class MissingObjectError(OSError):
@@ -28,15 +32,18 @@ class BucketError(OSError):
 class SnapshotBucket:
     """Reads below `url`. All methods block and may be called from any thread."""
 
-    def __init__(self, url: str, options: Mapping[str, Any], faults: Faults) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
-        self._faults = faults
-        # Instances and listings are shared by default: others' writes would stay unseen.
-        protocol = fsspec.core.split_protocol(self.url)[0] or "file"
-        shared = {} if protocol == "memory" else {"use_listings_cache": False}
-        self._fs, self._root = url_to_fs(self.url, **{**shared, **options})
+        protocol, root = split_protocol(self.url)
+        self._get_options = BOUNDED.get(protocol, {})
+        if self._get_options:
+            self._fs, self._root = open_filesystem(protocol, options), root
+        else:
+            # Listings are shared by default: others' writes would stay unseen.
+            shared = {} if protocol == "memory" else {"use_listings_cache": False}
+            self._fs, self._root = url_to_fs(self.url, **{**shared, **options})
 
-    def files(self, identity: str, *, replica: str | None = None) -> dict[str, int]:
+    def files(self, identity: str) -> dict[str, int]:
         """List the files of a snapshot by name, with their sizes in bytes.
 
         Raises:
@@ -54,10 +61,7 @@ class SnapshotBucket:
         for entry in entries:
             name = str(entry["name"]).rpartition("/")[2]
             if entry["type"] == "file" and name and name[0] not in "_.":
-                where = {"identity": identity, "file": name, "replica": replica}
-                hidden = self._faults.take("missing_object", **where)
-                if hidden is None and self._faults.take("late_object", **where) is None:
-                    found[name] = int(entry["size"])
+                found[name] = int(entry["size"])
         if not found:
             raise MissingObjectError(f"snapshot {identity!r} is not in the bucket")
         return found
@@ -90,12 +94,16 @@ class SnapshotBucket:
         Raises:
             MissingObjectError: no such file.
             BucketError: the bucket refuses or does not answer.
+            OSError: this machine's disk is full.
         """
         try:
-            self._fs.get_file(f"{self._path(identity)}/{file}", str(target))
+            path = f"{self._path(identity)}/{file}"
+            self._fs.get_file(path, str(target), **self._get_options)
         except FileNotFoundError:
             raise MissingObjectError(f"{file} of {identity!r} is not in the bucket") from None
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                raise
             raise BucketError(f"{file} cannot be read: {type(error).__name__}") from error
 
     def _path(self, identity: str) -> str:

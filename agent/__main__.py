@@ -1,0 +1,111 @@
+"""`python -m agent`: keep one inference server on what its fleet is to serve."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from agent.beside.app import create_agent_app
+from agent.beside.engine_replica import EngineReplica
+from agent.beside.following import Following
+from agent.engines.declared import DeclaredServer
+from agent.engines.reloading import ReloadingEngine
+from agent.engines.sglang import Sglang
+from agent.engines.transformers_serve import TransformersServe
+from agent.engines.vllm import Vllm
+from agent.fleet.log import FleetLog
+from agent.fleet.settings import add_names
+from agent.fleet.state import NAME
+from agent.loading.bucket import SnapshotBucket
+from agent.server import LOOPBACK, serve_app
+from hotload.clients.store.store import Store
+
+ABOUT = """
+Follows what is signalled to a service through the door (`python -m agent.door`), loads it from the
+bucket below --model-dir, checks every tensor, and lets the inference server reload. Start that
+server on MODEL_DIR/current. Prints `agent: http://HOST:PORT` when it answers; Ctrl-C ends it.
+"""
+ENGINES: dict[str, Callable[[str], ReloadingEngine]] = {
+    "vllm": Vllm,
+    "sglang": Sglang,
+    "transformers": TransformersServe,
+}
+
+
+def main() -> int:
+    """Run the agent the arguments describe; 0 when it was ended, 2 when it could not start."""
+    parser = _parser()
+    arguments = parser.parse_args()
+    try:
+        engine = _engine(arguments)
+        if not re.fullmatch(NAME, arguments.name):
+            raise ValueError(f"--name: expected {NAME}, not {arguments.name!r}")
+        if arguments.base_model is not None and not arguments.base_model.is_dir():
+            raise ValueError(f"--base-model: no directory {arguments.base_model}")
+        store = Store(arguments.bucket, dict(one.split("=", 1) for one in arguments.bucket_option))
+        directory = arguments.model_dir.resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        parser.error(f"another agent has {arguments.model_dir}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with lock, ThreadPoolExecutor(1, "load") as threads:
+        replica = EngineReplica(
+            arguments.name,
+            directory,
+            SnapshotBucket(store.url, store.options),
+            threads,
+            engine,
+            engine_kind=arguments.engine,
+            base=arguments.base_model,
+            workers=arguments.workers,
+        )
+        log = FleetLog(store, arguments.account, arguments.deployment)
+        app = create_agent_app(Following(replica, log, arguments.poll_seconds))
+        return serve_app("agent", app, port=arguments.port, host=arguments.host)
+
+
+def _engine(arguments: argparse.Namespace) -> ReloadingEngine:
+    if arguments.engine == "command":
+        if not arguments.reload:
+            raise ValueError("--engine command needs --reload")
+        return DeclaredServer(arguments.engine_url, arguments.reload, arguments.version)
+    return ENGINES[arguments.engine](arguments.engine_url)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m agent",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_names(parser)
+    add("--engine", required=True, choices=[*ENGINES, "command"], help="the server beside it")
+    add("--engine-url", default=f"http://{LOOPBACK}:8000", help="its address (%(default)s)")
+    add("--reload", metavar="HOW", help="--engine command: a command, or `POST /path {JSON}`")
+    add("--version", metavar="HOW", help="--engine command: likewise, `GET /path field`")
+    add("--model-dir", required=True, type=Path, metavar="DIR", help="room for two checkpoints")
+    add("--base-model", type=Path, metavar="DIR", help="served before any snapshot")
+    add("--name", default=socket.gethostname(), help="one of its own in the fleet (%(default)s)")
+    add("--host", default=LOOPBACK, help="where it answers (%(default)s)")
+    add("--port", type=int, default=0, help="0 takes a free one")
+    add("--poll-seconds", type=float, default=2.0, help="between two looks (%(default)s)")
+    add("--workers", type=int, default=os.cpu_count(), help="threads of a merge (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""A replica whose engine is a server of its own, which reads what lies behind one link."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+from agent.beside.seal import read_seal, seal
+from agent.engines.reloading import EngineAwayError, EngineError, Reload, ReloadingEngine
+from agent.fleet.report import AgentReport
+from agent.loading.bucket import BucketError, MissingObjectError, SnapshotBucket
+from agent.loading.disk import Disk, Load
+from agent.loading.loader import Loader
+from hotload.clients.store.records import SNAPSHOTS
+from hotload.directory.files import sha256_file, sync_directory
+from hotload.errors import ChecksumMismatchError, DeltaError
+from hotload.identity import SnapshotKind
+from hotload.publish.snapshot import SnapshotManifest, content_sha256
+
+BASE = "base"  # what an engine is told that its weights are when they are nobody's snapshot
+UNNAMED = (None, "default", BASE)  # what engines say that were never told
+PASSING = (BucketError, EngineAwayError)
+
+logger = logging.getLogger(__name__)
+
+
+class EngineReplica(Loader):
+    """Keeps the checkpoint behind `link` what it is to be, and its engine on that.
+
+    `directory` holds two copies while one is made. The link changes in one step, before the engine
+    is told; an engine that was started on the link therefore comes back with whole weights whenever
+    it comes back. Where the engine fails, link and engine go back to what was served.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        bucket: SnapshotBucket,
+        threads: Executor,
+        engine: ReloadingEngine,
+        *,
+        engine_kind: str,
+        base: Path | None = None,
+        workers: int = 1,
+    ) -> None:
+        super().__init__(name, Disk(directory, bucket, workers=workers), threads)
+        self.link = directory / "current"
+        self.readiness = False
+        self.error = "not yet looked at its engine"
+        self._directory, self._bucket, self._engine = directory, bucket, engine
+        self._engine_kind, self._base, self._workers = engine_kind, base, workers
+        self._served: Path | None = None
+        self._content: str | None = None
+        self._last: str | None = None
+        self._is_told = False
+        self._refused: str | None = None
+
+    def report(self) -> AgentReport:
+        """Say what is served, and how far what is loading has come."""
+        return AgentReport(
+            name=self.name,
+            engine=self._engine_kind,
+            readiness=self.readiness,
+            current=self.current,
+            stage=self.stage,
+            target=self.target or None,
+            content_sha256=self._content,
+            error=self.error[:2000],
+        )
+
+    async def come_up(self) -> None:
+        """Find what is whole of an earlier life, and remove the rest; the engine is told later."""
+        target = self.link.resolve() if self.link.is_symlink() else Path()
+        kept = [*(self._directory / "held").glob("*")]
+        # The one that was served, else the one before it, which goes when that is sealed.
+        for path in sorted(kept, key=lambda one: one.name != target.name):
+            digests = await self._in_thread(read_seal, path)
+            if digests is not None:
+                self._held = self._served = path
+                self._content = content_sha256(digests)
+                break
+            logger.warning("%s: %s is torn, or was not sealed", self.name, path.name)
+        await self._in_thread(self._disk.forget_others, self._held)
+        if (directory := self._held or self._base) is not None:
+            self._point_at(directory)
+
+    def catch_up(self, chain: Sequence[Load]) -> None:
+        """Load what is missing of a chain, unless something is loading, or it failed before."""
+        if self._is_busy():
+            return
+        if not chain:
+            if self._held is not None:
+                self._begin(self._forget)
+            return
+        names = [load.identity for load in chain]
+        held = self._held.name if self._held else None
+        steps = chain[names.index(held) + 1 :] if held in names else chain
+        if not steps or (self.stage == "error" and self.target == names[-1]):
+            return
+        self._last = names[-1]
+        for load in steps:
+            self.load(load)
+
+    async def look_at_engine(self) -> None:
+        """See whether the engine answers with what is held; tell it again where it does not, and
+        nothing is loading. What is being told to it is not looked at."""
+        if self._is_telling():
+            return
+        try:
+            version = await self._engine.version()
+        except EngineError as error:
+            if not self._is_telling():
+                self.readiness, self.error = False, str(error)
+            return
+        if self._is_telling():  # since it was asked
+            return
+        expected = (self._served.name,) if self._served else UNNAMED
+        is_right = version in expected if self._engine.tells_version else self._is_told
+        if is_right or (self._served is None and not self._is_told and version in UNNAMED):
+            self.readiness, self._is_told = True, True
+            self.current = self._served.name if self._served else None
+            self.error = self.error if self.stage == "error" else ""
+        elif self.readiness or version != self._refused or self._refused is None:
+            self.readiness = False
+            if not self._is_busy():
+                self._refused = version
+                self._begin(self._go_back)
+
+    # What the loader asks.
+
+    async def _may_begin(self, load: Load) -> bool:
+        await self._engine.version()  # one that is away costs no download
+        return True
+
+    async def _weights(self, load: Load, arrived: Path) -> dict[str, str] | None:
+        """Digest a full before it is served: nothing but the publisher's record tells its bytes.
+        Every tensor of a delta was held to its checksum."""
+        if load.kind is SnapshotKind.LORA:
+            raise DeltaError(load.identity, "an adapter, which no agent loads")
+        if load.kind is SnapshotKind.DELTA:
+            return None
+        return await self._in_thread(self._digests, load.identity, arrived)
+
+    def _kept_beside(self, load: Load) -> Sequence[Path | None]:
+        return [self._served]
+
+    async def _swap(self, weights: dict[str, str] | None, load: Load, kept: Path) -> None:
+        if load.identity != self._last:
+            return  # a step on the way: the engine goes to the last at once
+        self.readiness, before = False, (self._served, self._content)
+        try:
+            await self._tell(kept, load)
+            self._served, self._content = kept, None
+            self.current, self.stage, self.readiness = load.identity, "completed", True
+            self.error = ""
+            if (digests := weights) is None:
+                digests = await self._in_thread(self._digests, load.identity, kept)
+            await self._in_thread(seal, kept, digests)
+        except BaseException:
+            self._served, self._content = before
+            await self._go_back()
+            raise
+        self._content = content_sha256(digests)
+        await self._in_thread(self._disk.forget_others, kept)
+
+    def _fail(self, load: Load, error: Exception) -> None:
+        super()._fail(load, error)
+        self._held, self.error = self._served, f"{load.identity}: {type(error).__name__}: {error}"
+        if isinstance(error, PASSING) and not isinstance(error, MissingObjectError):
+            self.stage = "pending"  # tried again at the next look
+
+    def _log(self, load: Load, result: str, detail: str | None) -> None:
+        level = logging.WARNING if detail else logging.INFO
+        logger.log(level, "%s: %s %s %s", self.name, load.identity, result, detail or "")
+
+    # Its own.
+
+    def _digests(self, identity: str, directory: Path) -> dict[str, str]:
+        """Digest every file, and hold it to the publisher's record where there is one."""
+        files = sorted(path for path in directory.iterdir() if path.is_file())
+        with ThreadPoolExecutor(self._workers, "digest") as pool:
+            found = pool.map(sha256_file, files)
+            digests = {path.name: digest for path, digest in zip(files, found, strict=True)}
+        try:
+            data = self._bucket.read(SNAPSHOTS, f"{identity}.json")
+        except MissingObjectError:
+            return digests
+        content = SnapshotManifest.parse(data, identity=identity).content
+        for file in (*content.shards, *content.side_files):
+            digest = digests.get(file.file, "no such file")
+            if digest != file.sha256:
+                raise ChecksumMismatchError(f"{identity}/{file.file}", digest, file.sha256)
+        return digests
+
+    async def _tell(self, directory: Path, load: Load) -> None:
+        """Point the link at a directory, let the engine load it, and ask what it serves."""
+        self._is_told = False
+        self._point_at(directory)
+        policy = load.reset_prompt_cache
+        await self._engine.reload(Reload(self.link, load.identity, load.transition, policy))
+        if self._engine.tells_version and (found := await self._engine.version()) != load.identity:
+            raise EngineError(f"the engine reports {found!r} after it was given {load.identity!r}")
+        self._is_told = True
+
+    async def _go_back(self) -> None:
+        """Let the engine serve again what it served; not ready where it does not."""
+        self.readiness = False
+        directory, self._held = self._served or self._base, self._served
+        self.current = None
+        if directory is None:
+            self.link.unlink(missing_ok=True)
+            self.error = "no weights are known to be served, and no base model was named"
+            return
+        name = self._served.name if self._served else BASE
+        try:
+            await self._tell(directory, Load(name, SnapshotKind.FULL, None))
+        except EngineError as error:
+            self.error = str(error)
+            return
+        self.current, self.readiness = self._served.name if self._served else None, True
+
+    async def _forget(self) -> None:
+        """Serve base weights, as after a reset of the ledger."""
+        self._served, self._content, self._is_torn = None, None, False
+        self.stage, self.target, self.error = "idle", "", ""
+        await self._go_back()
+        await self._in_thread(self._disk.forget_others)
+
+    def _is_busy(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def _is_telling(self) -> bool:
+        return self._is_busy() and not self._is_told
+
+    def _point_at(self, directory: Path) -> None:
+        partial = self.link.with_name(f".current.{secrets.token_hex(4)}")
+        partial.symlink_to(directory.resolve(), target_is_directory=True)
+        os.replace(partial, self.link)
+        sync_directory(self.link.parent)

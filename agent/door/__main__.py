@@ -1,0 +1,106 @@
+"""`python -m agent.door`: the hot-load API over any number of agents."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import get_args
+
+from agent.door.addresses import Addresses
+from agent.door.agent_fleet import DoorConfig
+from agent.door.app import create_door
+from agent.door.canary import CanaryRule
+from agent.fleet.settings import add_names
+from agent.fleet.validation import BaseModel
+from agent.loading.disk import Transition
+from agent.server import LOOPBACK, serve_app
+from hotload.clients.store.store import Store
+from hotload.errors import HotLoadError, RolloutFunctionError
+from hotload.sampling.user_function import import_function
+
+KEY_VARIABLE = "HOTLOAD_DOOR_KEY"
+ABOUT = f"""
+Answers signal, status, ledger and description (docs/protocol.md) for the agents that are listed by
+--agent, or found by --agents. It keeps nothing but a log below _hotload/fleets/ in the bucket: any
+number of doors may run. {KEY_VARIABLE} is the key it asks for; TLS is a proxy's in front of it.
+Prints `door: http://HOST:PORT` when it answers; Ctrl-C ends it.
+"""
+
+
+def main() -> int:
+    """Run the door the arguments describe; 0 when it was ended, 2 when it could not start."""
+    parser = _parser()
+    arguments = parser.parse_args()
+    try:
+        store = Store(arguments.bucket, dict(one.split("=", 1) for one in arguments.bucket_option))
+        if not (arguments.agent or arguments.agents):
+            raise ValueError("name agents by --agent or --agents")
+        if not 0 < arguments.quorum <= 1:
+            raise ValueError(f"--quorum: expected more than 0, at most 1, not {arguments.quorum}")
+        config = DoorConfig(
+            bucket=store.url,
+            bucket_options=store.options,
+            bucket_type=arguments.bucket_type,
+            base_model_name=arguments.base_model_name,
+            api_key=os.environ.get(KEY_VARIABLE) or None,
+            account_id=arguments.account,
+            model_id=arguments.model,
+            deployment_id=arguments.deployment,
+            transition=arguments.transition,
+            addresses=Addresses(arguments.agent, arguments.agents),
+            quorum=arguments.quorum,
+            canary=_canary(arguments),
+            base_model=_base_model(arguments.base_model),
+        )
+    except (HotLoadError, OSError, ValueError) as error:
+        parser.error(str(error))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return serve_app("door", create_door(config, store), port=arguments.port, host=arguments.host)
+
+
+def _canary(arguments: argparse.Namespace) -> CanaryRule | None:
+    if arguments.canary is None:
+        if arguments.gate is not None:
+            raise ValueError("--gate goes with --canary")
+        return None
+    gate = None
+    if arguments.gate is not None:
+        sys.path.insert(0, os.getcwd())
+        gate = import_function(arguments.gate, {}, RolloutFunctionError, positional_count=1)
+    return CanaryRule(arguments.canary, gate, arguments.gate_seconds)
+
+
+def _base_model(directory: Path | None) -> BaseModel | None:
+    return BaseModel.read(directory.name, directory) if directory is not None else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m agent.door",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_names(parser)
+    add("--model", default=DoorConfig.model_id, metavar="ID", help="of the model (%(default)s)")
+    add("--agent", action="append", default=[], metavar="URL", help="an agent's address; repeat")
+    add("--agents", metavar="HOST:PORT", help="a name in the DNS that all agents answer to")
+    add("--quorum", type=float, default=1.0, help="of agents that a signal needs (%(default)s)")
+    add("--canary", type=float, metavar="FRACTION", help="of agents that load first")
+    add("--gate", metavar="MODULE:FUNCTION", help="lets the others follow, or calls back")
+    add("--gate-seconds", type=float, default=600.0, help="until canaries are ready (%(default)s)")
+    add("--transition", choices=get_args(Transition), default="ASYNC", help="how weights swap")
+    add("--base-model", type=Path, metavar="DIR", help="what a full snapshot is compared with")
+    add("--base-model-name", help="baseModel to show")
+    add("--bucket-type", default="S3", help="hotLoadBucketType to show (%(default)s)")
+    add("--host", default=LOOPBACK, help="where it answers (%(default)s)")
+    add("--port", type=int, default=0, help="0 takes a free one")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

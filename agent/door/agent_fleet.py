@@ -1,0 +1,237 @@
+"""A service whose replicas are agents elsewhere: signals go to the log, status is what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import httpx
+
+from agent.door.addresses import Addresses
+from agent.door.canary import CanaryRule, judge
+from agent.door.seen import ANSWER_SECONDS, UNKNOWN, SeenAgent, ask_all, doubt, nudge
+from agent.failures import RefusedError
+from agent.fleet.admission import Member, chain_obstacle, inspect_snapshot, is_repeated
+from agent.fleet.log import FleetLog
+from agent.fleet.service import ReplicaCounts
+from agent.fleet.settings import FleetConfig
+from agent.fleet.signals import Signal
+from agent.fleet.state import FleetEvent, FleetState
+from agent.fleet.validation import BaseModel, InvalidSnapshotError
+from agent.loading.bucket import BucketError, MissingObjectError, SnapshotBucket
+from hotload.clients.store.records import read_snapshot_manifest
+from hotload.clients.store.store import Store
+from hotload.clock import utc_now
+from hotload.errors import StoreError
+from hotload.identity import SnapshotKind
+from hotload.publish.readiness import SETTLED_STAGES
+
+TURNS = 5  # a signal that another door's came before is looked at again so often
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoorConfig(FleetConfig):
+    """A door's agents, how many of them a signal needs, and what is tried on a few first."""
+
+    addresses: Addresses
+    quorum: float = 1.0
+    canary: CanaryRule | None = None
+    base_model: BaseModel | None = None
+
+
+class AgentFleet:
+    """A service over agents. Two doors of one service agree, since both have but the log."""
+
+    context_length: int | None = None
+
+    def __init__(self, config: DoorConfig, store: Store) -> None:
+        self.config = config
+        self._store, self._bucket = store, SnapshotBucket(store.url, store.options)
+        self._log = FleetLog(store, config.account_id, config.deployment_id)
+        self._contents: dict[str, str | None] = {}
+        self._signalling = asyncio.Lock()
+        self._client = httpx.AsyncClient(timeout=ANSWER_SECONDS, trust_env=False)
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.aclose()
+
+    async def look(self) -> tuple[FleetState, list[SeenAgent]]:
+        """Read the log and ask every agent.
+
+        Raises:
+            RefusedError: 503, the store does not answer.
+        """
+        try:
+            state = await self._log.read()
+            seen = await ask_all(self._client, await self.config.addresses.all())
+            for identity in {one.report.current for one in seen} - {None, *self._contents}:
+                if identity is not None and state.ledger.get(identity):
+                    manifest = await read_snapshot_manifest(self._store, identity)
+                    self._contents[identity] = manifest.content.sha256 if manifest else None
+        except StoreError as error:
+            raise RefusedError(503, f"the store: {error}") from None
+        return state, doubt(seen, state, self._contents)
+
+    async def signal(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out operation A: check, write it into the log, let the agents look.
+
+        Raises:
+            RefusedError: the documented refusals; 503 while too few agents answer.
+        """
+        signal = Signal.parse(body, knows_prompt_cache=True)
+        async with self._signalling:
+            for _ in range(TURNS):
+                if await self._accept(signal):
+                    break
+            else:
+                raise RefusedError(503, "other signals come in all the time")
+        await nudge(self._client, await self.config.addresses.all())
+        return {"identity": signal.identity}
+
+    async def observe(self) -> dict[str, Any]:
+        """Carry out operation B. An agent that is to load something and does not yet say so is
+        shown as about to; a snapshot that was withdrawn as one that failed."""
+        state, seen = await self.look()
+        return {"replicas": [_shown(one, state) for one in seen]}
+
+    async def hint(self, body: Mapping[str, Any]) -> None:
+        """Refuse operation C: agents fetch what is signalled."""
+        raise RefusedError(404, "hints are not taken here")
+
+    async def forget(self) -> None:
+        """Carry out operation D: every agent goes to the base model, where it knows one."""
+        for _ in range(TURNS):
+            state, _ = await self.look()
+            if await self._write(FleetEvent(event="reset", at=utc_now()), state):
+                break
+        await nudge(self._client, await self.config.addresses.all())
+
+    async def entries(self) -> list[dict[str, Any]]:
+        """Carry out operation E: what was signalled, with the errors that agents show."""
+        state, seen = await self.look()
+        for one in seen:
+            entry = state.ledger.get(one.report.target or "")
+            if entry is not None and one.report.stage == "error":
+                entry.errors[one.report.name] = one.report.error
+        return state.ledger.render()
+
+    async def count(self) -> ReplicaCounts:
+        """Count the agents: all there are to be, those that answer, and those that are ready."""
+        _, seen = await self.look()
+        believed = [one for one in seen if one.is_believed]
+        ready = sum(one.report.readiness for one in believed)
+        return ReplicaCounts(len(seen), len(believed), ready)
+
+    async def watch_canary(self, rule: CanaryRule) -> None:
+        """Judge the canary that waits, if one does, and write down what comes of it."""
+        state, seen = await self.look()
+        if (event := state.canary) is None:
+            return
+        waited = (utc_now() - event.at).total_seconds()
+        verdict = await judge(rule, event, seen, waited)
+        if verdict is None:
+            return
+        is_good, reason = verdict
+        logger.info("canary %s: %s", event.identity, reason or "released")
+        word = FleetEvent(
+            event="release" if is_good else "withdraw",
+            at=utc_now(),
+            identity=event.identity,
+            reason=reason,
+        )
+        if await self._write(word, state):
+            await nudge(self._client, await self.config.addresses.all())
+
+    async def _accept(self, signal: Signal) -> bool:
+        """Let the signal into the log, unless it is there; False where another came before it."""
+        state, seen = await self.look()
+        if is_repeated(state.ledger, signal):
+            return True
+        believed = self._quorum_of(seen)
+        if (canary := state.canary) is not None:
+            raise RefusedError(400, f"snapshot {canary.identity!r} is being loaded, by canaries")
+        settled = sum(one.has_settled(state) for one in believed)
+        # Of those that lag behind a quorum, nobody waits for what they load.
+        lagging = settled < self._needed(len(seen))
+        members = [
+            Member(
+                one.report.current,
+                None if one.has_settled(state) or not lagging else state.head_for(one.report.name),
+            )
+            for one in believed
+        ]
+        if (reason := chain_obstacle(state.ledger, signal, members)) is not None:
+            raise RefusedError(400, reason)
+        try:
+            kind = await asyncio.to_thread(
+                inspect_snapshot, self._bucket, signal, self.config.base_model
+            )
+        except (InvalidSnapshotError, MissingObjectError, BucketError) as error:
+            raise RefusedError(400, f"snapshot validation failed: {error}") from None
+        if kind is SnapshotKind.LORA:
+            raise RefusedError(400, "adapters are not loaded by agents")
+        event = FleetEvent(
+            event="signal",
+            at=utc_now(),
+            identity=signal.identity,
+            kind=kind,
+            previous=signal.previous,
+            reset_prompt_cache=signal.reset_prompt_cache,
+            transition=self.config.transition,
+            canaries=self.config.canary.choose(believed) if self.config.canary else (),
+        )
+        if not await self._write(event, state):
+            return False
+        try:
+            await self._log.prune({one.report.current for one in believed})
+        except StoreError as error:
+            logger.warning("the log stays long: %s", error)
+        return True
+
+    def _needed(self, count: int) -> int:
+        return max(1, ceil(self.config.quorum * count - 1e-9))
+
+    def _quorum_of(self, seen: list[SeenAgent]) -> list[SeenAgent]:
+        """Those that are believed, if they are enough.
+
+        Raises:
+            RefusedError: 503, they are not.
+        """
+        believed = [one for one in seen if one.is_believed]
+        if len(believed) < self._needed(len(seen)):
+            problems = "; ".join(f"{one.url}: {one.problem}" for one in seen if one.problem)
+            found = f"{len(believed)} of {len(seen)} agents can be relied on"
+            raise RefusedError(503, f"{found}, {self._needed(len(seen))} are needed. {problems}")
+        return believed
+
+    async def _write(self, event: FleetEvent, state: FleetState) -> bool:
+        try:
+            return await self._log.append(event, after=state)
+        except StoreError as error:
+            raise RefusedError(503, f"the store: {error}") from None
+
+
+def _shown(seen: SeenAgent, state: FleetState) -> dict[str, Any]:
+    report = seen.report
+    if not seen.is_believed:
+        return UNKNOWN.replica()
+    head = state.head_for(report.name)
+    is_still = report.stage in SETTLED_STAGES
+    if state.withdrawn is not None and is_still and report.current == head:
+        shown = {"stage": "error", "target": state.withdrawn.identity}
+        return report.model_copy(update=shown).replica()
+    awaited = state.canary.identity if state.canary is not None else head
+    if (
+        is_still
+        and report.current != awaited
+        and not (report.stage == "error" and report.target == awaited)
+    ):
+        return report.model_copy(update={"stage": "pending", "target": awaited}).replica()
+    return report.replica()

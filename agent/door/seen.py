@@ -1,0 +1,115 @@
+"""What a door sees of its agents, and whom of them it believes.
+
+An agent that is away, that is not what it was, or that says what cannot be is shown as one that is
+not ready: nobody is told that weights are served which may not be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import httpx
+
+from agent.fleet.report import LOOK_PATH, REPORT_LIMIT_BYTES, REPORT_PATH, AgentReport
+from agent.fleet.state import FleetState
+from hotload.errors import StoreError
+
+ANSWER_SECONDS = 5.0
+UNKNOWN = AgentReport(name="unknown", engine="", readiness=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenAgent:
+    """One agent as it shows itself; `problem` says why it is not believed."""
+
+    url: str
+    report: AgentReport
+    problem: str = ""
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether what it says counts."""
+        return not self.problem
+
+    def has_settled(self, state: FleetState) -> bool:
+        """Tell whether it serves what it is to serve, or has failed to."""
+        head, report = state.head_for(self.report.name), self.report
+        is_there = report.readiness and report.current == head
+        return is_there or (report.stage == "error" and report.target == head)
+
+
+async def ask_all(client: httpx.AsyncClient, urls: Sequence[str]) -> list[SeenAgent]:
+    """Ask every agent for its report, at once; one that gives none has a problem."""
+    seen = await asyncio.gather(*(_ask(client, url) for url in urls))
+    names = Counter(one.report.name for one in seen if one.is_believed)
+    return [
+        replace(one, problem=f"another agent is called {one.report.name}, too")
+        if one.is_believed and names[one.report.name] > 1
+        else one
+        for one in seen
+    ]
+
+
+def doubt(
+    agents: Sequence[SeenAgent], state: FleetState, content_of: Mapping[str, str | None]
+) -> list[SeenAgent]:
+    """Hold the agents' words to the ledger, to the digest of what an identity stands for, and where
+    nobody recorded one, to each other's: of those that differ, none is believed."""
+    told: dict[str | None, set[str]] = {}
+    for one in agents:
+        if one.is_believed and one.report.content_sha256:
+            told.setdefault(one.report.current, set()).add(one.report.content_sha256)
+    return [
+        replace(one, problem=problem) if (problem := _doubt(one, state, content_of, told)) else one
+        for one in agents
+    ]
+
+
+def _doubt(
+    seen: SeenAgent,
+    state: FleetState,
+    content_of: Mapping[str, str | None],
+    told: Mapping[str | None, set[str]],
+) -> str:
+    report, current = seen.report, seen.report.current
+    if not seen.is_believed or current is None:
+        return ""
+    if state.ledger.get(current) is None:
+        return f"serves {current}, which was not signalled here"
+    if report.content_sha256 is None:  # told as soon as it has digested what it serves
+        return ""
+    if expected := content_of.get(current):
+        is_it = report.content_sha256 == expected
+        return "" if is_it else f"serves other bytes than {current} stands for"
+    return "" if len(told[current]) == 1 else f"agents serve different bytes as {current}"
+
+
+async def nudge(client: httpx.AsyncClient, urls: Sequence[str]) -> None:
+    """Let every agent look at the log now; one that does not hear looks by itself."""
+
+    async def post(url: str) -> None:
+        with suppress(httpx.HTTPError):
+            await client.post(f"{url}{LOOK_PATH}")
+
+    await asyncio.gather(*map(post, urls))
+
+
+async def _ask(client: httpx.AsyncClient, url: str) -> SeenAgent:
+    try:
+        async with client.stream("GET", f"{url}{REPORT_PATH}") as answer:
+            data = b""
+            async for piece in answer.aiter_bytes():
+                data += piece
+                if len(data) > REPORT_LIMIT_BYTES:
+                    break
+            if answer.status_code != 200:
+                return SeenAgent(url, UNKNOWN, f"answers {answer.status_code}")
+        return SeenAgent(url, AgentReport.parse_stored(data, url))
+    except httpx.HTTPError as error:
+        return SeenAgent(url, UNKNOWN, f"{type(error).__name__}: {error}")
+    except StoreError as error:
+        return SeenAgent(url, UNKNOWN, error.reason)

@@ -1,0 +1,62 @@
+"""One HTTP call to an inference server, and what its answer means."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+
+from agent.engines.reloading import EngineAwayError, EngineError
+
+RELOAD_SECONDS = 1800.0
+CONTROL_SECONDS = 60.0
+HEAD_CHARS = 300
+
+
+async def call(
+    url: str,
+    method: str,
+    path: str,
+    body: object = None,
+    *,
+    timeout_seconds: float = CONTROL_SECONDS,
+) -> Any:
+    """Send a call; return the JSON of a good answer, or its text where that is none.
+
+    Raises:
+        EngineAwayError: nobody listens there.
+        EngineError: any other answer than a good one, none in time, or an object with a false
+            `success`.
+    """
+    said = f"{method} {path.partition('?')[0]}"
+    try:
+        async with httpx.AsyncClient(timeout=timeout_seconds, trust_env=False) as client:
+            answer = await client.request(method, f"{url.rstrip('/')}{path}", json=body)
+    except httpx.ConnectError as error:
+        raise EngineAwayError(f"{said}: {error}") from None
+    except httpx.HTTPError as error:
+        raise EngineError(f"{said}: {type(error).__name__}: {error}") from None
+    head = " ".join(answer.text[:HEAD_CHARS].split())
+    if not answer.is_success:
+        raise EngineError(f"{said}: {answer.status_code}: {head}")
+    try:
+        found = json.loads(answer.text)
+    except ValueError:
+        return answer.text
+    if isinstance(found, dict) and found.get("success", True) is not True:
+        raise EngineError(f"{said}: {head}")
+    return found
+
+
+async def version_at(url: str, path: str) -> str | None:
+    """Read `weight_version` from what a server tells of itself.
+
+    Raises:
+        EngineError: as `call`; or it tells none.
+    """
+    found = await call(url, "GET", path)
+    if not isinstance(found, dict) or "weight_version" not in found:
+        raise EngineError(f"GET {path}: no weight_version in the answer")
+    version = found["weight_version"]
+    return None if version is None else str(version)

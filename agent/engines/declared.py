@@ -1,0 +1,100 @@
+"""Any server: a command or an HTTP call that its owner declares, and one that tells the version.
+
+`systemctl restart engine` is a command, run without a shell. `POST /reload {"path":
+"{directory}"}` is a call to the engine's address. In both `{directory}`, `{identity}`,
+`{transition}` and `{reset_prompt_cache}` are filled in. What tells the version is a command that
+prints it, or `GET /info weight_version`: the field of the answer that has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+from asyncio.subprocess import PIPE, STDOUT
+from dataclasses import dataclass
+from typing import Any
+
+from agent.engines.calls import HEAD_CHARS, RELOAD_SECONDS, call
+from agent.engines.reloading import EngineError, Reload
+from hotload.publish.fireworks_api import hint_body
+
+METHODS = ("GET", "POST", "PUT")
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredServer:
+    """A server that is reloaded by `reload_by`, and asked by `version_by` where that is given."""
+
+    url: str
+    reload_by: str
+    version_by: str | None = None
+
+    def __post_init__(self) -> None:
+        """Read both once, so that a wrong one is told at the start."""
+        for declared in filter(None, (self.reload_by, self.version_by)):
+            _parse(declared)
+
+    @property
+    def tells_version(self) -> bool:
+        """Whether its owner has said how it is asked."""
+        return self.version_by is not None
+
+    async def version(self) -> str | None:
+        """Ask as declared; None where nothing is."""
+        if self.version_by is None:
+            return None
+        found, field = await self._carry_out(self.version_by, {}), _parse(self.version_by)[2]
+        if isinstance(field, str) and field:
+            found = found.get(field) if isinstance(found, dict) else None
+        return str(found).strip() or None if found is not None else None
+
+    async def reload(self, reload: Reload) -> None:
+        """Carry out what is declared; it returns when the server answers with the new weights."""
+        values = {
+            "directory": reload.directory,
+            "identity": reload.identity,
+            "transition": reload.transition,
+            "reset_prompt_cache": reload.reset_prompt_cache,
+        }
+        await self._carry_out(self.reload_by, values)
+
+    async def _carry_out(self, declared: str, values: dict[str, Any]) -> Any:
+        method, rest, last = _parse(declared)
+        if method:
+            body = None if isinstance(last, str) else hint_body(last, values)
+            path = str(hint_body(rest, values))
+            return await call(self.url, method, path, body, timeout_seconds=RELOAD_SECONDS)
+        return await _run([str(hint_body(word, values)) for word in shlex.split(rest)])
+
+
+def _parse(declared: str) -> tuple[str, str, Any]:
+    """Method, path, and the body or the field's name; of a command no method, and all of it."""
+    method, _, rest = declared.strip().partition(" ")
+    if method not in METHODS:
+        if not shlex.split(declared):
+            raise ValueError("expected a command, or a method and a path")
+        return "", declared, ""
+    path, _, last = rest.strip().partition(" ")
+    if not path.startswith("/"):
+        raise ValueError(f"expected a path after {method}, found {path!r}")
+    return method, path, json.loads(last) if last.strip().startswith("{") else last.strip()
+
+
+async def _run(words: list[str]) -> str:
+    """Run a command to its end; what it printed."""
+    process = None
+    try:
+        async with asyncio.timeout(RELOAD_SECONDS):
+            process = await asyncio.create_subprocess_exec(*words, stdout=PIPE, stderr=STDOUT)
+            printed, _ = await process.communicate()
+    except (OSError, TimeoutError) as error:
+        raise EngineError(f"{words[0]}: {type(error).__name__}: {error}") from None
+    finally:
+        if process is not None and process.returncode is None:
+            process.kill()
+    text = printed.decode("utf-8", "replace")
+    if process.returncode:
+        head = " ".join(text[-HEAD_CHARS:].split())
+        raise EngineError(f"{words[0]}: exit status {process.returncode}: {head}")
+    return text

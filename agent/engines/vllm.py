@@ -1,0 +1,44 @@
+"""vLLM, by the routes of its development mode (vLLM 0.33, `VLLM_SERVER_DEV_MODE=1`).
+
+They lie outside what `--api-key` guards: the server has to listen on loopback, or behind a proxy
+that lets nobody else to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from agent.engines.calls import RELOAD_SECONDS, call, version_at
+from agent.engines.reloading import Reload
+
+
+@dataclass(frozen=True, slots=True)
+class Vllm:
+    """A vLLM server at `url`. One that fails after the pause stays paused: half of its weights may
+    be new."""
+
+    url: str
+    tells_version: ClassVar[bool] = True
+
+    async def version(self) -> str | None:
+        """Ask `/weight_info`."""
+        return await version_at(self.url, "/weight_info")
+
+    async def reload(self, reload: Reload) -> None:
+        """Pause, reload in place, name the version, drop the prefix cache, resume.
+
+        Requests that were frozen begin again with the new weights where prefixes are dropped: a
+        reset while their blocks are held would not happen.
+        """
+        mode = "keep" if reload.transition == "ASYNC" else "wait"
+        await self._post(f"/pause?mode={mode}")
+        arguments = {"weights_path": str(reload.directory)}
+        await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
+        await self._post("/update_weight_version", {"new_version": reload.identity})
+        if reload.flushes:
+            await self._post("/reset_prefix_cache?reset_running_requests=true")
+        await self._post("/resume")
+
+    async def _post(self, path: str, body: object = None) -> None:
+        await call(self.url, "POST", path, body, timeout_seconds=RELOAD_SECONDS)

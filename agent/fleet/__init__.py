@@ -1,0 +1,13 @@
+"""What is known of a service: names, signals, ledger, what may be let in."""
+
+__all__ = [
+    "admission",
+    "ledger",
+    "log",
+    "report",
+    "service",
+    "settings",
+    "signals",
+    "state",
+    "validation",
+]

@@ -1,0 +1,62 @@
+"""What a hot-load service is called and shows of itself."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.loading.disk import Transition
+from hotload.publish.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
+from hotload.publish.fireworks_names import deployment_name, model_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """A service's bucket, names and key, and how its replicas swap weights."""
+
+    bucket: str
+    bucket_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    bucket_type: str = "S3"
+    base_model_name: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    account_id: str = "local"
+    model_id: str = "policy"
+    deployment_id: str = "rollouts"
+    transition: Transition = "ASYNC"
+    dialect: ApiDialectName = "fireworks"
+
+    @property
+    def api(self) -> ApiDialect:
+        """How the door spells headers, names, paths and formats."""
+        return API_DIALECTS[self.dialect]
+
+    @property
+    def model(self) -> str:
+        """Name of the model at this door."""
+        if not self.api.names_are_resources:
+            return self.model_id
+        return model_name(self.account_id, self.model_id)
+
+    @property
+    def deployment(self) -> str:
+        """Name of the service at this door."""
+        if not self.api.names_are_resources:
+            return self.deployment_id
+        return deployment_name(self.account_id, self.deployment_id)
+
+    @property
+    def base(self) -> str:
+        """Resource name of the base model, as the deployment shows it."""
+        return self.base_model_name or f"accounts/{self.account_id}/models/base"
+
+
+def add_names(parser: ArgumentParser) -> None:
+    """Let a command line take the bucket and the names of a service."""
+    add = parser.add_argument
+    add("--bucket", required=True, metavar="URL", help="the service's bucket: s3://, gs://, a path")
+    add("--bucket-option", action="append", default=[], metavar="KEY=VALUE", help="fsspec option")
+    for name in ("account", "deployment"):
+        default = getattr(FleetConfig, f"{name}_id")
+        add(f"--{name}", default=default, metavar="ID", help="of the service (%(default)s)")

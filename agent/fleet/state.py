@@ -1,0 +1,94 @@
+"""What a fleet is to serve: its ledger, read from the events that lie in the store.
+
+Agents and doors read the same events and come to the same state; neither remembers anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from pydantic import Field
+
+from agent.fleet.ledger import Ledger, LedgerEntry, lineage
+from agent.loading.disk import Load, Transition
+from hotload.identity import SnapshotKind
+from hotload.records import Record
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+
+class FleetEvent(Record):
+    """One entry of a fleet's log: a signal, the end of a canary, or a reset of the ledger.
+
+    With `canaries` a signal is for the agents of those names alone, until it is released to all or
+    withdrawn.
+    """
+
+    event: Literal["signal", "release", "withdraw", "reset"]
+    at: datetime
+    identity: str = ""
+    kind: SnapshotKind = SnapshotKind.FULL
+    previous: str | None = None
+    reset_prompt_cache: str = "all"
+    transition: Transition = "ASYNC"
+    canaries: tuple[str, ...] = ()
+    reason: str = Field("", max_length=2000)
+
+    @property
+    def load(self) -> Load:
+        """What an agent has to load."""
+        policy = self.reset_prompt_cache
+        return Load(self.identity, self.kind, self.previous, policy, self.transition)
+
+
+@dataclass(slots=True)
+class FleetState:
+    """Where the events have led: every signal, the last one that stands, and how the last went.
+
+    `canary` is the signal that waits for its gate, `withdrawn` one that did not pass it and was
+    followed by no other.
+    """
+
+    number: int
+    ledger: Ledger = field(default_factory=lambda: Ledger(adapter_slots=0))
+    canary: FleetEvent | None = None
+    withdrawn: FleetEvent | None = None
+    _standing: list[Load] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, events: Iterable[FleetEvent], number: int) -> FleetState:
+        """Read events in their order; `number` is that of the last."""
+        state = cls(number)
+        for event in events:
+            state._take(event)
+        return state
+
+    def chain_for(self, agent: str) -> list[Load]:
+        """List what leads an agent of that name to what it is to serve; empty: base weights."""
+        waits = self.canary is not None and agent not in self.canary.canaries
+        return lineage(self._standing[:-1] if waits else self._standing)
+
+    def head_for(self, agent: str) -> str | None:
+        """Name what an agent is to serve; None is base weights."""
+        chain = self.chain_for(agent)
+        return chain[-1].identity if chain else None
+
+    def _take(self, event: FleetEvent) -> None:
+        is_about_canary = self.canary is not None and self.canary.identity == event.identity
+        match event.event:
+            case "reset":
+                self.ledger.reset()
+                self.canary = self.withdrawn = None
+                self._standing = []
+            case "signal":
+                self.ledger.add(LedgerEntry(event.load, event.at.timestamp()))
+                self._standing.append(event.load)
+                self.canary, self.withdrawn = event if event.canaries else None, None
+            case "release" if is_about_canary:
+                self.canary = None
+            case "withdraw" if is_about_canary:
+                self.withdrawn, self.canary = self.canary, None
+                self._standing.pop()

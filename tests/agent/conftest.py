@@ -1,0 +1,176 @@
+"""Agents and doors as processes of their own, over a bucket in a directory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from hotload.publish.fireworks_api import delta_metadata
+from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
+from tests.emulator.conftest import Publisher
+from tests.servers import LoopbackServer
+from tests.waiting import PATIENCE_SECONDS, wait_until
+
+NAMES = {
+    "fireworks-model": "accounts/local/models/policy",
+    "fireworks-deployment": "accounts/local/deployments/rollouts",
+}
+HOT_LOAD = "/hot_load/v1/models/hot_load"
+LEDGER = "/v1/accounts/local/deployments/rollouts/ledger"
+DECLARED = [
+    *("--engine", "command", "--version", "GET /info weight_version"),
+    *("--reload", 'POST /reload {"path": "{directory}", "name": "{identity}"}'),
+]
+
+
+@dataclass
+class RunningAgent:
+    """An agent's process, and the engine beside it."""
+
+    name: str
+    engine: TinyEngine
+    directory: Path
+    process: LoopbackServer
+    is_killed: bool = False
+
+    def report(self) -> dict[str, Any]:
+        """What it says of itself."""
+        answer = httpx.get(f"{self.process.address}/agent", timeout=PATIENCE_SECONDS)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self.process.stop()
+        self.is_killed = True
+
+    def start(self) -> None:
+        """Start it again, where it was."""
+        self.process.start()
+        self.process.wait()
+        self.is_killed = False
+
+    def log(self) -> str:
+        """What it has written."""
+        return self.process.log.read_text()
+
+
+@dataclass
+class Place:
+    """A bucket with a publisher, and the agents and doors that a test has started."""
+
+    publisher: Publisher
+    root: Path
+    stack: ExitStack
+    agents: list[RunningAgent] = field(default_factory=list)
+    door: LoopbackServer | None = None
+
+    def agent(
+        self, name: str, *, kind: list[str] = DECLARED, shell: str = "", **options: str
+    ) -> RunningAgent:
+        """Start an agent with an engine of its own; `shell` comes before the command."""
+        engine = self.stack.enter_context(tiny_engine())
+        engine.restart(self.publisher.base)
+        directory = self.root / f"{name}-{len(self.agents)}"
+        more = [word for key, value in options.items() for word in (f"--{key}", value)]
+
+        def command(port: int) -> list[str]:
+            words = [
+                *(sys.executable, "-m", "agent", "--bucket", str(self.publisher.bucket)),
+                *("--engine-url", engine.url, "--model-dir", str(directory), "--name", name),
+                *("--base-model", str(self.publisher.base), "--port", str(port)),
+                *("--poll-seconds", "0.2", "--workers", "1", *kind, *more),
+            ]
+            return ["sh", "-c", f'{shell}\nexec "$@"', "sh", *words] if shell else words
+
+        process = LoopbackServer(f"{name}-{len(self.agents)}", self.root, command)
+        self.stack.callback(process.stop)
+        running = RunningAgent(name, engine, directory, process)
+        self.agents.append(running)
+        process.start()  # nobody waits for it: doors and tests look until it answers
+        return running
+
+    def open_door(self, *options: str, agents: list[RunningAgent] | None = None) -> None:
+        """Start a door over the agents; one that is open is killed before."""
+        if self.door is not None:
+            self.door.stop()
+        asked = self.agents if agents is None else agents
+        listed = [word for one in asked for word in ("--agent", one.process.address)]
+
+        def command(port: int) -> list[str]:
+            bucket = ("--bucket", str(self.publisher.bucket), "--port", str(port))
+            return [sys.executable, "-m", "agent.door", *bucket, *listed, *options]
+
+        self.door = LoopbackServer("door", self.root, command)
+        self.stack.callback(self.door.stop)
+        self.door.start()
+        self.door.wait()
+        for one in asked:
+            if not one.is_killed:
+                one.process.wait()
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
+        """Ask the door, with a key and the right names."""
+        assert self.door is not None
+        sent = {"authorization": "Bearer key", **NAMES, **headers}
+        url = f"{self.door.address}{path}"
+        return httpx.request(method, url, json=body, headers=sent, timeout=PATIENCE_SECONDS)
+
+    def signal(self, identity: str, previous: str | None = None, **fields: Any) -> httpx.Response:
+        body: dict[str, Any] = {"identity": identity, **fields}
+        if previous is not None:
+            body |= delta_metadata(previous)
+        return self.ask("POST", HOT_LOAD, body)
+
+    def replicas(self) -> list[dict[str, Any]]:
+        answer = self.ask("GET", HOT_LOAD)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["replicas"]
+
+    def served(self) -> list[str | None]:
+        """Current identity by replica, with a mark where it is not ready."""
+        return [
+            one["current_snapshot_identity"] if one["readiness"] else "not ready"
+            for one in self.replicas()
+        ]
+
+    def states(self) -> list[tuple[str, str | None]]:
+        """Stage and target by replica."""
+        states = [one["loading_state"] for one in self.replicas()]
+        return [(one["stage"], one.get("target_snapshot_identity")) for one in states]
+
+    def load(self, identity: str, previous: str | None = None) -> None:
+        """Signal, and wait until every agent serves it."""
+        answer = self.signal(identity, previous)
+        assert answer.status_code == 200, answer.text
+        wait_until(lambda: set(self.served()) == {identity})
+
+    def check(self, identity: str | None, *agents: RunningAgent) -> None:
+        """The engines serve exactly the bytes that an identity stands for."""
+        expected = digests(self.publisher.checkpoint(identity))
+        assert [one.engine.serves for one in agents or self.agents] == [expected] * len(
+            agents or self.agents
+        )
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with ExitStack() as stack:
+        yield Place(Publisher(tmp_path), tmp_path, stack)
+
+
+@pytest.fixture
+def two(place: Place) -> Place:
+    """Two agents behind a door, on base weights."""
+    place.agent("left")
+    place.agent("right")
+    place.open_door()
+    wait_until(lambda: place.served() == [None, None])
+    return place

@@ -1,0 +1,135 @@
+"""What each kind of engine is sent, in which order, and what of its answers is an error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.engines.declared import DeclaredServer
+from agent.engines.reloading import EngineAwayError, EngineError, Reload
+from agent.engines.sglang import Sglang
+from agent.engines.transformers_serve import TransformersServe
+from agent.engines.vllm import Vllm
+from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def engine() -> Iterator[TinyEngine]:
+    with tiny_engine() as running:
+        yield running
+
+
+@pytest.fixture
+def weights(checkpoints: list[Path]) -> Path:
+    return checkpoints[1]
+
+
+async def test_vllm_is_paused_reloaded_named_flushed_and_resumed(
+    engine: TinyEngine, weights: Path
+) -> None:
+    vllm = Vllm(engine.url)
+    assert await vllm.version() is None
+    await vllm.reload(Reload(weights, "run-1"))
+    assert (await vllm.version(), engine.is_paused) == ("run-1", False)
+    assert engine.serves == digests(weights)
+    rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
+    assert engine.calls[1:-1] == [
+        ("/pause?mode=keep", None),
+        ("/collective_rpc", rpc),
+        ("/update_weight_version", {"new_version": "run-1"}),
+        ("/reset_prefix_cache?reset_running_requests=true", None),
+        ("/resume", None),
+    ]
+    engine.calls.clear()
+    await vllm.reload(Reload(weights, "run-2", "SYNC", "none"))
+    paths = [path for path, _ in engine.calls]
+    assert paths == ["/pause?mode=wait", "/collective_rpc", "/update_weight_version", "/resume"]
+
+
+async def test_vllm_that_fails_in_between_stays_paused(engine: TinyEngine, weights: Path) -> None:
+    engine.refuses = {"/collective_rpc"}
+    with pytest.raises(EngineError, match=r"POST /collective_rpc: 500: .*illegal memory"):
+        await Vllm(engine.url).reload(Reload(weights, "run-1"))
+    assert engine.is_paused
+
+
+async def test_a_flush_that_did_not_happen_is_an_error(engine: TinyEngine, weights: Path) -> None:
+    engine.is_unflushed = True
+    with pytest.raises(EngineError, match="POST /reset_prefix_cache"):
+        await Vllm(engine.url).reload(Reload(weights, "run-1"))
+    assert engine.is_paused
+
+
+@pytest.mark.parametrize(
+    ("transition", "policy", "mode"),
+    [
+        ("ASYNC", "all", "retract"),
+        ("ASYNC", "new_session", "retract"),
+        ("ASYNC", "none", "in_place"),
+        ("SYNC", "all", None),
+    ],
+)
+async def test_sglang_updates_from_disk_by_name(
+    engine: TinyEngine, weights: Path, transition: Any, policy: str, mode: str | None
+) -> None:
+    await Sglang(engine.url).reload(Reload(weights, "run-1", transition, policy))
+    assert await Sglang(engine.url).version() == "run-1"
+    update = {
+        "model_path": str(weights),
+        "weight_version": "run-1",
+        "flush_cache": policy != "none",
+        "abort_all_requests": False,
+    }
+    calls = [("/update_weights_from_disk", update)]
+    if mode:
+        calls = [("/pause_generation", {"mode": mode}), *calls, ("/continue_generation", {})]
+    assert engine.calls[:-1] == calls
+
+
+async def test_transformers_forgets_and_loads_again(engine: TinyEngine, weights: Path) -> None:
+    serve = TransformersServe(engine.url)
+    await serve.reload(Reload(weights, "run-1"))
+    assert engine.calls == [("/reset", None), ("/load_model", {"model": str(weights)})]
+    assert engine.serves == digests(weights)
+    assert (serve.tells_version, await serve.version()) == (False, None)
+
+
+async def test_a_command_gets_directory_and_name(tmp_path: Path) -> None:
+    script = "import sys; open(sys.argv[1], 'w').write(' '.join(sys.argv[2:]))"
+    told = tmp_path / "told"
+    declared = DeclaredServer(
+        "",
+        f'{sys.executable} -c "{script}" {told} {{directory}} {{identity}} {{transition}}',
+        f"cat {told}",
+    )
+    await declared.reload(Reload(tmp_path, "run-1", "SYNC"))
+    assert await declared.version() == f"{tmp_path} run-1 SYNC"
+    failing = DeclaredServer("", f"{sys.executable} -c \"raise SystemExit('no room')\"")
+    with pytest.raises(EngineError, match="exit status 1: no room"):
+        await failing.reload(Reload(tmp_path, "run-1"))
+    with pytest.raises(EngineError, match="no-such-command"):
+        await DeclaredServer("", "no-such-command").reload(Reload(tmp_path, "run-1"))
+    assert (failing.tells_version, await failing.version()) == (False, None)
+
+
+@pytest.mark.parametrize("declared", ["POST reload", "  ", "POST /reload {broken"])
+def test_what_cannot_be_read_is_told_at_the_start(declared: str) -> None:
+    with pytest.raises(ValueError, match=r"expected|Expecting"):
+        DeclaredServer("", declared)
+
+
+async def test_an_engine_that_is_not_there_is_away() -> None:
+    with pytest.raises(EngineAwayError):
+        await Vllm("http://127.0.0.1:9").version()
+
+
+async def test_a_version_that_is_not_told_is_an_error(engine: TinyEngine) -> None:
+    engine.refuses = {"/weight_info"}
+    with pytest.raises(EngineError, match="GET /weight_info: 500"):
+        await Vllm(engine.url).version()

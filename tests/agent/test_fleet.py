@@ -1,0 +1,409 @@
+"""Agents behind a door: what is signalled is served by every engine, whatever happens between."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
+from tests.scripted_server import JSON, http
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.server
+
+
+def test_a_chain_reaches_every_engine(two: Any) -> None:
+    publisher = two.publisher
+    publisher.full("a")
+    two.load("a")
+    publisher.delta("b", "a")
+    two.load("b", "a")
+    publisher.delta("c", "b", seed=5)
+    two.load("c", "b")
+    two.check("c")
+    assert {one.engine.version for one in two.agents} == {"c"}
+    assert two.states() == [("completed", "c")] * 2
+    for one in two.agents:
+        assert (one.directory / "current").resolve().name == "c"
+        assert [path.name for path in (one.directory / "held").iterdir()] == ["c"]
+    assert two.signal("c", "b").status_code == 200  # again: nothing happens
+    assert two.signal("c").status_code == 400
+    entries = two.ask("GET", LEDGER).json()["entries"]
+    assert [entry["identity"] for entry in entries] == ["c", "b", "a"]
+    described = two.ask("GET", LEDGER.removesuffix("/ledger")).json()
+    assert (described["desiredReplicaCount"], described["state"]) == (2, "READY")
+
+
+@pytest.mark.parametrize("names", [{"fireworks-model": "accounts/local/models/other"}, {}])
+def test_no_wrong_name_is_let_in(two: Any, names: dict[str, str]) -> None:
+    two.publisher.full("a")
+    if names:
+        answer = two.ask("POST", HOT_LOAD, {"identity": "a"}, **names)
+    else:
+        answer = two.ask("GET", "/v1/accounts/local/deployments/other")
+    assert answer.status_code == 404
+    assert two.served() == [None, None]
+
+
+def test_a_late_joiner_replays_the_chain_and_tells_its_engine_once(two: Any) -> None:
+    publisher = two.publisher
+    publisher.full("a")
+    publisher.delta("b", "a")
+    publisher.delta("c", "b", seed=5)
+    two.load("a")
+    two.load("b", "a")
+    two.load("c", "b")
+    late = two.agent("late")
+    late.process.wait()
+    wait_until(lambda: late.report()["current"] == "c" and late.report()["readiness"])
+    two.check("c", late)
+    told = [body["name"] for path, body in late.engine.calls if path == "/reload"]
+    assert told == ["c"]
+
+
+def test_an_agent_killed_in_an_apply_goes_on_when_it_is_started_again(two: Any) -> None:
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.delta("b", "a")
+    left.engine.holds.clear()
+    left.engine.asked.clear()
+    assert two.signal("b", "a").status_code == 200
+    assert left.engine.asked.wait(60)  # merged, and the engine is at it
+    left.kill()
+    wait_until(lambda: two.served()[1] == "b")
+    assert two.served()[0] == "not ready"
+    left.engine.holds.set()
+    left.start()
+    wait_until(lambda: two.served() == ["b", "b"])
+    two.check("b")
+    two.publisher.delta("c", "b", seed=5)
+    two.load("c", "b")
+    two.check("c")
+
+
+def test_an_agent_killed_at_any_moment_converges(two: Any) -> None:
+    left, right = two.agents
+    two.publisher.full("v0")
+    two.load("v0")
+    for number in range(1, 5):
+        identity, previous = f"v{number}", f"v{number - 1}"
+        two.publisher.delta(identity, previous, seed=number)
+        before = len(left.engine.calls)
+        assert two.signal(identity, previous).status_code == 200
+        # As soon as it has asked its engine so often since: before, in and after the load.
+        wait_until(lambda: len(left.engine.calls) >= before + number - 1)  # noqa: B023
+        left.kill()
+        left.start()
+        wait_until(lambda: two.served() == [identity] * 2)  # noqa: B023
+        two.check(identity, left, right)
+
+
+def test_what_was_torn_on_disk_is_found_and_mended_by_a_full(two: Any) -> None:
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.delta("b", "a")
+    two.load("b", "a")
+    left.kill()
+    shard = next((left.directory / "held" / "b").glob("layer-*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    left.start()
+    wait_until(lambda: two.served() == ["b", "b"])  # from the anchor again
+    two.check("b")
+    assert "torn" in left.log()
+
+
+def test_an_engine_that_refuses_the_reload_keeps_what_it_serves(two: Any) -> None:
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.delta("b", "a")
+    left.engine.refuses, left.engine.refusals_left = {"/reload"}, 1
+    assert two.signal("b", "a").status_code == 200
+    wait_until(lambda: two.states() == [("error", "b"), ("completed", "b")])
+    wait_until(lambda: two.served() == ["a", "b"])
+    two.check("a", left)
+    assert "500" in left.report()["error"]
+    assert (left.directory / "current").resolve().name == "a"
+    two.publisher.full("c", seed=6)
+    two.load("c")
+    two.check("c")
+
+
+def test_an_engine_that_never_loads_again_is_not_ready(two: Any) -> None:
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.delta("b", "a")
+    left.engine.refuses = {"/reload"}
+    assert two.signal("b", "a").status_code == 200
+    wait_until(lambda: two.served() == ["not ready", "b"])
+    left.engine.refuses = set()
+    two.publisher.full("c", seed=6)
+    two.load("c")
+    two.check("c")
+
+
+def test_an_engine_that_reports_another_version_is_not_believed(two: Any) -> None:
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.full("b", seed=6)
+    left.engine.holds.clear()
+    left.engine.asked.clear()
+    assert two.signal("b").status_code == 200
+    assert left.engine.asked.wait(60)
+    left.engine.lies = "something"
+    left.engine.holds.set()
+    wait_until(lambda: two.served() == ["not ready", "b"])
+    assert "'something'" in left.report()["error"]
+    left.engine.lies = None
+    wait_until(lambda: two.served() == ["a", "b"])
+    assert two.states()[0] == ("error", "b")
+
+
+def test_an_engine_that_came_back_by_itself_is_told_again(two: Any) -> None:
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    left.engine.restart(left.directory / "current")
+    wait_until(lambda: left.engine.version == "a")
+    wait_until(lambda: two.served() == ["a", "a"])
+    two.check("a")
+
+
+def test_an_engine_without_the_route_is_told(two: Any) -> None:
+    left = two.agent("odd", kind=["--engine", "vllm"])
+    left.engine.refuses = {"/pause"}
+    two.open_door()
+    two.publisher.full("a")
+    assert two.signal("a").status_code == 200
+    wait_until(lambda: two.states()[2] == ("error", "a"))
+    assert "POST /pause" in left.report()["error"]
+
+
+def test_a_full_disk_is_an_error_and_what_was_held_stays(place: Any) -> None:
+    # No file above 12 kB: the base's largest has 16.
+    small = place.agent("small", shell="ulimit -f 12")
+    place.open_door()
+    place.publisher.full("a")
+    assert place.signal("a").status_code == 200
+    wait_until(lambda: place.states() == [("error", "a")])
+    assert "File too large" in small.report()["error"]
+    assert place.served() == [None]
+    place.check(None)
+    assert not list((small.directory / "arriving").glob("*"))
+
+
+def test_a_bucket_emptied_under_a_chain_stops_who_joins_late(two: Any) -> None:
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.delta("b", "a")
+    two.load("b", "a")
+    shutil.rmtree(two.publisher.bucket / "a")
+    late = two.agent("late")
+    two.open_door()
+    wait_until(lambda: two.states()[2] == ("error", "b"))
+    assert two.served() == ["b", "b", None]
+    two.check("b", *two.agents[:2])
+    two.publisher.full("c", seed=6)
+    two.load("c")
+    assert late.engine.version == "c"
+
+
+def test_a_hostile_object_changes_nothing(two: Any) -> None:
+    two.publisher.full("a")
+    two.load("a")
+    out = two.publisher.delta("b", "a")
+    shard = next(out.glob("layer-*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[:8] = (2**62).to_bytes(8, "little")
+    shard.write_bytes(data)
+    assert two.signal("b", "a").status_code == 200
+    wait_until(lambda: two.states() == [("error", "b")] * 2)
+    assert two.served() == ["a", "a"]
+    two.check("a")
+
+
+def test_of_two_identities_signalled_at_once_one_is_let_in(two: Any) -> None:
+    two.publisher.full("a")
+    two.publisher.full("b", seed=6)
+    for one in two.agents:
+        one.engine.holds.clear()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = [*pool.map(two.signal, ["a", "b"])]
+    codes = [answer.status_code for answer in answers]
+    assert sorted(codes) == [200, 400], [answer.text for answer in answers]
+    assert "is being loaded" in answers[codes.index(400)].text
+    for one in two.agents:
+        one.engine.holds.set()
+    accepted = "ab"[codes.index(200)]
+    wait_until(lambda: two.served() == [accepted] * 2)
+    two.check(accepted)
+
+
+def test_of_two_doors_one_lets_a_signal_in(two: Any) -> None:
+    first, two.door = two.door, None
+    two.open_door()
+    doors = [first.address, two.door.address]
+    two.publisher.full("a")
+    two.publisher.full("b", seed=6)
+
+    def signal(number: int) -> httpx.Response:
+        headers = {"authorization": "Bearer key", **NAMES}
+        body = {"identity": "ab"[number]}
+        return httpx.post(f"{doors[number]}{HOT_LOAD}", json=body, headers=headers, timeout=60)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        codes = [answer.status_code for answer in pool.map(signal, (0, 1))]
+    assert sorted(codes) == [200, 400]
+    accepted = "ab"[codes.index(200)]
+    wait_until(lambda: two.served() == [accepted] * 2)
+    two.check(accepted)
+
+
+def test_a_door_without_agents_takes_no_signal(place: Any) -> None:
+    gone = place.agent("gone")
+    place.open_door()
+    gone.kill()
+    place.publisher.full("a")
+    answer = place.signal("a")
+    assert answer.status_code == 503
+    assert "0 of 1 agents" in answer.text
+    assert place.served() == ["not ready"]
+    assert place.ask("GET", LEDGER).json() == {"entries": []}
+
+
+def test_two_agents_of_one_name_are_not_believed(place: Any) -> None:
+    place.agent("same")
+    place.agent("same")
+    place.open_door()
+    place.publisher.full("a")
+    answer = place.signal("a")
+    assert (answer.status_code, "called same, too" in answer.text) == (503, True)
+    assert place.served() == ["not ready", "not ready"]
+
+
+LIES = {
+    "a name that was never signalled": {"current": "x"},
+    "other bytes": {"content_sha256": "0" * 64},
+    "no name": {"name": "../left"},
+    "no truth value": {"readiness": "yes"},
+    "more than it may": {"extra": 1},
+}
+
+
+@pytest.mark.parametrize("lie", [*LIES])
+async def test_an_agent_that_lies_is_not_ready(two: Any, lie: str) -> None:
+    two.publisher.full("a")
+    two.load("a")
+    report = two.agents[0].report() | {"name": "liar"} | LIES[lie]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(http(json.dumps(report).encode(), content_type=JSON))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as liar:
+        port = liar.sockets[0].getsockname()[1]
+        await asyncio.to_thread(two.open_door, "--agent", f"http://127.0.0.1:{port}")
+        served = await asyncio.to_thread(two.served)
+        assert served[2] == "not ready"
+        if lie != "other bytes":  # who of them lies nobody can tell
+            assert served[:2] == ["a", "a"]
+        two.publisher.full("b", seed=6)
+        answer = await asyncio.to_thread(two.signal, "b")
+        assert answer.status_code == 503, answer.text
+
+
+def test_a_door_that_was_killed_knows_everything_again(two: Any) -> None:
+    two.publisher.full("a")
+    two.load("a")
+    two.open_door()
+    assert two.served() == ["a", "a"]
+    two.publisher.delta("b", "a")
+    two.load("b", "a")
+    two.check("b")
+
+
+def test_a_quorum_goes_on_without_the_rest(two: Any) -> None:
+    _, right = two.agents
+    two.open_door("--quorum", "0.5")
+    right.kill()
+    two.publisher.full("a")
+    assert two.signal("a").status_code == 200
+    wait_until(lambda: two.served() == ["a", "not ready"])
+    two.publisher.delta("b", "a")
+    assert two.signal("b", "a").status_code == 200
+    wait_until(lambda: two.served() == ["b", "not ready"])
+    right.start()
+    wait_until(lambda: two.served() == ["b", "b"])
+    two.check("b")
+
+
+def test_a_reset_brings_base_weights_back(two: Any) -> None:
+    two.publisher.full("a")
+    two.load("a")
+    assert two.ask("DELETE", LEDGER).status_code == 200
+    wait_until(lambda: two.served() == [None, None])
+    two.check(None)
+    two.publisher.delta("b", "a")
+    assert two.signal("b", "a").status_code == 400
+    two.publisher.full("c", seed=6)
+    two.load("c")
+    two.check("c")
+
+
+def gate(snapshot: Any) -> bool:
+    """What a test's door asks: the file GATE has what it is to say."""
+    assert snapshot.agents
+    reports = [httpx.get(f"{url}/agent").json() for url in snapshot.agents]
+    assert {one["current"] for one in reports} == {snapshot.identity}
+    return json.loads(Path(os.environ["GATE"]).read_text())
+
+
+def test_a_canary_that_fails_its_gate_never_reaches_the_rest(
+    place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = place.root / "gate"
+    monkeypatch.setenv("GATE", str(verdict))
+    for name in ("one", "two", "three"):
+        place.agent(name)
+    place.open_door("--canary", "0.25", "--gate", "tests.agent.test_fleet:gate")
+    verdict.write_text("true")
+    place.publisher.full("a")
+    place.load("a")
+    place.check("a")
+    verdict.write_text("false")
+    place.publisher.delta("b", "a")
+    assert place.signal("b", "a").status_code == 200
+    wait_until(lambda: set(place.states()) == {("error", "b")})
+    wait_until(lambda: place.served() == ["a"] * 3)
+    place.check("a")
+    on_b = [one for one in place.agents if ("b" in str(one.engine.calls))]
+    assert [one.name for one in on_b] == ["one"]
+    verdict.write_text("true")
+    place.publisher.full("c", seed=6)
+    place.load("c")
+    place.check("c")
+
+
+def test_one_directory_has_one_agent(place: Any) -> None:
+    first, second = place.agent("first"), place.agent("second")
+    first.process.wait()
+    second.kill()
+    shutil.rmtree(second.directory, ignore_errors=True)
+    second.directory.symlink_to(first.directory)
+    with pytest.raises(RuntimeError, match="another agent has"):
+        second.start()
