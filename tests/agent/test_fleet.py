@@ -154,6 +154,14 @@ def test_an_engine_that_never_loads_again_is_not_ready(two: Any) -> None:
     left.engine.refuses = {"/reload"}
     assert two.signal("b", "a").status_code == 200
     wait_until(lambda: two.served() == ["not ready", "b"])
+    # It names the old version still, and half of its weights may be new.
+    for _ in range(2):
+        asked = len(left.engine.calls)
+        wait_until(lambda: len(left.engine.calls) > asked + 3)  # noqa: B023 - it is asked at once
+        assert two.served() == ["not ready", "b"]
+        left.kill()
+        left.start()
+        wait_until(lambda: two.states()[0] == ("error", "b"))
     left.engine.refuses = set()
     two.publisher.full("c", seed=6)
     two.load("c")
