@@ -236,7 +236,14 @@ def _require_frames(delta: Path, base: ShardHeader, envelope: Envelope) -> None:
             content_size(written, payload.start, payload.end, name, expected=expected)
 
 
-def apply_file(base: Path, delta: Path, out: Path, *, pool: Workers | None = None) -> str:
+def apply_file(
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    envelope: Envelope = ARC_V2,
+    pool: Workers | None = None,
+) -> str:
     """Write the shard that `delta` makes of `base` at `out`, and return its SHA-256; `out` may
     be `base`.
 
@@ -245,7 +252,7 @@ def apply_file(base: Path, delta: Path, out: Path, *, pool: Workers | None = Non
         DeltaError: the delta cannot be read or applied; also ChecksumMismatchError.
     """
     with open_shard(base) as old, open_delta_shard(delta) as change, replacing_file(out) as file:
-        return apply_shard(old, old.header, payloads_on(old, change), file, pool=pool)
+        return apply_shard(old, old.header, payloads_on(old, change, envelope), file, pool=pool)
 
 
 def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None = None) -> None:
@@ -261,15 +268,18 @@ def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None =
         verify_shard(old, old.header, found, new, new.header, pool=pool)
 
 
-def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
-    """Find the payloads of an `arc_v2` delta shard: one for each tensor of its base, and no other.
+def payloads_on(
+    base: OpenShard, delta: OpenShard, envelope: Envelope = ARC_V2
+) -> dict[str, Payload]:
+    """Find the payloads of a delta shard: one for each tensor of its base, or for each that has
+    changed, and no other.
 
     Raises:
         DeltaError: keys or payloads are not those of a delta on this base.
     """
-    for finding in check_delta_shard(delta.header, base.header):
+    for finding in check_delta_shard(delta.header, base.header, envelope):
         raise DeltaError(finding.where, finding.summary)
-    return payloads(delta, delta.header)
+    return payloads(delta, delta.header, envelope)
 
 
 @contextmanager
