@@ -13,7 +13,6 @@ from hotload.clients.service.calls import parse_json, raise_for
 from hotload.clients.service.client import POST_TIMEOUT_SECONDS, HotLoadClient
 from hotload.errors import (
     ProtocolError,
-    ServiceRefusedError,
     ServiceUnavailableError,
     SnapshotRejectedError,
 )
@@ -29,22 +28,6 @@ UNSAID = {"bucket type", "minimum replicas"}
 @dataclass(frozen=True, eq=False)
 class CoreWeaveClient(HotLoadClient):
     """Calls the hot-load API of a CoreWeave deployment, which `deployment_id` names."""
-
-    def __post_init__(self) -> None:
-        """Refuse the fields that the API has no word for.
-
-        Raises:
-            ServiceRefusedError: one is set.
-        """
-        for name, is_said in (
-            ("reset_prompt_cache", self.reset_prompt_cache in coreweave.PROMPT_CACHE),
-            ("extra_fields_ignore", not self.extra_fields_ignore),
-            ("hint_body_template", self.hint_body_template is None),
-        ):
-            if not is_said:
-                found = f"{name}: found {getattr(self, name)!r}, which the API cannot be told"
-                advice = f"For {self.access.source}: leave it out, or all or none for prompts"
-                raise ServiceRefusedError("open", None, found, advice)
 
     async def observe(self) -> ServiceStatus:
         """Read what every replica serves and does, as the newest load lists them.

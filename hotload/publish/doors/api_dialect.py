@@ -26,7 +26,8 @@ class ApiDialect:
     `base_url_variable`; `key_variable` holds the key there. Headers that are "" are not sent.
     `names_are_resources` says whether a model is called `accounts/<a>/models/<m>` or just `<m>`,
     `formats` what a signal calls the delta's compression and checksum, `codec` which deltas are
-    taken, `has_control_plane` whether the vendor's description and ledger stand behind it.
+    taken, `prompt_cache_policies` whose prompts can be said to be recomputed, `has_control_plane`
+    whether the vendor's description and ledger stand behind it, its hints and its validation.
     """
 
     base_url: str = fireworks_names.BASE_URL
@@ -38,6 +39,7 @@ class ApiDialect:
     inference_prefix: str
     formats: Mapping[str, str]
     codec: DeltaCodec = "arc_v2"
+    prompt_cache_policies: tuple[str, ...] = ("all", "none", "new_session")
     has_control_plane: bool
 
 
@@ -56,6 +58,7 @@ API_DIALECTS: Mapping[ApiDialectName, ApiDialect] = {
         names_are_resources=False,
         inference_prefix="",
         formats={"compression_format": "zstd", "checksum_format": "adler32"},
+        prompt_cache_policies=("all", "new_session"),
         has_control_plane=False,
     ),
     "coreweave": ApiDialect(
@@ -71,6 +74,7 @@ API_DIALECTS: Mapping[ApiDialectName, ApiDialect] = {
             "checksumFormat": "CHECKSUM_FORMAT_ADLER32",
         },
         codec="coreweave",
+        prompt_cache_policies=("all", "none"),
         has_control_plane=False,
     ),
 }
