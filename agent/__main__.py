@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from agent.engines.transformers_serve import TransformersServe
 from agent.engines.vllm import Vllm
 from agent.fleet.log import FleetLog
 from agent.fleet.settings import add_names
+from agent.fleet.state import NAME
 from agent.loading.bucket import SnapshotBucket
 from agent.server import LOOPBACK, serve_app
 from hotload.clients.store.store import Store
@@ -44,6 +46,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         engine = _engine(arguments)
+        if not re.fullmatch(NAME, arguments.name):
+            raise ValueError(f"--name: expected {NAME}, not {arguments.name!r}")
+        if arguments.base_model is not None and not arguments.base_model.is_dir():
+            raise ValueError(f"--base-model: no directory {arguments.base_model}")
         store = Store(arguments.bucket, dict(one.split("=", 1) for one in arguments.bucket_option))
         directory = arguments.model_dir.resolve()
         directory.mkdir(parents=True, exist_ok=True)
@@ -68,19 +74,7 @@ def main() -> int:
         )
         log = FleetLog(store, arguments.account, arguments.deployment)
         app = create_agent_app(Following(replica, log, arguments.poll_seconds))
-        try:
-            serve_app(
-                app,
-                lambda url: print(f"agent: {url}", flush=True),
-                port=arguments.port,
-                host=arguments.host,
-            )
-        except KeyboardInterrupt:
-            return 0
-        except (RuntimeError, OSError) as error:
-            print(f"agent: {error}: {error.__cause__ or ''}", file=sys.stderr)
-            return 2
-    return 0
+        return serve_app("agent", app, port=arguments.port, host=arguments.host)
 
 
 def _engine(arguments: argparse.Namespace) -> ReloadingEngine:

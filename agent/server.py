@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -73,26 +74,32 @@ def bind(port: int, host: str = LOOPBACK) -> tuple[socket.socket, str]:
 
 
 def serve_app(
+    program: str,
     app: ASGIApp,
-    announce: Callable[[str], None],
     *,
     port: int,
     host: str = LOOPBACK,
     http: type[asyncio.Protocol] | str = "auto",
-) -> None:
-    """Serve until interrupted; `announce` gets the address once it answers.
+) -> int:
+    """Serve until interrupted, as `program`, which says its address once it answers.
 
-    Raises:
-        RuntimeError: the application did not start; the cause is attached.
-        OSError: the port is taken.
+    Returns 0 when it was ended, 2 when it could not start; it then says why.
     """
-    listening, url = bind(port, host)
-    with listening:
+    try:
+        listening, url = bind(port, host)
+        with listening:
 
-        def settled() -> None:
-            if server.started:
-                announce(url)
+            def settled() -> None:
+                if server.started:
+                    sys.stdout.write(f"{program}: {url}\n")
+                    sys.stdout.flush()
 
-        server = Server(app, settled, http)
-        asyncio.run(server.serve([listening]))
-    server.check_started()
+            server = Server(app, settled, http)
+            asyncio.run(server.serve([listening]))
+        server.check_started()
+    except KeyboardInterrupt:
+        return 0
+    except (RuntimeError, OSError) as error:
+        sys.stderr.write(f"{program}: {error}: {error.__cause__ or ''}\n")
+        return 2
+    return 0

@@ -74,14 +74,7 @@ def main() -> int:
         dialect=arguments.dialect,
         base_identity=arguments.base_identity,
     )
-    try:
-        run(config, lambda url: print(f"emulator: {url}", flush=True))
-    except KeyboardInterrupt:
-        return 0
-    except (RuntimeError, OSError) as error:
-        print(f"emulator: {error}: {error.__cause__ or ''}", file=sys.stderr)
-        return 2
-    return 0
+    return run(config)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -102,11 +101,7 @@ def serve(config: EmulatorConfig) -> RunningEmulator:
     return RunningEmulator(config)
 
 
-def run(config: EmulatorConfig, announce: Callable[[str], None]) -> None:
-    """Serve until interrupted; `announce` gets the address once it answers.
-
-    Raises:
-        RuntimeError: the base model cannot be loaded; the cause is attached.
-        OSError: the port is taken.
-    """
-    agent.server.serve_app(create_app(config), announce, port=config.port, http=Protocol)
+def run(config: EmulatorConfig) -> int:
+    """Serve until interrupted; 0 when it was ended, 2 when it could not start."""
+    app = create_app(config)
+    return agent.server.serve_app("emulator", app, port=config.port, http=Protocol)

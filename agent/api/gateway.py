@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from agent.failures import RefusedError, is_control_plane
 from agent.fleet.service import Fleet
@@ -110,3 +113,26 @@ async def read_object(request: Request, *, limit_bytes: int) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RefusedError(400, "body: Input should be an object")
     return body
+
+
+def make_app(routes: Sequence[Route], lifespan: Any) -> Starlette:
+    """Make the application of a service: refusals and defects in the documented shape."""
+    handlers = {HTTPException: _refuse, Exception: _confess}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods."""
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    reason = f"{request.method} {request.url.path}: not found"
+    if status == 405:
+        reason = f"{request.method} is not allowed here"
+    return RefusedError(status, reason).response(request.url.path)
+
+
+async def _confess(request: Request, error: Exception) -> Response:
+    """A defect of this program itself, said so that nobody looks for it elsewhere."""
+    reason = f"defect of the server: {type(error).__name__}: {error}"
+    return RefusedError(500, reason[:2000]).response(request.url.path)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -15,6 +18,15 @@ from agent.beside.following import Following
 from agent.failures import json_response
 from agent.fleet.report import LOOK_PATH, REPORT_PATH
 
+logger = logging.getLogger(__name__)
+
+
+def _end_with_it(work: asyncio.Task[None]) -> None:
+    """End the process with what it is there for: what starts it again begins from the disk."""
+    if not work.cancelled() and (error := work.exception()) is not None:
+        logger.error("the agent ends", exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)
+
 
 def create_agent_app(following: Following) -> Starlette:
     """Create the application of an agent; its lifespan follows the log."""
@@ -22,6 +34,7 @@ def create_agent_app(following: Following) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         work = asyncio.create_task(following.follow())
+        work.add_done_callback(_end_with_it)
         try:
             yield
         finally:

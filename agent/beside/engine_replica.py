@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from agent.beside.seal import read_seal, seal
@@ -16,7 +16,7 @@ from agent.loading.bucket import BucketError, MissingObjectError, SnapshotBucket
 from agent.loading.disk import Disk, Load
 from agent.loading.loader import Loader
 from hotload.clients.store.records import SNAPSHOTS
-from hotload.directory.files import sync_directory
+from hotload.directory.files import sha256_file, sync_directory
 from hotload.errors import ChecksumMismatchError, DeltaError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest, content_sha256
@@ -53,7 +53,7 @@ class EngineReplica(Loader):
         self.readiness = False
         self.error = "not yet looked at its engine"
         self._directory, self._bucket, self._engine = directory, bucket, engine
-        self._engine_kind, self._base = engine_kind, base
+        self._engine_kind, self._base, self._workers = engine_kind, base, workers
         self._served: Path | None = None
         self._content: str | None = None
         self._last: str | None = None
@@ -75,21 +75,23 @@ class EngineReplica(Loader):
 
     async def come_up(self) -> None:
         """Find what is whole of an earlier life, and remove the rest; the engine is told later."""
-        target = self.link.resolve() if self.link.is_symlink() else None
-        is_ours = target is not None and target.parent == (self._directory / "held").resolve()
-        digests = await self._in_thread(read_seal, target) if target and is_ours else None
-        if target is not None and digests is not None:
-            self._held = self._served = self._directory / "held" / target.name
-            self._content = content_sha256(digests)
-        elif is_ours:
-            logger.warning("%s: what was held is torn; a full snapshot is needed", self.name)
+        target = self.link.resolve() if self.link.is_symlink() else Path()
+        kept = [*(self._directory / "held").glob("*")]
+        # The one that was served, else the one before it, which goes when that is sealed.
+        for path in sorted(kept, key=lambda one: one.name != target.name):
+            digests = await self._in_thread(read_seal, path)
+            if digests is not None:
+                self._held = self._served = path
+                self._content = content_sha256(digests)
+                break
+            logger.warning("%s: %s is torn, or was not sealed", self.name, path.name)
         await self._in_thread(self._disk.forget_others, self._held)
-        if self._held is None and self._base is not None:
-            self._point_at(self._base)
+        if (directory := self._held or self._base) is not None:
+            self._point_at(directory)
 
     def catch_up(self, chain: Sequence[Load]) -> None:
         """Load what is missing of a chain, unless something is loading, or it failed before."""
-        if self._task is not None and not self._task.done():
+        if self._is_busy():
             return
         if not chain:
             if self._held is not None:
@@ -105,13 +107,17 @@ class EngineReplica(Loader):
             self.load(load)
 
     async def look_at_engine(self) -> None:
-        """See whether the engine answers with what is held, and tell it again where it does not."""
-        if self._task is not None and not self._task.done():
+        """See whether the engine answers with what is held; tell it again where it does not, and
+        nothing is loading. What is being told to it is not looked at."""
+        if self._is_telling():
             return
         try:
             version = await self._engine.version()
         except EngineError as error:
-            self.readiness, self.error = False, str(error)
+            if not self._is_telling():
+                self.readiness, self.error = False, str(error)
+            return
+        if self._is_telling():  # since it was asked
             return
         expected = (self._served.name,) if self._served else UNNAMED
         is_right = version in expected if self._engine.tells_version else self._is_told
@@ -120,29 +126,46 @@ class EngineReplica(Loader):
             self.current = self._served.name if self._served else None
             self.error = self.error if self.stage == "error" else ""
         elif self.readiness or version != self._refused or self._refused is None:
-            self.readiness, self._refused = False, version
-            self._begin(self._go_back)
+            self.readiness = False
+            if not self._is_busy():
+                self._refused = version
+                self._begin(self._go_back)
 
     # What the loader asks.
 
-    async def _weights(self, load: Load, arrived: Path) -> dict[str, str]:
-        return await self._in_thread(self._digests, load, arrived)
+    async def _may_begin(self, load: Load) -> bool:
+        await self._engine.version()  # one that is away costs no download
+        return True
+
+    async def _weights(self, load: Load, arrived: Path) -> dict[str, str] | None:
+        """Digest a full before it is served: nothing but the publisher's record tells its bytes.
+        Every tensor of a delta was held to its checksum."""
+        if load.kind is SnapshotKind.LORA:
+            raise DeltaError(load.identity, "an adapter, which no agent loads")
+        if load.kind is SnapshotKind.DELTA:
+            return None
+        return await self._in_thread(self._digests, load.identity, arrived)
 
     def _kept_beside(self, load: Load) -> Sequence[Path | None]:
         return [self._served]
 
-    async def _swap(self, weights: dict[str, str], load: Load, kept: Path) -> None:
-        await self._in_thread(seal, kept, weights)
+    async def _swap(self, weights: dict[str, str] | None, load: Load, kept: Path) -> None:
         if load.identity != self._last:
             return  # a step on the way: the engine goes to the last at once
-        self.readiness = False
+        self.readiness, before = False, (self._served, self._content)
         try:
             await self._tell(kept, load)
+            self._served, self._content = kept, None
+            self.current, self.stage, self.readiness = load.identity, "completed", True
+            self.error = ""
+            if (digests := weights) is None:
+                digests = await self._in_thread(self._digests, load.identity, kept)
+            await self._in_thread(seal, kept, digests)
         except BaseException:
+            self._served, self._content = before
             await self._go_back()
             raise
-        self._served, self._content = kept, content_sha256(weights)
-        self.current, self.stage, self.readiness, self.error = load.identity, "completed", True, ""
+        self._content = content_sha256(digests)
         await self._in_thread(self._disk.forget_others, kept)
 
     def _fail(self, load: Load, error: Exception) -> None:
@@ -157,21 +180,21 @@ class EngineReplica(Loader):
 
     # Its own.
 
-    def _digests(self, load: Load, arrived: Path) -> dict[str, str]:
+    def _digests(self, identity: str, directory: Path) -> dict[str, str]:
         """Digest every file, and hold it to the publisher's record where there is one."""
-        if load.kind is SnapshotKind.LORA:
-            raise DeltaError(load.identity, "an adapter, which no agent loads")
-        files = sorted(path for path in arrived.iterdir() if path.is_file())
-        digests = {path.name: self._disk.digests.of(path) for path in files}
+        files = sorted(path for path in directory.iterdir() if path.is_file())
+        with ThreadPoolExecutor(self._workers, "digest") as pool:
+            found = pool.map(sha256_file, files)
+            digests = {path.name: digest for path, digest in zip(files, found, strict=True)}
         try:
-            data = self._bucket.read(SNAPSHOTS, f"{load.identity}.json")
+            data = self._bucket.read(SNAPSHOTS, f"{identity}.json")
         except MissingObjectError:
             return digests
-        content = SnapshotManifest.parse(data, identity=load.identity).content
+        content = SnapshotManifest.parse(data, identity=identity).content
         for file in (*content.shards, *content.side_files):
-            found = digests.get(file.file, "no such file")
-            if found != file.sha256:
-                raise ChecksumMismatchError(f"{load.identity}/{file.file}", found, file.sha256)
+            digest = digests.get(file.file, "no such file")
+            if digest != file.sha256:
+                raise ChecksumMismatchError(f"{identity}/{file.file}", digest, file.sha256)
         return digests
 
     async def _tell(self, directory: Path, load: Load) -> None:
@@ -207,6 +230,12 @@ class EngineReplica(Loader):
         self.stage, self.target, self.error = "idle", "", ""
         await self._go_back()
         await self._in_thread(self._disk.forget_others)
+
+    def _is_busy(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def _is_telling(self) -> bool:
+        return self._is_busy() and not self._is_told
 
     def _point_at(self, directory: Path) -> None:
         partial = self.link.with_name(f".current.{secrets.token_hex(4)}")

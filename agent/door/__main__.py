@@ -59,19 +59,7 @@ def main() -> int:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        serve_app(
-            create_door(config, store),
-            lambda url: print(f"door: {url}", flush=True),
-            port=arguments.port,
-            host=arguments.host,
-        )
-    except KeyboardInterrupt:
-        return 0
-    except (RuntimeError, OSError) as error:
-        print(f"door: {error}: {error.__cause__ or ''}", file=sys.stderr)
-        return 2
-    return 0
+    return serve_app("door", create_door(config, store), port=arguments.port, host=arguments.host)
 
 
 def _canary(arguments: argparse.Namespace) -> CanaryRule | None:

@@ -108,8 +108,8 @@ class AgentFleet:
     async def forget(self) -> None:
         """Carry out operation D: every agent goes to the base model, where it knows one."""
         for _ in range(TURNS):
-            await self.look()
-            if await self._write(FleetEvent(event="reset", at=utc_now())):
+            state, _ = await self.look()
+            if await self._write(FleetEvent(event="reset", at=utc_now()), state):
                 break
         await nudge(self._client, await self.config.addresses.all())
 
@@ -146,7 +146,7 @@ class AgentFleet:
             identity=event.identity,
             reason=reason,
         )
-        if await self._write(word):
+        if await self._write(word, state):
             await nudge(self._client, await self.config.addresses.all())
 
     async def _accept(self, signal: Signal) -> bool:
@@ -187,7 +187,7 @@ class AgentFleet:
             transition=self.config.transition,
             canaries=self.config.canary.choose(believed) if self.config.canary else (),
         )
-        if not await self._write(event):
+        if not await self._write(event, state):
             return False
         try:
             await self._log.prune({one.report.current for one in believed})
@@ -211,9 +211,9 @@ class AgentFleet:
             raise RefusedError(503, f"{found}, {self._needed(len(seen))} are needed. {problems}")
         return believed
 
-    async def _write(self, event: FleetEvent) -> bool:
+    async def _write(self, event: FleetEvent, state: FleetState) -> bool:
         try:
-            return await self._log.append(event)
+            return await self._log.append(event, after=state)
         except StoreError as error:
             raise RefusedError(503, f"the store: {error}") from None
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from agent.api.gateway import go_on, operation
+from agent.api.gateway import go_on, make_app, operation
 from agent.api.hot_load import ROUTES
 from agent.door.agent_fleet import AgentFleet, DoorConfig
 from agent.door.canary import CanaryRule
@@ -50,9 +50,7 @@ def create_door(config: DoorConfig, store: Store) -> Starlette:
         return json_response({"agents": shown})
 
     routes = [*ROUTES, Route("/door/agents", list_agents, methods=["GET"])]
-    app = Starlette(routes=routes, lifespan=lifespan)
-    app.router.redirect_slashes = False
-    return app
+    return make_app(routes, lifespan)
 
 
 async def _watch(fleet: AgentFleet, rule: CanaryRule) -> None:

@@ -59,9 +59,9 @@ def doubt(
 ) -> list[SeenAgent]:
     """Hold the agents' words to the ledger, to the digest of what an identity stands for, and where
     nobody recorded one, to each other's: of those that differ, none is believed."""
-    told: dict[str | None, set[str | None]] = {}
+    told: dict[str | None, set[str]] = {}
     for one in agents:
-        if one.is_believed:
+        if one.is_believed and one.report.content_sha256:
             told.setdefault(one.report.current, set()).add(one.report.content_sha256)
     return [
         replace(one, problem=problem) if (problem := _doubt(one, state, content_of, told)) else one
@@ -73,13 +73,15 @@ def _doubt(
     seen: SeenAgent,
     state: FleetState,
     content_of: Mapping[str, str | None],
-    told: Mapping[str | None, set[str | None]],
+    told: Mapping[str | None, set[str]],
 ) -> str:
     report, current = seen.report, seen.report.current
     if not seen.is_believed or current is None:
         return ""
     if state.ledger.get(current) is None:
         return f"serves {current}, which was not signalled here"
+    if report.content_sha256 is None:  # told as soon as it has digested what it serves
+        return ""
     if expected := content_of.get(current):
         is_it = report.content_sha256 == expected
         return "" if is_it else f"serves other bytes than {current} stands for"

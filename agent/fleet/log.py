@@ -27,28 +27,24 @@ class FleetLog:
         Raises:
             StoreError: the store does not answer, or an entry is no event.
         """
-        numbers = await self._log.numbers()
-        known = self._events
-        self._events = {number: known[number] for number in numbers if number in known}
+        numbers, known = await self._log.numbers(), self._events
+        events = {number: known[number] for number in numbers if number in known}
         for number in numbers:
-            if number not in self._events:
+            if number not in events:
                 path = self._log.path(number)
                 data = await self._store.read_bytes(path, limit_bytes=EVENT_LIMIT_BYTES)
-                self._events[number] = FleetEvent.parse_stored(data, path)
-        return FleetState.of(self._events[number] for number in numbers)
+                events[number] = FleetEvent.parse_stored(data, path)
+        self._events = events
+        return FleetState.of((events[number] for number in numbers), max(numbers, default=0))
 
-    async def append(self, event: FleetEvent) -> bool:
-        """Add an event after those that were read; False where another came first.
+    async def append(self, event: FleetEvent, *, after: FleetState) -> bool:
+        """Add the event that follows a state; False where another came first.
 
         Raises:
             StoreError: as `Store.create_bytes`.
         """
-        number = max(self._events, default=0) + 1
-        data = event.model_dump_json().encode()
-        if not await self._store.create_bytes(data, self._log.path(number)):
-            return False
-        self._events[number] = event
-        return True
+        path = self._log.path(after.number + 1)
+        return await self._store.create_bytes(event.model_dump_json().encode(), path)
 
     async def prune(self, served: Collection[str | None]) -> None:
         """Remove what lies before all that is served, and before the chain that all are to serve.
@@ -56,7 +52,7 @@ class FleetLog:
         Raises:
             StoreError: as `Store.delete_file`.
         """
-        chain = FleetState.of(self._events[number] for number in sorted(self._events)).chain_for("")
+        chain = (await self.read()).chain_for("")
         needed = {load.identity for load in chain}.union(served)
         numbers = [number for number, one in self._events.items() if one.identity in needed]
         if chain:

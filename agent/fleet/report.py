@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, StrictBool
 
 from agent.fleet.state import NAME
+from agent.loading.loader import replica_entry
 from hotload.records import Record, Sha256
 
 REPORT_LIMIT_BYTES = 64 << 10
@@ -15,7 +16,7 @@ REPORT_PATH, LOOK_PATH = "/agent", "/agent/look"
 
 class AgentReport(Record):
     """Name, stage and identity of one agent; `content_sha256` names the bytes that it serves from,
-    as `hotload.publish.snapshot` names a checkpoint's content."""
+    as `hotload.publish.snapshot` names a checkpoint's content, once it has digested them."""
 
     name: str = Field(pattern=NAME)
     engine: str
@@ -28,11 +29,4 @@ class AgentReport(Record):
 
     def replica(self) -> dict[str, Any]:
         """Show it as an entry of `replicas` (protocol §5)."""
-        state = {"stage": self.stage}
-        if self.target:
-            state["target_snapshot_identity"] = self.target
-        return {
-            "readiness": self.readiness,
-            "current_snapshot_identity": self.current,
-            "loading_state": state,
-        }
+        return replica_entry(self.readiness, self.current, self.stage, self.target)

@@ -52,15 +52,16 @@ class FleetState:
     followed by no other.
     """
 
+    number: int
     ledger: Ledger = field(default_factory=lambda: Ledger(adapter_slots=0))
     canary: FleetEvent | None = None
     withdrawn: FleetEvent | None = None
     _standing: list[Load] = field(default_factory=list)
 
     @classmethod
-    def of(cls, events: Iterable[FleetEvent]) -> FleetState:
-        """Read events in their order."""
-        state = cls()
+    def of(cls, events: Iterable[FleetEvent], number: int) -> FleetState:
+        """Read events in their order; `number` is that of the last."""
+        state = cls(number)
         for event in events:
             state._take(event)
         return state

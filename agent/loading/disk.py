@@ -14,8 +14,8 @@ from agent.loading.bucket import MissingObjectError, SnapshotBucket
 from agent.loading.checkpoint_files import shard_names
 from hotload.checkpoint.names import ADAPTER_CONFIG_FILE, INDEX_FILE
 from hotload.checkpoint.safetensors import SHARD_SUFFIX
-from hotload.delta.ordered_threads import Workers
-from hotload.directory.files import FileDigests, copy_file, remove_tree
+from hotload.delta.ordered_threads import Workers, for_each_shard
+from hotload.directory.files import copy_file, remove_tree
 from hotload.directory.shards import apply_file
 from hotload.errors import DeltaError
 from hotload.identity import SnapshotKind
@@ -42,7 +42,6 @@ class Disk:
 
     def __init__(self, directory: Path, bucket: SnapshotBucket, *, workers: int = 1) -> None:
         self._directory, self._bucket, self._workers = directory, bucket, workers
-        self.digests = FileDigests()
         directory.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, load: Load) -> Path:
@@ -80,13 +79,16 @@ class Disk:
         merged.mkdir(parents=True)
         if (arrived / INDEX_FILE).read_bytes() != (held / INDEX_FILE).read_bytes():
             raise DeltaError(INDEX_FILE, "differs from that of the previous snapshot")
-        pool = Workers(self._workers, 1) if self._workers > 1 else None
-        try:
-            for name in shard_names(held):
-                self._merge_shard(load, held / name, arrived / name, merged / name, pool)
-        finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
+
+        def merge_shard(name: str, pool: Workers | None = None, on_bytes: object = None) -> None:
+            self._merge_shard(load, held / name, arrived / name, merged / name, pool)
+
+        names = shard_names(held)
+        if self._workers == 1:
+            for name in names:  # in their order, and none begun after one that failed
+                merge_shard(name)
+        else:
+            for_each_shard(names, merge_shard, workers=self._workers, total_bytes=0, progress=None)
         for path in arrived.iterdir():
             if not path.name.endswith(SHARD_SUFFIX):
                 copy_file(path, merged / path.name)
@@ -125,4 +127,4 @@ class Disk:
         out: Path,
         pool: Workers | None,
     ) -> None:
-        self.digests.note(out, apply_file(base, delta, out, pool=pool))
+        apply_file(base, delta, out, pool=pool, with_sha256=False)

@@ -24,6 +24,20 @@ LOOKS = 3  # a file that is not visible is looked for so often
 Result = TypeVar("Result")
 
 
+def replica_entry(
+    readiness: bool, current: str | None, stage: str, target: str | None
+) -> dict[str, Any]:
+    """Make an entry of `replicas` (protocol §5)."""
+    state = {"stage": stage}
+    if target:
+        state["target_snapshot_identity"] = target
+    return {
+        "readiness": readiness,
+        "current_snapshot_identity": current,
+        "loading_state": state,
+    }
+
+
 class Loader:
     """Loads what it is told, one after the other, and says how far it is. Lives in the event loop.
 
@@ -59,14 +73,7 @@ class Loader:
 
     def render(self) -> dict[str, Any]:
         """Show the replica as an entry of `replicas` (protocol §5)."""
-        state: dict[str, Any] = {"stage": self.stage}
-        if self.target:
-            state["target_snapshot_identity"] = self.target
-        return {
-            "readiness": self.readiness,
-            "current_snapshot_identity": self.current,
-            "loading_state": state,
-        }
+        return replica_entry(self.readiness, self.current, self.stage, self.target)
 
     # For the class with an engine.
 

@@ -6,13 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
+from agent.api.gateway import make_app
 from agent.api.hot_load import ACCOUNT, ROUTES
-from agent.failures import RefusedError
 from emulator.api import coreweave_door, deployed_models, extensions, plain_door
 from emulator.api.gateway import ordered
 from emulator.api.inference import infer, list_models
@@ -74,22 +71,4 @@ def create_app(config: EmulatorConfig) -> Starlette:
         Route("/emulator/replicas", extensions.change_replicas, methods=["POST"]),
         Route("/emulator/tick", extensions.tick, methods=["POST"]),
     ]
-    handlers = {HTTPException: _refuse, Exception: _confess}
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
-    app.router.redirect_slashes = False
-    return app
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, in the documented shape."""
-    status = error.status_code if isinstance(error, HTTPException) else 404
-    reason = f"{request.method} {request.url.path}: not found"
-    if status == 405:
-        reason = f"{request.method} is not allowed here"
-    return RefusedError(status, reason).response(request.url.path)
-
-
-async def _confess(request: Request, error: Exception) -> Response:
-    """A defect of the emulator itself, said so that nobody looks for it elsewhere."""
-    reason = f"defect of the emulator: {type(error).__name__}: {error}"
-    return RefusedError(500, reason[:2000]).response(request.url.path)
+    return make_app(routes, lifespan)

@@ -243,16 +243,18 @@ def apply_file(
     *,
     envelope: Envelope = ARC_V2,
     pool: Workers | None = None,
+    with_sha256: bool = True,
 ) -> str:
-    """Write the shard that `delta` makes of `base` at `out`, and return its SHA-256; `out` may
-    be `base`.
+    """Write the shard that `delta` makes of `base` at `out`, and return its SHA-256 if asked for;
+    `out` may be `base`.
 
     Raises:
         InvalidCheckpointError: the base cannot be read.
         DeltaError: the delta cannot be read or applied; also ChecksumMismatchError.
     """
     with open_shard(base) as old, open_delta_shard(delta) as change, replacing_file(out) as file:
-        return apply_shard(old, old.header, payloads_on(old, change, envelope), file, pool=pool)
+        found = payloads_on(old, change, envelope)
+        return apply_shard(old, old.header, found, file, pool=pool, with_sha256=with_sha256)
 
 
 def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hotload.publish.fireworks_api import delta_metadata
 from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
 from tests.emulator.conftest import Publisher
 from tests.servers import LoopbackServer
@@ -37,6 +38,7 @@ class RunningAgent:
     engine: TinyEngine
     directory: Path
     process: LoopbackServer
+    is_killed: bool = False
 
     def report(self) -> dict[str, Any]:
         """What it says of itself."""
@@ -47,11 +49,13 @@ class RunningAgent:
     def kill(self) -> None:
         """End it as a crash does."""
         self.process.stop()
+        self.is_killed = True
 
     def start(self) -> None:
         """Start it again, where it was."""
         self.process.start()
         self.process.wait()
+        self.is_killed = False
 
     def log(self) -> str:
         """What it has written."""
@@ -90,7 +94,7 @@ class Place:
         self.stack.callback(process.stop)
         running = RunningAgent(name, engine, directory, process)
         self.agents.append(running)
-        running.start()
+        process.start()  # nobody waits for it: doors and tests look until it answers
         return running
 
     def open_door(self, *options: str, agents: list[RunningAgent] | None = None) -> None:
@@ -108,6 +112,9 @@ class Place:
         self.stack.callback(self.door.stop)
         self.door.start()
         self.door.wait()
+        for one in asked:
+            if not one.is_killed:
+                one.process.wait()
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
         """Ask the door, with a key and the right names."""
@@ -119,11 +126,7 @@ class Place:
     def signal(self, identity: str, previous: str | None = None, **fields: Any) -> httpx.Response:
         body: dict[str, Any] = {"identity": identity, **fields}
         if previous is not None:
-            body["incremental_snapshot_metadata"] = {
-                "previous_snapshot_identity": previous,
-                "compression_format": "arc_v2",
-                "checksum_format": "alder32",
-            }
+            body |= delta_metadata(previous)
         return self.ask("POST", HOT_LOAD, body)
 
     def replicas(self) -> list[dict[str, Any]]:

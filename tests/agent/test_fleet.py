@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
 from tests.scripted_server import JSON, http
 from tests.waiting import wait_until
 
@@ -41,14 +42,11 @@ def test_a_chain_reaches_every_engine(two: Any) -> None:
     assert (described["desiredReplicaCount"], described["state"]) == (2, "READY")
 
 
-LEDGER = "/v1/accounts/local/deployments/rollouts/ledger"
-
-
 @pytest.mark.parametrize("names", [{"fireworks-model": "accounts/local/models/other"}, {}])
 def test_no_wrong_name_is_let_in(two: Any, names: dict[str, str]) -> None:
     two.publisher.full("a")
     if names:
-        answer = two.ask("POST", "/hot_load/v1/models/hot_load", {"identity": "a"}, **names)
+        answer = two.ask("POST", HOT_LOAD, {"identity": "a"}, **names)
     else:
         answer = two.ask("GET", "/v1/accounts/local/deployments/other")
     assert answer.status_code == 404
@@ -64,6 +62,7 @@ def test_a_late_joiner_replays_the_chain_and_tells_its_engine_once(two: Any) -> 
     two.load("b", "a")
     two.load("c", "b")
     late = two.agent("late")
+    late.process.wait()
     wait_until(lambda: late.report()["current"] == "c" and late.report()["readiness"])
     two.check("c", late)
     told = [body["name"] for path, body in late.engine.calls if path == "/reload"]
@@ -89,6 +88,23 @@ def test_an_agent_killed_in_an_apply_goes_on_when_it_is_started_again(two: Any) 
     two.publisher.delta("c", "b", seed=5)
     two.load("c", "b")
     two.check("c")
+
+
+def test_an_agent_killed_at_any_moment_converges(two: Any) -> None:
+    left, right = two.agents
+    two.publisher.full("v0")
+    two.load("v0")
+    for number in range(1, 5):
+        identity, previous = f"v{number}", f"v{number - 1}"
+        two.publisher.delta(identity, previous, seed=number)
+        before = len(left.engine.calls)
+        assert two.signal(identity, previous).status_code == 200
+        # As soon as it has asked its engine so often since: before, in and after the load.
+        wait_until(lambda: len(left.engine.calls) >= before + number - 1)  # noqa: B023
+        left.kill()
+        left.start()
+        wait_until(lambda: two.served() == [identity] * 2)  # noqa: B023
+        two.check(identity, left, right)
 
 
 def test_what_was_torn_on_disk_is_found_and_mended_by_a_full(two: Any) -> None:
@@ -237,6 +253,26 @@ def test_of_two_identities_signalled_at_once_one_is_let_in(two: Any) -> None:
     two.check(accepted)
 
 
+def test_of_two_doors_one_lets_a_signal_in(two: Any) -> None:
+    first, two.door = two.door, None
+    two.open_door()
+    doors = [first.address, two.door.address]
+    two.publisher.full("a")
+    two.publisher.full("b", seed=6)
+
+    def signal(number: int) -> httpx.Response:
+        headers = {"authorization": "Bearer key", **NAMES}
+        body = {"identity": "ab"[number]}
+        return httpx.post(f"{doors[number]}{HOT_LOAD}", json=body, headers=headers, timeout=60)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        codes = [answer.status_code for answer in pool.map(signal, (0, 1))]
+    assert sorted(codes) == [200, 400]
+    accepted = "ab"[codes.index(200)]
+    wait_until(lambda: two.served() == [accepted] * 2)
+    two.check(accepted)
+
+
 def test_a_door_without_agents_takes_no_signal(place: Any) -> None:
     gone = place.agent("gone")
     place.open_door()
@@ -364,10 +400,10 @@ def test_a_canary_that_fails_its_gate_never_reaches_the_rest(
 
 
 def test_one_directory_has_one_agent(place: Any) -> None:
-    first = place.agent("first")
-    second = place.agent("second")
+    first, second = place.agent("first"), place.agent("second")
+    first.process.wait()
     second.kill()
-    shutil.rmtree(second.directory)
+    shutil.rmtree(second.directory, ignore_errors=True)
     second.directory.symlink_to(first.directory)
     with pytest.raises(RuntimeError, match="another agent has"):
         second.start()

@@ -1,0 +1,74 @@
+"""One replica and its engine, in this process: what it says while it loads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.beside.engine_replica import EngineReplica
+from agent.engines.declared import DeclaredServer
+from agent.loading.bucket import SnapshotBucket
+from agent.loading.disk import Load
+from hotload.identity import SnapshotKind
+from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
+from tests.waiting import until
+
+pytestmark = pytest.mark.server
+
+
+class SlowBucket(SnapshotBucket):
+    """A bucket that sends nothing until it may."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, {})
+        self.asked, self.may_send = threading.Event(), threading.Event()
+
+    def download(self, identity: str, file: str, target: Path) -> None:
+        self.asked.set()
+        self.may_send.wait(60)
+        super().download(identity, file, target)
+
+
+@pytest.fixture
+def engine(place: Any) -> Iterator[TinyEngine]:
+    with tiny_engine() as running:
+        running.restart(place.publisher.base)
+        yield running
+
+
+async def test_an_engine_that_goes_during_a_download_is_not_ready(
+    place: Any, engine: TinyEngine
+) -> None:
+    bucket = SlowBucket(str(place.publisher.bucket))
+    call = 'POST /reload {"path": "{directory}", "name": "{identity}"}'
+    server = DeclaredServer(engine.url, call, "GET /info weight_version")
+    with ThreadPoolExecutor(1) as threads:
+        base, directory = place.publisher.base, place.root / "one"
+        replica = EngineReplica(
+            "one", directory, bucket, threads, server, engine_kind="command", base=base
+        )
+        await replica.come_up()
+        await replica.look_at_engine()
+        assert replica.report().readiness
+        place.publisher.full("a")
+        replica.catch_up([Load("a", SnapshotKind.FULL, None)])
+        assert await asyncio.to_thread(bucket.asked.wait, 60)
+        engine.refuses = {"/info"}
+        await replica.look_at_engine()
+        assert not replica.report().readiness
+        engine.refuses = set()
+        await replica.look_at_engine()
+        assert (replica.report().readiness, replica.report().stage) == (True, "downloading")
+        bucket.may_send.set()
+
+        async def is_served() -> bool:
+            return replica.report().current == "a"
+
+        await until(is_served)
+    assert engine.serves == digests(place.publisher.checkpoint("a"))
