@@ -63,6 +63,18 @@ async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:
     assert frame.height == 10
 
 
+async def test_rolled_out_in_processes(tmp_path: Path) -> None:
+    spec, url = spec_in(tmp_path, is_warm=True), store_in(tmp_path)
+    sampling = spec.sampling.model_copy(update={"processes": 2})
+    async with ScriptedServer(http(GOOD)).running() as script:
+        several = spec.model_copy(update={"sampling": sampling})
+        summary = await rolled_out(several, url, script.port)
+        # One process finds what several have left.
+        assert await rolled_out(spec, url, script.port) == summary
+        assert len(script.requests) == 10
+    assert (summary.group_count, summary.sample_count, summary.mean_reward) == (5, 10, 1.0)
+
+
 async def test_a_refused_key_stops_the_flow(tmp_path: Path) -> None:
     async with ScriptedServer(http(b"", 401)).running() as script:
         url = store_in(tmp_path)

@@ -76,6 +76,10 @@ class Sampler:
         """Requests that are in flight now."""
         return self._slots.window.in_flight
 
+    def wake(self) -> None:
+        """Let requests go that wait for a slot: the window has become wider from outside."""
+        self._slots.wake()
+
     def end_step(self) -> StepReport:
         """Report what the window did since the last step ended."""
         return self._slots.window.end_step()
