@@ -89,7 +89,10 @@ async def sample(spec: CycleSpec, url: str, root: Path) -> dict[str, Any]:
             ends[share] = time.perf_counter() - begun_at
 
         await overlap(carry(part.number) for part in plan.parts)
-        seconds, cpu = time.perf_counter() - begun_at, used() - cpu
+        seconds, cpu = (
+            time.perf_counter() - begun_at,
+            [b - a for a, b in zip(cpu, used(), strict=True)],
+        )
         summary = carrier.manifest(is_complete=True).summary
     if summary.failed_samples or summary.group_count != plan.problem_count:
         raise SystemExit(f"{summary.group_count} groups, failed: {summary.failed_samples}")
@@ -97,29 +100,29 @@ async def sample(spec: CycleSpec, url: str, root: Path) -> dict[str, Any]:
     return {"start": start, "seconds": seconds, "cpu": cpu, "ends": ends, "summary": summary}
 
 
-def used() -> float:
-    """CPU seconds of this process and of those it samples in."""
+def used() -> tuple[float, float]:
+    """CPU seconds of this process, and of those it samples in."""
     here = psutil.Process()
-    taken = [
-        one.cpu_times() for one in (here, *here.children()) if "stub" not in str(one.cmdline())
-    ]
-    return sum(one.user + one.system for one in taken)
+    others = [one for one in here.children() if "stub" not in str(one.cmdline())]
+    mine, *theirs = (one.cpu_times() for one in (here, *others))
+    return mine.user + mine.system, sum(one.user + one.system for one in theirs)
 
 
 def compare(options: argparse.Namespace, url: str, root: Path) -> float:
     """Print the turns; the median of how many times faster several processes are than one."""
     total, gains = options.problems * options.samples, []
     window = {"mode": "fixed", "initial_window": options.in_flight}
-    print("  turn  processes  samples/s  ms CPU a sample  s to begin")
+    print("  turn  processes  samples/s  ms CPU here, there  s to begin")
     for turn in range(options.turns):
         rates = []
         for side, count in enumerate((1, options.processes)):
             spec = spec_of(options, root, 2 * turn + side, count, window)
             taken = asyncio.run(sample(spec, url, root))
             rates.append(total / taken["seconds"])
-            cpu = 1e3 * taken["cpu"] / total
+            here, there = (1e3 * one / total for one in taken["cpu"])
             print(
-                f"{turn + 1:6}{count:11}{rates[-1]:11.0f}{cpu:17.2f}{taken['start']:12.2f}",
+                f"{turn + 1:6}{count:11}{rates[-1]:11.0f}{here:14.2f}{there:8.2f}"
+                f"{taken['start']:12.2f}",
                 flush=True,
             )
         gains.append(rates[1] / rates[0])

@@ -21,12 +21,13 @@ from hotload.errors import RewardError, RolloutsFailedError, StoreError
 from hotload.sampling.part_carrier import Together
 from hotload.sampling.problems import plan_rollouts
 from hotload.sampling.processes import coordinator
+from hotload.sampling.processes.child import ProcessLostError
 from hotload.sampling.processes.coordinator import RolloutProcesses, open_processes
 from hotload.sampling.rollout import SampledService
 from hotload.sampling.watch_versions import Stamp
 from hotload.spec import CycleSpec
 from tests.blocks.scripted_inference import IDENTITY, KEY, NO_IDS, client, saying
-from tests.scripted_server import Reply, Request, ScriptedServer
+from tests.scripted_server import Reply, Request, ScriptedServer, never
 from tests.signals import signals_are_heard
 from tests.tasks.bench import Bench, carry_all, playing, replying, right_and_wrong
 from tests.waiting import until
@@ -165,6 +166,20 @@ async def test_a_process_that_is_lost_again_and_again(
         async with processes(bench, spec, saying("ab")) as (rollout, _):
             await carry_all(rollout)
     assert not {child for child in psutil.Process().children() if "worker" in str(child.cmdline())}
+
+
+async def test_nothing_is_started_again_once_the_rollout_has_ended(bench: Bench) -> None:
+    spec = bench.spec(2, problems_per_task=1)
+    async with processes(bench, spec, never) as (rollout, server):
+        carrying = asyncio.create_task(carry_all(rollout))
+
+        async def is_asked() -> bool:
+            return bool(server.requests)
+
+        await until(is_asked)
+    with pytest.raises(ProcessLostError):
+        await carrying
+    assert not any(map(psutil.pid_exists, pids(rollout)))
 
 
 async def test_rows_that_fail_are_counted_over_all_processes(bench: Bench) -> None:

@@ -91,18 +91,20 @@ class SamplingProcess:
             self._stdin.write(pickle.dumps(message))
 
     async def _listen(self) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
-            while True:
-                kind, *values = await read_message(self._stdout)
-                if kind in ("answer", "error"):
-                    self._settle(*values, is_error=kind == "error")
-                else:
-                    self._take(kind, tuple(values))
-        self._kill()  # it may have closed its output alone
-        code = await self._child.wait()
-        self.lost = ProcessLostError(f"signal {-code}" if code < 0 else f"exit code {code}")
-        for number in list(self._waiting):
-            self._settle(number, self.lost, is_error=True)
+        try:
+            with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+                while True:
+                    kind, *values = await read_message(self._stdout)
+                    if kind in ("answer", "error"):
+                        self._settle(*values, is_error=kind == "error")
+                    else:
+                        self._take(kind, tuple(values))
+        finally:  # whatever it was: nobody waits for ever
+            self._kill()  # it may have closed its output alone
+            code = await self._child.wait()
+            self.lost = ProcessLostError(f"signal {-code}" if code < 0 else f"exit code {code}")
+            for number in list(self._waiting):
+                self._settle(number, self.lost, is_error=True)
 
     def _settle(self, number: int, value: Any, *, is_error: bool) -> None:
         answer = self._waiting.get(number)
@@ -114,8 +116,9 @@ class SamplingProcess:
             answer.set_result(value)
 
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL)
+        if self.lost is None:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)
 
     async def end(self) -> None:
         """Have it give up what is under way and write what has ended; after a minute it is killed,

@@ -57,6 +57,7 @@ class _Place:
         self._process: SamplingProcess | None = None
         self._starting = asyncio.Lock()
         self._losses = 0
+        self._has_ended = False
 
     async def process(self) -> SamplingProcess:
         """Return the process with its rollout open.
@@ -92,9 +93,10 @@ class _Place:
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """Return the answer to a call, of another process if one is lost over it."""
-        while True:
+        while not self._has_ended:
             with suppress(ProcessLostError):
                 return await (await self.process()).ask(method, *arguments)
+        raise ProcessLostError("its rollout has ended")
 
     def tell(self, method: str, *arguments: Any, **known: Any) -> None:
         """Make a call without waiting; `known` is what a process knows from its start instead."""
@@ -103,7 +105,8 @@ class _Place:
             self._process.tell(method, *arguments)
 
     async def end(self) -> None:
-        """End the process."""
+        """End the process, and start no other."""
+        self._has_ended = True
         if self._process is not None:
             await self._process.end()
 
