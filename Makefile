@@ -17,7 +17,7 @@ STEPS := 1
 LESSON := even_numbers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train oracles families strangers conformance fuzz lock golden deploy wheel clean
+.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train tinker oracles families strangers engines conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -97,9 +97,13 @@ postgres: install  ## the ways in and a cycle with PostgreSQL behind Prefect (De
 test-stores: install  ## the store tests again, against Ceph's radosgw (Debian: ceph-mon ceph-osd radosgw)
 	$(PY) -m tests.radosgw $(PY) -m pytest tests/blocks -m stores
 
-test-train: .trainers-venv/installed  ## the trainers, with torch and transformers: the properties of both, one against the other
+test-train: .trainers-venv/installed  ## the trainers, with torch and transformers: the properties of both, one against the other; wandb, offline
 	HF_HUB_OFFLINE=1 .trainers-venv/bin/$(ORACLES) tests/trainers/test_trainers.py \
-		tests/trainers/test_torch_trainer.py tests/trainers/test_router_replay.py
+		tests/trainers/test_torch_trainer.py tests/trainers/test_router_replay.py \
+		tests/trainers/test_wandb.py
+
+tinker: .tinker-venv/installed  ## the tinker client and SkyRL's server: adapter, probe, states, the loop; 7 GB, ten minutes
+	.tinker-venv/bin/python -m pytest -c tests/tinker/pytest.ini tests/tinker
 
 ORACLES := python -m pytest -c tests/oracles/pytest.ini
 oracles: .oracle-venv/installed .trainers-venv/installed  ## our bytes in the vendor's own package, our batches and losses in TRL, verl and torch
@@ -115,6 +119,9 @@ families: install .families-venv/installed  ## model families in miniature: doct
 
 strangers: install .strangers-venv/installed  ## the vendor's SDK, its typed client and openai against the emulator
 	.strangers-venv/bin/python -m pytest -c tests/strangers/pytest.ini tests/strangers --ours $(PY)
+
+engines: .engines-venv/installed  ## llama.cpp's server, and the classes of vLLM and SGLang, against our rollout client
+	.engines-venv/bin/python -m pytest -c tests/engines/pytest.ini tests/engines
 
 # The implementations on trial together in each environment: each is tried alone, and with the others.
 ADAPTERS := tests/conformance/adapters
@@ -208,6 +215,15 @@ $(VENV)/installed: $(VENV)/locked pyproject.toml
 		-r tests/strangers/requirements.txt
 	@touch $@
 
+.engines-venv/installed: tests/engines/requirements.txt tests/engines/requirements-alone.txt
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… engines' >&2; exit 1; }
+	$(PYTHON) -m venv .engines-venv
+	.engines-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/engines/requirements.txt
+	.engines-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		-r tests/engines/requirements-alone.txt
+	@touch $@
+
 # cwtrain asks for 3.12; pyenv keeps its Pythons where no PATH finds them.
 PYTHON312 ?= $(shell for python in python3.14 python3.13 python3.12 python3 \
 	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do \
@@ -218,6 +234,14 @@ PYTHON312 ?= $(shell for python in python3.14 python3.13 python3.12 python3 \
 	$(PYTHON312) -m venv .cwtrain-venv
 	.cwtrain-venv/bin/python -m pip install --disable-pip-version-check --quiet \
 		-r tests/oracles/requirements-cwtrain.txt
+	@touch $@
+
+# So does SkyRL.
+.tinker-venv/installed: tests/tinker/requirements.txt
+	@test -n "$(PYTHON312)" || { echo 'No Python >= 3.12 found: make PYTHON312=… tinker' >&2; exit 1; }
+	$(PYTHON312) -m venv .tinker-venv
+	.tinker-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/tinker/requirements.txt
 	@touch $@
 
 # verl takes no 3.13.

@@ -32,7 +32,8 @@ from hotload.clients.inference.client import InferenceClient
 from hotload.options import Concurrency, Sampling
 from hotload.publish import fireworks_names
 from hotload.rollout import completions_api
-from hotload.rollout.completions_api import first_request
+from hotload.rollout.engines.fireworks import sample_body
+from hotload.rollout.request import first_request
 from hotload.rollout.trajectory import Problem
 
 BAR_OF_HAND, BAR_OF_OPENAI = 0.85, 5.0
@@ -100,7 +101,7 @@ async def by_hand(url: str, options: argparse.Namespace, count: int) -> Sampled:
             request = first_request(
                 problem, 0, sampling=sampling, identity=IDENTITY, policy_version=1
             )
-            body = completions_api.sample_body(request, MODEL)
+            body = sample_body(request, MODEL)
             answer = completions_api.Answer(sampling, problem.prompt)
             chunks = Chunks(answer)
             async with session.post(target, data=orjson.dumps(body)) as response:

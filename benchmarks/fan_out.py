@@ -35,7 +35,8 @@ async def by_hand(url: str, spec: Any, problems: Any) -> int:
 
     from hotload.publish import fireworks_names
     from hotload.rollout import completions_api
-    from hotload.rollout.completions_api import first_request
+    from hotload.rollout.engines.fireworks import sample_body
+    from hotload.rollout.request import first_request
 
     gate = asyncio.Semaphore(spec.sampling.concurrency.initial_window)
     model = fireworks_names.model_name(NAMES["account_id"], NAMES["model_id"])
@@ -54,7 +55,7 @@ async def by_hand(url: str, spec: Any, problems: Any) -> int:
             request = first_request(
                 problem, number, sampling=sampling, identity=IDENTITY, policy_version=0
             )
-            content = orjson.dumps(completions_api.sample_body(request, model))
+            content = orjson.dumps(sample_body(request, model))
             answer, events = completions_api.Answer(sampling, None), completions_api.EventStream()
             target = url + fireworks_names.COMPLETIONS_PATH
             async with gate, session.post(target, data=content) as response:

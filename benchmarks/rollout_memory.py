@@ -25,7 +25,8 @@ from hotload.clients.store import Store
 from hotload.concurrently import overlap
 from hotload.dataset.rollout_plan import plan_rollout
 from hotload.rollout.breaker import Breaker
-from hotload.rollout.completions_api import Answer, Request, first_request
+from hotload.rollout.completions_api import Answer
+from hotload.rollout.request import Request, first_request
 from hotload.rollout.trajectory import Problem
 from hotload.sampling.reward.scorer import open_scorer
 from hotload.sampling.rollout import Rollout

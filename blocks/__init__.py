@@ -28,7 +28,10 @@ __all__ = [
     "server_door",
 ]
 
-START = "start one with `prefect server start`, or set PREFECT_API_URL to one that runs"
+START = (
+    "start one with `env $(cat deployments/sqlite.env) prefect server start`, or set "
+    "PREFECT_API_URL to one that runs"
+)
 KEY = "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY as this server asks for it"
 SERVER = "Prefect server"
 SERVER_FAILURES = (httpx.HTTPError,)

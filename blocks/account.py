@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, Field, SecretStr, field_validator
+from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from hotload.clients.access import RESOURCE_ID, Access, check_origin
 from hotload.publish import fireworks_names
 from hotload.publish.api_dialect import ApiDialectName
+
+MODEL_ID = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 
 
 class InferenceAccount(Block):
@@ -22,8 +26,8 @@ class InferenceAccount(Block):
 
     account_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """Account that owns model and service."""
-    model_id: str = Field(pattern=RESOURCE_ID, max_length=128)
-    """The base model, as the service names it."""
+    model_id: str = Field(pattern=MODEL_ID, max_length=128)
+    """The base model, as the service names it; a slash in it needs the dialect `plain`."""
     deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The service, in the vendor's word; it exists beforehand, with hot-loading switched on."""
     base_url: str | None = Field(None, examples=[fireworks_names.BASE_URL])
@@ -33,6 +37,12 @@ class InferenceAccount(Block):
 
     dialect: ApiDialectName = "fireworks"
     """How the API spells its calls; `plain` is a door without a control plane (protocol §22)."""
+
+    @model_validator(mode="after")
+    def _names_one_model(self) -> Self:
+        if self.dialect == "fireworks" and "/" in self.model_id:
+            raise ValueError(f"model_id {self.model_id!r} is more than a name of this dialect")
+        return self
 
     @field_validator("base_url")
     @classmethod

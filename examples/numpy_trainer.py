@@ -21,7 +21,7 @@ from hotload.directory.relayout import view_checkpoint
 from hotload.directory.shards import read_checkpoint
 from hotload.errors import StoreError, TrainerError
 from hotload.trainers.base_digest import digest_base
-from hotload.trainers.saved_state import read_state, write_state
+from hotload.trainers.saved_state import read_state, remove_state, write_state
 from hotload.trainers.trainer import OptimizerFigures, TrainerFacts
 from hotload.training.schedule import AdamSettings
 from hotload.training.settings import StateRef
@@ -131,6 +131,10 @@ class NumpyTrainer:
             each[...] = arrays[name]
         self._step = int(facts["step"])
         self._clear()
+
+    def remove_state(self, ref: StateRef) -> None:
+        """Remove what was saved."""
+        remove_state(self._states, ref)
 
     def export(self, directory: Path) -> None:
         """Write a checkpoint in bf16, one layer a file, with the base model's other files."""

@@ -24,7 +24,7 @@ from tasks.training.run import opened_run
 
 
 @flow(name="async-rl-loop", flow_run_name="{spec.cycle.run_id}", persist_result=False)
-async def async_rl_loop(spec: AsyncTrainingSpec) -> StepRecord | None:
+async def async_rl_loop(spec: AsyncTrainingSpec) -> StepRecord:
     """Train a policy on what is sampled from it, while the next groups are sampled.
 
     Safe to kill anywhere and to start again, here or on another machine with the store and the
@@ -34,7 +34,10 @@ async def async_rl_loop(spec: AsyncTrainingSpec) -> StepRecord | None:
         spec: what is trained, on which problems, and how it is sampled.
 
     Returns:
-        the record of the last step; None where nothing could be learnt from.
+        the record of the last step.
+
+    Raises:
+        RewardError: nothing could be learnt from.
     """
     store = (await CheckpointStore.load(spec.cycle.store)).open()
     async with opened_run(spec, store, AheadRun) as run:

@@ -3,18 +3,24 @@
 import asyncio
 import copy
 import logging
+import re
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
+import prefect
 from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.settings import get_current_settings
 
 from blocks import SERVER_FAILURES, quit_without_server
 from hotload.errors import HotLoadError
-from tasks.show import tell_once
+from tasks.show import FLOW_LOGGER, TASK_LOGGER, tell_once
 
 T = TypeVar("T")
+PREFECT = str(Path(prefect.__file__).parent)
+AGAIN = re.compile(r"- Retry \d+/\d+ will start")
 
 
 def run_command(work: Coroutine[Any, Any, T], show: Callable[[T], int]) -> int:
@@ -24,6 +30,7 @@ def run_command(work: Coroutine[Any, Any, T], show: Callable[[T], int]) -> int:
     there, 130 and 143 where it was stopped by Ctrl-C or SIGTERM.
     """
     show_no_traceback()
+    show_own_lines()
     tell_once(at_the_end=True)
     try:
         return show(asyncio.run(work))
@@ -45,9 +52,33 @@ def read_input(read: Callable[[], T]) -> T:
     one line and exit code 2."""
     try:
         return read()
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        print(f"error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def show_own_lines() -> None:
+    """Keep Prefect's own lines out of the terminal, unless somebody has set its logging level.
+
+    Above our lines of progress it tells of every task that begins and ends, and of one failure once
+    for each task and flow that it ends; the command tells it at its end. Its server has it all.
+    """
+    if "level" in get_current_settings().logging.model_fields_set:
+        return
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.addFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    if not record.pathname.startswith(PREFECT):
+        return True
+    if record.name not in (TASK_LOGGER, FLOW_LOGGER):
+        return record.levelno >= logging.WARNING
+    return record.levelno == logging.WARNING or bool(AGAIN.search(record.getMessage()))
 
 
 def show_no_traceback() -> None:

@@ -22,13 +22,15 @@ from typing import Any, TypeVar, get_args
 
 from prefect.blocks.core import Block
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from blocks import require_server
 from blocks.account import InferenceAccount
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
-from hotload.cli.cycle_file import did_you_mean, read_cycle_file, read_run_file
+from hotload.cli.cycle_file import read_cycle_file, read_run_file
+from hotload.errors import did_you_mean, shorten
 from hotload.identity import slug
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec
@@ -45,6 +47,19 @@ PLACEHOLDER = re.compile(
     r"ACCOUNT|MODEL|DEPLOYMENT|RUN|TEAM|/checkpoints/RUN/\d+"
     r"|[a-z0-9]+://(?:.*[/-])?(?:BUCKET|ACCOUNT|DEPLOYMENT)(?:[/-].*)?"
 )
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "dict": "a mapping",
+    "model": "a mapping",
+    "list": "a list",
+    "tuple": "a list",
+}
+"""What a field takes, by the first word of pydantic's name for the error."""
+OF_TEXT = ("string", "dict", "model", "list", "tuple")
+YAML_KINDS = {str: "text", dict: "a mapping", list: "a list", type(None): "nothing"}
 Model = TypeVar("Model", bound=BaseModel)
 SpecT = TypeVar("SpecT", bound=CycleSpec)
 TrainingSpecT = TypeVar("TrainingSpecT", bound=TrainingSpec)
@@ -133,7 +148,7 @@ def checked(model: type[Model], given: object, place: str) -> Model:
     """Parse `given` as the model.
 
     Raises:
-        ValueError: with every finding, and without a value.
+        ValueError: with every finding, and without a value that may be a key.
     """
     if isinstance(given, dict):
         # Prefect's blocks take fields they do not know, and would save a misspelt key in clear.
@@ -145,13 +160,28 @@ def checked(model: type[Model], given: object, place: str) -> Model:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False, include_context=False)
+        faults = error.errors(include_url=False, include_context=False)
         lines = [
-            f"  {'.'.join(map(str, one['loc'])) or 'all'}: {one['msg']}"
+            f"  {'.'.join(map(str, one['loc'])) or 'all'}: {_found(one, issubclass(model, Block))}"
             + (_field_meant(model, one["loc"]) if one["type"] == "extra_forbidden" else "")
             for one in faults
         ]
         raise ValueError("\n".join([f"{place} is refused", *lines])) from None
+
+
+def _found(fault: ErrorDetails, is_block: bool) -> str:
+    """Say what was found and what was expected. Text is shown only where a number or one of a few
+    words was expected, and not in a block: elsewhere it may be a key."""
+    kind, given = fault["type"].partition("_")[0], fault["input"]
+    expected = EXPECTED.get(kind) or fault["msg"].removeprefix("Input should be ")
+    if kind not in EXPECTED and expected == fault["msg"]:
+        return expected
+    found = YAML_KINDS.get(type(given), type(given).__name__)
+    if isinstance(given, (bool, int, float)):
+        found = json.dumps(given)
+    elif isinstance(given, str) and kind not in OF_TEXT and not is_block:
+        found = f"{shorten(given)} (str)"
+    return f"found {found}, expected {expected}"
 
 
 def _field_meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:

@@ -69,7 +69,7 @@ async def preview_publication(spec: CycleSpec) -> dict[str, PublicationPreview]:
         )
         for client in asked_by(clients, service, services):
             await preflight_rollouts(
-                spec.name, service, client, spec.readiness, is_adapter=is_adapter
+                spec.name, service, client, spec.readiness, spec.sampling, is_adapter=is_adapter
             )
         before = earlier.served_before(name)
         previews[name] = await preview_plan(

@@ -263,7 +263,9 @@ async def publish_to(
     await wait_for_replicas(spec.name, service, readiness, expected)
     is_adapter = content.kind is SnapshotKind.LORA
     for client in clients:
-        await preflight_rollouts(spec.name, service, client, readiness, is_adapter=is_adapter)
+        await preflight_rollouts(
+            spec.name, service, client, readiness, spec.sampling, is_adapter=is_adapter
+        )
     plan = await plan_snapshot(
         spec,
         service,

@@ -21,12 +21,15 @@ from flows.command_line import read_input, run_command
 from flows.cycle import checkpoint_to_rollout
 from flows.cycle_file import TrainingSpecT, parse_run_file, save_inline_blocks
 from flows.publish import publish_version
+from hotload.cli.wording import text_table
 from hotload.clients.handoff.usable_groups import GroupsAhead, UsableGroups
+from hotload.clients.store.kept_states import read_branches, read_removed
 from hotload.clients.store.step_records import read_promotions, read_steps
 from hotload.concurrently import both
-from hotload.report.training_table import run_lines
+from hotload.report.training_table import run_rows
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec
+from hotload.training.kept_states import decide_states
 from hotload.training.step_record import StepRecord
 from tasks.training.restore import (
     export_again,
@@ -35,8 +38,9 @@ from tasks.training.restore import (
     plan_restore,
     read_again,
 )
+from tasks.training.retain_states import retain_states
 from tasks.training.run import TrainingRun, WindowedRun, opened_run
-from tasks.training.show_training import show_training, write_page
+from tasks.training.show_training import show_training, tell_what_taught_nothing, write_page
 from tasks.training.step import (
     PlacedStep,
     acknowledge,
@@ -50,7 +54,7 @@ from tasks.training.step import (
 
 
 @flow(name="rl-loop", flow_run_name="{spec.cycle.run_id}", persist_result=False)
-async def rl_loop(spec: TrainingSpec) -> StepRecord | None:
+async def rl_loop(spec: TrainingSpec) -> StepRecord:
     """Train a policy on what is sampled from it, window by window.
 
     Safe to kill anywhere and to start again, here or on another machine with the store and the
@@ -60,7 +64,10 @@ async def rl_loop(spec: TrainingSpec) -> StepRecord | None:
         spec: what is trained, on which problems, and how it is sampled.
 
     Returns:
-        the record of the last step; None where nothing could be learnt from.
+        the record of the last step.
+
+    Raises:
+        RewardError: nothing could be learnt from.
     """
     store = (await CheckpointStore.load(spec.cycle.store)).open()
     async with opened_run(spec, store, WindowedRun) as run:
@@ -80,7 +87,9 @@ async def restore_run(run: TrainingRun) -> None:
     nothing where they are done.
     """
     for leg in await plan_restore(run):
-        await load_state(run, leg)
+        if not await load_state(run, leg):
+            await restore_run(run)  # planned without that state
+            return
         for record in leg.replayed:
             await make_again(run, record, await read_again(run, record))
         if leg.exports:
@@ -102,7 +111,7 @@ async def train_window(run: WindowedRun) -> None:
     while await groups.has_more():
         await make_next_step(run, groups)
     if len(run.records) == steps:
-        run.leave_window()
+        run.leave_window(groups.counts)
 
 
 async def make_next_step(run: TrainingRun, groups: UsableGroups | GroupsAhead) -> None:
@@ -113,10 +122,13 @@ async def make_next_step(run: TrainingRun, groups: UsableGroups | GroupsAhead) -
 
 
 async def keep_step(run: TrainingRun, made: PlacedStep) -> None:
-    """Save the state, export the weights, and record both: from then on the step counts."""
+    """Save the state, export the weights, and record both: from then on the step counts, and older
+    states may go."""
     state = await save_state(run, made)
     checkpoint = await export_checkpoint(run, made)
     await record_step(run, made, state, checkpoint)
+    if state is not None and run.spec.keep_states is not None:
+        await retain_states(run)
 
 
 async def close_records(run: WindowedRun) -> None:
@@ -126,16 +138,21 @@ async def close_records(run: WindowedRun) -> None:
         await keep_step(run, closing_step(run))
 
 
-async def conclude_run(run: TrainingRun) -> StepRecord | None:
+async def conclude_run(run: TrainingRun) -> StepRecord:
     """Publish the weights that were exported last, write the page of the run, and give its result
-    the declared name; returns the last record."""
+    the declared name; returns the last record.
+
+    Raises:
+        RewardError: nothing was ever trained.
+    """
     spec, version = run.spec, run.exported_version
     if version:
         await publish_version(spec.cycle_of(version, version))
     await write_page(run)
+    tell_what_taught_nothing(run)
     if spec.output_model_id is not None:
         await promote_version(run.store, run.run_id, spec.output_model_id, None)
-    return run.records[-1] if run.records else None
+    return run.records[-1]
 
 
 async def load_run_file(spec: TrainingSpecT, blocks: dict[str, Block]) -> TrainingSpecT:
@@ -176,7 +193,19 @@ async def list_declared(spec: TrainingSpec, blocks: dict[str, Block]) -> list[st
     spec = await load_run_file(spec, blocks)
     store = (await CheckpointStore.load(spec.cycle.store)).open()
     run_id = spec.cycle.run_id
-    return run_lines(await read_steps(store, run_id), await read_promotions(store, run_id))
+    records, promotions = await read_steps(store, run_id), await read_promotions(store, run_id)
+    removed, begun = await read_removed(store, run_id), await read_branches(store, run_id)
+    kept = decide_states(
+        records,
+        newest=spec.keep_states,
+        every=spec.keep_states_every,
+        promoted=[one.step for one in promotions],
+        branches=begun,
+        lost=removed,
+    )
+    if not records:
+        return [f"run {run_id}: no step is recorded"]
+    return list(text_table(*run_rows(records, promotions, kept, removed)))
 
 
 async def promote_declared(

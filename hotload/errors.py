@@ -36,8 +36,9 @@ late.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 Severity = Literal["error", "warning"]
@@ -73,6 +74,12 @@ def shorten(value: object) -> str:
     """Show a value to a person: its repr, at most 160 characters."""
     text = ascii(value[:200] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= 160 else f"{text[:157]}…"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask for the known name that is close to a misspelt one; empty if none is."""
+    close = get_close_matches(name, list(known), 1)
+    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 class HotLoadError(Exception):

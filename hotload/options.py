@@ -342,8 +342,9 @@ class Prices(Declared):
 
 
 class Wandb(Declared):
-    """A run at Weights & Biases that gets every cycle's metrics; off unless `entity` is given. Its
-    package and WANDB_API_KEY belong in the worker's environment."""
+    """A run at Weights & Biases that gets every cycle's metrics, and in a loop one beside it with
+    the figures of every step; off unless `entity` is given. Its package and WANDB_API_KEY belong in
+    the worker's environment."""
 
     entity: str | None = Field(None, min_length=1, max_length=128)
     """User or team the run belongs to."""

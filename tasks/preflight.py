@@ -13,7 +13,7 @@ from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
 from hotload.errors import InvalidIdentityError, ServiceRefusedError, ServiceUnavailableError
 from hotload.identity import SnapshotKind
-from hotload.options import ReadinessPolicy
+from hotload.options import ReadinessPolicy, Sampling
 from hotload.publish.preflight import is_answer_due
 from hotload.publish.readiness import Verdict, assess
 from tasks import RETRIED
@@ -65,30 +65,32 @@ async def preflight_rollouts(
     service: HotLoadClient,
     client: InferenceClient,
     readiness: ReadinessPolicy,
+    sampling: Sampling,
     *,
     is_adapter: bool,
 ) -> None:
     """Ask for one token before anything is published, and return unless no sample could come to an
-    answer afterwards either.
+    answer afterwards either. Servers that are not the vendor's are asked for what a trainer needs.
 
     404 is also what a swap of weights says, so it counts once it was the answer to 12 requests,
     each while replicas were ready: a minute of the default poll interval. Where it may be in order,
     and where there is no answer, a warning says so.
 
     Raises:
-        ServiceRefusedError: the key, its account or its rights are refused, or all was 404.
+        ServiceRefusedError: the key, its account or its rights are refused, all was 404, or the
+            server's answers cannot be trained on.
     """
     is_same_place = _asked(client.access) == _asked(service.access)
     for number in range(UNROUTED_REQUESTS):
         if number:
             await asyncio.sleep(readiness.poll_interval_seconds)
         try:
-            await client.ask_one_token()
+            await client.ask_first(sampling)
         except (ServiceUnavailableError, ServiceRefusedError) as error:
             trouble = error
         else:
             return
-        if trouble.status_code == 404:
+        if trouble.status_code == 404 and client.is_vendors:
             status = await service.observe()
             if is_answer_due(status, is_adapter=is_adapter, is_asked_as_status_was=is_same_place):
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from hotload.clients.inference.client import InferenceClient
+from hotload.clients.inference.sampler import InferenceSource
 from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import RolloutManifest, RolloutPart, RolloutPlan
 from hotload.options import ReadinessPolicy
@@ -30,7 +30,7 @@ async def read_rollout_plan(spec: CycleSpec, identity: str, store: Store) -> Rol
 
 
 @task(cache_policy=NO_CACHE, task_run_name="warm-up")
-async def warm_up(client: InferenceClient, readiness: ReadinessPolicy) -> bool:
+async def warm_up(client: InferenceSource, readiness: ReadinessPolicy) -> bool:
     """Send a small request, and tell whether it was answered in time: the first ones after a swap
     can be slow or fail. Best effort: nothing depends on it.
     """

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.draw_losses import PICTURES, draw
+from examples.processes import IN_BATCHES
 from hotload.publish.chain import TRANSITIONS
 from hotload.training.policy_loss import PARAMETERS, PolicyLoss
 from hotload.training.resume import RESUMPTION
@@ -104,3 +106,13 @@ def test_the_pictures_of_the_losses_are_what_the_losses_do() -> None:
     for name in PARAMETERS:
         assert f"](pictures/{name}.svg)" in page
         assert (PICTURES / f"{name}.svg").read_text() == draw(name), "benchmarks.draw_losses"
+
+
+def test_a_server_is_started_everywhere_with_the_same_settings() -> None:
+    lines = (ROOT / "deployments/sqlite.env").read_text().splitlines()
+    assert dict(line.split("=") for line in lines) == IN_BATCHES
+    compose = yaml.safe_load((ROOT / "deployments/compose.yaml").read_text())
+    assert compose["services"]["server"]["environment"].items() >= IN_BATCHES.items()
+    for page in (ROOT / "docs").glob("*.md"):
+        starts = re.findall(r"(.*)prefect server start", page.read_text())
+        assert all("env $(cat deployments/sqlite.env)" in one for one in starts), page

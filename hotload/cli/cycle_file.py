@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hotload.errors import did_you_mean
 
 BLOCK_FIELDS = ("account", "service", "store", "checkpoint_store", "rollouts")
 LIMIT_BYTES = 1 << 20
@@ -45,9 +45,12 @@ def _read_sections(path: Path, *sections: str) -> list[dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
         raise ValueError(f"{path} is not YAML{where}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8: not a cycle file") from None
     if not isinstance(data, dict) or not all(isinstance(data.get(one), dict) for one in sections):
+        named = f"{path} is empty" if data is None else f"{path}"
         expected = " and ".join(f"`{one}:`" for one in sections)
-        raise ValueError(f"{path}: expected a mapping with {expected} and, if needed, `blocks:`")
+        raise ValueError(f"{named}: expected a mapping with {expected} and, if needed, `blocks:`")
     inline = data.get("blocks") or {}
     if not isinstance(inline, dict):
         raise ValueError(f"{path}: expected a mapping below `blocks:`")
@@ -61,9 +64,3 @@ def _read_sections(path: Path, *sections: str) -> list[dict[str, Any]]:
         expected = ", ".join(sections)
         raise ValueError(f"{path}: unknown {found}{hint}; expected {expected}, and blocks {known}")
     return [*(data[one] for one in sections), inline]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Ask for the known name that is close to a misspelt one; empty if none is."""
-    close = get_close_matches(name, list(known), 1)
-    return f"; did you mean `{close[0]}`?" if close else ""

@@ -18,14 +18,16 @@ from hotload.clients.store import Store
 from hotload.clients.store.run_records import last_ended_version
 from hotload.clients.trigger import publish
 from hotload.clock import monotonic, utc_now
-from hotload.directory.arrivals import Arrival, find_arrivals, to_publish
+from hotload.directory.arrivals import Arrival, find_arrivals, strangers_among, to_publish
 from hotload.directory.places import RemotePlace
-from hotload.errors import HotLoadError
+from hotload.errors import HotLoadError, shorten
+from hotload.quantities import plural
 from hotload.spec import CycleSpec, WatchSpec
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 10.0, 600.0
 PATIENCE_SECONDS = 5.0
 ATTEMPTS = 3
+STRANGERS_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,16 @@ async def publish_due(
     parent: Path | RemotePlace,
     run_cycle: Callable[[CycleSpec], Awaitable[CycleOutcome]],
 ) -> AsyncIterator[str]:
-    """Look once, and run the cycle of every version that is due; yields a line for each version.
+    """Look once, and run the cycle of every version that is due; yields a line for each version, or
+    one that says why nothing there is one.
 
     Raises:
         InvalidCheckpointError, StoreError: as `look`.
     """
-    for arrival in await look(spec, store, parent):
+    arrivals = await look(spec, store, parent)
+    if not arrivals and (why := await asyncio.to_thread(_why_nothing, spec, parent)):
+        yield why
+    for arrival in arrivals:
         words = f"waits for {arrival.waits_for}"
         if not arrival.waits_for:
             words = (await run_cycle(spec.cycle_of(str(arrival.directory), arrival.version))).words
@@ -109,6 +115,19 @@ async def watch(
         except (HotLoadError, ValueError) as error:
             say_once("", f"looked in vain: {error}")
         await asyncio.sleep(every_seconds)
+
+
+def _why_nothing(spec: WatchSpec, parent: Path | RemotePlace) -> str:
+    """Say what lies there instead of versions, if anything: the pattern may be the wrong one."""
+    names = strangers_among(parent, re.compile(spec.name))
+    if not names:
+        return ""
+    shown = ", ".join(shorten(name) for name in names[:STRANGERS_SHOWN])
+    more = ", …" if len(names) > STRANGERS_SHOWN else ""
+    return (
+        f"no version among {plural(len(names), 'name')} ({shown}{more}): expected {spec.name}; "
+        "--name says how versions are named"
+    )
 
 
 class _Retries:

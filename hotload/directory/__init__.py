@@ -3,6 +3,7 @@
 __all__ = [
     "arrivals",
     "files",
+    "finite",
     "inputs",
     "operations",
     "places",

@@ -73,6 +73,16 @@ def _version_of(directory: str, name: re.Pattern[str]) -> int | None:
     return int(text) if text and re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
+def strangers_among(parent: Path | RemotePlace, name: re.Pattern[str]) -> tuple[str, ...]:
+    """Name the entries below `parent`, where there are some and none is named as a version is.
+
+    Raises:
+        As `find_arrivals`.
+    """
+    names = tuple(place.name for place in _places_in(parent))
+    return () if any(_version_of(each, name) is not None for each in names) else names
+
+
 def to_publish(arrivals: Sequence[Arrival], *, newest_only: bool) -> tuple[Arrival, ...]:
     """Order what is to be published: complete versions, oldest first, then those that are not."""
     complete = [one for one in arrivals if not one.waits_for]

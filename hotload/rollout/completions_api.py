@@ -1,127 +1,69 @@
-"""Inference on the wire: request bodies, server-sent events, answers (protocol §11, §12).
+"""Inference on the wire: server-sent events, answers, probes (protocol §11, §12).
 
-The vendor's rules stand above the lines that obey them. JSON is decoded by the caller; this module
-reads values.
+The vendor's rules stand above the lines that obey them, and the answers of other servers are spelt
+as the vendor's before they are taken in (hotload.rollout.engines). JSON is decoded by the caller;
+this module reads values.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from hotload.errors import ProtocolError, shorten
 from hotload.options import Sampling
 from hotload.quantities import plural
-from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
+from hotload.rollout.failures import VENDOR, Action, Cause, Failure, FailureRules, failure_in_stream
 from hotload.rollout.routing import routes_of_array, routes_of_matrices
-from hotload.rollout.trajectory import LOGPROB_RANGE, TOKEN_ID_LIMIT, Problem, sample_seed
+from hotload.rollout.trajectory import LOGPROB_RANGE, TOKEN_ID_LIMIT
 
 DONE = b"[DONE]"
 HEARTBEAT_EVENTS = frozenset({"ping", "heartbeat", "keepalive"})
 FINISH_REASONS = frozenset({"stop", "length", "tool_calls"})
-# The service's own trouble. An end by anything else (`content_filter`, `repetition`, a word nobody
-# has documented) would come again for the same seed.
-PASSING_FINISH_REASONS = frozenset({"abort", "error"})
 WARM_UP_BODY = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0}
 ONE_TOKEN_BODY = {**WARM_UP_BODY, "max_tokens": 1}
 COUNT_LIMIT = 1 << 31
 IDENTITY_LIMIT = 64
 """Distinct identities kept of one answer."""
 TOOL_CALL_LIMIT = 256
+UNLABELLED = (None, "", "default")
+"""What vLLM and SGLang call weights that nobody has labelled."""
+
+
+class Logprobs(Enum):
+    """Of which distribution a server's log-probabilities are: each name lets some settings sample
+    from that very one.
+    """
+
+    RAW = "the model's own: temperature 1, top_p 1, top_k 0"
+    TEMPERED = "with the temperature and without filters: temperature above 0, top_p 1, top_k 0"
+    SAMPLED = "the one sampled from: temperature above 0"
+
+    def are_sampled(self, sampling: Sampling) -> bool:
+        """Tell whether they are of the distribution that these settings sample from."""
+        is_whole = (sampling.top_p, sampling.top_k) == (1, 0)
+        match self:
+            case Logprobs.RAW:
+                return is_whole and sampling.temperature == 1
+            case Logprobs.TEMPERED:
+                return is_whole and sampling.temperature > 0
+            case Logprobs.SAMPLED:
+                return sampling.temperature > 0
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One turn of one sample: the same over all its attempts, and after a restart.
+class Reading:
+    """How answers are read. `spell` spells a decoded chunk as the vendor does; None where it is."""
 
-    `identity` is the one the service was confirmed to serve. All turns share `session_id`, so that
-    the replica that holds their common prefix answers them all.
-    """
-
-    problem: Problem
-    sampling: Sampling
-    identity: str
-    sample_number: int
-    seed: int
-    request_id: str
-    session_id: str
-    is_hedge: bool = False
-    """Sent beside a request that is still under way, in a session of its own, so that another
-    replica may answer."""
-
-    def turn(self, number: int, question: Problem, sampling: Sampling) -> Request:
-        """Return the request of turn `number`, counted from 0; this is the request of turn 0."""
-        return replace(
-            self,
-            problem=question,
-            sampling=sampling,
-            seed=(self.seed + number) % 2**31,
-            request_id=f"{self.request_id}-{number}" if number else self.request_id,
-        )
+    spell: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    logprobs: Logprobs = Logprobs.RAW
+    rules: FailureRules = VENDOR
 
 
-def first_request(
-    problem: Problem,
-    sample_number: int,
-    *,
-    sampling: Sampling,
-    identity: str,
-    policy_version: int,
-    is_hedge: bool = False,
-) -> Request:
-    """Return the request that begins a sample; the same facts always give the same one."""
-    seed = sample_seed(sampling.seed, problem.id, policy_version, sample_number)
-    facts = [identity, problem.id, sample_number, seed, *(["hedge"] if is_hedge else [])]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Request(
-        problem=problem,
-        sampling=sampling,
-        identity=identity,
-        sample_number=sample_number,
-        seed=seed,
-        request_id=f"r-{digest[:32]}",
-        session_id=f"s-{digest[32:]}",
-        is_hedge=is_hedge,
-    )
-
-
-def sample_body(request: Request, model: str) -> dict[str, Any]:
-    """Return the body of a request, a completion or a chat; every default is sent (protocol §11).
-
-    An omitted temperature, top_p or top_k would let the model's generation_config truncate the
-    policy.
-    """
-    problem, sampling = request.problem, request.sampling
-    body: dict[str, Any] = {"model": model}
-    if problem.messages is not None:
-        body["messages"] = list(problem.messages)
-        if tools := problem.extra.get("tools"):
-            body["tools"] = tools
-    else:
-        body["prompt"] = (
-            problem.prompt if isinstance(problem.prompt, str) else list(problem.prompt or ())
-        )
-    body |= {
-        "n": 1,
-        "max_tokens": sampling.max_completion_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "logprobs": True,
-        "stream": True,
-        "perf_metrics_in_response": True,
-        "raw_output": True,
-        "context_length_exceeded_behavior": "error",
-        "seed": request.seed,
-    }
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.include_routing_matrix:
-        body["include_routing_matrix"] = True
-    return body
+AS_THE_VENDOR = Reading()
 
 
 def probe_body(token_ids: Sequence[int], model: str) -> dict[str, Any]:
@@ -218,12 +160,16 @@ class Answer:
     Args:
         sampling: what was asked for.
         prompt: the token ids that were sent, where ids were sent.
+        reading: how the server that is asked spells and means things.
     """
 
-    def __init__(self, sampling: Sampling, prompt: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: tuple[int, ...] | None, reading: Reading = AS_THE_VENDOR
+    ) -> None:
         self._max_tokens = sampling.max_completion_tokens
-        # protocol §12: `logprob` may stand in only where the whole, untempered policy was sampled.
-        self._is_plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1, 1, 0)
+        self.reading = reading
+        # protocol §12: `logprob` may stand in only where it is of what was really sampled.
+        self._is_sampled = reading.logprobs.are_sampled(sampling)
         self._sent_prompt = prompt
         self._wants_routes = sampling.include_routing_matrix
         self._model: object = None
@@ -238,6 +184,7 @@ class Answer:
         self._routed_experts: Any = None
         self._lacks_logprobs = False
         self._stated_count: int | None = None
+        self._labelled_count: int | None = None
         self.is_done = False
         """Whether the closing `[DONE]` was seen; a plain response is done by itself."""
         self.observed: list[str] = []
@@ -264,14 +211,15 @@ class Answer:
 
     def add(self, *chunks: Any) -> Failure | None:
         """Take decoded chunks in; the failure, if one of them is or carries an error."""
+        spell = self.reading.spell
         try:
-            for chunk in chunks:
+            for chunk in chunks if spell is None else map(spell, chunks):
                 if chunk.get("error"):
-                    return failure_in_stream(chunk)
+                    return failure_in_stream(chunk, self.reading.rules)
                 model = chunk.get("model")
                 if model != self._model:
                     self._model = model
-                    self._observe(model)
+                    self._observe(served_identity(model), len(self.sampling_logprobs))
                 for choice in chunk.get("choices") or ():
                     self._add(choice)
                 if usage := chunk.get("usage"):
@@ -301,7 +249,7 @@ class Answer:
                 self._content_ids.append(entry.get("token_id"))
                 value = entry.get("sampling_logprob")
                 if value is None:
-                    value = entry.get("logprob") if self._is_plain else None
+                    value = entry.get("logprob") if self._is_sampled else None
                     self._lacks_logprobs |= value is None
                 self.sampling_logprobs.append(value)
                 if self._wants_routes:
@@ -311,6 +259,8 @@ class Answer:
         raw = choice.get("raw_output")
         if raw or "token_ids" in choice:
             self._add_raw(raw or {}, choice)
+        for span in choice.get("weight_versions") or ():
+            self._label(span["version"], span["start"], span["end"])
         reason = choice.get("finish_reason")
         if reason:
             self.finish_reason = reason
@@ -334,9 +284,15 @@ class Answer:
         if stated is not None and self.finish_reason:  # before, it is of what there was by then
             self._stated_count = int(stated)
 
-    def _observe(self, model: object) -> None:
-        identity = served_identity(model)
-        count = len(self.sampling_logprobs)
+    def _label(self, version: object, start: int, end: int) -> None:
+        """Note the weights of the tokens from `start` to before `end`, as labels name them."""
+        if start != (self._labelled_count or 0):
+            raise ValueError("labels of weights with a gap")
+        self._labelled_count = end
+        self._observe(None if version in UNLABELLED else str(version), start)
+
+    def _observe(self, identity: str | None, count: int) -> None:
+        """Note what made the tokens after the first `count`; None where no name was told."""
         if self.runs and self.runs[-1][0] == count:
             self.runs.pop()  # it made no token
         name = "" if identity is None else identity[:256]
@@ -394,7 +350,11 @@ class Answer:
             return Failure(Action.RETRY, Cause.TRUNCATED, 200, detail)
         if self.finish_reason not in FINISH_REASONS:
             detail = f"the answer ended by {shorten(self.finish_reason)}"
-            if self.finish_reason in PASSING_FINISH_REASONS:
+            # The service's own trouble. An end by anything else (`content_filter`, `repetition`, a
+            # word nobody has documented) would come again for the same seed.
+            if self.finish_reason == "abort":
+                return Failure(*self.reading.rules.abort, 200, detail)
+            if self.finish_reason == "error":
                 return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, detail)
             end = str(self.finish_reason)
             return Failure(Action.FAIL_SAMPLE, Cause.UNUSABLE_END, 200, detail, end=end)
@@ -418,6 +378,9 @@ class Answer:
         self.token_ids = ids
         if miscounted := self._miscount():
             return malformed(miscounted, lacking)
+        if self._labelled_count not in (None, count):
+            detail = f"weights named of {self._labelled_count} tokens, {count} found"
+            return malformed(detail, lacking)
         while self.runs and self.runs[-1][0] >= count:
             self.runs.pop()  # it made no token
         if not _are_ids(self.prompt_token_ids):
@@ -440,11 +403,13 @@ class Answer:
     def _ids(self, count: int) -> tuple[int, ...] | None:
         """The ids of `count` tokens: those beside the log-probabilities, or else the raw output's.
 
-        The raw output may come at once or in pieces, and may end with the stop token, if one ended
-        the answer.
+        The raw output comes in pieces. The vendor's may come at once, and may end with the stop
+        token, if one ended the answer.
         """
-        longest = count if self.finish_reason == "length" else COUNT_LIMIT
-        raws = [raw for raw in (self._last_raw_ids, self._raw_ids) if count <= len(raw) <= longest]
+        is_vendors = self.reading.spell is None
+        longest = COUNT_LIMIT if is_vendors and self.finish_reason != "length" else count
+        told = (self._last_raw_ids, self._raw_ids) if is_vendors else (self._raw_ids,)
+        raws = [raw for raw in told if count <= len(raw) <= longest]
         if None not in self._content_ids:
             ids = self._content_ids
             if self._raw_ids and all(raw[:count] != ids for raw in raws):
@@ -494,26 +459,3 @@ def _number(value: Any) -> float | None:
 def malformed(detail: str, action: Action = Action.RETRY) -> Failure:
     """Report an answer that is not of the documented form."""
     return Failure(action, Cause.MALFORMED, 200, detail)
-
-
-def failure_in_stream(chunk: Mapping[str, Any]) -> Failure:
-    """Report an error inside a 200: its `status_code` or `status` counts; without one, 502
-    (protocol §12).
-    """
-    error = chunk.get("error")
-    places = (error, chunk) if isinstance(error, Mapping) else (chunk,)
-    codes = [place.get(name) for place in places for name in ("status_code", "status")]
-    code = next((code for code in codes if type(code) is int and 400 <= code <= 599), 502)
-    # Texts alone: what is nested may be nested too deep to be written out.
-    messages = [value for place in places for value in place.values() if isinstance(value, str)]
-    names = error_names(chunk)
-    return failure_of_status(code, " ".join(messages)[:2048], f"error inside the answer: {names}")
-
-
-def error_names(body: Any) -> str:
-    """`code type` of an error body (protocol §3): never its message, which may quote the prompt."""
-    error = body.get("error", body) if isinstance(body, Mapping) else None
-    if not isinstance(error, Mapping):
-        return "no documented error body"
-    names = [name for name in (error.get("code"), error.get("type")) if type(name) in (str, int)]
-    return " ".join(str(name)[:80] for name in names) or "no code"

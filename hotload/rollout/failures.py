@@ -7,9 +7,10 @@ weights, which is not the model's failure. Pure; randomness is a parameter.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import Any
 
 from hotload.http_status import MAY_PASS, StatusMeaning, meaning_of
 
@@ -20,6 +21,7 @@ SWAP_WAIT_SECONDS = 5.0
 END_WORD = re.compile(r"[A-Za-z0-9_-]{1,40}")
 CANCELLED = "cancelled"
 """Label of an attempt that was given up while under way."""
+STATUS_NAMES = ("status_code", "status", "code")
 SWAP_TEXTS = ("deployment_scaling_up", "model_not_ready", "hot loading", "model not found")
 
 
@@ -86,6 +88,21 @@ FAILURES = {
 
 
 @dataclass(frozen=True, slots=True)
+class FailureRules:
+    """What a kind of server means by a failure, where it is something else than the vendor's
+    service means: a status, a 503 with a text, an answer that ended by `abort`.
+    """
+
+    statuses: Mapping[int, tuple[Action, Cause]] = field(default_factory=dict)
+    swap_texts: tuple[str, ...] = SWAP_TEXTS
+    """In a 503, in small letters: it is a swap of weights."""
+    abort: tuple[Action, Cause] = (Action.RETRY, Cause.SERVER_ERROR)
+
+
+VENDOR = FailureRules()
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """One failed attempt; `detail` never holds a prompt or a key."""
 
@@ -116,7 +133,12 @@ def is_recoverable(label: str) -> bool:
 
 
 def failure_of_status(
-    status_code: int, text: str, detail: str, retry_after_seconds: float | None = None
+    status_code: int,
+    text: str,
+    detail: str,
+    retry_after_seconds: float | None = None,
+    *,
+    rules: FailureRules = VENDOR,
 ) -> Failure:
     """Report an error status, from outside a stream or in it.
 
@@ -124,10 +146,35 @@ def failure_of_status(
         text: the head of the body, searched for the signs of a swap.
         detail: what of it may be shown.
     """
-    action, cause = FAILURES.get(meaning_of(status_code), (Action.STOP_RUN, Cause.REFUSED))
-    if status_code == 503 and any(sign in text.casefold() for sign in SWAP_TEXTS):
+    usual = FAILURES.get(meaning_of(status_code), (Action.STOP_RUN, Cause.REFUSED))
+    action, cause = rules.statuses.get(status_code, usual)
+    if status_code == 503 and any(sign in text.casefold() for sign in rules.swap_texts):
         action, cause = Action.WAIT_FOR_SWAP, Cause.SWAP_TIMEOUT
     return Failure(action, cause, status_code, detail, retry_after_seconds)
+
+
+def failure_in_stream(chunk: Mapping[str, Any], rules: FailureRules = VENDOR) -> Failure:
+    """Report an error inside a 200: its `status_code` or `status` counts, or a `code` that is a
+    status; without one, 502 (protocol §12).
+    """
+    error = chunk.get("error")
+    places = (error, chunk) if isinstance(error, Mapping) else (chunk,)
+    codes = [place.get(name) for place in places for name in STATUS_NAMES]
+    code = next((code for code in codes if type(code) is int and 400 <= code <= 599), 502)
+    # Texts alone: what is nested may be nested too deep to be written out.
+    messages = [value for place in places for value in place.values() if isinstance(value, str)]
+    names = error_names(chunk)
+    detail = f"error inside the answer: {names}"
+    return failure_of_status(code, " ".join(messages)[:2048], detail, rules=rules)
+
+
+def error_names(body: Any) -> str:
+    """`code type` of an error body (protocol §3): never its message, which may quote the prompt."""
+    error = body.get("error", body) if isinstance(body, Mapping) else None
+    if not isinstance(error, Mapping):
+        return "no documented error body"
+    names = [name for name in (error.get("code"), error.get("type")) if type(name) in (str, int)]
+    return " ".join(str(name)[:80] for name in names) or "no code"
 
 
 class RetryBudget:

@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from hotload.clients.inference.client import InferenceClient
-from hotload.clients.inference.sampler import Sampler
+from hotload.clients.inference.sampler import InferenceSource, Sampler
 from hotload.clients.service.client import HotLoadClient
 from hotload.clients.store.store import Store
 from hotload.concurrently import RunLogger, all_or_none, beside
@@ -52,7 +51,7 @@ class SampledService:
     this one samples.
     """
 
-    client: InferenceClient
+    client: InferenceSource
     identity: str
     replica_count: int | None = None
     weight: float = 1.0
@@ -271,7 +270,7 @@ class Rollout(PartCarrier):
 async def open_rollout(
     spec: CycleSpec,
     plan: RolloutPlan,
-    client: InferenceClient,
+    client: InferenceSource,
     store: Store,
     replica_count: int | None,
     service: HotLoadClient | None = None,

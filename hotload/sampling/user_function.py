@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hotload.errors import HotLoadError
+from hotload.errors import HotLoadError, did_you_mean
 from hotload.sampling.reward.user_errors import describe_exception, secret_values
 
 
@@ -35,9 +35,14 @@ def import_function(
     if not callable(found):
         raise refusal(name, f"found {type(found).__name__}, expected a function")
     try:
-        inspect.signature(found).bind(*[None] * positional_count, **arguments)
-    except TypeError as error:
-        raise refusal(name, f"cannot be called with its arguments: {error}") from None
+        signature = inspect.signature(found)
     except ValueError:
-        pass  # a callable without a signature, such as one written in C
+        return found  # a callable without a signature, such as one written in C
+    try:
+        signature.bind(*[None] * positional_count, **arguments)
+    except TypeError as error:
+        unknown = [one for one in arguments if one not in signature.parameters]
+        hint = did_you_mean(unknown[0], signature.parameters) if unknown else ""
+        why = f"cannot be called with its arguments: {error}{hint}"
+        raise refusal(name, why) from None
     return found

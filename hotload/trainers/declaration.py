@@ -24,6 +24,8 @@ from hotload.training.windows import Windows
 
 BY_THE_LOOP = "/by/the/loop"
 """Stands where the loop names the directory of each version."""
+WITHOUT_RATIO = ("grpo", "reinforce")
+"""Losses that are what their name says also where the policy is its anchor."""
 
 
 class LoopCycle(CycleSpec):
@@ -128,6 +130,11 @@ class TrainingSpec(TrainingPart):
     dcp_save_interval: int = Field(1, ge=0, le=10**6)
     """A state every N optimizer steps, and after the last; started again, the run makes at most N-1
     steps again from their stored groups. 0 saves none, and all are made again."""
+    keep_states: int | None = Field(None, ge=2, le=10**6)
+    """The newest N states stay, with those that a resumption, a promoted version or a branch needs;
+    older ones are removed once a newer one is recorded. Empty keeps all. docs/retention.md."""
+    keep_states_every: int | None = Field(None, ge=1, le=10**6)
+    """With `keep_states`: states of every M-th step stay, too."""
     init_from_checkpoint: str | None = Field(
         None, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}:[1-9][0-9]{0,8}$"
     )
@@ -164,10 +171,24 @@ class TrainingSpec(TrainingPart):
                 f"sampling.completions_per_prompt is {size}: a group's advantages are centred "
                 f"({centred}), so those of one sample are 0; set 2 or more"
             )
+        if self.keep_states_every is not None and self.keep_states is None:
+            raise ValueError("keep_states_every has no effect without keep_states: all states stay")
         branch = self.init_from_checkpoint
         if branch is not None and branch.rpartition(":")[0] == self.cycle.run_id:
             raise ValueError("init_from_checkpoint names this run itself: choose another run_id")
         return self
+
+    @property
+    def without_effect(self) -> str | None:
+        """Say what has no effect, though it may be declared; None where all acts."""
+        loss, minibatches = self.loss, self.step.ppo_n_minibatches
+        if loss.policy_loss in WITHOUT_RATIO or loss.anchor != "trainer" or minibatches > 1:
+            return None
+        return (
+            f"loss.policy_loss {loss.policy_loss} has the gradient of grpo here, and nothing is "
+            "clipped: with anchor trainer and step.ppo_n_minibatches 1 its ratio is 1 at every "
+            "token. Set loss.anchor rollout, or more minibatches, for the ratio to act"
+        )
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:

@@ -77,9 +77,7 @@ def read_state(directory: Path, ref: StateRef) -> tuple[dict[str, NDArray[Any]],
     Raises:
         StoreError: there is none at its place, or it has other bytes than were written.
     """
-    path = directory / ref.path
-    if Path(ref.path).name != ref.path:
-        raise StoreError(ref.path, "expected the name of a state's file, without directories")
+    path = _place(directory, ref)
     try:
         if (found := sha256_file(path)) != ref.sha256:
             expected = f"{found[:12]}…, expected {ref.sha256[:12]}…"
@@ -98,6 +96,26 @@ def read_state(directory: Path, ref: StateRef) -> tuple[dict[str, NDArray[Any]],
     except (KeyError, ValueError) as error:
         raise StoreError(str(path), f"a state of another program: {error}") from None
     return arrays, facts
+
+
+def remove_state(directory: Path, ref: StateRef) -> None:
+    """Remove a state that `write_state` wrote; nothing happens where it is gone.
+
+    Raises:
+        StoreError: it cannot be removed.
+    """
+    path = _place(directory, ref)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        reason = f"the state cannot be removed: {error.strerror or error}"
+        raise StoreError(str(path), reason) from error
+
+
+def _place(directory: Path, ref: StateRef) -> Path:
+    if Path(ref.path).name != ref.path:
+        raise StoreError(ref.path, "expected the name of a state's file, without directories")
+    return directory / ref.path
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:

@@ -50,11 +50,15 @@ class TinkerConnection:
         types: has `Datum`, `ModelInput`, `TensorData` and `AdamParams`: `tinker.types`, say.
         download: called with what `save_weights_for_sampler` returned as path, and with a new
             directory, which it fills with the checkpoint or the PEFT adapter. None is refused.
+        reopen: called with the path of a state, returns a client that begins with it:
+            `service.create_training_client_from_state_with_optimizer`, say. Tinker's own service
+            loads a state as a client's first request alone. None: the client loads it.
     """
 
     client: Any
     types: Any
     download: Callable[[str, Path], object] | None
+    reopen: Callable[[str], Any] | None = None
 
 
 def open_tinker_trainer(
@@ -109,6 +113,7 @@ class TinkerTrainer:
         self, connection: TinkerConnection, model: str, compute_seconds: float, state_seconds: float
     ) -> None:
         self._client, self._types = connection.client, connection.types
+        self._reopen = connection.reopen
         self._model = model
         assert connection.download is not None  # open_tinker_trainer refuses
         self._download = connection.download
@@ -122,7 +127,7 @@ class TinkerTrainer:
         if callable(ask := getattr(self._client, "get_info", None)):
             info = self._ask("get_info", ask, seconds=self._state_seconds)
         told = getattr(info, "model_data", info)
-        rank = getattr(told, "lora_rank", None)
+        rank = getattr(info, "lora_rank", None)
         return TrainerFacts(
             model=self._model,
             base_sha256=None,
@@ -195,8 +200,12 @@ class TinkerTrainer:
     def load_state(self, ref: StateRef) -> None:
         """Become what was saved, with its optimizer."""
         self._waiting = []
-        method = self._client.load_state_with_optimizer
-        self._ask("load_state_with_optimizer", method, ref.path, seconds=self._state_seconds)
+        method = self._reopen or self._client.load_state_with_optimizer
+        given = self._ask(
+            "load_state_with_optimizer", method, ref.path, seconds=self._state_seconds
+        )
+        if self._reopen is not None:
+            self._client = given
 
     def export(self, directory: Path) -> None:
         """Download what the service would serve: a checkpoint, or an adapter."""

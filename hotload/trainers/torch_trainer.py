@@ -35,7 +35,7 @@ from hotload.errors import StoreError, TrainerError
 from hotload.rollout.routing import Routes
 from hotload.trainers.base_digest import digest_base
 from hotload.trainers.router_replay import RouterReplay
-from hotload.trainers.saved_state import read_state, write_state
+from hotload.trainers.saved_state import read_state, remove_state, write_state
 from hotload.trainers.trainer import OptimizerFigures, TrainerFacts
 from hotload.training.loss_inputs import PerToken
 from hotload.training.schedule import AdamSettings
@@ -266,6 +266,10 @@ class TorchTrainer:
             state["step"].fill_(float(facts["step"]))
         self._clear()
 
+    def remove_state(self, ref: StateRef) -> None:
+        """Remove what was saved."""
+        self._first(lambda: remove_state(self._states, ref))
+
     def export(self, directory: Path) -> None:
         """Write a checkpoint as transformers does, with the base model's other files."""
         dtype = getattr(torch, self._export_dtype)
@@ -283,9 +287,10 @@ class TorchTrainer:
         self._first(lambda: self._write(directory, state))
 
     def _write(self, directory: Path, state: dict[str, Any]) -> None:
-        if not all(bool(torch.isfinite(each).all()) for each in state.values()):
-            reason = f"a weight is beyond what {self._export_dtype} holds"
-            raise TrainerError(self._base.name, reason)
+        for name, each in state.items():
+            if not bool(torch.isfinite(each).all()):
+                reason = f"{name} has a weight that is no number, or beyond {self._export_dtype}"
+                raise TrainerError(self._base.name, reason)
         view = view_checkpoint(self._base)
         with new_directory(directory) as out:
             written = out / "written"

@@ -31,7 +31,7 @@ class TrainerFacts:
     parameter_count: int | None
     """Parameters that a step changes; None where a service does not tell."""
     lora_rank: int | None
-    """None where all parameters of the model are trained."""
+    """None where all parameters of the model are trained, or a service does not tell."""
     is_deterministic: bool
     """Whether the same state and the same calls give the same bits."""
     details: Mapping[str, JsonValue]
@@ -158,3 +158,19 @@ class RouteReplayer(Trainer, Protocol):
 def as_replayer(trainer: Trainer) -> RouteReplayer | None:
     """Take a trainer as one that replays routes, if it was asked to."""
     return cast(RouteReplayer, trainer) if getattr(trainer, "replays_routes", False) else None
+
+
+class StateRemover(Trainer, Protocol):
+    """A trainer whose states can be removed: where a run is told to keep but the newest."""
+
+    def remove_state(self, ref: StateRef) -> None:
+        """Remove what was saved; nothing happens where it is gone.
+
+        Raises:
+            StoreError: it cannot be removed.
+        """
+
+
+def as_remover(trainer: Trainer) -> StateRemover | None:
+    """Take a trainer as one that removes states, if it can."""
+    return cast(StateRemover, trainer) if callable(getattr(trainer, "remove_state", None)) else None

@@ -6,7 +6,8 @@ samples: then each micro-batch is asked once, and the trainer may keep what its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from hotload.dataset.logprob_drift import measure_drift
+from hotload.quantities import plural
 from hotload.trainers.step_samples import StepSamples, add_gradient, ask_responses
 from hotload.trainers.trainer import Trainer, as_replayer
 from hotload.training.custom_loss import CustomLossValue, custom_coefficients
@@ -158,26 +160,34 @@ class AccumulatedStep:
         return _PreparedChunk(samples, before_T, loss.prepare(samples.inputs) if is_known else None)
 
     def _backward(self, chunk: _PreparedChunk, numbers: Sequence[int]) -> None:
-        samples, trainer, whole = chunk.samples, self._trainer, chunk.whole
+        samples = chunk.samples
         chosen = samples.take(numbers)
         mode = self._settings.grad_accumulation_normalization
         divisor = gradient_divisor(mode, chosen.inputs)
         self._divisor = divisor if mode == "none" else self._divisor + divisor
-        for within in chosen.micro_batches(self._settings.micro_batch_tokens):
+        limit = self._settings.micro_batch_tokens
+        for number, within in enumerate(chosen.micro_batches(limit), start=1):
             places = [numbers[place] for place in within]
             micro = samples.take(places)
-            if chunk.before_T is not None and not self._tally.gradient_norms:
-                # No weight has changed.
-                policy_T = chunk.before_T[places_of(samples.inputs.lengths, places)]
-            else:
-                policy_T = ask_responses(trainer, micro, is_before_backward=True)
-            if whole is None:
-                prepared = self._loss.prepare(_with(micro, anchor_logprobs_T=policy_T).inputs)
-            else:
-                prepared = whole.take(places)
-            value = prepared.coefficients(policy_T)
-            add_gradient(trainer, micro, value.coefficients_T)
-            self._tally.add(places, policy_T, prepared, value.figures)
+            with _naming(number, micro):
+                self._backward_one(chunk, places, micro)
+
+    def _backward_one(
+        self, chunk: _PreparedChunk, places: Sequence[int], micro: StepSamples
+    ) -> None:
+        samples, trainer, whole = chunk.samples, self._trainer, chunk.whole
+        if chunk.before_T is not None and not self._tally.gradient_norms:
+            # No weight has changed.
+            policy_T = chunk.before_T[places_of(samples.inputs.lengths, places)]
+        else:
+            policy_T = ask_responses(trainer, micro, is_before_backward=True)
+        if whole is None:
+            prepared = self._loss.prepare(_with(micro, anchor_logprobs_T=policy_T).inputs)
+        else:
+            prepared = whole.take(places)
+        value = prepared.coefficients(policy_T)
+        add_gradient(trainer, micro, value.coefficients_T)
+        self._tally.add(places, policy_T, prepared, value.figures)
 
     def _apply(self, learning_rate: float) -> None:
         divisor, self._divisor = self._divisor, 0.0
@@ -226,11 +236,24 @@ def ask_in_micro_batches(
     Raises:
         TrainerError: the trainer gave another number of them.
     """
-    parts = [
-        ask_responses(trainer, samples.take(numbers), is_reference=is_reference)
-        for numbers in samples.micro_batches(token_limit)
-    ]
+    parts = []
+    for number, numbers in enumerate(samples.micro_batches(token_limit), start=1):
+        micro = samples.take(numbers)
+        with _naming(number, micro):
+            parts.append(ask_responses(trainer, micro, is_reference=is_reference))
     return np.concatenate(parts)
+
+
+@contextmanager
+def _naming(number: int, micro: StepSamples) -> Iterator[None]:
+    """Add to an error in which micro-batch it was, as a note."""
+    try:
+        yield
+    except Exception as error:
+        tokens = sum(len(one.token_ids) for one in micro.sequences)
+        sizes = f"{plural(len(micro), 'sample')}, {plural(tokens, 'token')}"
+        error.add_note(f"in micro-batch {number} ({sizes})")
+        raise
 
 
 def _with(samples: StepSamples, **logprobs: PerToken) -> StepSamples:

@@ -5,6 +5,7 @@ __all__ = [
     "correction",
     "custom_loss",
     "divisor",
+    "kept_states",
     "kl",
     "loss_inputs",
     "losses",

@@ -9,14 +9,14 @@ remembered, so a run that is killed while it resumes plans again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from hotload.errors import IdentityConflictError, StoreError
 from hotload.records import Record
 from hotload.training.settings import StateRef
-from hotload.training.step_record import RunFacts, StepRecord
+from hotload.training.step_record import WAY_ON, RunFacts, StepRecord
 from hotload.training.windows import Cursor, TrainingWindow, Windows
 
 
@@ -65,12 +65,15 @@ class ResumeLeg:
     exports: bool
 
 
-def plan_resume(records: Sequence[StepRecord], *, is_here: bool) -> list[ResumeLeg]:
+def plan_resume(
+    records: Sequence[StepRecord], *, is_here: bool, lost: Collection[int] = ()
+) -> list[ResumeLeg]:
     """Decide how a trainer that was just made comes to where the newest record left it.
 
     Args:
         records: every step of the run, in order.
         is_here: whether the version that was exported last lies here as it was recorded.
+        lost: steps whose state is removed or of no use.
 
     Raises:
         StoreError: a record is missing, or follows another than the one before it.
@@ -79,9 +82,9 @@ def plan_resume(records: Sequence[StepRecord], *, is_here: bool) -> list[ResumeL
     exported = exported_step(records)
     legs: list[ResumeLeg] = []
     made: int | None = None
-    for leg in RESUMPTION[_find_export(records, is_here)]:
+    for leg in RESUMPTION[_find_export(records, is_here, lost)]:
         goal = exported if leg is Leg.EXPORT else len(records)
-        saved = _newest_state(records[:goal])
+        saved = newest_state(records[:goal], lost)
         loads = saved > (made or 0)
         legs.append(
             ResumeLeg(
@@ -100,19 +103,25 @@ def exported_step(records: Sequence[StepRecord]) -> int:
     return max((one.step for one in records if one.checkpoint is not None), default=0)
 
 
-def is_made_again(records: Sequence[StepRecord]) -> bool:
+def is_made_again(records: Sequence[StepRecord], lost: Collection[int] = ()) -> bool:
     """Tell whether the step that exported last comes after the newest state."""
-    return exported_step(records) > _newest_state(records)
+    return exported_step(records) > newest_state(records, lost)
 
 
-def _newest_state(records: Sequence[StepRecord]) -> int:
-    return max((one.step for one in records if one.state is not None), default=0)
+def newest_state(records: Sequence[StepRecord], lost: Collection[int] = ()) -> int:
+    """Find the newest step whose state is there; 0 where none is.
+
+    Args:
+        lost: steps whose state is removed or of no use.
+    """
+    saved = (one.step for one in records if one.state is not None and one.step not in lost)
+    return max(saved, default=0)
 
 
-def _find_export(records: Sequence[StepRecord], is_here: bool) -> Export:
+def _find_export(records: Sequence[StepRecord], is_here: bool, lost: Collection[int]) -> Export:
     if not records:
         return Export.NEW
-    if is_made_again(records):
+    if is_made_again(records, lost):
         return Export.MADE_AGAIN
     return Export.HERE if is_here else Export.GONE
 
@@ -122,10 +131,12 @@ def _check_lineage(records: Sequence[StepRecord]) -> None:
     for step, record in enumerate(records, start=1):
         where = f"record of step {record.step} of {record.run_id}"
         if record.step != step or (parent and record.run_id != parent.run_id):
-            raise StoreError(where, f"expected that of step {step}: one is missing or astray")
+            found = f"expected that of step {step}: one is missing or astray"
+            raise StoreError(where, f"{found}; {WAY_ON}")
         if parent is not None and record.parent_sha256 != parent.sha256:
             found = f"{str(record.parent_sha256)[:12]}…, expected {parent.sha256[:12]}…"
-            raise StoreError(where, f"follows another record of step {parent.step} ({found})")
+            found = f"follows another record of step {parent.step} ({found})"
+            raise StoreError(where, f"{found}; {WAY_ON}")
         parent = record
 
 

@@ -20,6 +20,10 @@ from hotload.training.windows import Cursor, OpenWindow
 
 STEP_RECORD_LIMIT_BYTES = 16 << 20
 STEP_SCHEMA = 1
+WAY_ON = (
+    "whoever keeps the store acts: bring the record back as it was written, or branch off a step "
+    "whose record is whole, by init_from_checkpoint under another run_id"
+)
 
 
 class ExportedCheckpoint(Record):
@@ -127,14 +131,17 @@ class StepRecord(Record):
         """
         if len(data) > STEP_RECORD_LIMIT_BYTES:
             found = f"{len(data)} bytes, expected at most {STEP_RECORD_LIMIT_BYTES}"
-            raise StoreError(path, f"not a step record: {found}")
+            raise StoreError(path, f"not a step record: {found}; {WAY_ON}")
         if (number := schema_number_of(data)) > STEP_SCHEMA:
             raise StoreError(
                 path,
                 f"step record with schema number {number}, this program reads {STEP_SCHEMA}: "
                 "resume with the newer version that wrote it",
             )
-        return cls.parse_stored(data, path)
+        try:
+            return cls.parse_stored(data, path)
+        except StoreError as error:
+            raise StoreError(path, f"{error.reason}; {WAY_ON}") from None
 
 
 class Promotion(Record):

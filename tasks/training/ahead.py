@@ -66,6 +66,7 @@ class AheadRun(TrainingRun):
         while not await self.groups.has_more():
             if not self._open_next(self._newest_version + 1):
                 self._to_begin.put_nowait(None)
+                self.idle = self.groups.counts
                 return False
         return True
 

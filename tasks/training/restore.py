@@ -16,12 +16,24 @@ from hotload.clients.handoff.usable_groups import (
     read_recorded,
     step_groups,
 )
+from hotload.clients.store.kept_states import keep_for_branch
 from hotload.clients.store.records import SNAPSHOTS
-from hotload.clients.store.step_records import read_steps
+from hotload.clients.store.step_records import read_step
 from hotload.directory.files import remove_tree
-from hotload.errors import IdentityConflictError, InvalidCheckpointError
+from hotload.errors import (
+    IdentityConflictError,
+    InvalidCheckpointError,
+    StoreError,
+    StoreUnavailableError,
+)
 from hotload.identity import NamedVersion, read_identity
-from hotload.training.resume import ResumeLeg, exported_step, is_made_again, plan_resume
+from hotload.training.resume import (
+    ResumeLeg,
+    exported_step,
+    is_made_again,
+    newest_state,
+    plan_resume,
+)
 from hotload.training.settings import StateRef
 from hotload.training.step_record import ExportedCheckpoint, StepRecord
 from tasks import RETRIED
@@ -39,21 +51,56 @@ async def plan_restore(run: TrainingRun) -> list[ResumeLeg]:
     Raises:
         StoreError: a record is missing, or follows another than the one before it.
     """
-    is_here = not is_made_again(run.records) and await _is_here(run)
-    return plan_resume(run.records, is_here=is_here)
+    is_here = not is_made_again(run.records, run.lost) and await _is_here(run)
+    return plan_resume(run.records, is_here=is_here, lost=run.lost)
 
 
 @task(**ARROW, task_run_name="load-{run.run_id}", **RETRIED)
-async def load_state(run: TrainingRun, leg: ResumeLeg) -> None:
+async def load_state(run: TrainingRun, leg: ResumeLeg) -> bool:
     """Load the state that a leg begins with, if it begins with one.
 
+    Returns:
+        whether the leg can be gone on with. Else the state is of no use, an earlier one is there,
+        and so are the groups of the steps after that: plan again.
+
     Raises:
-        StoreError: it is not there, or not what was saved.
-        IdentityConflictError: a branch begins with a state that is not recorded.
+        StoreError: it is of no use, and nothing takes its place.
+        IdentityConflictError: a branch begins with a state that is not recorded, or was removed.
     """
     state = await _beginning(run) if leg.begins else leg.state
-    if state is not None:
+    if state is None:
+        return True
+    try:
         await run.ask(run.trainer.load_state, state)
+    except StoreUnavailableError:
+        raise
+    except StoreError as error:
+        step = next((one.step for one in run.records if one.state == state), 0)
+        earlier = newest_state(run.records[: step - 1], run.lost) if step and not leg.begins else 0
+        if not earlier or not await _has_groups(run, run.records[earlier:step]):
+            raise
+        run.lost.add(step)
+        get_run_logger().warning(
+            "the state of step %d is of no use, so the run goes on from that of step %d, and makes "
+            "the steps since then again: %s",
+            step,
+            earlier,
+            error,
+        )
+        return False
+    return True
+
+
+async def _has_groups(run: TrainingRun, records: Sequence[StepRecord]) -> bool:
+    """Whether the groups of these steps are all there still."""
+    try:
+        for record in records:
+            await read_recorded(run.store, record)
+    except StoreUnavailableError:
+        raise
+    except StoreError:
+        return False
+    return True
 
 
 @task(**ARROW, task_run_name="read-{record.step}", **RETRIED)
@@ -142,11 +189,12 @@ async def _beginning(run: TrainingRun) -> StateRef | None:
     if begins is None:
         return None
     other, _, step = begins.rpartition(":")
-    records = await read_steps(run.store, other)
-    state = next((one.state for one in records if one.step == int(step)), None)
+    record = await read_step(run.store, other, int(step))
+    state = None if record is None else record.state
     if state is None:
         reason = f"init_from_checkpoint: no state of step {step} is recorded in this store"
         raise IdentityConflictError(other, reason)
+    await keep_for_branch(run.store, other, int(step), run.run_id)
     return state
 
 

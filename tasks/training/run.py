@@ -19,12 +19,15 @@ from prefect.cache_policies import NO_CACHE
 
 from hotload.clients.handoff import RolloutReader
 from hotload.clients.handoff.usable_groups import StepGroups, UsableGroups
+from hotload.clients.metrics.send import WandbLog, open_wandb
 from hotload.clients.store import Store
+from hotload.clients.store.kept_states import read_removed
 from hotload.clients.store.step_records import read_steps
 from hotload.clock import monotonic
 from hotload.directory.files import remove_tree, write_atomic
 from hotload.errors import HotLoadError, TrainerError
 from hotload.identity import NamedVersion
+from hotload.rollout.counts import GroupCounts
 from hotload.rollout.problem_rows import render_problem
 from hotload.rollout.trajectory import Problem
 from hotload.sampling.problems import read_declared
@@ -33,7 +36,7 @@ from hotload.sampling.reward.user_errors import describe_exception, secret_value
 from hotload.spec import CycleSpec
 from hotload.trainers.declaration import TrainingSpec
 from hotload.trainers.loading import load_trainer
-from hotload.trainers.trainer import Trainer, TrainerFacts, as_replayer
+from hotload.trainers.trainer import Trainer, TrainerFacts, as_remover, as_replayer
 from hotload.training.resume import RunPosition, check_same_run, find_position
 from hotload.training.step_record import RunFacts, StepRecord
 from hotload.training.windows import Cursor, OpenWindow, TrainingWindow
@@ -101,6 +104,16 @@ class TrainingRun(ABC):
         self.reference_facts: TrainerFacts | None = None
         self._sampler_waits_since: float | None = None
         self._waited_before = 0.0
+        self.step_under_way = 0
+        """The step that the trainer makes, or has made last; 0 before the first."""
+        self.idle = GroupCounts()
+        """Of the windows that no step was made of."""
+        self.wandb: WandbLog | None = None
+        """Where the figures of each step go, too."""
+        self.lost: set[int] = set()
+        """Steps whose state is removed, or about to be, or of no use."""
+        self.removed: set[int] = set()
+        """Those whose state this process has removed."""
         self.asked_seconds = 0.0
         """Seconds that the trainer was at work since its last step was made."""
         self.page_due_at = 0.0
@@ -112,7 +125,7 @@ class TrainingRun(ABC):
         ended: nothing stops it, and what it holds is to be used again.
 
         Raises:
-            TrainerError: the trainer raised what is no error of ours.
+            TrainerError: the trainer raised one, or what is no error of ours.
         """
         loop, began = asyncio.get_running_loop(), monotonic()
         running = loop.run_in_executor(self.calls, lambda: call(*args, **kwargs))
@@ -123,11 +136,20 @@ class TrainingRun(ABC):
         except asyncio.CancelledError:
             await asyncio.wait([running])
             raise
+        except TrainerError as error:
+            raise self.trainer_error(" ".join([error.reason, *_notes(error)])) from None
         except HotLoadError:
             raise
         except Exception as error:  # noqa: BLE001 - code of theirs may raise anything
             why = describe_exception(error, secret_values(os.environ))
-            raise TrainerError(self.spec.trainer.name, f"raised {why}") from None
+            raise self.trainer_error(" ".join([f"raised {why}", *_notes(error)])) from None
+
+    def trainer_error(self, reason: str) -> TrainerError:
+        """Word what went wrong with the trainer: in which step, and where the run goes on."""
+        during = f"step {self.step_under_way}: " if self.step_under_way else ""
+        after = f"after step {len(self.records)}" if self.records else "from its beginning"
+        goes_on = f"Mend it, and start the run again: it goes on {after}"
+        return TrainerError(self.spec.trainer.name, f"{during}{reason}. {goes_on}")
 
     @property
     def run_id(self) -> str:
@@ -308,10 +330,16 @@ class WindowedRun(TrainingRun):
         super().go_on_as(version)
         self.at = RunPosition.at(version, self.at.cursor, self.spec.windows, len(self.problems))
 
-    def leave_window(self) -> None:
-        """Go on to the next window after one without a usable group."""
+    def leave_window(self, counts: GroupCounts) -> None:
+        """Go on to the next window after one without a usable group, in which so much was
+        sampled."""
+        self.idle = GroupCounts.total([self.idle, counts])
         count = len(self.problems)
         self.at = RunPosition.at(self.at.version + 1, self.at.end, self.spec.windows, count)
+
+
+def _notes(error: Exception) -> list[str]:
+    return [str(one) for one in getattr(error, "__notes__", ())]
 
 
 def _write(file: Path, data: bytes) -> None:
@@ -330,10 +358,16 @@ async def opened_run(
     spec: TrainingSpec, store: Store, kind: Callable[..., RunT]
 ) -> AsyncIterator[RunT]:
     """Open a run of this kind, its trainer on a thread that ends with it, as do the reward's
-    processes."""
+    processes and the one that logs at Weights & Biases."""
     with ThreadPoolExecutor(1, "trainer") as calls:
         async with keep_reward_processes():
-            yield await open_run(spec, store, calls, kind)
+            run = await open_run(spec, store, calls, kind)
+            run.wandb = await open_wandb(spec.cycle, "training")
+            try:
+                yield run
+            finally:
+                if run.wandb is not None and (wrong := await run.wandb.close()):
+                    get_run_logger().warning(wrong)
 
 
 @task(
@@ -355,7 +389,11 @@ async def open_run(
     spec.schedule.at(1, spec.windows.step_limit(len(problems)))
     records = await read_steps(store, spec.cycle.run_id)
     run = kind(spec, store, problems, records, calls)
+    run.lost = await read_removed(store, spec.cycle.run_id)
     run.trainer = await run.ask(load_trainer, spec.trainer)
+    if spec.keep_states is not None and as_remover(run.trainer) is None:
+        reason = "has no remove_state (docs/training.md), which keep_states needs: leave that out"
+        raise TrainerError(spec.trainer.name, reason)
     if as_replayer(run.trainer) and not spec.cycle.sampling.include_routing_matrix:
         reason = "replays routes, and the cycle asks for none: set sampling.include_routing_matrix"
         raise TrainerError(spec.trainer.name, reason)
@@ -365,6 +403,8 @@ async def open_run(
         run.reference_facts = await run.ask(run.reference.describe)
     if records:
         check_same_run(spec.cycle.run_id, records[-1].facts, run.facts)
+    if spec.without_effect:
+        get_run_logger().warning(spec.without_effect)
     if not spec.dcp_save_interval:
         get_run_logger().warning(
             "dcp_save_interval is 0: no state is saved, and a run that is started again makes "

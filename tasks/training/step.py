@@ -17,7 +17,8 @@ from hotload.clients.store.step_records import promote, write_step
 from hotload.clock import monotonic, utc_now
 from hotload.dataset.trainer_batch import make_batch, trainable
 from hotload.directory.files import FileDigests, remove_tree
-from hotload.directory.relayout import view_checkpoint
+from hotload.directory.finite import find_not_finite
+from hotload.directory.relayout import CheckpointView, view_checkpoint
 from hotload.trainers.step_samples import StepSamples
 from hotload.trainers.training_step import AccumulatedStep
 from hotload.training.loss_inputs import PerToken
@@ -27,6 +28,10 @@ from tasks import RETRIED
 from tasks.training.run import StepPlace, TrainingRun, WindowedRun
 from tasks.validate import read_content
 
+NOT_FINITE = (
+    "nothing of it is published. A smaller schedule.learning_rate or a step.adam.grad_clip_norm "
+    "may keep it finite"
+)
 ARROW: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
@@ -66,7 +71,7 @@ async def make_step(
     Raises:
         TrainerError, ValueError: as `hotload.trainers.training_step.train_step`.
     """
-    spec = run.spec
+    spec, run.step_under_way = run.spec, step
     total = max(step, spec.windows.step_limit(len(run.problems)))
     rate = learning_rate or spec.schedule.at(step, total)
     work = AccumulatedStep(run.trainer, spec.loss, spec.step, reference=run.reference)
@@ -151,7 +156,7 @@ async def export_checkpoint(run: TrainingRun, made: PlacedStep) -> ExportedCheck
     """Export the weights as the run's next version, where this step is not within a window.
 
     Raises:
-        TrainerError: the weights cannot be exported.
+        TrainerError: the weights cannot be exported, or one of them is no number.
         InvalidCheckpointError: what was exported cannot be read.
     """
     version = made.place.exports_as
@@ -169,6 +174,8 @@ async def export_version(run: TrainingRun, policy_version: int) -> ExportedCheck
     await asyncio.to_thread(remove_tree, directory)
     await asyncio.to_thread(directory.parent.mkdir, parents=True, exist_ok=True)
     await run.ask(run.trainer.export, directory)
+    if wrong := await asyncio.to_thread(find_not_finite, _view(run, directory)):
+        raise run.trainer_error(f"exported {wrong}; {NOT_FINITE}")
     digest = await content_digest(run, directory)
     return ExportedCheckpoint(policy_version=policy_version, content_sha256=digest)
 
@@ -179,9 +186,13 @@ async def content_digest(run: TrainingRun, directory: Path) -> str:
     Raises:
         InvalidCheckpointError: it is none, or cannot be read.
     """
-    style = run.spec.cycle.snapshot.spec_dtype_style
-    view = await asyncio.to_thread(view_checkpoint, directory, spec_dtype_style=style)
+    view = await asyncio.to_thread(_view, run, directory)
     return (await read_content(directory.name, view, FileDigests())).sha256
+
+
+def _view(run: TrainingRun, directory: Path) -> CheckpointView:
+    style = run.spec.cycle.snapshot.spec_dtype_style
+    return view_checkpoint(directory, spec_dtype_style=style)
 
 
 @task(**ARROW, task_run_name="record-{made.step}", **RETRIED)

@@ -11,8 +11,10 @@ from hotload.clients.inference.attempt import send_once
 from hotload.clients.inference.request_slots import RequestSlots
 from hotload.clients.inference.transport import HttpTransport
 from hotload.options import Concurrency, Sampling
-from hotload.rollout.completions_api import Answer, first_request
+from hotload.rollout.completions_api import Answer
+from hotload.rollout.engines.fireworks import FIREWORKS
 from hotload.rollout.failures import Cause
+from hotload.rollout.request import first_request
 from hotload.rollout.window import Attempt, Window
 from tests.blocks.scripted_inference import (
     GOOD,
@@ -65,7 +67,7 @@ async def answered(
                 PROBLEM, 0, sampling=sampling, identity=IDENTITY, policy_version=3
             )
             answer = Answer(sampling, None)
-            fault = await send_once(transport, request, b"{}", answer)
+            fault = await send_once(transport, FIREWORKS, request, b"{}", answer)
         for _ in pieces:
             clock.wanted.release()
     return answer, fault and fault.cause

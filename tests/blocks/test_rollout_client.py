@@ -495,7 +495,7 @@ async def test_the_preflight_asks_for_one_token_and_once() -> None:
     for status, error in ((404, ServiceRefusedError), (503, ServiceUnavailableError)):
         async with ScriptedServer(http(b"{}", status, "application/json")).running() as script:
             with pytest.raises(error, match=f"HTTP {status}"):
-                await client(script.port).ask_one_token()
+                await client(script.port).ask_first(Sampling())
         [request] = script.requests
         body = {"model": "accounts/a/models/m", "prompt": [1, 2], "max_tokens": 1, "temperature": 0}
         assert request.body == body

@@ -33,7 +33,10 @@ GOOD = (
         ("cycle: {checkpoint: c}", "expected an absolute path, not a relative one"),
         ("cycle: {learning_rate: 0.1}", "your trainer owns its own training"),
         (f"{GOOD}\nblocks: {{store: {{key: hush}}}}", "blocks.store: unknown ['key']"),
-        (f"{GOOD}\nblocks: {{account: {{api_key: [hush]}}}}", "api_key: Input should be"),
+        (
+            f"{GOOD}\nblocks: {{account: {{api_key: [hush]}}}}",
+            "api_key: found a list, expected text",
+        ),
         (f"{GOOD}\nblocks: {{account: {{api_kei: hush}}}}", "blocks.account: unknown ['api_kei']"),
         (f"{GOOD}\nblocks: {{service: hush}}", "blocks.service is refused"),
         ("cycle: {run_id: a/b}", "  run_id: Value error, identity 'a/b' refused"),
@@ -48,7 +51,24 @@ GOOD = (
         (f"{GOOD[:-1]}, wandb: {{entiti: x}}}}", "not permitted; did you mean `entity`?"),
         (f"{GOOD}\nblocks: {{stor: {{}}}}", "unknown ['stor']; did you mean `store`?"),
         (f"{GOOD}\nblocks: {{store: {{urll: hush}}}}", "unknown ['urll']; did you mean `url`?"),
-        (None, "No such file"),
+        (None, "cycle.yaml cannot be read: No such file"),
+        ("", "cycle.yaml is empty: expected a mapping with `cycle:`"),
+        ("# all of it a comment", "cycle.yaml is empty: expected a mapping with `cycle:`"),
+        ("\udcff", "is not text in UTF-8"),
+        (
+            "cycle: {policy_version: abc}",
+            "policy_version: found 'abc' (str), expected a whole number",
+        ),
+        ("cycle: {policy_version: 1.5}", "policy_version: found 1.5, expected a whole number"),
+        ("cycle: {policy_version: -1}", "found -1, expected greater than or equal to 0"),
+        ("cycle: {policy_version: [hush]}", "found a list, expected a whole number"),
+        ("cycle: {policy_version: }", "policy_version: found nothing, expected a whole number"),
+        ("cycle: {run_id: 7}", "run_id: found 7, expected text"),
+        ("cycle: {sampling: hush}", "sampling: found text, expected a mapping"),
+        ("cycle: {sampling: {temperature: hot}}", "found 'hot' (str), expected a number"),
+        ("cycle: {reward: {per_group: 2}}", "per_group: found 2, expected true or false"),
+        ("cycle: {reward: {advantage: gropo}}", "found 'gropo' (str), expected 'grpo', 'leave"),
+        (f"{GOOD}\nblocks: {{store: {{url: [hush]}}}}", "url: found a list, expected text"),
     ],
 )
 def test_a_wrong_cycle_file_exits_2_and_shows_no_value(
@@ -60,7 +80,7 @@ def test_a_wrong_cycle_file_exits_2_and_shows_no_value(
 ) -> None:
     file = tmp_path / "cycle.yaml"
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text.encode(errors="surrogateescape"))
     monkeypatch.setattr(sys, "argv", ["cycle", str(file)])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -133,6 +153,10 @@ def test_the_example_run_file_shows_every_default(tmp_path: Path) -> None:
             "did you mean `epochs`",
         ),
         ({"cycle": {"run_id": "a"}}, "work_dir"),
+        (
+            {"training": {"trainer": {"name": "a:b"}, "windows": {"epochs": "two"}}},
+            r"windows.epochs: found 'two' \(str\), expected a whole number",
+        ),
         ({"training": {"trainer": {"name": "a:b"}, "epochs": 2}}, "it is a field of `windows`"),
     ],
     ids=str,

@@ -51,7 +51,8 @@ def test_no_server_is_one_line(command: str, tmp_path: Path) -> None:
         "error: Prefect server: http://127.0.0.1:9/api does not answer (ConnectError: "
     )
     assert run.stderr.endswith(
-        "); start one with `prefect server start`, or set PREFECT_API_URL to one that runs\n"
+        "); start one with `env $(cat deployments/sqlite.env) prefect server start`, or set "
+        "PREFECT_API_URL to one that runs\n"
     )
     assert len(run.stderr.splitlines()) == 1
     assert PASSWORD not in run.stderr
@@ -95,7 +96,7 @@ def test_a_deployment_that_is_not_there_is_one_line(tmp_path: Path, prefect_api:
 
 @pytest.mark.server
 def test_a_block_that_is_not_there_is_one_line(tmp_path: Path, prefect_api: str) -> None:
-    run = ended("flows FILE", tmp_path, PREFECT_LOGGING_LEVEL="CRITICAL")
+    run = ended("flows FILE", tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: Unable to find block document named default")
     assert "hot-load-service" in run.stderr

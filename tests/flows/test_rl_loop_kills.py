@@ -121,15 +121,6 @@ async def test_an_interval_of_0_publishes_the_start_and_the_end(fleet: Fleet) ->
     assert max(one.figures["async/version_offset_max"] for one in records) >= 1
 
 
-async def test_windows_that_teach_nothing_make_no_step_and_end(fleet: Fleet) -> None:
-    always = {"name": "tests.flows.training_runs:always_right"}
-    spec = spec_of(fleet, cycle={"reward": always})
-    for _ in range(2):  # started again, it comes to the same
-        assert await rl_loop(spec) is None
-        assert await read_run(fleet) == []
-        assert len(fleet.log()["signals"]) == 1
-
-
 async def test_a_replay_that_comes_to_other_bits_spends_the_version(fleet: Fleet) -> None:
     """As kernels of a GPU may; here the record names another digest than the steps come to."""
     spec = spec_of(fleet, windows={"prompt_groups_per_step": 4, "seed": 3}, dcp_save_interval=5)

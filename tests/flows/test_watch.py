@@ -67,6 +67,12 @@ async def test_a_version_that_fails_is_told_and_the_next_one_follows(fleet: Flee
     assert await publish_new_versions(watched(fleet)) == []  # overtaken
 
 
+async def test_a_pattern_that_no_name_fits_is_told(fleet: Fleet) -> None:
+    written(fleet, 1)
+    (line,) = await publish_new_versions(watched(fleet, name=r"step_(?P<version>\d+)"))
+    assert line.startswith("no version among 1 name ('checkpoint-1'): expected step_")
+
+
 async def test_the_newest_may_be_enough(fleet: Fleet) -> None:
     for version in (1, 2, 3):
         written(fleet, version)

@@ -147,7 +147,7 @@ def cycle_file(fleet: Fleet, version: int, name: str = "cycle.yaml", **changes: 
 
 def said(ended: subprocess.CompletedProcess[str]) -> str:
     """What a command told as its error, apart from Prefect's log."""
-    return ended.stderr.rpartition("\nerror: ")[2]
+    return f"\n{ended.stderr}".rpartition("\nerror: ")[2]
 
 
 def is_served(fleet: Fleet) -> bool:

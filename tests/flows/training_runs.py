@@ -144,6 +144,20 @@ def open_raising_trainer(base_model: str, states: str) -> NumpyTrainer:
     return trainer
 
 
+def open_diverging_trainer(base_model: str, states: str) -> NumpyTrainer:
+    """The numpy trainer, whose weights are no numbers once it has made a step."""
+    trainer = NumpyTrainer(Path(base_model), Path(states))
+    real = trainer.step
+
+    def diverging(*args: Any, **kwargs: Any) -> Any:
+        made = real(*args, **kwargs)
+        trainer.model.weights["model.norm.weight"][:2] = float("nan"), float("inf")
+        return made
+
+    trainer.step = diverging  # type: ignore[method-assign]
+    return trainer
+
+
 def _let_die(trainer: NumpyTrainer, call: str, passed: int) -> None:
     method = getattr(trainer, call.rstrip("!"))
     left = passed

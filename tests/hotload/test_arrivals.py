@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hotload.checkpoint.names import INDEX_FILE
-from hotload.directory.arrivals import Arrival, find_arrivals, to_publish
+from hotload.directory.arrivals import Arrival, find_arrivals, strangers_among, to_publish
 from hotload.errors import InvalidCheckpointError
 from hotload.spec import WatchSpec
 
@@ -51,6 +51,14 @@ def test_versions_are_read_from_names_in_their_order(written: Path) -> None:
         (13, "000013"),
     ]
     assert not any(one.waits_for for one in found)
+
+
+def test_names_are_told_where_none_is_a_version(written: Path) -> None:
+    assert strangers_among(written.parent, NAME) == ()
+    other = re.compile(r"step_(?P<version>\d+)")
+    assert strangers_among(written.parent, other) == ("000013", "checkpoint-12", "logs", "notes-7")
+    (written.parent / "empty").mkdir()
+    assert strangers_among(written.parent / "empty", other) == ()
 
 
 @pytest.mark.parametrize("state", ["no index", "no shard", "torn", "header", "empty", "young"])

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from hotload.trainers.declaration import AsyncTrainingSpec, TrainingSpec
 from hotload.trainers.refused_fields import REFUSED_TRAINING_FIELDS, REFUSED_TRAINING_PREFIXES
+from hotload.training.policy_loss import PARAMETERS, PolicyLoss
+from tests.hotload.test_policy_loss import inputs
 
 CYCLE = {"run_id": "grpo7", "work_dir": "/w", "problems": {"dataset": "/d.jsonl"}}
 TRAINER = {"name": "team.trainer:open_trainer"}
@@ -35,6 +37,31 @@ def test_a_uniform_group_is_replaced_unless_it_is_said_otherwise() -> None:
     assert larger.cycle.sampling.groups.min_group_size == 2
     kept = spec({"sampling": {"groups": {"on_uniform": "keep"}}})
     assert kept.cycle.sampling.groups.on_uniform == "keep"
+
+
+def test_states_are_kept_by_number_only_where_older_ones_go() -> None:
+    assert spec().keep_states is None
+    with pytest.raises(ValidationError, match="keep_states_every has no effect without"):
+        spec(keep_states_every=10)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS.keys() - {"grpo", "reinforce"}))
+def test_a_loss_whose_ratio_is_1_is_told_to_be_grpo(name: str) -> None:
+    """It is, to the last bits of every coefficient."""
+    given, coefficients = inputs(), []
+    for each in (name, "grpo"):
+        prepared = PolicyLoss(policy_loss=each, kl_beta=0).prepare(given)
+        coefficients.append(prepared.coefficients(given.anchor_logprobs_T).coefficients_T)
+    assert coefficients[0] == pytest.approx(coefficients[1], rel=1e-12)
+    assert f"{name} has the gradient of grpo" in str(
+        spec(loss={"policy_loss": name}).without_effect
+    )
+    for acting in (
+        {"loss": {"policy_loss": name, "anchor": "rollout"}},
+        {"loss": {"policy_loss": name}, "step": {"ppo_n_minibatches": 2}},
+        {"loss": {"policy_loss": "grpo"}},
+    ):
+        assert spec(**acting).without_effect is None
 
 
 def test_the_groups_of_a_step_are_a_part_unless_it_is_said_otherwise() -> None:

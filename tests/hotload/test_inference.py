@@ -9,8 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.options import Sampling
-from hotload.rollout.completions_api import Answer, EventStream, error_names, failure_in_stream
-from hotload.rollout.failures import Action, Cause, failure_of_status
+from hotload.rollout.completions_api import Answer, EventStream
+from hotload.rollout.failures import (
+    Action,
+    Cause,
+    error_names,
+    failure_in_stream,
+    failure_of_status,
+)
 
 STREAM = (
     b": comment\n\nevent: ping\ndata: 1\n\ndata:{}\n\r\n"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from hotload.cli.wording import text_table
 from hotload.report.training_page import TimeShares, render_training_page
+from hotload.report.training_table import run_rows, step_line
 from hotload.training.step_record import (
     ExportedCheckpoint,
     StepRecord,
@@ -89,3 +91,15 @@ def test_the_page_says_what_the_steps_say() -> None:
         assert f'aria-label="{heading} by step"' in page
     assert EVIL not in page
     assert "<script" not in page
+
+
+def test_the_steps_are_a_table_with_units_and_a_line_each() -> None:
+    told = {"train/inference_k3": 1.2e-6, "train/entropy": 5.85, "perf/train_wait_time": 2.5}
+    records = [record(1, 7.5, **told), record(2, 16.5)]
+    assert step_line(records[0]).startswith("step 1: reward 0.250, k3 1.2e-06 nats, gradient")
+    assert "trainer waited 2.50 s, sampler waited –, loss –" in step_line(records[0])
+    head, first, second = text_table(*run_rows(records, [], {}, []))
+    assert len(head) == len(first) == len(second)
+    assert head.split("  ")[:1] == ["step"]
+    at = head.index("entropy, nats") + len("entropy, nats")
+    assert (first[:at].split()[-1], second[:at].split()[-1]) == ("5.85", "–")

@@ -7,6 +7,8 @@ import pytest
 from hotload.clients.access import Access
 from hotload.clients.inference.client import InferenceClient
 from hotload.errors import ServiceRefusedError
+from hotload.options import Sampling
+from hotload.rollout.engines.known import EngineName
 from tasks.preflight import UNROUTED_REQUESTS, preflight_rollouts
 from tests.flows.fleet import API_KEY, NAMES
 from tests.tasks.publishing import IMPATIENT, Publisher
@@ -14,7 +16,13 @@ from tests.tasks.publishing import IMPATIENT, Publisher
 OTHER_MODEL = {"model_id": "policy-typo"}
 
 
-async def ask(publisher: Publisher, *, is_adapter: bool = False, **changes: Any) -> int:
+async def ask(
+    publisher: Publisher,
+    *,
+    is_adapter: bool = False,
+    engine: EngineName = "fireworks",
+    **changes: Any,
+) -> int:
     """Ask as a cycle does; returns how many requests came of it."""
     before = len(publisher.fleet.log()["requests"])
     access = Access(**{"base_url": publisher.fleet.url, "api_key": API_KEY, **NAMES, **changes})
@@ -22,8 +30,9 @@ async def ask(publisher: Publisher, *, is_adapter: bool = False, **changes: Any)
         await preflight_rollouts.fn(
             "run-000001",
             publisher.service,
-            InferenceClient(access),
+            InferenceClient(access, engine=engine),
             IMPATIENT,
+            Sampling(),
             is_adapter=is_adapter,
         )
     finally:
@@ -71,6 +80,20 @@ async def test_404_while_no_replica_is_ready_passes(publisher: Publisher) -> Non
     publisher.respond("inference", 404)
     publisher.fleet.fault(fault="empty_replicas")
     assert await ask(publisher) == 1
+
+
+async def test_404_of_another_engine_ends_it_at_once(publisher: Publisher) -> None:
+    """It is no swap there, whatever the replicas serve."""
+    nowhere = f"{publisher.fleet.url}/another"
+    with pytest.raises(ServiceRefusedError, match=r"HTTP 404.*--served-model-name") as refused:
+        await ask(publisher, engine="vllm", base_url=nowhere)
+    assert "requests" not in str(refused.value)
+
+
+async def test_another_engine_that_is_no_such_one_ends_it(publisher: Publisher) -> None:
+    """The vendor's service refuses a field of vLLM's."""
+    with pytest.raises(ServiceRefusedError, match="HTTP 400"):
+        await ask(publisher, engine="vllm")
 
 
 @pytest.mark.parametrize("status", [400, 408, 412, 425, 429, 500, 503])

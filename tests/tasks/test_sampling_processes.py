@@ -206,7 +206,7 @@ async def test_rows_that_fail_are_counted_over_all_processes(bench: Bench) -> No
         for place in rollout._places:
             await place.ask("open_breaker")  # both have heard of it
         is_open.set()
-        with pytest.raises(RolloutsFailedError, match="missing: breaker_open 10"):
+        with pytest.raises(RolloutsFailedError, match="breaker_open"):
             await carrying
     assert len(server.requests) < 20
     assert await bench.store.names("_hotload/rollouts") == []

@@ -1,11 +1,12 @@
 """Metrics at Weights & Biases, by a package of that name which takes them, raises, or hangs."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from hotload.clients.metrics.send import _log_to_wandb
+from hotload.clients.metrics.send import open_wandb
 from hotload.spec import CycleSpec
 from tests.factories import cycle_spec
 
@@ -21,13 +22,14 @@ class Run:
         self.given = given
 
     def log(self, metrics, step):
-        self.logged = {"metrics": metrics, "step": step}
+        self.logged = [*getattr(self, "logged", []), {"metrics": metrics, "step": step}]
 
     def finish(self):
         if os.environ["WANDB_SAYS"] == "hang":
             time.sleep(600)
         given = {name: value for name, value in self.given.items() if name != "settings"}
-        pathlib.Path(os.environ["WANDB_FILE"]).write_text(json.dumps([given, self.logged]))
+        path = pathlib.Path(os.environ["WANDB_DIR"]) / (self.given["id"] + ".json")
+        path.write_text(json.dumps([given, *self.logged]))
 
 def init(**given):
     if os.environ["WANDB_SAYS"] == "raise":
@@ -36,39 +38,68 @@ def init(**given):
 """
 
 
+def install_client(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the package where it is imported from; it writes what a run logged to `<id>.json`."""
+    (directory / "wandb").mkdir()
+    (directory / "wandb" / "__init__.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.setenv("WANDB_DIR", str(directory))
+
+
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CycleSpec:
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "__init__.py").write_text(PACKAGE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("WANDB_FILE", str(tmp_path / "logged.json"))
+    install_client(tmp_path, monkeypatch)
     return cycle_spec(wandb={"entity": "acme"})
 
 
-async def test_a_step_is_logged(
+async def logged(
+    spec: CycleSpec, steps: Mapping[int, Mapping[str, float]], part: str = "", name: str = ""
+) -> str | None:
+    """Log steps to the end; what went wrong."""
+    log = await open_wandb(spec, part, name)
+    assert log is not None
+    wrong = [await log.log(metrics, step) for step, metrics in steps.items()]
+    return next(filter(None, [*wrong, await log.close()]), None)
+
+
+async def test_steps_are_logged_in_one_run(
     spec: CycleSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_SAYS", "yes")
-    assert await _log_to_wandb(spec, {"rollout/raw_reward": 0.5}) is None
+    metrics = {"rollout/raw_reward": 0.5}
+    assert await logged(spec, {3: metrics, 4: {}}) is None
     run = {"entity": "acme", "project": "hotload", "name": "run", "id": "run", "resume": "allow"}
-    step = {"metrics": {"rollout/raw_reward": 0.5}, "step": 3}
-    assert json.loads((tmp_path / "logged.json").read_text()) == [run, step]
+    steps = [{"metrics": metrics, "step": 3}, {"metrics": {}, "step": 4}]
+    assert json.loads((tmp_path / "run.json").read_text()) == [run, *steps]
 
 
-async def test_a_line_is_a_run_of_its_own(
+async def test_a_line_and_a_trainer_have_runs_of_their_own(
     spec: CycleSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_SAYS", "yes")
-    assert await _log_to_wandb(spec.model_copy(update={"line": 2}), {}) is None
-    run, step = json.loads((tmp_path / "logged.json").read_text())
-    assert (run["id"], run["name"], step["step"]) == ("run~2", "run, line 2", 3)
+    named = {
+        ("2", "line 2"): ("run~2", "run, line 2"),
+        ("training", ""): ("run~training", "run, training"),
+    }
+    for given, expected in named.items():
+        assert await logged(spec, {3: {}}, *given) is None
+        run, step = json.loads((tmp_path / f"{expected[0]}.json").read_text())
+        assert (run["id"], run["name"], step["step"]) == (*expected, 3)
 
 
-async def test_an_error_is_told_by_its_name_alone(
+async def test_nothing_is_logged_where_nobody_is_named() -> None:
+    assert await open_wandb(cycle_spec()) is None
+
+
+async def test_an_error_is_told_once_and_by_its_name_alone(
     spec: CycleSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_SAYS", "raise")
-    assert await _log_to_wandb(spec, {}) == "PermissionError"
+    log = await open_wandb(spec)
+    assert log is not None
+    assert await log.close() == "Weights & Biases did not take the metrics: PermissionError"
+    assert await log.log({}, 4) is None
+    assert await log.close() is None
 
 
 @pytest.mark.slow
@@ -77,4 +108,4 @@ async def test_a_client_that_hangs_is_ended(
 ) -> None:
     monkeypatch.setenv("WANDB_SAYS", "hang")
     monkeypatch.setattr("hotload.clients.metrics.send.WANDB_SECONDS", 1.5)
-    assert await _log_to_wandb(spec, {}) == "not done in 1.5 s"
+    assert "not done in 1.5 s" in str(await logged(spec, {3: {}}))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hotload.clients.store import Store
+from hotload.rollout.counts import GroupCounts
 from hotload.rollout.trajectory import Problem
 from hotload.trainers.declaration import TrainingSpec
 from hotload.training.step_record import (
@@ -101,7 +102,7 @@ def test_what_closes_a_run_exports_under_a_version_that_nothing_has_used(tmp_pat
     first = record(None, 0, 0, 0, cursor=Cursor(done_before=6), window_size=6)
     run = run_of(tmp_path, first, weight_sync_interval=0, epochs=2)
     assert (run.at.version, run.exported_version) == (1, 0)
-    run.leave_window()
+    run.leave_window(GroupCounts())
     assert run.at.window is None
     place = run.closing_place()
     assert (place.exports_as, place.is_end) == (2, True)

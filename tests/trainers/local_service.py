@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,15 +78,18 @@ class Client:
     gives_futures: bool = True
     drops_first: bool = False
     hangs_in: str = ""
+    loads_first: bool = False
+    """Whether it loads a state as its first request alone, as Tinker's service and SkyRL's do."""
     backward_norm: float | None = None
     """What it tells with a gradient's part, where it tells anything."""
     refs: dict[str, StateRef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.trainer = NumpyTrainer(BASE, self.states)
+        self.is_new = True
 
     def get_info(self) -> Any:
-        return SimpleNamespace(model_data=SimpleNamespace(model_name="llama", lora_rank=0))
+        return SimpleNamespace(model_data=SimpleNamespace(model_name="llama"), lora_rank=8)
 
     def forward(self, data: list[Datum], loss_fn: str) -> Any:
         assert loss_fn == "cross_entropy"
@@ -128,6 +131,8 @@ class Client:
         return self._answer("save_state", work)
 
     def load_state_with_optimizer(self, path: str) -> Any:
+        if self.loads_first and not self.is_new:
+            raise PermissionError("LoadWeights is permitted as the first request alone")
         return self._answer("load", lambda: self.trainer.load_state(self.refs[path]))
 
     def save_weights_for_sampler(self, name: str) -> Any:
@@ -149,6 +154,7 @@ class Client:
         return SimpleNamespace(loss_fn_outputs=outputs, metrics={"loss:sum": 1.0})
 
     def _answer(self, what: str, work: Callable[[], Any]) -> Any:
+        self.is_new = False
         if what == self.hangs_in:
             never: Future[Any] = Future()
             return never
@@ -198,7 +204,14 @@ def connect(
         Datum=Datum,
         AdamParams=OldAdamParams if old_adam else AdamParams,
     )
-    return TinkerConnection(Client(Path(states), globals()[scale], **given), types, download)
+    client = Client(Path(states), globals()[scale], **given)
+
+    def reopen(path: str) -> Client:
+        other = replace(client)
+        other.load_state_with_optimizer(path).result()
+        return other
+
+    return TinkerConnection(client, types, download, reopen if client.loads_first else None)
 
 
 def refuses(key: str) -> TinkerConnection:

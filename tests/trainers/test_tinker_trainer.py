@@ -59,12 +59,13 @@ def test_training_behind_a_client_is_training_here(tmp_path: Path, gives_futures
     trainer.export(tmp_path / "out")
     NumpyEngine().load(tmp_path / "out")
     facts = trainer.describe()
-    assert (facts.model, facts.lora_rank, facts.parameter_count) == ("llama", None, None)
+    assert (facts.model, facts.lora_rank, facts.parameter_count) == ("llama", 8, None)
     assert "tinker" not in sys.modules
 
 
-def test_a_state_is_named_as_the_service_returns_it(tmp_path: Path) -> None:
-    trainer = opened(tmp_path)
+@pytest.mark.parametrize("loads_first", [True, False], ids=["by a new client", "by the same"])
+def test_a_state_is_named_as_the_service_returns_it(tmp_path: Path, loads_first: bool) -> None:
+    trainer = opened(tmp_path, **served(tmp_path, loads_first=loads_first))
     ref = trainer.save_state("run-step-1")
     assert ref.path.startswith("tinker://run/renamed-run-step-1")
     before = trainer.logprobs(IDS)

@@ -24,7 +24,7 @@ from hotload.errors import StoreError, TrainerError
 from hotload.trainers.base_digest import digest_base
 from hotload.trainers.loading import load_trainer
 from hotload.trainers.saved_state import read_state
-from hotload.trainers.trainer import Trainer
+from hotload.trainers.trainer import Trainer, as_remover
 from hotload.training.schedule import AdamSettings
 from hotload.training.settings import TrainerFunction
 
@@ -288,6 +288,17 @@ def test_a_truncated_or_changed_state_is_refused(open_trainer: Open, tmp_path: P
     with pytest.raises(StoreError, match="without directories"):
         trainer.load_state(ref.model_copy(update={"path": f"../states/{ref.path}"}))
     assert np.array_equal(before[0], trainer.logprobs(sequences())[0])
+
+
+def test_a_state_can_be_removed_and_may_be_again(open_trainer: Open, tmp_path: Path) -> None:
+    trainer = as_remover(open_trainer())
+    assert trainer is not None
+    ref = trainer.save_state("s")
+    for _ in range(2):
+        trainer.remove_state(ref)
+    assert list((tmp_path / "states").iterdir()) == []
+    with pytest.raises(StoreError, match="without directories"):
+        trainer.remove_state(ref.model_copy(update={"path": f"../states/{ref.path}"}))
 
 
 def test_a_state_of_another_model_is_refused(open_trainer: Open) -> None:

@@ -1,6 +1,7 @@
 """A step of training over the seam, with the numpy trainer behind it."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
@@ -424,6 +425,26 @@ def test_routes_reach_a_trainer_that_replays_them(trainer: NumpyTrainer, tmp_pat
     assert [each is None for each in policy.told] == [False] * 2 * micro_batches
 
 
+@pytest.mark.parametrize("call", ["logprobs", "backward"])
+def test_an_error_names_the_micro_batch(
+    trainer: NumpyTrainer, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    samples = StepSamples.of_batch(batch_of(scored(trainer)))
+    real, left = getattr(trainer, call), iter(range(1))
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is None:
+            raise MemoryError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, call, failing)
+    settings = StepSettings(micro_batch_tokens=40)
+    with pytest.raises(MemoryError) as failed:
+        train_step(trainer, samples, GRPO, settings, learning_rate=RATE)
+    (note,) = failed.value.__notes__
+    assert re.fullmatch(r"in micro-batch 2 \(\d samples?, \d+ tokens\)", note)
+
+
 def test_a_sample_without_routes_is_named_before_anything_is_computed(
     trainer: NumpyTrainer, tmp_path: Path
 ) -> None:
@@ -470,6 +491,11 @@ def test_a_policy_learns(trainer: NumpyTrainer) -> None:
         ("examples.numpy_trainer:nothing", {}, "cannot be imported: AttributeError"),
         ("examples.numpy_trainer:SUFFIX", {}, "cannot be imported"),
         ("examples.numpy_trainer:open_trainer", {"base": "x"}, "cannot be called with"),
+        (
+            "examples.numpy_trainer:open_trainer",
+            {"base_model": "x", "states": "y", "temprature": 1},
+            "argument 'temprature'; did you mean `temperature`",
+        ),
         ("json:loads", {"s": "{"}, "raised JSONDecodeError"),
         ("json:loads", {"s": "{}"}, "returned dict without describe, logprobs"),
     ],

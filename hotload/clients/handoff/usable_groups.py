@@ -268,6 +268,11 @@ class GroupsAhead:
         waited, self._waited = self._waited, 0.0
         return waited
 
+    @property
+    def counts(self) -> GroupCounts:
+        """Count what the rules did in the windows since the last acknowledgement."""
+        return GroupCounts.total(groups.counts for groups in self._windows.values())
+
     def raw_rewards(self) -> dict[str, float]:
         """Average as `UsableGroups.raw_rewards`, over the windows that groups were taken of since
         the last acknowledgement: those that the step is made of."""

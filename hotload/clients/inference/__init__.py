@@ -1,3 +1,12 @@
 """The inference endpoints: one request, its attempts, and the window they share."""
 
-__all__ = ["attempt", "client", "conversation", "request_slots", "sampler", "transport", "waiters"]
+__all__ = [
+    "attempt",
+    "client",
+    "conversation",
+    "proof",
+    "request_slots",
+    "sampler",
+    "transport",
+    "waiters",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import aiohttp
 import orjson
@@ -13,8 +15,9 @@ from hotload.errors import ProtocolError
 from hotload.options import Sampling
 from hotload.publish import fireworks_names
 from hotload.rollout import completions_api
-from hotload.rollout.completions_api import Request
-from hotload.rollout.failures import Action, Cause, Failure, failure_of_status
+from hotload.rollout.engines.kind import ServerKind, form_of
+from hotload.rollout.failures import Action, Cause, Failure, FailureRules, failure_of_status
+from hotload.rollout.request import Request
 from hotload.rollout.retry_after import retry_after_seconds
 
 EVENT_STREAM = "text/event-stream"
@@ -26,20 +29,30 @@ ANSWER_LIMIT_BYTES = 1 << 20
 ANSWER_LIMIT_BYTES_PER_TOKEN = 16 << 10
 
 
+def body_bytes(body: dict[str, Any]) -> bytes:
+    """Write a body as JSON."""
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:  # an integer of more than 64 bits in a chat's messages
+        return json.dumps(body).encode()
+
+
 async def send_once(
-    transport: HttpTransport, request: Request, body: bytes, answer: completions_api.Answer
+    transport: HttpTransport,
+    kind: ServerKind,
+    request: Request,
+    body: bytes,
+    answer: completions_api.Answer,
 ) -> Failure | None:
     """Send `request` once and read its answer into `answer`; return the failure if it is of no use.
 
     Raises:
         ProtocolError: 200 with something else than an answer.
     """
-    is_chat = request.problem.messages is not None
-    path = fireworks_names.CHAT if is_chat else fireworks_names.COMPLETIONS
+    path = kind.endpoints[form_of(request.problem)].path
     headers = {
-        fireworks_names.REQUEST_ID_HEADER: request.request_id,
-        fireworks_names.SESSION_HEADER: request.session_id,
-        fireworks_names.AFFINITY_HEADER: request.session_id,
+        kind.request_id_header: request.request_id,
+        **dict.fromkeys(kind.session_headers, request.session_id),
     }
     try:
         async with await transport.post(path, body, headers) as response:
@@ -65,7 +78,8 @@ async def _read(
         None,
     )
     if response.status != 200:
-        return _failure_of_status(response.status, headers, await head_of(response))
+        rules = answer.reading.rules
+        return _failure_of_status(response.status, headers, await head_of(response), rules)
     named = headers.get("content-type", "").partition(";")[0].strip().lower()
     if named not in (EVENT_STREAM, "application/json"):
         raise ProtocolError("sample", 200, f"expected {EVENT_STREAM}, found {named[:80]!r}")
@@ -187,10 +201,13 @@ def _no_answer(cause: Cause, error: Exception) -> Failure:
     return Failure(Action.RETRY, cause, None, type(error).__name__)
 
 
-def _failure_of_status(status_code: int, headers: Mapping[str, str], body: bytes) -> Failure:
+def _failure_of_status(
+    status_code: int, headers: Mapping[str, str], body: bytes, rules: FailureRules
+) -> Failure:
     return failure_of_status(
         status_code,
         body[:2048].decode("utf-8", "replace"),
         names_in(body),
         retry_after_seconds(headers.get("retry-after"), headers.get("date")),
+        rules=rules,
     )

@@ -10,11 +10,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hotload.check_line import CheckLine
 from hotload.clients.access import Access
+from hotload.clients.inference.proof import Proof
 from hotload.clients.inference.sampler import Sampler, Sleep
 from hotload.clients.inference.transport import (
     ERROR_BODY_LIMIT_BYTES,
@@ -29,6 +30,8 @@ from hotload.options import Sampling
 from hotload.publish import fireworks_names
 from hotload.publish.probe import ProbeAnswer
 from hotload.rollout import completions_api
+from hotload.rollout.engines.kind import ServerKind
+from hotload.rollout.engines.known import KINDS, EngineName
 from hotload.rollout.window import Window
 
 CONNECT_TIMEOUT_SECONDS = 30.0
@@ -43,14 +46,36 @@ REFUSALS = (StatusMeaning.NO_ACCESS, StatusMeaning.NOT_FOUND, StatusMeaning.NOT_
 
 @dataclass(frozen=True, slots=True)
 class InferenceClient:
-    """One model on one service, by the vendor's names.
+    """One model on one service, answered by servers of one kind, the vendor's or another `engine`.
 
-    Nothing is connected before it is used.
+    `path_prefix`, `session_headers` and `request_id_header` are those of dialect and engine where
+    they are None. Nothing is connected before it is used.
     """
 
     access: Access
     model_addressing: Literal["header", "deployment"] = "header"
     drain_timeout_seconds: int | None = None
+    engine: EngineName = "fireworks"
+    path_prefix: str | None = None
+    session_headers: tuple[str, ...] | None = None
+    request_id_header: str | None = None
+
+    @property
+    def kind(self) -> ServerKind:
+        """How the servers are asked, and what their answers mean."""
+        kind = KINDS[self.engine]
+        return replace(
+            kind,
+            session_headers=(
+                kind.session_headers if self.session_headers is None else self.session_headers
+            ),
+            request_id_header=self.request_id_header or kind.request_id_header,
+        )
+
+    @property
+    def is_vendors(self) -> bool:
+        """Whether the vendor's service answers, whose fields are documented."""
+        return self.engine == "fireworks"
 
     @property
     def model(self) -> str:
@@ -90,8 +115,9 @@ class InferenceClient:
                 transport,
                 window,
                 sampling,
+                kind=self.kind,
                 model=self.model,
-                remedy=self.access.remedy,
+                remedy=self._remedy,
                 identity=identity,
                 policy_version=policy_version,
                 swap_timeout_seconds=swap_timeout_seconds,
@@ -120,9 +146,13 @@ class InferenceClient:
         """Ask for the log-probabilities of `token_ids` by the replica that this session leads to.
 
         Raises:
-            ServiceRefusedError, ServiceUnavailableError: no answer.
+            ServiceRefusedError, ServiceUnavailableError: no answer, or not the vendor's service.
             ProtocolError: an answer without these tokens.
         """
+        if not self.is_vendors:
+            advice = f"For {self.access.source}: set readiness.probe_sessions to 0"
+            reason = f"the log-probabilities of a prompt are not read of {self.engine}"
+            raise ServiceRefusedError("probe", None, reason, advice)
         body = json.dumps(completions_api.probe_body(token_ids, self.model)).encode()
         headers = {
             fireworks_names.SESSION_HEADER: session_id,
@@ -131,15 +161,20 @@ class InferenceClient:
         data = await self._complete("probe", body, PROBE_TIMEOUT_SECONDS, headers)
         return ProbeAnswer(session_id, *completions_api.parse_probe(data, token_ids))
 
-    async def ask_one_token(self) -> None:
-        """Ask for one token, whichever it is: are requests answered at all?
+    async def ask_first(self, sampling: Sampling) -> None:
+        """Ask whether samples would be answered: the vendor's service for one token, whichever it
+        is, any other for all that a trainer needs of samples by these settings.
 
         Raises:
-            ServiceRefusedError: 401, 402, 403, 404, 412, no key or no address.
+            ServiceRefusedError: 401, 402, 403, 404, 412, no key or no address; of another engine,
+                any answer that no sample could be trained on.
             ServiceUnavailableError: any other failure, or none within 10 s.
         """
+        if not self.is_vendors:
+            return await self._prove(sampling, CHECK_TIMEOUT_SECONDS)
         body = json.dumps({"model": self.model, **completions_api.ONE_TOKEN_BODY}).encode()
         await self._complete("rollouts", body, CHECK_TIMEOUT_SECONDS, {})
+        return None
 
     async def check(self) -> list[CheckLine]:
         """Ask whether the service answers a small request, and what is missing if not (protocol §8,
@@ -152,14 +187,34 @@ class InferenceClient:
         return [CheckLine("inference", True, f"{self.model} answers")]
 
     async def _warm_up(self, timeout_seconds: float) -> None:
-        """Send the request of protocol §14.
+        """Send the request of protocol §14, to another engine one like a sample's.
 
         Raises:
-            ServiceRefusedError: 401, 402, 403, 404, 412, no key or no address.
+            ServiceRefusedError: 401, 402, 403, 404, 412, no key or no address; as `ask_first`.
             ServiceUnavailableError: any other failure.
         """
+        if not self.is_vendors:
+            return await self._prove(Sampling(), timeout_seconds)
         body = json.dumps({"model": self.model, **completions_api.WARM_UP_BODY}).encode()
         await self._complete("warm-up", body, timeout_seconds, {})
+        return None
+
+    async def _prove(self, sampling: Sampling, timeout_seconds: float) -> None:
+        try:
+            async with (
+                asyncio.timeout(timeout_seconds),
+                self._transport(timeout_seconds, connections=1) as transport,
+            ):
+                await Proof(transport, self.kind, self.model, self._remedy).prove(sampling)
+        except TimeoutError as error:
+            advice = self.access.remedy(None)
+            raise ServiceUnavailableError("rollouts", None, type(error).__name__, advice) from None
+
+    def _remedy(self, status_code: int | None) -> str:
+        """Advise as the account does, and where the server answered, as its kind does."""
+        if self.is_vendors or status_code in (None, 401):
+            return self.access.remedy(status_code)
+        return f"For {self.access.source}: {self.kind.advice}"
 
     async def _complete(
         self, operation: str, body: bytes, timeout_seconds: float, headers: Mapping[str, str]
@@ -190,8 +245,11 @@ class InferenceClient:
         raise ServiceUnavailableError(operation, status, detail, advice)
 
     def _transport(self, read_timeout_seconds: float, connections: int) -> HttpTransport:
+        prefix = self.path_prefix
+        if prefix is None:
+            prefix = self.access.api.inference_prefix
         return HttpTransport(
-            self.access.origin("rollouts") + self.access.api.inference_prefix,
+            self.access.origin("rollouts") + prefix,
             self._headers(),
             connect_timeout_seconds=CONNECT_TIMEOUT_SECONDS,
             read_timeout_seconds=read_timeout_seconds,
@@ -199,8 +257,10 @@ class InferenceClient:
         )
 
     def _headers(self) -> dict[str, str]:
-        key = self.access.key("rollouts")
-        headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity"}
+        # A server of one's own may ask for no key; the vendor's is not for it.
+        if self.is_vendors or self.access.api_key:
+            headers["Authorization"] = f"Bearer {self.access.key('rollouts')}"
         if self.model_addressing == "header":
             headers |= self.access.names()
         if self.drain_timeout_seconds is not None:

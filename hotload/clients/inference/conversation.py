@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol
 from hotload.clock import monotonic
 from hotload.errors import HotLoadError, ServiceError
 from hotload.options import Sampling
-from hotload.rollout.completions_api import Answer, Request
+from hotload.rollout.completions_api import Answer
 from hotload.rollout.failures import CANCELLED, Action, Cause, Failure
 from hotload.rollout.merge_turns import Turns
+from hotload.rollout.request import Request
 from hotload.rollout.straddling import settle_weights
 from hotload.rollout.trajectory import TOKEN_ID_LIMIT, Problem, Provenance, Segment, Trajectory
 

@@ -6,15 +6,13 @@ The one retry layer of a sample is here; nothing around it repeats a request.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
-import orjson
-
-from hotload.clients.inference.attempt import send_once
+from hotload.clients.inference.attempt import body_bytes, send_once
 from hotload.clients.inference.conversation import Conversation, Outcome
 from hotload.clients.inference.request_slots import RequestSlots
 from hotload.clients.inference.transport import HttpTransport
@@ -23,8 +21,9 @@ from hotload.errors import ServiceRefusedError
 from hotload.options import Sampling
 from hotload.rollout import completions_api
 from hotload.rollout.breaker import Breaker
-from hotload.rollout.completions_api import Request, first_request
+from hotload.rollout.engines.kind import ServerKind, form_of
 from hotload.rollout.failures import Action, Cause, Failure, RetryBudget
+from hotload.rollout.request import Request, first_request
 from hotload.rollout.trajectory import Problem, Trajectory
 from hotload.rollout.window import Attempt, StepReport, TracePoint, Window
 
@@ -43,6 +42,7 @@ class Sampler:
         window: Window,
         sampling: Sampling,
         *,
+        kind: ServerKind,
         model: str,
         remedy: Callable[[int | None], str],
         identity: str,
@@ -55,6 +55,7 @@ class Sampler:
         self.policy_version = policy_version
         self._transport = transport
         self._slots = RequestSlots(window)
+        self._kind = kind
         self._model = model
         self._remedy = remedy
         self._swap_timeout_seconds = swap_timeout_seconds
@@ -137,6 +138,11 @@ class Sampler:
             detail = "the prompt fills max_seq_len"
             unsent = Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, None, detail)
             return Outcome(completions_api.Answer(sampling, None), unsent)
+        form = form_of(request.problem)
+        endpoint = self._kind.endpoints.get(form)
+        if endpoint is None:
+            reason = f"{self._kind.name} is asked {form}, which cannot be trained on there"
+            raise ServiceRefusedError("sample", None, reason, self._kind.advice)
         budget = RetryBudget(self._swap_timeout_seconds, self._uniform)
         met_swap = False
         while True:
@@ -144,11 +150,11 @@ class Sampler:
             await self._slots.acquire()
             number = budget.transient_count + 1
             try:
-                body = _render(completions_api.sample_body(request, self._model))
+                body = body_bytes(endpoint.body(request, self._model))
                 on_attempt()
-                answer = completions_api.Answer(sampling, prompt)
+                answer = completions_api.Answer(sampling, prompt, endpoint.reading)
                 started_at = monotonic()
-                failure = await send_once(self._transport, request, body, answer)
+                failure = await send_once(self._transport, self._kind, request, body, answer)
             except BaseException:
                 self._slots.abandon()
                 raise
@@ -200,8 +206,20 @@ def _attempt_of(
     )
 
 
-def _render(body: dict[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(body)
-    except orjson.JSONEncodeError:  # an integer of more than 64 bits in a chat's messages
-        return json.dumps(body).encode()
+class InferenceSource(Protocol):
+    """What is sampled from: an `InferenceClient`, whichever kinds of servers it knows."""
+
+    def session(
+        self,
+        sampling: Sampling,
+        *,
+        identity: str,
+        policy_version: int,
+        replica_count: int | None = None,
+        swap_timeout_seconds: float = ...,
+        window: Window | None = None,
+    ) -> AbstractAsyncContextManager[Sampler]:
+        """Open a sampler whose samples all share one window."""
+
+    async def warm_up(self, *, retries: int) -> bool:
+        """Tell whether a small request was answered within `retries` tries."""

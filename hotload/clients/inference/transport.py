@@ -10,7 +10,7 @@ import aiohttp
 import orjson
 
 from hotload.clients.access import tls_context
-from hotload.rollout import completions_api
+from hotload.rollout.failures import error_names
 
 ERROR_BODY_LIMIT_BYTES = 64 << 10
 KEPT_SECONDS = 5.0  # a server may close an idle connection just as it is used again
@@ -98,6 +98,6 @@ def names_in(body: bytes) -> str:
     (protocol §3).
     """
     try:
-        return completions_api.error_names(orjson.loads(body))
+        return error_names(orjson.loads(body))
     except orjson.JSONDecodeError:
         return "an empty body" if not body.strip() else "a body that is not JSON"

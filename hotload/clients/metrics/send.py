@@ -1,4 +1,5 @@
-"""Send metrics: a cycle's numbers to Prometheus and Weights & Biases, where the spec names them.
+"""Send metrics: the numbers of a cycle, or of a training run's steps, to Prometheus and Weights &
+Biases, where the spec names them.
 
 Neither may fail a cycle (design, rule 7): what goes wrong is for the caller to log, and the numbers
 lie in the store.
@@ -9,9 +10,9 @@ import json
 import os
 import signal
 import sys
+from asyncio.subprocess import Process
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 from hotload.directory.files import write_atomic
@@ -20,6 +21,7 @@ from hotload.report.metrics import prometheus_text
 from hotload.spec import CycleSpec
 
 WANDB_SECONDS = 120.0
+NOT_TAKEN = "Weights & Biases did not take the metrics"
 
 
 async def send_metrics(
@@ -37,27 +39,68 @@ async def send_metrics(
             await asyncio.to_thread(write_atomic, Path(spec.prometheus_file), text.encode())
         except OSError as error:
             problems.append(f"the Prometheus file was not written: {error}")
-    if spec.wandb.entity is not None and (wrong := await _log_to_wandb(spec, metrics)):
-        problems.append(f"Weights & Biases did not take the metrics: {wrong}")
+    if log := await open_wandb(spec, str(spec.line or ""), f"line {spec.line}"):
+        await log.log(metrics, spec.policy_version)
+        problems += filter(None, [await log.close()])
     return problems
 
 
-async def _log_to_wandb(spec: CycleSpec, metrics: Mapping[str, float]) -> str | None:
-    """Have a process of its own log one step; what went wrong, if something did."""
-    if find_spec("wandb") is None:
-        return "the package wandb is not installed here"
+class WandbLog:
+    """A run at Weights & Biases while a process of its own logs steps there."""
+
+    def __init__(self, child: Process) -> None:
+        self._child = child
+        self._is_closed = False
+
+    async def log(self, metrics: Mapping[str, float], step: int) -> str | None:
+        """Hand on the numbers of a step, and wait for nobody; returns what has gone wrong, once."""
+        if self._child.returncode is not None:
+            return await self.close()
+        self._send({"metrics": dict(metrics), "step": step})
+        return None
+
+    async def close(self) -> str | None:
+        """Let the process come to its end, or end it; returns what went wrong, if something did."""
+        if self._is_closed:
+            return None
+        self._is_closed = True
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.close()
+        try:
+            async with asyncio.timeout(WANDB_SECONDS):
+                wrong = await self._child.stdout.read()
+                await self._child.wait()
+        except TimeoutError:
+            return f"{NOT_TAKEN}: not done in {WANDB_SECONDS:g} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)  # with what its client started
+            await self._child.wait()
+        if self._child.returncode == 0:
+            return None
+        return f"{NOT_TAKEN}: {wrong.decode(errors='replace')[:80].strip()}"
+
+    def _send(self, document: Mapping[str, object]) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.write(json.dumps(document).encode() + b"\n")
+
+
+async def open_wandb(spec: CycleSpec, part: str = "", name: str = "") -> WandbLog | None:
+    """Begin to log at the run that a cycle declares, or at one beside it for a `part` that counts
+    steps of its own, since they only grow there; None where none is declared."""
     named = spec.wandb
+    if named.entity is None:
+        return None
     run = {
         "entity": named.entity,
         "project": named.project,
         "name": named.run_name or spec.run_id,
         "id": spec.run_id,
     }
-    if spec.line:
-        # Steps only grow there: a line is a run of its own, beside the one it left. No run id has
-        # a tilde.
-        run |= {"name": f"{run['name']}, line {spec.line}", "id": f"{spec.run_id}~{spec.line}"}
-    step = {"run": run, "metrics": dict(metrics), "step": spec.policy_version}
+    if part:
+        # No run id has a tilde.
+        run |= {"name": f"{run['name']}, {name or part}", "id": f"{spec.run_id}~{part}"}
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -68,13 +111,6 @@ async def _log_to_wandb(spec: CycleSpec, metrics: Mapping[str, float]) -> str | 
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
         start_new_session=True,
     )
-    try:
-        async with asyncio.timeout(WANDB_SECONDS):
-            wrong, _ = await child.communicate(json.dumps(step).encode())
-    except TimeoutError:
-        return f"not done in {WANDB_SECONDS:g} s"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # with what its client started
-        await child.wait()
-    return None if child.returncode == 0 else wrong.decode(errors="replace")[:80].strip()
+    log = WandbLog(child)
+    log._send(run)
+    return log

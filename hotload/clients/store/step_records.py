@@ -2,6 +2,7 @@
 
 _hotload/training/<run>/steps/000000007.json    the record of a step, written once
 _hotload/training/<run>/promoted/<name>.json    a name for one of its versions, given once
+_hotload/training/<run>/states/                 which states are removed, or a branch begins with
 _hotload/training/<run>/page.html               its steps to look at
 """
 
@@ -30,9 +31,23 @@ async def read_steps(store: Store, run_id: str) -> list[StepRecord]:
     return records
 
 
+async def read_step(store: Store, run_id: str, step: int) -> StepRecord | None:
+    """Read the record of one step, whatever there is of the others; None where there is none.
+
+    Raises:
+        StoreError: it cannot be read, or the store refuses.
+    """
+    path = _path(run_id, step)
+    return None if await store.size(path) is None else await _read(store, path)
+
+
 async def _read(store: Store, path: str) -> StepRecord:
     data = await store.read_bytes(path, limit_bytes=STEP_RECORD_LIMIT_BYTES)
-    return StepRecord.parse(data, path=path)
+    return StepRecord.parse(data, path=f"{store.url}/{path}")
+
+
+def _path(run_id: str, step: int) -> str:
+    return f"{TRAINING}/{run_id}/steps/{step:09d}.json"
 
 
 async def write_step(store: Store, record: StepRecord) -> None:
@@ -42,7 +57,7 @@ async def write_step(store: Store, record: StepRecord) -> None:
         IdentityConflictError: there is another: a second loop of the run is at work.
         StoreError: the store refuses.
     """
-    path = f"{TRAINING}/{record.run_id}/steps/{record.step:09d}.json"
+    path = _path(record.run_id, record.step)
     if await store.create_bytes(record.render(), path):
         return
     if await _read(store, path) != record:

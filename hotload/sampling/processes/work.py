@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hotload.clients.inference.client import InferenceClient
+from hotload.clients.inference.sampler import InferenceSource
 from hotload.clients.store.store import Store
 from hotload.dataset.rollout_plan import RolloutPlan
 from hotload.sampling.watch_versions import Stamp
@@ -15,7 +15,7 @@ class SamplingWork:
 
     spec: CycleSpec
     plan: RolloutPlan
-    client: InferenceClient
+    client: InferenceSource
     store: Store
     stamp: Stamp
     slots: int
