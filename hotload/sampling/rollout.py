@@ -167,6 +167,7 @@ class Rollout(PartCarrier):
                 self._names = await self._store.names(self.plan.directory)
                 self._named = await named_parts(self._store, self.plan)
             await writer.find(self._names, self._named)
+        await self._together.tell()
 
     async def _carry_row(self, writer: PartWriter, problem: Problem) -> None:
         """A group, and the next in its place as long as the rules drop it."""
