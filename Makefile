@@ -59,6 +59,7 @@ bench: install  ## the measured promises: codec (`make oracles` first adds its p
 	$(PY) -m benchmarks.client
 	$(PY) -m benchmarks.whole_path
 	$(PY) -m benchmarks.fan_out
+	$(PY) -m benchmarks.sampling_processes
 	$(PY) -m benchmarks.rollout_memory
 	$(PY) -m benchmarks.publish
 	$(PY) -m benchmarks.nodes
