@@ -6,13 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hotload.cli.wording import text_table
-from hotload.cli.wording import text_table
-from hotload.cli.wording import text_table
-from hotload.cli.wording import text_table
 from hotload.report.training_page import TimeShares, render_training_page
-from hotload.report.training_table import run_rows, step_line
-from hotload.report.training_table import run_rows, step_line
-from hotload.report.training_table import run_rows, step_line
 from hotload.report.training_table import run_rows, step_line
 from hotload.training.step_record import (
     ExportedCheckpoint,
