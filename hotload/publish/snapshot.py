@@ -183,8 +183,9 @@ class SnapshotManifest(SnapshotPlan):
     @property
     def stored_files(self) -> tuple[Shard | FileDigest, ...]:
         """What lies in the store under its identity."""
-        beside = (self.delta_index,) if self.delta_index else self.side_files
-        return (*(shard for shard in self.shards if shard.size_bytes), *beside)
+        if self.delta_index is None:
+            return (*self.shards, *self.side_files)
+        return (*(shard for shard in self.shards if shard.size_bytes), self.delta_index)
 
     @property
     def side_files_at(self) -> str:

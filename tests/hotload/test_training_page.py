@@ -103,39 +103,3 @@ def test_the_steps_are_a_table_with_units_and_a_line_each() -> None:
     assert head.split("  ")[:1] == ["step"]
     at = head.index("entropy, nats") + len("entropy, nats")
     assert (first[:at].split()[-1], second[:at].split()[-1]) == ("5.85", "–")
-
-
-def test_the_steps_are_a_table_with_units_and_a_line_each() -> None:
-    told = {"train/inference_k3": 1.2e-6, "train/entropy": 5.85, "perf/train_wait_time": 2.5}
-    records = [record(1, 7.5, **told), record(2, 16.5)]
-    assert step_line(records[0]).startswith("step 1: reward 0.25, k3 1.2e-06 nats, gradient norm –")
-    assert "trainer waited 2.50 s, sampler waited – s, loss –" in step_line(records[0])
-    head, first, second = text_table(*run_rows(records, [], {}, []))
-    assert len(head) == len(first) == len(second)
-    assert head.split("  ")[:1] == ["step"]
-    at = head.index("entropy, nats") + len("entropy, nats")
-    assert (first[:at].split()[-1], second[:at].split()[-1]) == ("5.85", "–")
-
-
-def test_the_steps_are_a_table_with_units_and_a_line_each() -> None:
-    told = {"train/inference_k3": 1.2e-6, "train/entropy": 5.85, "perf/train_wait_time": 2.5}
-    records = [record(1, 7.5, **told), record(2, 16.5)]
-    assert step_line(records[0]).startswith("step 1: reward 0.25, k3 1.2e-06 nats, gradient norm –")
-    assert "trainer waited 2.50 s, sampler waited – s, loss –" in step_line(records[0])
-    head, first, second = text_table(*run_rows(records, [], {}, []))
-    assert len(head) == len(first) == len(second)
-    assert head.split("  ")[:1] == ["step"]
-    at = head.index("entropy, nats") + len("entropy, nats")
-    assert (first[:at].split()[-1], second[:at].split()[-1]) == ("5.85", "–")
-
-
-def test_the_steps_are_a_table_with_units_and_a_line_each() -> None:
-    told = {"train/inference_k3": 1.2e-6, "train/entropy": 5.85, "perf/train_wait_time": 2.5}
-    records = [record(1, 7.5, **told), record(2, 16.5)]
-    assert step_line(records[0]).startswith("step 1: reward 0.25, k3 1.2e-06 nats, gradient norm –")
-    assert "trainer waited 2.50 s, sampler waited – s, loss –" in step_line(records[0])
-    head, first, second = text_table(*run_rows(records, [], {}, []))
-    assert len(head) == len(first) == len(second)
-    assert head.split("  ")[:1] == ["step"]
-    at = head.index("entropy, nats") + len("entropy, nats")
-    assert (first[:at].split()[-1], second[:at].split()[-1]) == ("5.85", "–")
