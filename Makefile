@@ -122,7 +122,7 @@ strangers: install .strangers-venv/installed  ## the vendor's SDK, its typed cli
 engines: .engines-venv/installed  ## llama.cpp's server, and the classes of vLLM and SGLang, against our rollout client
 	.engines-venv/bin/python -m pytest -c tests/engines/pytest.ini tests/engines
 
-containers: install .containers-venv/installed  ## the containers without Docker: image built, services started, two cycles; schemas; root, 3 minutes
+containers: install .containers-venv/installed  ## the containers without Docker: image built, services started, two cycles; schemas; root, some minutes
 	.containers-venv/bin/kubernetes-validate --strict deployments/kubernetes.yaml
 	.containers-venv/bin/python tests/containers/check_compose.py deployments/compose.yaml
 	$(PY) -m tests.containers
