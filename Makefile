@@ -17,7 +17,7 @@ STEPS := 1
 LESSON := even_numbers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train tinker oracles families strangers engines conformance fuzz lock golden deploy wheel clean
+.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train tinker oracles families strangers engines containers conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -124,6 +124,11 @@ strangers: install .strangers-venv/installed .cwtrain-venv/installed  ## the ven
 engines: .engines-venv/installed  ## llama.cpp's server, and the classes of vLLM and SGLang, against our rollout client
 	.engines-venv/bin/python -m pytest -c tests/engines/pytest.ini tests/engines
 
+containers: install .containers-venv/installed  ## the containers without Docker: image built, services started, two cycles; schemas; root, some minutes
+	.containers-venv/bin/kubernetes-validate --strict deployments/kubernetes.yaml
+	.containers-venv/bin/python tests/containers/check_compose.py deployments/compose.yaml
+	$(PY) -m tests.containers
+
 # The implementations on trial together in each environment: each is tried alone, and with the others.
 ADAPTERS := tests/conformance/adapters
 HERE := $(addprefix $(ADAPTERS)/,ours.py slime.py)
@@ -223,6 +228,15 @@ $(VENV)/installed: $(VENV)/locked pyproject.toml
 		-r tests/engines/requirements.txt
 	.engines-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 		-r tests/engines/requirements-alone.txt
+	@touch $@
+
+.containers-venv/installed: tests/containers/requirements.txt tests/containers/requirements-alone.txt
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… containers' >&2; exit 1; }
+	$(PYTHON) -m venv .containers-venv
+	.containers-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/containers/requirements.txt
+	.containers-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		-r tests/containers/requirements-alone.txt
 	@touch $@
 
 # cwtrain asks for 3.12; pyenv keeps its Pythons where no PATH finds them.
