@@ -59,6 +59,7 @@ bench: install  ## the measured promises: codec (`make oracles` first adds its p
 	$(PY) -m benchmarks.client
 	$(PY) -m benchmarks.whole_path
 	$(PY) -m benchmarks.fan_out
+	$(PY) -m benchmarks.sampling_processes
 	$(PY) -m benchmarks.rollout_memory
 	$(PY) -m benchmarks.publish
 	$(PY) -m benchmarks.nodes
@@ -116,8 +117,9 @@ families: install .families-venv/installed  ## model families in miniature: doct
 	HF_HUB_OFFLINE=1 .families-venv/bin/python tests/families/build.py $(FAMILIES)
 	$(PY) -m tests.families $(FAMILIES)
 
-strangers: install .strangers-venv/installed  ## the vendor's SDK, its typed client and openai against the emulator
+strangers: install .strangers-venv/installed .cwtrain-venv/installed  ## the vendor's SDK and client, openai, and CoreWeave's loader against the emulator
 	.strangers-venv/bin/python -m pytest -c tests/strangers/pytest.ini tests/strangers --ours $(PY)
+	OURS=$(PY) .cwtrain-venv/bin/python -m pytest -c tests/oracles/pytest.ini tests/oracles/test_cwtrain_door.py
 
 engines: .engines-venv/installed  ## llama.cpp's server, and the classes of vLLM and SGLang, against our rollout client
 	.engines-venv/bin/python -m pytest -c tests/engines/pytest.ini tests/engines

@@ -8,9 +8,22 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
+from hotload.publish.doors.coreweave import API_PREFIX as COREWEAVE_PREFIX
 from hotload.publish.fireworks_names import ACCOUNTS_PATH
 
-CONTROL_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 413: 3, 429: 8, 500: 13, 503: 14}
+CONTROL_CODES = {
+    400: 3,
+    401: 16,
+    403: 7,
+    404: 5,
+    409: 6,
+    412: 9,
+    413: 3,
+    429: 8,
+    500: 13,
+    501: 12,
+    503: 14,
+}
 CODES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHORIZED",
@@ -54,7 +67,8 @@ class RefusedError(Exception):
 
     def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
         """Answer at `path`, in the shape of the side it belongs to."""
-        body = self.control_body() if is_control_plane(path) else self.body()
+        is_control = is_control_plane(path) or path.startswith(COREWEAVE_PREFIX)
+        body = self.control_body() if is_control else self.body()
         return json_response(body, self.status_code, headers)
 
 

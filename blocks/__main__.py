@@ -14,7 +14,7 @@ from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
 from hotload.check_line import CheckLine
-from hotload.errors import ServiceUnavailableError
+from hotload.errors import ServiceRefusedError, ServiceUnavailableError
 
 EPILOG = """\
 examples:
@@ -25,7 +25,8 @@ examples:
 Blocks are configured in the Prefect UI under Blocks, or saved from Python:
   CheckpointStore(url="s3://bucket/path").save("default")
 PREFECT_API_URL says which server to ask. Keys and credentials that a block leaves out come from the
-environment: FIREWORKS_API_KEY, FIREWORKS_BASE_URL, AWS_*, GOOGLE_APPLICATION_CREDENTIALS.
+environment: FIREWORKS_API_KEY, FIREWORKS_BASE_URL, COREWEAVE_API_TOKEN, AWS_*,
+GOOGLE_APPLICATION_CREDENTIALS.
 
 exit code: 0 everything needed is there, 1 something is missing, 2 no such block, or no server
 """
@@ -45,7 +46,11 @@ async def check_block(kind: str, name: str, store_name: str | None) -> list[Chec
         return await (await RolloutClient.load(name)).open().check()
     service = await HotLoadService.load(name)
     store = await CheckpointStore.load(store_name) if store_name else None
-    return await service.open().check(store.url if store else None)
+    try:
+        client = service.open()
+    except ServiceRefusedError as error:
+        return [CheckLine("settings", False, error.answer, error.advice)]
+    return await client.check(store.url if store else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, SecretStr, field_validator, model_valida
 
 from hotload.clients.access import RESOURCE_ID, Access, check_origin
 from hotload.publish import fireworks_names
-from hotload.publish.api_dialect import ApiDialectName
+from hotload.publish.doors.api_dialect import ApiDialectName
 
 MODEL_ID = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 
@@ -31,12 +31,12 @@ class InferenceAccount(Block):
     deployment_id: str = Field(pattern=RESOURCE_ID, max_length=128)
     """The service, in the vendor's word; it exists beforehand, with hot-loading switched on."""
     base_url: str | None = Field(None, examples=[fireworks_names.BASE_URL])
-    """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's."""
+    """Origin of the API. Empty takes FIREWORKS_BASE_URL, or else the vendor's own."""
     api_key: SecretStr = SecretStr("")
-    """Empty takes FIREWORKS_API_KEY of the environment. To publish, it needs control rights."""
+    """Empty takes FIREWORKS_API_KEY, at CoreWeave COREWEAVE_API_TOKEN. It needs control rights."""
 
     dialect: ApiDialectName = "fireworks"
-    """How the API spells its calls; `plain` is a door without a control plane (protocol §22)."""
+    """Which API it is; `plain` is a door without a control plane (protocol §22, §23)."""
 
     @model_validator(mode="after")
     def _names_one_model(self) -> Self:

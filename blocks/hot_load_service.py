@@ -8,7 +8,7 @@ from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, JsonValue
 
 from blocks.account import InferenceAccount
-from hotload.clients.service import HotLoadClient
+from hotload.clients.service import HotLoadClient, open_service
 
 
 class HotLoadService(Block):
@@ -35,7 +35,7 @@ class HotLoadService(Block):
 
     def open(self) -> HotLoadClient:
         """Open the client; it connects anew for every call."""
-        return HotLoadClient(
+        return open_service(
             self.account.access(self),
             base_model=self.base_model,
             hot_load_transition_type=self.hot_load_transition_type,

@@ -49,7 +49,8 @@ async def carry_shards(
     """
     size_bytes = sum(shard.size_bytes for shard in shards)
     progress = Progress(f"{plan.kind.value} {plan.identity}", size_bytes)
-    with DeltaEncoder(baseline.workspace, view, plan, baseline.digests) as encoder:
+    codec = service.access.api.codec
+    with DeltaEncoder(baseline.workspace, view, plan, baseline.digests, codec) as encoder:
         return await overlap(
             _carry(encoder, service, baseline.store, batch, progress)
             for batch in batches(shards, BATCHES)

@@ -62,9 +62,10 @@ async def load_services(spec: CycleSpec) -> dict[str, HotLoadClient]:
     """Open the services of a cycle, by the names of their blocks.
 
     Raises:
-        ServiceRefusedError: two blocks are of one service.
+        ServiceRefusedError: as `side_by_side`.
     """
-    return side_by_side({name: (await HotLoadService.load(name)).open() for name in spec.services})
+    opened = {name: (await HotLoadService.load(name)).open() for name in spec.services}
+    return side_by_side(opened, is_made_here=not (spec.placement or spec.is_of_ranks))
 
 
 async def hold_services(
@@ -361,7 +362,16 @@ async def _carry_all(
     view = await view_of(spec)
     carried = await carry_content(spec, service, baseline, view, content, plan)
     shards = tuple(shard for batch in carried for shard in batch.shards)
-    manifest = await upload_manifests(baseline.store, view, plan, content, shards, baseline.digests)
+    has_index = service.access.api.codec == "coreweave"
+    manifest = await upload_manifests(
+        baseline.store,
+        view,
+        plan,
+        content,
+        shards,
+        baseline.digests,
+        baseline.workspace.delta(plan.identity) if has_index else None,
+    )
     return manifest, carried
 
 

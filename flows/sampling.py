@@ -13,7 +13,9 @@ from hotload.concurrently import overlap
 from hotload.dataset.rollout_plan import MANIFEST_FILE, share_parts
 from hotload.report.earlier_run import EarlierRun
 from hotload.rollout.counts import RolloutSummary
-from hotload.sampling.rollout import Rollout, SampledService, Together, open_rollout
+from hotload.sampling.part_carrier import PartCarrier, Together
+from hotload.sampling.processes.coordinator import open_carrier
+from hotload.sampling.rollout import SampledService
 from hotload.spec import CycleSpec
 from tasks.publication import Publishing, sources_of
 from tasks.roll_out import find_rollout, hand_back, read_rollout_plan, roll_out_chunk, warm_up
@@ -84,24 +86,23 @@ async def roll_out(
     if done := await find_rollout(store, plan.directory, plan.digest):
         return done
     await overlap(warm_up(source.client, spec.readiness) for source in sources)
-    progress, together = Progress(f"rollouts {plan.identity}", plan.problem_count), Together()
+    progress = Progress(f"rollouts {plan.identity}", plan.problem_count)
+    together = Together(plan, store, get_run_logger())
     shares = share_parts(plan.parts, [source.weight for source in sources])
     # Of few parts a small weight gets none.
     shared = [(one, numbers) for one, numbers in zip(sources, shares, strict=True) if numbers]
     async with AsyncExitStack() as opened:
         rollouts = [
             await opened.enter_async_context(
-                open_rollout(
+                open_carrier(
                     spec,
                     plan,
-                    source.client,
+                    source,
                     store,
-                    source.replica_count,
-                    source.watched,
                     get_run_logger(),
-                    identity=source.identity,
                     numbers=numbers,
                     together=together,
+                    service_count=len(shared),
                 )
             )
             for source, numbers in shared
@@ -117,6 +118,6 @@ async def roll_out(
     return await hand_back(store, manifest, plan.path(MANIFEST_FILE))
 
 
-async def _carry(rollout: Rollout, number: int, progress: Progress) -> None:
+async def _carry(rollout: PartCarrier, number: int, progress: Progress) -> None:
     await roll_out_chunk(rollout, number)
     await progress.advance(len(rollout.plan.parts[number].problems))

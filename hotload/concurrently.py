@@ -3,13 +3,24 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+)
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NoReturn, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+# A module's logger, or the one of an engine's run, whose lines a person reads there.
+RunLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +84,29 @@ async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) ->
     async with all_or_none() as group:
         one, other = group.create_task(first), group.create_task(second)
     return one.result(), other.result()
+
+
+@asynccontextmanager
+async def beside(
+    logger: RunLogger, **endless: Callable[[], Awaitable[None]] | None
+) -> AsyncIterator[None]:
+    """Run what serves a block as long as that runs; should one of it end, the block goes on without
+    it, and the log says so by its name.
+    """
+
+    async def run(name: str, serve: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await serve()
+        except Exception:  # nobody waits for it
+            logger.exception("%s came to an end", name.replace("_", " "))
+
+    running = [asyncio.create_task(run(name, one)) for name, one in endless.items() if one]
+    try:
+        yield
+    finally:
+        for each in running:
+            each.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 def raise_first(failed: BaseExceptionGroup[BaseException]) -> NoReturn:

@@ -254,6 +254,9 @@ class Sampling(Declared):
     """How many samples are in flight."""
     problems_per_task: int = Field(64, ge=1, le=10_000)
     """Problems one task samples; at least so many that a cycle has no more than 50 such tasks."""
+    processes: int = Field(1, ge=1, le=64)
+    """Processes that share the tasks, each with an event loop and a share of the window; 1 samples
+    in the cycle's own process. Worth it where one core is busy with thousands of samples."""
     rollout: RolloutFunction | None = None
     """A rollout function of yours for more than one turn; empty samples each problem once."""
     groups: Groups = Groups()

@@ -50,7 +50,7 @@ async def signal_snapshot(
         SnapshotRejectedError: the service refuses the full snapshot itself.
         LeaseLostError: another publisher has taken over.
     """
-    if not may_signal(await service.observe(), manifest):
+    if not may_signal(await service.observe(), manifest, service.access.api.codec):
         get_run_logger().info("%s was accepted before", manifest.identity)
         return ()
     # Before the mark too: a publisher that lost the lease must not make its delta doubtful.

@@ -18,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from hotload.checkpoint.index_and_spec import SpecDtypeStyle
 from hotload.clients.store import Store
 from hotload.clients.store.records import read_snapshot_manifest
+from hotload.directory.delta_codecs import ENVELOPES
 from hotload.directory.files import (
     AnyFile,
     FileDigests,
@@ -267,11 +268,12 @@ class Baseline:
             copy = partial(self._copy, place, file.file, file.size_bytes, file.sha256, out)
             if await asyncio.to_thread(copy):
                 return
-        await self.store.get_file(f"{manifest.identity}/{file.file}", out)
+        owner = manifest.identity if isinstance(file, Shard) else manifest.side_files_at
+        await self.store.get_file(f"{owner}/{file.file}", out)
         found = await asyncio.to_thread(sha256_file, out)
         if found != file.sha256:
             reason = f"sha256 is {found[:12]}…, the manifest says {file.sha256[:12]}…"
-            raise StoreError(f"{manifest.identity}/{file.file}", reason)
+            raise StoreError(f"{owner}/{file.file}", reason)
         self.digests.note(out, found)
 
     async def _restore(
@@ -297,10 +299,15 @@ class Baseline:
                 raise
 
     async def _apply(self, manifest: SnapshotManifest, shard: Shard, base: Path, out: Path) -> None:
-        delta = out.with_name(f"{shard.file}.delta")
-        await self._fetch(manifest, shard, None, delta)
-        found = await asyncio.to_thread(apply_file, base, delta, out)
-        delta.unlink()
+        if not shard.size_bytes:  # unchanged, so not stored
+            found = await asyncio.to_thread(copy_file, base, out)
+        else:
+            delta = out.with_name(f"{shard.file}.delta")
+            await self._fetch(manifest, shard, None, delta)
+            envelope = ENVELOPES["coreweave" if manifest.codec == "coreweave" else "arc_v2"]
+            apply = partial(apply_file, base, delta, out, envelope=envelope)
+            found = await asyncio.to_thread(apply)
+            delta.unlink()
         if found != shard.content_sha256:
             said = shard.content_sha256
             reason = f"restored sha256 is {found[:12]}…, the manifest says {said[:12]}…"

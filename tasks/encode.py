@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefect.context import TaskRunContext
 
 from hotload.clock import monotonic
 from hotload.delta.encode import DeltaStats
+from hotload.directory.delta_codecs import ENVELOPES
 from hotload.directory.files import AnyFile, FileDigests, sha256_file
 from hotload.directory.relayout import CheckpointView
 from hotload.directory.shards import encode_file, open_shard
@@ -23,6 +25,7 @@ from hotload.errors import (
     InvalidCheckpointError,
     SelfCheckError,
 )
+from hotload.publish.doors.api_dialect import DeltaCodec
 from hotload.publish.snapshot import Shard, ShardBatch, SnapshotPlan
 from hotload.publish.workspace import Workspace
 from hotload.quantities import size
@@ -30,18 +33,27 @@ from hotload.records import FileDigest
 from tasks import RETRIED
 from tasks.validate import changed_since_validation
 
+SHA256_OF_NOTHING = hashlib.sha256().hexdigest()
+
 
 class DeltaEncoder:
     """Encodes the deltas of one plan, on one thread a core for as long as it is open.
 
     Args:
         digests: what they know of the checkpoint, and stays as it is, is not summed again.
+        codec: which deltas the service takes.
     """
 
     def __init__(
-        self, workspace: Workspace, view: CheckpointView, plan: SnapshotPlan, digests: FileDigests
+        self,
+        workspace: Workspace,
+        view: CheckpointView,
+        plan: SnapshotPlan,
+        digests: FileDigests,
+        codec: DeltaCodec = "arc_v2",
     ) -> None:
         self.workspace, self.view, self.plan, self.digests = workspace, view, plan, digests
+        self.codec: DeltaCodec = codec
         # numpy and zstd release the interpreter lock, so threads use every core there is.
         self._pool = ThreadPoolExecutor(os.cpu_count(), "encode")
 
@@ -82,11 +94,14 @@ class DeltaEncoder:
                 raise SelfCheckError(shard.file, str(error)) from error
             if delta.target_sha256 != shard.sha256:
                 raise changed_since_validation(shard.file, shard.sha256, delta.target_sha256)
+            is_left_out = not (ENVELOPES[self.codec].has_every_tensor or delta.has_changed)
+            if is_left_out:
+                (out / shard.file).unlink()
             shards.append(
                 Shard(
                     file=shard.file,
-                    size_bytes=delta.size_bytes,
-                    sha256=delta.sha256,
+                    size_bytes=0 if is_left_out else delta.size_bytes,
+                    sha256=SHA256_OF_NOTHING if is_left_out else delta.sha256,
                     content_size_bytes=delta.content_size_bytes,
                     content_sha256=delta.content_sha256,
                 )
@@ -94,10 +109,13 @@ class DeltaEncoder:
         return ShardBatch(shards=tuple(shards), encode_seconds=monotonic() - start)
 
     def _encode_file(self, base: Path, target: AnyFile, out: Path) -> DeltaStats:
+        encode = partial(
+            encode_file, base, target, out, envelope=ENVELOPES[self.codec], self_check=True
+        )
         known = self.digests.known(target)
-        delta = encode_file(base, target, out, target_sha256=known, self_check=True)
+        delta = encode(target_sha256=known)
         if known is not None and self.digests.known(target) != known:  # it was touched meanwhile
-            delta = encode_file(base, target, out, self_check=True)
+            delta = encode()
         return delta
 
 
@@ -107,7 +125,7 @@ def encode_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     workspace, plan = encoder.workspace, encoder.plan
     facts = [
         ["encode", 3, workspace.account_id, workspace.deployment_id],
-        [plan.identity, plan.previous, "arc_v2"],
+        [plan.identity, plan.previous, encoder.codec],
         [[shard.file, shard.sha256] for shard in parameters["batch"]],
     ]
     return "encode-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -160,4 +178,5 @@ def _lie_in(directory: Path, shards: tuple[Shard, ...]) -> bool:
     return all(
         (directory / shard.file).is_file() and sha256_file(directory / shard.file) == shard.sha256
         for shard in shards
+        if shard.size_bytes
     )

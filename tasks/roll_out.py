@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from hotload.clients.inference.client import InferenceClient
+from hotload.clients.inference.sampler import InferenceSource
 from hotload.clients.store import Store
 from hotload.dataset.rollout_plan import RolloutManifest, RolloutPart, RolloutPlan
 from hotload.options import ReadinessPolicy
 from hotload.rollout.counts import RolloutSummary, join_counts, unnamed_samples
 from hotload.rollout.group_rules import usable_count
-from hotload.sampling.part_files import usable_manifest
+from hotload.sampling.earlier_manifest import usable_manifest
+from hotload.sampling.part_carrier import PartCarrier
 from hotload.sampling.problems import plan_rollouts
-from hotload.sampling.rollout import Rollout
 from hotload.spec import CycleSpec
 from tasks import RETRIED
 
@@ -30,7 +30,7 @@ async def read_rollout_plan(spec: CycleSpec, identity: str, store: Store) -> Rol
 
 
 @task(cache_policy=NO_CACHE, task_run_name="warm-up")
-async def warm_up(client: InferenceClient, readiness: ReadinessPolicy) -> bool:
+async def warm_up(client: InferenceSource, readiness: ReadinessPolicy) -> bool:
     """Send a small request, and tell whether it was answered in time: the first ones after a swap
     can be slow or fail. Best effort: nothing depends on it.
     """
@@ -44,7 +44,7 @@ async def warm_up(client: InferenceClient, readiness: ReadinessPolicy) -> bool:
 
 # A retry writes what was sampled; only the sampler's own budget repeats a request.
 @task(cache_policy=NO_CACHE, task_run_name="roll-out-{number}", **RETRIED)
-async def roll_out_chunk(rollout: Rollout, number: int) -> Sequence[RolloutPart]:
+async def roll_out_chunk(rollout: PartCarrier, number: int) -> Sequence[RolloutPart]:
     """Put one part of the rollout into the store; return the counts of what is in its files.
 
     Raises:

@@ -15,9 +15,11 @@ from hotload.clients.store.rank_records import count_attempts, read_committed
 from hotload.clients.store.records import read_snapshot_manifest, write_manifest
 from hotload.clients.store.side_files import in_order, put_again
 from hotload.clock import monotonic, utc_now
+from hotload.delta.dialects import Lineage
+from hotload.directory.delta_codecs import write_delta_index
 from hotload.directory.files import FileDigests, refuse_file
 from hotload.directory.relayout import CheckpointView, file_in
-from hotload.errors import IdentityConflictError
+from hotload.errors import IdentityConflictError, LayoutMismatchError
 from hotload.publish.snapshot import (
     CheckpointContent,
     Shard,
@@ -65,7 +67,8 @@ async def upload_shards(
     """
     start = monotonic()
     for shard in batch.shards:
-        await put_file(store, identity, source, shard, digests)
+        if shard.size_bytes:
+            await put_file(store, identity, source, shard, digests)
     seconds = monotonic() - start
     sent = sum(shard.size_bytes for shard in batch.shards)
     get_run_logger().info("%s in %.1f s, %d shards", size(sent), seconds, len(batch.shards))
@@ -96,8 +99,9 @@ async def upload_once(
 @task(cache_policy=NO_CACHE, task_run_name="stored-{shards[0].file}", **RETRIED)
 async def are_stored(store: Store, identity: str, shards: tuple[Shard, ...]) -> bool:
     """Tell whether the store still has every one of `shards` under `identity`, by size."""
-    sizes = await asyncio.gather(*(store.size(f"{identity}/{shard.file}") for shard in shards))
-    return all(size == shard.size_bytes for size, shard in zip(sizes, shards, strict=True))
+    put = [shard for shard in shards if shard.size_bytes]
+    sizes = await asyncio.gather(*(store.size(f"{identity}/{shard.file}") for shard in put))
+    return all(size == shard.size_bytes for size, shard in zip(sizes, put, strict=True))
 
 
 @task(cache_policy=NO_CACHE, task_run_name="manifests-{plan.identity}", **RETRIED)
@@ -108,25 +112,38 @@ async def upload_manifests(
     content: CheckpointContent,
     shards: tuple[Shard, ...],
     digests: FileDigests,
+    indexed: Path | None = None,
 ) -> SnapshotManifest:
     """Put the files beside the shards, index last, then record the snapshot as published.
 
     `view` is of the trainer's checkpoint. A delta carries the files that are served: where the
-    trainer has saved one again in other words, the one of `previous`.
+    trainer has saved one again in other words, the one of `previous`. One whose shards lie in
+    `indexed` carries an index of its own instead, which says what it follows.
 
     Raises:
         InvalidCheckpointError: the trainer changed a file since it was validated.
         BaselineLostError: the store has lost a file of `previous`.
+        LayoutMismatchError: `indexed`, and there is nothing to put.
         StoreError: the store refuses.
     """
     previous = plan.previous and await read_snapshot_manifest(store, plan.previous)
     side_files = previous.side_files if previous else content.side_files
-    for side_file in in_order(side_files):
+    delta_index = None
+    if indexed and plan.previous:
+        files = [shard.file for shard in shards if shard.size_bytes]
+        if not files:
+            raise LayoutMismatchError("nothing has changed, and the service takes no empty delta")
+        lineage = Lineage(plan.identity, plan.previous)
+        delta_index = await asyncio.to_thread(write_delta_index, indexed, lineage, files)
+        await put_file(store, plan.identity, indexed, delta_index, digests)
+    for side_file in () if delta_index else in_order(side_files):
         if side_file in content.side_files:
             await put_file(store, plan.identity, view, side_file, digests)
         elif previous:
-            await put_again(store, plan.identity, previous.identity, side_file)
-    manifest = SnapshotManifest.of(plan, content, shards, created_at=utc_now())
+            await put_again(store, plan.identity, previous.side_files_at, side_file)
+    manifest = SnapshotManifest.of(
+        plan, content, shards, created_at=utc_now(), delta_index=delta_index
+    )
     manifest = manifest.model_copy(update={"side_files": side_files})
     await write_manifest(store, manifest)
     return manifest
@@ -183,8 +200,7 @@ async def adopt_committed(store: Store, spec: CycleSpec) -> SnapshotManifest:
         refuse_file("not_committed", spec.name, found, expected)
     if await read_snapshot_manifest(store, manifest.identity) is None:
         # Rank 0 died after it had committed, or retention has removed the snapshot since.
-        files: tuple[Shard | FileDigest, ...] = (*manifest.shards, *manifest.side_files)
-        for file in files:
+        for file in manifest.stored_files:
             if await _is_missing(store, manifest.identity, file):
                 expected = "what the ranks put: publish this version from a checkpoint"
                 refuse_file("missing_file", f"{manifest.identity}/{file.file}", "none", expected)

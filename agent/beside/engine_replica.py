@@ -60,6 +60,9 @@ class EngineReplica(Loader):
         self._last: str | None = None
         self._is_told = False
         self._refused: str | None = None
+        # There while the engine is told, and left by what ended before it had loaded: half of its
+        # weights may be new then, whatever version it names.
+        self._doubt = directory / "telling"
 
     def report(self) -> AgentReport:
         """Say what is served, and how far what is loading has come."""
@@ -122,7 +125,8 @@ class EngineReplica(Loader):
             return
         expected = (self._served.name,) if self._served else UNNAMED
         is_right = version in expected if self._engine.tells_version else self._is_told
-        if is_right or (self._served is None and not self._is_told and version in UNNAMED):
+        is_right |= self._served is None and not self._is_told and version in UNNAMED
+        if is_right and not self._doubt.exists():
             self.readiness, self._is_told = True, True
             self.current = self._served.name if self._served else None
             self.error = self.error if self.stage == "error" else ""
@@ -201,11 +205,13 @@ class EngineReplica(Loader):
     async def _tell(self, directory: Path, load: Load) -> None:
         """Point the link at a directory, let the engine load it, and ask what it serves."""
         self._is_told = False
+        self._doubt.touch()
         self._point_at(directory)
         policy = load.reset_prompt_cache
         await self._engine.reload(Reload(self.link, load.identity, load.transition, policy))
         if self._engine.tells_version and (found := await self._engine.version()) != load.identity:
             raise EngineError(f"the engine reports {found!r} after it was given {load.identity!r}")
+        self._doubt.unlink()
         self._is_told = True
 
     async def _go_back(self) -> None:

@@ -56,10 +56,10 @@ def chain_obstacle(ledger: Ledger, signal: Signal, replicas: Iterable[Member]) -
 
 
 def inspect_snapshot(
-    bucket: SnapshotBucket, signal: Signal, base: BaseModel | None
+    bucket: SnapshotBucket, signal: Signal, base: BaseModel | None, *, needs_spec: bool = True
 ) -> SnapshotKind:
     """Tell what kind of snapshot is signalled; a full or an adapter is validated on the way,
-    against the base model where one is known. Blocking.
+    against the base model where one is known, and a full's spec where it needs one. Blocking.
 
     Raises:
         InvalidSnapshotError: the first broken rule.
@@ -72,5 +72,6 @@ def inspect_snapshot(
         return SnapshotKind.LORA
     if signal.previous is not None:
         return SnapshotKind.DELTA
-    validate_full(bucket, signal.identity, files, base, list(signal.extra_fields_ignore))
+    ignored = list(signal.extra_fields_ignore)
+    validate_full(bucket, signal.identity, files, base, ignored, needs_spec=needs_spec)
     return SnapshotKind.FULL

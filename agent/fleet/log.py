@@ -47,13 +47,14 @@ class FleetLog:
         return await self._store.create_bytes(event.model_dump_json().encode(), path)
 
     async def prune(self, served: Collection[str | None]) -> None:
-        """Remove what lies before all that is served, and before the chain that all are to serve.
+        """Remove what lies before the chains to all that is served, and to what all are to serve.
 
         Raises:
             StoreError: as `Store.delete_file`.
         """
-        chain = (await self.read()).chain_for("")
-        needed = {load.identity for load in chain}.union(served)
+        state = await self.read()
+        chains = [state.chain_for(""), *map(state.chain_to, served)]
+        needed = {load.identity for chain in chains for load in chain}
         numbers = [number for number, one in self._events.items() if one.identity in needed]
-        if chain:
+        if numbers:
             await self._log.remove_before(min(numbers))

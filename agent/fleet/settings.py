@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.loading.disk import Transition
 from hotload.clients.access import check_origin
-from hotload.publish.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
+from hotload.publish.doors.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
 from hotload.publish.fireworks_names import deployment_name, model_name
 
 

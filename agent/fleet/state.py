@@ -67,9 +67,17 @@ class FleetState:
         return state
 
     def chain_for(self, agent: str) -> list[Load]:
-        """List what leads an agent of that name to what it is to serve; empty: base weights."""
+        """List what leads an agent of that name to what it is to serve; empty: base weights. Where
+        the way there is not known, its last step alone."""
         waits = self.canary is not None and agent not in self.canary.canaries
-        return lineage(self._standing[:-1] if waits else self._standing)
+        loads = self._standing[:-1] if waits else self._standing
+        return lineage(loads) or loads[-1:]
+
+    def chain_to(self, identity: str | None) -> list[Load]:
+        """List what leads to a snapshot that was signalled; empty where none of that name was."""
+        identities = [load.identity for load in self._standing]
+        at = identities.index(identity) + 1 if identity in identities else 0
+        return lineage(self._standing[:at])
 
     def head_for(self, agent: str) -> str | None:
         """Name what an agent is to serve; None is base weights."""

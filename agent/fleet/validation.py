@@ -81,6 +81,8 @@ def validate_full(
     files: Mapping[str, int],
     base: BaseModel | None,
     ignored: list[str],
+    *,
+    needs_spec: bool = True,
 ) -> None:
     """Return if the full snapshot `identity` may be loaded over `base`, where that is known.
 
@@ -105,7 +107,8 @@ def validate_full(
         if differing:
             reason = f"{name}: tensor {min(differing)!r}: shard and {INDEX_FILE} disagree"
             raise InvalidSnapshotError(reason)
-    _check_spec(_document(bucket, identity, files, SPEC_FILE), headers)
+    if needs_spec or SPEC_FILE in files:
+        _check_spec(_document(bucket, identity, files, SPEC_FILE), headers)
     is_quantized = _without_quantization(config) != config
     _check_scales(headers, is_quantized=is_quantized)
     if base is None:

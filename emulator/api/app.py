@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from agent.api.gateway import make_app
 from agent.api.hot_load import ACCOUNT, ROUTES
-from emulator.api import deployed_models, extensions, plain_door
+from emulator.api import coreweave_door, deployed_models, extensions, plain_door
 from emulator.api.gateway import ordered
 from emulator.api.inference import infer, list_models
 from emulator.control.settings import EmulatorConfig
@@ -32,6 +32,7 @@ def create_app(config: EmulatorConfig) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.service = service = Service(config)
         app.state.instead = ordered
+        app.state.hot_loads = {}
         try:
             await service.start()
         except BaseException as error:
@@ -58,8 +59,9 @@ def create_app(config: EmulatorConfig) -> Starlette:
         Route(f"{DEPLOYED}/{{deployed}}", deployed_models.get_deployed, methods=["GET"]),
         Route(f"{DEPLOYED}/{{deployed}}", deployed_models.unload, methods=["DELETE"]),
     ]
-    if config.dialect == "plain":
-        routes = list(plain_door.ROUTES)
+    if config.dialect != "fireworks":
+        doors = {"plain": plain_door.ROUTES, "coreweave": coreweave_door.ROUTES}
+        routes = list(doors[config.dialect])
     routes += [
         Route("/emulator/faults", extensions.add_faults, methods=["POST"]),
         Route("/emulator/faults", extensions.list_faults, methods=["GET"]),

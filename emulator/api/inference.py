@@ -267,6 +267,6 @@ def _named_adapter(service: Service, request: Request, model: str) -> str | None
     }
     if model != config.model and model not in adapters:
         raise RefusedError(404, f"Model not found: {model[:200]!r}")
-    if header is None:
+    if header is None and config.api.deployment_header:
         raise RefusedError(400, f"header {config.api.deployment_header} is missing")
     return adapters.get(model)

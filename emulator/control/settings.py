@@ -17,8 +17,8 @@ class EmulatorConfig(FleetConfig):
     With `clock="ticks"` that clock moves only by `POST /emulator/tick`, so that a test decides when
     a replica goes on to its next state. `chain_error`, `sync_new_requests`, `hint_status_code` and
     `reject_reset_prompt_cache` answer as one chooses what no public source settles (protocol §4,
-    §6, §9). `dialect` chooses the door (protocol §22); with `base_identity` the base weights have
-    that name there, and no other full snapshot is taken. So many adapters as there are
+    §6, §9). `dialect` chooses the door (protocol §22, §23); with `base_identity` the base
+    weights have that name there, and no other full snapshot is taken. So many adapters as there are
     `adapter_slots` are loaded side by side (protocol §10).
     """
 

@@ -11,8 +11,13 @@ from typing import Any
 from agent.loading.bucket import MissingObjectError, SnapshotBucket
 from agent.loading.disk import Disk, Load
 from emulator.control.faults import Faults
+from hotload.checkpoint.names import INDEX_FILE
+from hotload.checkpoint.safetensors import SHARD_SUFFIX
+from hotload.delta.dialects import Lineage
 from hotload.delta.ordered_threads import Workers
 from hotload.directory.files import copy_file
+from hotload.directory.inputs import read_delta
+from hotload.directory.operations import apply_directory
 from hotload.errors import DeltaError
 
 
@@ -81,3 +86,26 @@ class FaultyDisk(Disk):
             # As the vendor's decoder does it: in place, without a journal (wire-format §7).
             os.replace(out, base)
             raise DeltaError(out.name, "torn: the apply stopped after this shard")
+
+
+class ChangedTensorsDisk(FaultyDisk):
+    """A disk for deltas of changed tensors, whose index says what they follow (wire-format §5)."""
+
+    def merge(self, load: Load, arrived: Path, held: Path) -> Path:
+        """Merge the delta in `arrived` into a full checkpoint, on the one in `held`.
+
+        Raises:
+            DeltaError: the delta is not the one that was signalled, or does not fit the base.
+        """
+        lineage, expected = read_delta(arrived).lineage, Lineage(load.identity, str(load.previous))
+        if lineage != expected:
+            raise DeltaError(INDEX_FILE, f"found {lineage}, expected {expected}")
+        merged = self._directory / "merging" / load.identity
+        shutil.rmtree(merged, ignore_errors=True)
+        merged.parent.mkdir(exist_ok=True)
+        apply_directory(held, arrived, merged)
+        if self._faults.take("torn_apply", replica=self._name, identity=load.identity):
+            shard = min(merged.glob(f"*{SHARD_SUFFIX}"))
+            os.replace(shard, held / shard.name)
+            raise DeltaError(shard.name, "torn: the apply stopped after this shard")
+        return merged

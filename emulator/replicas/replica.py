@@ -20,7 +20,7 @@ from emulator.control.faults import Faults
 from emulator.control.settings import EmulatorConfig
 from emulator.engine.engine import Engine
 from emulator.replicas.adapters import FAILED, LOADING, AdapterSlots, ServedWeights
-from emulator.replicas.faulty import FaultyBucket, FaultyDisk
+from emulator.replicas.faulty import ChangedTensorsDisk, FaultyBucket, FaultyDisk
 from emulator.replicas.prompt_cache import PromptCache
 from hotload.identity import SnapshotKind
 
@@ -52,7 +52,8 @@ class Replica(Loader):
     def __init__(self, index: int, around: Surroundings) -> None:
         name = f"replica-{index}"
         hinted = around.work_dir / "hinted"
-        disk = FaultyDisk(around.work_dir / name, hinted, around.bucket, around.faults, name)
+        disk_of = FaultyDisk if around.config.api.codec == "arc_v2" else ChangedTensorsDisk
+        disk = disk_of(around.work_dir / name, hinted, around.bucket, around.faults, name)
         super().__init__(name, disk, around.threads)
         self._around, self._index, self._slowness = around, index, 1 + SPREAD * index
         self.adapters = AdapterSlots(around.config.adapter_slots)

@@ -8,6 +8,7 @@ import tempfile
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +216,14 @@ class Service:
         around = self.around
         for look in range(LOOKS):
             try:
-                return await asyncio.get_running_loop().run_in_executor(
-                    self._threads, inspect_snapshot, around.bucket, signal, around.base
+                inspect = partial(
+                    inspect_snapshot,
+                    around.bucket,
+                    signal,
+                    around.base,
+                    needs_spec=self.config.api.codec == "arc_v2",
                 )
+                return await asyncio.get_running_loop().run_in_executor(self._threads, inspect)
             except MissingObjectError:
                 if look + 1 == LOOKS:
                     raise

@@ -99,8 +99,8 @@ def open_declared(path: Path) -> tuple[HotLoadClient, Store | None]:
 def _open_service(declared: Mapping[str, Any], where: str) -> HotLoadClient:
     """The client of an account as it is declared; no value is shown that may be a key."""
     from hotload.clients.access import RESOURCE_ID, Access, check_origin
-    from hotload.clients.service.client import HotLoadClient
-    from hotload.publish.api_dialect import API_DIALECTS
+    from hotload.clients.service.doors import open_service
+    from hotload.publish.doors.api_dialect import API_DIALECTS
 
     known = {field.name for field in fields(Access)} - {"block"}
     wrong = declared.keys() - known or [
@@ -121,4 +121,4 @@ def _open_service(declared: Mapping[str, Any], where: str) -> HotLoadClient:
             check_origin(declared["base_url"])
     except ValueError as error:
         raise UsageError(f"{where}: {declared['deployment_id']}: {error}") from None
-    return HotLoadClient(Access(**declared))
+    return open_service(Access(**declared))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hotload.clients.store.store import Store
     from hotload.publish.lease import Lease
 
-NO_LEDGER = "its API has no ledger (dialect plain): nothing to read, nothing to reset"
+NO_LEDGER = "its API has no ledger: nothing to read, nothing to reset"
 HOLDER = "hotload service reset"
 ENTRY_CHARS = 600
 

@@ -13,7 +13,7 @@ import httpx
 
 from hotload.errors import ServiceRefusedError
 from hotload.publish import fireworks_names
-from hotload.publish.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
+from hotload.publish.doors.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
 from hotload.publish.workspace import Workspace
 
 RESOURCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -43,9 +43,9 @@ def check_origin(url: str) -> str:
 class Access:
     """Names one model on one service, the API's address, and the key; may be pickled.
 
-    Without `base_url` and `api_key` the environment's are taken (FIREWORKS_BASE_URL,
-    FIREWORKS_API_KEY), at the moment of a call. `block` names the document that all this is from,
-    `hot-load-service/default` for example; it stands in errors.
+    Without `base_url` and `api_key` the environment's are taken, by the names of the dialect
+    (FIREWORKS_BASE_URL, FIREWORKS_API_KEY), at the moment of a call. `block` names the document
+    that all this is from, `hot-load-service/default` for example; it stands in errors.
     """
 
     account_id: str
@@ -67,13 +67,12 @@ class Access:
         Raises:
             ServiceRefusedError: the address is not an origin.
         """
-        variable = fireworks_names.BASE_URL_VARIABLE
+        variable = self.api.base_url_variable
+        environment = os.environ.get(variable) if variable else None
         try:
-            return check_origin(
-                self.base_url or os.environ.get(variable) or fireworks_names.BASE_URL
-            )
+            return check_origin(self.base_url or environment or self.api.base_url)
         except ValueError as error:
-            source = "base_url" if self.base_url else variable
+            source = variable if environment and not self.base_url else "base_url"
             reason = f"{source}: {error}"
             raise ServiceRefusedError(operation, None, reason, self.remedy(None)) from None
 
@@ -83,7 +82,7 @@ class Access:
         Raises:
             ServiceRefusedError: none, or with characters httpx would refuse, showing the key.
         """
-        key = self.api_key or os.environ.get(fireworks_names.API_KEY_VARIABLE, "")
+        key = self.api_key or os.environ.get(self.api.key_variable, "")
         if not key:
             raise ServiceRefusedError(operation, None, "no API key", self.remedy(401))
         if not (key.isascii() and key.isprintable() and " " not in key):
@@ -98,9 +97,8 @@ class Access:
             case 400:
                 what = "compare dialect, model and deployment with what the service asks for"
             case 401:
-                variable = fireworks_names.API_KEY_VARIABLE
                 what = (
-                    f"use a key of this account, as api_key or in {variable};"
+                    f"use a key of this account, as api_key or in {self.api.key_variable};"
                     " to publish, an inference-only key is not enough"
                 )
             case 402:
@@ -142,8 +140,10 @@ class Access:
         return fireworks_names.deployment_name(self.account_id, self.deployment_id)
 
     def names(self) -> dict[str, str]:
-        """Name model and service in the headers of a request (protocol §2)."""
-        return {
+        """Name model and service in the headers of a request, where the API has them (protocol
+        §2)."""
+        named = {
             self.api.model_header: self.model(),
             self.api.deployment_header: self.deployment(),
         }
+        return {header: name for header, name in named.items() if header}

@@ -32,6 +32,7 @@ PACE_FIELDS = {
     "concurrency",
     "sample_timeout",
     "problems_per_task",
+    "processes",
     "max_head_offpolicy_versions",
 }
 # Neither does where the reward runs, and how long it may.

@@ -79,6 +79,11 @@ class DeltaStats:
     tensors: tuple[TensorDelta, ...]
 
     @property
+    def has_changed(self) -> bool:
+        """Whether base and target differ in any tensor."""
+        return not all(tensor.is_unchanged for tensor in self.tensors)
+
+    @property
     def element_count(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.element_count for tensor in self.tensors)

@@ -67,11 +67,14 @@ def delta_head(
     return render_header(entries, {name: envelope.spell(checksums[name]) for name in frames})
 
 
-def check_delta_shard(delta: ShardHeader, base: ShardHeader) -> Iterator[Finding]:
+def check_delta_shard(
+    delta: ShardHeader, base: ShardHeader, envelope: Envelope = ARC_V2
+) -> Iterator[Finding]:
     """Yield the broken rules of a delta shard's header on the shard it applies to (wire-format §1,
     §2).
     """
-    for name in sorted(base.by_name.keys() - delta.by_name.keys()):
+    missing = base.by_name.keys() - delta.by_name.keys() if envelope.has_every_tensor else ()
+    for name in sorted(missing):
         yield publisher_finding(
             "missing_tensor", delta.file, name, "no payload", "every tensor of the base shard"
         )
@@ -80,7 +83,7 @@ def check_delta_shard(delta: ShardHeader, base: ShardHeader) -> Iterator[Finding
             "extra_tensor", delta.file, name, "a payload", "only tensors of the base shard"
         )
     for tensor in delta.tensors:
-        yield from check_payload(delta, tensor, ARC_V2)
+        yield from check_payload(delta, tensor, envelope)
 
 
 def check_payload(delta: ShardHeader, tensor: TensorInfo, envelope: Envelope) -> Iterator[Finding]:

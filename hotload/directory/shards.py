@@ -241,6 +241,7 @@ def apply_file(
     delta: Path,
     out: Path,
     *,
+    envelope: Envelope = ARC_V2,
     pool: Workers | None = None,
     with_sha256: bool = True,
 ) -> str:
@@ -252,7 +253,7 @@ def apply_file(
         DeltaError: the delta cannot be read or applied; also ChecksumMismatchError.
     """
     with open_shard(base) as old, open_delta_shard(delta) as change, replacing_file(out) as file:
-        found = payloads_on(old, change)
+        found = payloads_on(old, change, envelope)
         return apply_shard(old, old.header, found, file, pool=pool, with_sha256=with_sha256)
 
 
@@ -269,15 +270,18 @@ def verify_file(base: Path, delta: Path, target: Path, *, pool: Workers | None =
         verify_shard(old, old.header, found, new, new.header, pool=pool)
 
 
-def payloads_on(base: OpenShard, delta: OpenShard) -> dict[str, Payload]:
-    """Find the payloads of an `arc_v2` delta shard: one for each tensor of its base, and no other.
+def payloads_on(
+    base: OpenShard, delta: OpenShard, envelope: Envelope = ARC_V2
+) -> dict[str, Payload]:
+    """Find the payloads of a delta shard: one for each tensor of its base, or for each that has
+    changed, and no other.
 
     Raises:
         DeltaError: keys or payloads are not those of a delta on this base.
     """
-    for finding in check_delta_shard(delta.header, base.header):
+    for finding in check_delta_shard(delta.header, base.header, envelope):
         raise DeltaError(finding.where, finding.summary)
-    return payloads(delta, delta.header)
+    return payloads(delta, delta.header, envelope)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ and the service's wire format."""
 __all__ = [
     "chain",
     "cost",
+    "doors",
     "explain",
     "fireworks_api",
     "fireworks_names",

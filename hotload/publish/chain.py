@@ -22,9 +22,14 @@ from hotload.errors import (
 )
 from hotload.identity import SnapshotKind, cycle_name, snapshot_identity
 from hotload.options import Cadence
+from hotload.publish.doors.api_dialect import DeltaCodec
 from hotload.publish.lines import NO_LINES, Lines, raise_line
 from hotload.publish.readiness import ServiceStatus
-from hotload.publish.snapshot import CheckpointContent, SnapshotManifest, SnapshotPlan
+from hotload.publish.snapshot import (
+    CheckpointContent,
+    SnapshotManifest,
+    SnapshotPlan,
+)
 
 
 class ChainState(StrEnum):
@@ -293,11 +298,15 @@ def full_instead(
     )
 
 
-def may_signal(status: ServiceStatus, manifest: SnapshotManifest) -> bool:
-    """Decide whether to send the signal for `manifest`; False where the service has it already.
+def may_signal(
+    status: ServiceStatus, manifest: SnapshotManifest, codec: DeltaCodec = "arc_v2"
+) -> bool:
+    """Decide whether to send the signal for `manifest` to a service that takes deltas in `codec`;
+    False where the service has it already.
 
     Raises:
-        LoadFailedError: a replica reports an error for it; it is never signalled again.
+        LoadFailedError: a replica reports an error for it, and it is never signalled again; or it
+            is a delta in another codec.
         ChainBrokenError: it is a delta, and not every replica serves its previous identity.
         ServiceUnavailableError: there is no replica, and a signal would crash the service.
     """
@@ -308,6 +317,9 @@ def may_signal(status: ServiceStatus, manifest: SnapshotManifest) -> bool:
         raise LoadFailedError(manifest.identity, "a replica reports an error for it")
     if status.mentions(manifest.identity):
         return False
+    if manifest.codec not in (codec, "none"):
+        reason = f"it is a delta in {manifest.codec}, the service takes {codec}"
+        raise LoadFailedError(manifest.identity, reason)
     on_previous = manifest.previous is not None and status.is_served_everywhere(manifest.previous)
     state = ChainState.CHAINED if on_previous else ChainState.NEED_FULL
     is_delta = manifest.kind is SnapshotKind.DELTA

@@ -15,7 +15,6 @@ from hotload.publish.fireworks_names import FORMATS
 from hotload.publish.readiness import ReplicaStatus, ServiceDescription, ServiceStatus
 from hotload.publish.snapshot import SnapshotManifest
 
-HOSTED_BUCKET_TYPE = "FW_HOSTED"
 UNKNOWN_FIELD_TEXT = "extra inputs are not permitted"
 
 STATUS_LIMIT_BYTES = 8 << 20

@@ -8,6 +8,7 @@ from __future__ import annotations
 BASE_URL = "https://api.fireworks.ai"
 API_KEY_VARIABLE = "FIREWORKS_API_KEY"
 BASE_URL_VARIABLE = "FIREWORKS_BASE_URL"
+HOSTED_BUCKET_TYPE = "FW_HOSTED"
 
 HOT_LOAD_PATH = "/hot_load/v1/models/hot_load"
 HINT_PATH = "/hot_load/v1/models/hot_load/hint"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hotload.check_line import CheckLine
-from hotload.publish.fireworks_api import HOSTED_BUCKET_TYPE
+from hotload.publish.fireworks_names import HOSTED_BUCKET_TYPE
 from hotload.publish.readiness import ServiceDescription, ServiceStatus
 
 ENDING_STATES = ("DELETING", "DELETED", "FAILED")

@@ -80,9 +80,13 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatus:
-    """All replicas of a service at one moment; empty while it scales up or restarts."""
+    """All replicas of a service at one moment; empty while it scales up or restarts.
+
+    Where `is_complete` is false, nothing lists them before the first load, and one stands for all.
+    """
 
     replicas: tuple[ReplicaStatus, ...]
+    is_complete: bool = True
 
     def failed(self, identity: str) -> tuple[ReplicaStatus, ...]:
         """List the replicas that report an error about `identity`."""
@@ -135,6 +139,8 @@ class ServiceStatus:
 
     def describe(self) -> str:
         """Say in words what is served, and by how many replicas."""
+        if not self.is_complete:
+            return f"{BASE_WEIGHTS}, before the first load"
         if not self.replicas:
             return "no replicas"
         counts = Counter(replica.current_identity or BASE_WEIGHTS for replica in self.replicas)
@@ -232,7 +238,7 @@ def what_is_missing(status: ServiceStatus, name: str, expected_count: int) -> st
     """
     if not status.replicas:
         return "the replica list is empty: scaled to zero or restarting"
-    if len(status.replicas) < expected_count:
+    if status.is_complete and len(status.replicas) < expected_count:
         return f"{len(status.replicas)} of {expected_count} replicas are listed"
     foreign = [one for one in status.loading if cycle_of(one) != name]
     return f"a replica is loading {foreign[0]}" if foreign else None

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from hotload.errors import StoreError
 from hotload.identity import SnapshotKind, check_identity, line_of
+from hotload.publish.doors.api_dialect import DeltaCodec
 from hotload.records import FileDigest, FileName, Record, Sha256, schema_number_of
 
 MANIFEST_LIMIT_BYTES = 64 << 20
@@ -25,7 +26,8 @@ MANIFEST_LIMIT_BYTES = 64 << 20
 class Shard(Record):
     """One safetensors file as stored, and the full shard it stands for; sizes in bytes.
 
-    For a full snapshot the two are the same file.
+    For a full snapshot the two are the same file. Of no bytes is a delta that changes nothing,
+    where deltas hold changed tensors alone: such a file is not stored.
     """
 
     file: FileName
@@ -120,16 +122,20 @@ class SnapshotManifest(SnapshotPlan):
 
     schema_number: Literal[1] = 1
     content_sha256: Sha256
-    codec: Literal["arc_v2", "none"]
+    codec: Literal[DeltaCodec, "none"]
     checksum: Literal["adler32", "none"]
     shards: tuple[Shard, ...]
     side_files: tuple[FileDigest, ...]
     created_at: datetime
+    delta_index: FileDigest | None = None
+    """The index of a delta that says itself what it follows; its side files lie in the anchor."""
 
     @model_validator(mode="after")
     def _encoding(self) -> Self:
-        if (self.kind is SnapshotKind.DELTA) != (self.codec == "arc_v2"):
+        if (self.kind is SnapshotKind.DELTA) != (self.codec != "none"):
             raise ValueError("a delta, and only a delta, has a codec")
+        if (self.codec == "coreweave") != (self.delta_index is not None):
+            raise ValueError("a delta with an index of its own, and no other, names it")
         return self
 
     @classmethod
@@ -139,13 +145,16 @@ class SnapshotManifest(SnapshotPlan):
         content: CheckpointContent,
         shards: Sequence[Shard],
         created_at: datetime,
+        delta_index: FileDigest | None = None,
     ) -> SnapshotManifest:
         """Record `plan` as carried out: these shards, and the other files of the checkpoint."""
         is_delta = plan.kind is SnapshotKind.DELTA
+        codec = "coreweave" if delta_index else "arc_v2"
         return cls(
             **dict(plan),
             content_sha256=content.sha256,
-            codec="arc_v2" if is_delta else "none",
+            delta_index=delta_index,
+            codec=codec if is_delta else "none",
             checksum="adler32" if is_delta else "none",
             shards=tuple(sorted(shards, key=lambda shard: shard.file)),
             side_files=content.side_files,
@@ -172,11 +181,21 @@ class SnapshotManifest(SnapshotPlan):
         return next((one for one in self.shards if one.file == file), None)
 
     @property
+    def stored_files(self) -> tuple[Shard | FileDigest, ...]:
+        """What lies in the store under its identity."""
+        if self.delta_index is None:
+            return (*self.shards, *self.side_files)
+        return (*(shard for shard in self.shards if shard.size_bytes), self.delta_index)
+
+    @property
+    def side_files_at(self) -> str:
+        """The identity that its side files lie under: all deltas of a chain have the anchor's."""
+        return self.anchor if self.delta_index else self.identity
+
+    @property
     def size_bytes(self) -> int:
         """Bytes that travelled: shards and side files as stored."""
-        return sum(shard.size_bytes for shard in self.shards) + sum(
-            side_file.size_bytes for side_file in self.side_files
-        )
+        return sum(one.size_bytes for one in self.stored_files)
 
     @property
     def content_size_bytes(self) -> int:
@@ -185,7 +204,8 @@ class SnapshotManifest(SnapshotPlan):
 
     def render(self) -> bytes:
         """Write the manifest as JSON, stable field order; `parse` reads it back."""
-        return self.model_dump_json(indent=1).encode()
+        unsaid = None if self.delta_index else {"delta_index"}  # programs before it read on
+        return self.model_dump_json(indent=1, exclude=unsaid).encode()
 
     @classmethod
     def parse(cls, data: bytes, *, identity: str) -> SnapshotManifest:

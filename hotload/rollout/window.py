@@ -15,6 +15,7 @@ was. Where that brings the congestion back three times, the service has less to 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,6 +76,15 @@ class StepReport:
     congestion_responses: int
     retry_exhaustions: int
     avg_pq: float | None
+
+    def describe(self) -> str:
+        """Say what the window did, for a reader."""
+        queue = "not known" if self.avg_pq is None else f"{self.avg_pq:.3g} s"
+        return (
+            f"{self.requests} requests, window {self.window} → {self.window_after}, at most "
+            f"{self.max_in_flight} in flight, {self.congestion_responses} congested answers, "
+            f"{self.retry_exhaustions} samples out of attempts, prefill queue on average {queue}"
+        )
 
 
 class TracePoint(NamedTuple):
@@ -319,3 +329,25 @@ class Window:
 
     def _resize(self, width: float) -> None:
         self._width = min(max(width, self._spec.min_window), self._spec.max_window)
+
+
+class SharedWindow(Window):
+    """One window whose slots are held elsewhere, a share of them in each place; it learns from the
+    attempts of all.
+    """
+
+    def __init__(self, spec: Concurrency, *, replica_count: int | None = None) -> None:
+        super().__init__(spec, replica_count=replica_count)
+        self._held: Counter[int] = Counter()
+
+    def take(self, place: int, attempt: Attempt, in_flight: int, now: float) -> None:
+        """Learn from how an attempt ended in a place, one of the `in_flight` there."""
+        self._held[place] = in_flight
+        self._in_flight = self._held.total()
+        self._step.max_in_flight = max(self._step.max_in_flight, self._in_flight)
+        self.release(attempt, now)
+        self._held[place] -= 1
+
+    def share(self, count: int) -> list[int]:
+        """Share the slots there are now out between so many places."""
+        return [self.size // count + (number < self.size % count) for number in range(count)]

@@ -2,10 +2,13 @@
 
 __all__ = [
     "draw",
+    "earlier_manifest",
+    "part_carrier",
     "part_files",
     "part_writer",
     "problem_files",
     "problems",
+    "processes",
     "reward",
     "rollout",
     "row_gate",

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 from hotload.clients.inference.conversation import Conversation, TurnFailedError
-from hotload.clients.inference.sampler import Sampler
 from hotload.clients.redaction import redact
 from hotload.errors import RolloutFunctionError
 from hotload.options import RolloutFunction
@@ -73,22 +72,27 @@ class Draw:
 class Drawing:
     """Makes the draws of one rollout, as its spec declares them.
 
+    Args:
+        converse: as `Sampler.converse`.
+
     Raises:
         RolloutFunctionError: there is a rollout function and it cannot be used.
     """
 
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
-        self._declared = sampler.sampling.rollout
+    def __init__(
+        self, declared: RolloutFunction | None, converse: Callable[..., Conversation]
+    ) -> None:
+        self._declared = declared
+        self._converse = converse
         self._function = None if self._declared is None else load_rollout(self._declared)
 
     def begin(self, problem: Problem, number: int, *, is_hedge: bool = False) -> Draw:
         """Make the draw with this number; nothing is sent before it is awaited."""
         declared, function = self._declared, self._function
         if declared is None or function is None:
-            single = self._sampler.converse(problem, number, is_hedge=is_hedge)
+            single = self._converse(problem, number, is_hedge=is_hedge)
             return Draw(single, single.answer)
-        conversation = self._sampler.converse(
+        conversation = self._converse(
             problem,
             number,
             turn_timeout_seconds=declared.turn_timeout_seconds,

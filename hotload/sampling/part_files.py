@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hotload.clients.store.records import read_rollout_manifest
 from hotload.clients.store.store import Store
 from hotload.clock import utc_now
 from hotload.dataset.parquet import notes_of, parse_rollouts, render_rollouts
@@ -25,7 +24,7 @@ from hotload.dataset.rollout_plan import (
 )
 from hotload.dataset.sample_extracts import SampleExtract, choose_extracts, merge_extracts
 from hotload.dataset.table import rollouts_frame
-from hotload.errors import StoreError, StoreUnavailableError
+from hotload.errors import StoreError
 from hotload.rollout.counts import GroupCounts, count_groups
 from hotload.rollout.group_rules import SettledGroup
 
@@ -141,28 +140,6 @@ def _parse(
     if known is None or known.sha256 != found.part.sha256:
         return None  # no reader has it
     return replace(found, part=known)
-
-
-async def named_parts(store: Store, plan: RolloutPlan) -> dict[str, RolloutPart]:
-    """Read the entries of the rollout's manifest by file, if there is one by now.
-
-    Raises:
-        StoreError: the store refuses.
-    """
-    manifest = await usable_manifest(store, plan.directory)
-    return {part.file: part for part in manifest.parts} if manifest else {}
-
-
-async def usable_manifest(store: Store, directory: str) -> RolloutManifest | None:
-    """Read the manifest, unless there is none that can be read: one of another schema is written
-    over.
-    """
-    try:
-        return await read_rollout_manifest(store, directory)
-    except StoreUnavailableError:
-        raise
-    except StoreError:
-        return None
 
 
 def sum_up(

@@ -1,25 +1,22 @@
 """Roll out: sample a chunk of problems, score its groups, hand its part back as they finish. All
-chunks share one window, one gate and one breaker.
+chunks that one event loop samples share one window, one gate and one breaker.
 """
 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 
-from hotload.clients.inference.client import InferenceClient
-from hotload.clients.inference.sampler import Sampler
+from hotload.clients.inference.sampler import InferenceSource, Sampler
 from hotload.clients.service.client import HotLoadClient
 from hotload.clients.store.store import Store
-from hotload.clock import monotonic
-from hotload.concurrently import all_or_none
-from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest, RolloutPart, RolloutPlan
-from hotload.errors import RolloutsFailedError, StoreError, StoreUnavailableError
+from hotload.concurrently import RunLogger, all_or_none, beside
+from hotload.dataset.rollout_plan import RolloutPart, RolloutPlan
+from hotload.errors import StoreError, StoreUnavailableError
 from hotload.rollout.admission import Admission
-from hotload.rollout.counts import in_words
+from hotload.rollout.breaker import Breaker
 from hotload.rollout.failures import Cause
 from hotload.rollout.group_rules import (
     GroupTally,
@@ -30,17 +27,18 @@ from hotload.rollout.group_rules import (
     stale_group,
 )
 from hotload.rollout.trajectory import Problem, TrajectoryGroup
+from hotload.rollout.window import TracePoint, Window
 from hotload.sampling.draw import Drawing
-from hotload.sampling.part_files import named_parts, sum_up
+from hotload.sampling.earlier_manifest import named_parts
+from hotload.sampling.part_carrier import CarriedPart, PartCarrier, RolloutState, Together
 from hotload.sampling.part_writer import PartWriter
 from hotload.sampling.reward.scorer import Scorer, open_scorer
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.sample_group import GroupSampler
-from hotload.sampling.watch_versions import RunLogger, first_look, watch_versions
+from hotload.sampling.watch_versions import Stamp, VersionWatch, put_stamp
 from hotload.spec import CycleSpec
 
 SECONDS_BETWEEN_WRITES = 10.0
-SECONDS_BETWEEN_LINES = 30.0
 
 LOGGER = logging.getLogger(__name__)
 
@@ -53,25 +51,16 @@ class SampledService:
     this one samples.
     """
 
-    client: InferenceClient
+    client: InferenceSource
     identity: str
     replica_count: int | None = None
     weight: float = 1.0
     watched: HotLoadClient | None = None
 
 
-class Together:
-    """What rollouts of one plan share that sample parts of it from services of their own: all
-    writers, for one manifest."""
-
-    def __init__(self) -> None:
-        self.writers: list[PartWriter] = []
-        self.told = 0
-        self.telling = asyncio.Lock()
-
-
-class Rollout:
-    """What the chunks of one rollout share: the sampler with its window, the scorer, the store.
+class Rollout(PartCarrier):
+    """What the chunks share that are sampled in one event loop: the sampler with its window, the
+    scorer, the store.
 
     Args:
         numbers: of the parts that are sampled here; all without any.
@@ -92,14 +81,14 @@ class Rollout:
         numbers: Collection[int] | None = None,
         together: Together | None = None,
     ) -> None:
-        self.plan = plan
         parts = [part for part in plan.parts if numbers is None or part.number in numbers]
+        together = together or Together(plan, store, logger)
+        super().__init__(plan, {part.number for part in parts}, sampler.breaker, together)
         self._logger = logger
         self._sampler = sampler
         self._scorer = scorer
         self._store = store
         self._rules = sampler.sampling.groups
-        self._started = monotonic()
         admission = Admission(
             group_size=plan.group_size,
             batch_size=sum(len(part.problems) for part in parts) * plan.group_size,
@@ -109,18 +98,16 @@ class Rollout:
         # A window's worth waits behind the window, or a row where that is more, so that it never
         # runs empty and little is held.
         self.gate = Gate(admission, lambda: sampler.size + max(sampler.size, plan.group_size))
-        self._breaker = sampler.breaker
         self._groups = GroupSampler(
-            Drawing(sampler),
+            Drawing(sampler.sampling.rollout, sampler.converse),
             self._rules,
             plan.group_size,
             self.gate,
-            lambda: not self._breaker.is_open,
+            lambda: not self.breaker.is_open,
         )
         self._writers = [PartWriter(store, plan, part) for part in parts]
-        self._together = together or Together()
-        self._together.writers += self._writers
-        self._ended: set[int] = set()
+        together.writers += self._writers
+        together.begin()
         self._names: list[str] | None = None
         self._named: Mapping[str, RolloutPart] = {}
         self._looking = asyncio.Lock()
@@ -130,25 +117,38 @@ class Rollout:
         """Requests that are in flight now."""
         return self._sampler.in_flight
 
-    @property
-    def seconds(self) -> float:
-        """Wall seconds since sampling could begin."""
-        return monotonic() - self._started
-
-    async def carry(self, number: int) -> tuple[RolloutPart, ...]:
-        """Sample, score and write what is missing of one part; return all its files.
+    async def carry_part(self, number: int) -> CarriedPart:
+        """Sample and score what is missing of one part, and write what fills a file.
 
         Once the store holds up what fills a file, no further row is begun, and those that were end
-        first. Called again after that, it writes what it has and samples nothing twice.
+        first.
         """
-        writer = next(one for one in self._writers if one.part.number == number)
+        writer = self._writer(number)
         await self._find(writer)
         while to_do := writer.progress.to_do():
             if writer.is_held_up:
                 await self._write(writer)
             await self._carry_rows(writer, to_do)
-        await self._end(writer)
+        is_open = self.breaker.is_open
+        return CarriedPart(writer.is_answered, is_open, writer.missing, writer.example)
+
+    async def write_part(self, number: int) -> tuple[RolloutPart, ...]:
+        """Write the rest of a part, groups without an answer aside; return all its files."""
+        writer = self._writer(number)
+        await writer.write()
+        await self._together.tell()
         return tuple(writer.parts)
+
+    async def keep_unanswered(self) -> None:
+        """Write the groups of all parts that were held back without an answer."""
+        for writer in self._writers:
+            writer.keep_unanswered()
+        for writer in self._writers:
+            await writer.write()
+        await self._together.tell()
+
+    def _writer(self, number: int) -> PartWriter:
+        return next(one for one in self._writers if one.part.number == number)
 
     async def _carry_rows(self, writer: PartWriter, problems: Sequence[Problem]) -> None:
         number = writer.part.number
@@ -161,36 +161,13 @@ class Rollout:
                     if writer.is_held_up:
                         break
 
-    async def _end(self, writer: PartWriter) -> None:
-        """Write the rest of a part, every problem of which is settled or left out.
-
-        Groups without any answer, or any reward as its service was away, are written when the last
-        part ends, and only if no service was failing row after row: recorded, they would count as
-        done for ever.
-        """
-        self._ended.add(writer.part.number)
-        is_last = len(self._ended) == len(self._writers)
-        ending = self._writers if is_last else [writer]
-        is_dead = is_last and not any(each.is_answered for each in self._writers)
-        is_outage_now = self._breaker.is_open or is_dead
-        if is_last and not is_outage_now:
-            for each in ending:
-                each.keep_unanswered()
-        for each in ending:
-            await each.write()
-        missing = sum((each.missing for each in ending), Counter[str]())
-        if is_outage_now and missing:
-            causes = ", ".join(f"{cause} {count}" for cause, count in missing.items())
-            example = next((each.example for each in ending if each.example), "")
-            raise RolloutsFailedError(self.plan.identity, causes, example)
-        await self._tell()
-
     async def _find(self, writer: PartWriter) -> None:
         async with self._looking:
             if self._names is None:
                 self._names = await self._store.names(self.plan.directory)
                 self._named = await named_parts(self._store, self.plan)
             await writer.find(self._names, self._named)
+        await self._together.tell()
 
     async def _carry_row(self, writer: PartWriter, problem: Problem) -> None:
         """A group, and the next in its place as long as the rules drop it."""
@@ -203,7 +180,7 @@ class Rollout:
         if self.gate.is_stale:
             self.gate.turn_back(is_kept=True)
             return writer.take(self._stale(problem))
-        if self._breaker.is_open:
+        if self.breaker.is_open:
             self.gate.turn_back(is_kept=False)
             writer.leave_out(problem, Counter({Cause.BREAKER_OPEN.value: self.plan.group_size}))
             return None
@@ -211,12 +188,12 @@ class Rollout:
         try:
             group, tally = await self._groups.sample(problem)
             settled = await self._settle(writer, group, tally)
-            self._breaker.note(is_failure=is_outage(settled.group.trajectories_G))
+            self.breaker.note(is_failure=is_outage(settled.group.trajectories_G))
             is_kept = not settled.is_dropped
             instead = writer.take(settled)
             # The row stays in until then, so that the store sets the pace.
             if await writer.make_room():
-                await self._tell()
+                await self._together.tell()
         finally:
             self.gate.leave(is_kept=is_kept)
         return instead
@@ -238,22 +215,23 @@ class Rollout:
         )
         return GroupTally().settle(JudgedGroup(group), self._rules, is_refill=False)
 
-    async def tell_along(self) -> None:
-        """Log how far the rollout is; never ends."""
-        while True:
-            await asyncio.sleep(SECONDS_BETWEEN_LINES)
-            self._logger.info("%s", self.state())
-
-    def state(self) -> str:
-        """Say how far the rollout is, for a reader."""
-        ended = sum(writer.progress.settled_count for writer in self._writers)
-        met = in_words(dict(self._sampler.failed_attempts))
-        causes = ", ".join(f"{count} × {name}" for name, count in met.items())
-        return (
-            f"{ended} groups ended, {self.plan.problem_count} planned; "
-            f"{self.gate.in_flight} samples under way, window {self._sampler.size}"
-            + (f"; requests without an answer: {causes}" if causes else "")
+    def progress(self) -> RolloutState:
+        """Count how far the rollout is."""
+        return RolloutState(
+            sum(writer.progress.settled_count for writer in self._writers),
+            self.gate.in_flight,
+            self._sampler.size,
+            Counter(self._sampler.failed_attempts),
         )
+
+    def take_stamp(self, stamp: Stamp) -> None:
+        """Stamp with it what is sampled from now on, and hold the gate to it."""
+        put_stamp(stamp, self._sampler, self.gate)
+
+    def let_in(self) -> None:
+        """Let in what waits: the window or the gate has become wider from outside."""
+        self._sampler.wake()
+        self.gate.wake()
 
     async def write_along(self) -> None:
         """Write groups that have waited for their part to fill up; never ends."""
@@ -273,69 +251,27 @@ class Rollout:
             with suppress(StoreError):  # what is lost is sampled again
                 await writer.write()
         with suppress(StoreError):
-            await self._tell()
+            await self._together.tell()
 
     async def _write(self, writer: PartWriter) -> None:
         """Write before the part has ended."""
         if await writer.write():
-            await self._tell()
+            await self._together.tell()
 
-    async def _tell(self) -> None:
-        """Name what is there in the manifest, so that it can be read while sampling goes on."""
-        if not all(writer.is_read for writer in self._together.writers):
-            return  # it would name less than an earlier run of this cycle did
-        async with self._together.telling:
-            manifest = self.manifest(is_complete=False)
-            if len(manifest.parts) == self._together.told:
-                return
-            try:
-                await self._store.put_bytes(manifest.render(), self.plan.path(MANIFEST_FILE))
-                self._together.told = len(manifest.parts)
-            except StoreUnavailableError as error:
-                self._logger.warning("the manifest is written later: %s", error)
-
-    def manifest(self, *, is_complete: bool) -> RolloutManifest:
-        """Make the manifest of what is in the store now, also of the parts sampled elsewhere."""
-        writers = sorted(self._together.writers, key=lambda writer: writer.part.number)
-        parts = [part for writer in writers for part in writer.parts]
-        trace = [
-            (point.seconds - self._started, point.size, point.in_flight)
-            for point in self._sampler.trace()
-        ]
-        extracts = [extract for writer in writers for extract in writer.extracts]
-        return sum_up(
-            self._store,
-            self.plan,
-            parts,
-            self.seconds,
-            is_complete=is_complete,
-            found=[part for writer in writers for part in writer.found],
-            extracts=extracts,
-            window_trace=trace,
-        )
+    def trace(self) -> Sequence[TracePoint]:
+        """Return the window's path through time."""
+        return self._sampler.trace()
 
     def log_window(self) -> None:
         """Say what the window did, in the flow run's log."""
-        report = self._sampler.end_step()
-        queue = "not known" if report.avg_pq is None else f"{report.avg_pq:.3g} s"
-        self._logger.info(
-            "%d requests, window %d → %d, at most %d in flight, %d congested answers, "
-            "%d samples out of attempts, prefill queue on average %s",
-            report.requests,
-            report.window,
-            report.window_after,
-            report.max_in_flight,
-            report.congestion_responses,
-            report.retry_exhaustions,
-            queue,
-        )
+        self._logger.info("%s", self._sampler.end_step().describe())
 
 
 @asynccontextmanager
 async def open_rollout(
     spec: CycleSpec,
     plan: RolloutPlan,
-    client: InferenceClient,
+    client: InferenceSource,
     store: Store,
     replica_count: int | None,
     service: HotLoadClient | None = None,
@@ -344,6 +280,8 @@ async def open_rollout(
     identity: str | None = None,
     numbers: Collection[int] | None = None,
     together: Together | None = None,
+    breaker: Breaker | None = None,
+    window: Window | None = None,
 ) -> AsyncIterator[Rollout]:
     """Open what the chunks of `plan` share, for as long as they run in this event loop.
 
@@ -353,11 +291,12 @@ async def open_rollout(
             this one samples.
         identity: what this service serves, if that is not the plan's.
         numbers, together: as `Rollout`.
+        breaker, window: are told of every request, instead of those of its own.
 
     Raises:
         RewardError, RolloutFunctionError: the user's own code cannot be used; nothing was sampled.
         ServiceRefusedError: there is no API key.
-        ReadinessTimeoutError: as `first_look`.
+        ReadinessTimeoutError: as `VersionWatch.first_look`.
     """
     async with (
         open_scorer(spec.reward) as scorer,
@@ -367,33 +306,23 @@ async def open_rollout(
             policy_version=plan.policy_version,
             replica_count=replica_count,
             swap_timeout_seconds=spec.readiness.weight_sync_timeout,
+            window=window,
         ) as sampler,
     ):
+        sampler.breaker = breaker or sampler.breaker
         rollout = Rollout(plan, sampler, scorer, store, logger, numbers=numbers, together=together)
+        watch = None
         if service is not None:
-            await first_look(service, spec.run_id, sampler, rollout.gate, spec.readiness, logger)
-        beside = [
-            asyncio.create_task(_beside("writing along", rollout.write_along, logger)),
-            asyncio.create_task(_beside("telling along", rollout.tell_along, logger)),
-        ]
-        if service is not None:
-            seconds = spec.readiness.poll_interval_seconds
-            watching = partial(
-                watch_versions, service, spec.run_id, sampler, rollout.gate, seconds, logger
-            )
-            beside.append(asyncio.create_task(_beside("watching for versions", watching, logger)))
-        try:
-            yield rollout
-        finally:
-            for each in beside:
-                each.cancel()
-            await asyncio.gather(*beside, return_exceptions=True)
-            await rollout.save()
-
-
-async def _beside(name: str, endless: Callable[[], Awaitable[None]], logger: RunLogger) -> None:
-    """Run what serves the chunks; should it end, they go on without it, and the log says so."""
-    try:
-        await endless()
-    except Exception:  # no caller waits for it
-        logger.exception("%s came to an end", name)
+            stamp = Stamp(sampler.identity, plan.policy_version)
+            watch = VersionWatch(service, spec, stamp, rollout.take_stamp, logger)
+            await watch.first_look()
+        async with beside(
+            logger,
+            writing_along=rollout.write_along,
+            telling_along=rollout.tell_along,
+            watching_for_versions=watch.go_on if watch else None,
+        ):
+            try:
+                yield rollout
+            finally:
+                await rollout.save()

@@ -44,6 +44,10 @@ class Gate:
         """Wait until a row may be begun, and begin it."""
         await self._waiters.wait(part_number)
 
+    def wake(self) -> None:
+        """Let in the rows that may be begun."""
+        self._waiters.wake()
+
     def turn_back(self, *, is_kept: bool) -> None:
         """Settle a row that was let in without a draw."""
         self._admission.end_draws(self._admission.group_size)

@@ -1,93 +1,110 @@
 """Watch versions: notice while sampling that the replicas serve newer weights (protocol §16)."""
 
 import asyncio
-import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from hotload.clients.inference.sampler import Sampler
 from hotload.clients.service.client import HotLoadClient
 from hotload.clock import monotonic
+from hotload.concurrently import RunLogger
 from hotload.errors import ReadinessTimeoutError, ServiceError, ServiceUnavailableError
 from hotload.identity import line_of, read_identity
-from hotload.options import ReadinessPolicy
 from hotload.publish.readiness import ServiceStatus
 from hotload.sampling.row_gate import Gate
-
-# A module's logger, or the one of an engine's run, whose lines a person reads there.
-RunLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
+from hotload.spec import CycleSpec
 
 
-async def first_look(
-    service: HotLoadClient,
-    run_id: str,
-    sampler: Sampler,
-    gate: Gate,
-    readiness: ReadinessPolicy,
-    logger: RunLogger,
-) -> None:
-    """Tell gate and sampler what is served before anything is sampled: a cycle that goes on after a
-    while may find newer weights.
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What samples are stamped with, and the newest version of their run that every replica was
+    seen to serve; superseded once the run was taken back to before what is sampled."""
 
-    Where no replica serves what samples are stamped with, a change is awaited.
+    identity: str
+    policy_version: int
+    is_superseded: bool = False
 
-    Raises:
-        ReadinessTimeoutError: the replicas serve something else, or nothing was learnt from the
-            service, for `weight_sync_timeout` seconds.
-        ServiceRefusedError, ProtocolError: as `HotLoadClient.observe`.
+    def after(self, status: ServiceStatus, run_id: str) -> "Stamp":
+        """Return the stamp once a service was seen like this."""
+        now, line = self, line_of(self.identity)
+        for identity in status.served_everywhere:
+            served = read_identity(identity)
+            if served is None or served.run_id != run_id or served.line < line:
+                continue
+            if served.policy_version > now.policy_version:
+                now = Stamp(identity, served.policy_version, now.is_superseded)
+            elif served.line > line:
+                now = Stamp(identity, now.policy_version, is_superseded=True)
+        return now
+
+
+def put_stamp(stamp: Stamp, sampler: Sampler, gate: Gate) -> None:
+    """Stamp with it what is sampled from now on, and hold the gate to it."""
+    sampler.identity = stamp.identity
+    gate.publish(stamp.policy_version)
+    if stamp.is_superseded:
+        gate.supersede()
+
+
+class VersionWatch:
+    """Looks at a service for newer versions, and hands every new stamp on.
+
+    A version on its way changes nothing.
     """
-    until = monotonic() + readiness.weight_sync_timeout
-    while True:
-        try:
-            status = await service.observe()
-        except ServiceUnavailableError as error:
-            found = str(error)
-        else:
-            _tell(status, run_id, sampler, gate, logger)
-            alone = (ServiceStatus((replica,)) for replica in status.replicas)
-            if any(one.is_served_everywhere(sampler.identity) for one in alone):
-                return
-            found = status.describe()
-        if monotonic() >= until:
-            raise ReadinessTimeoutError(sampler.identity, found)
-        logger.warning("sampling waits for %s: %s", sampler.identity, found)
-        await asyncio.sleep(readiness.poll_interval_seconds)
 
+    def __init__(
+        self,
+        service: HotLoadClient,
+        spec: CycleSpec,
+        stamp: Stamp,
+        hand_on: Callable[[Stamp], None],
+        logger: RunLogger,
+    ) -> None:
+        self._service, self._run_id, self._readiness = service, spec.run_id, spec.readiness
+        self._stamp, self._hand_on, self._logger = stamp, hand_on, logger
 
-async def watch_versions(
-    service: HotLoadClient,
-    run_id: str,
-    sampler: Sampler,
-    gate: Gate,
-    poll_seconds: float,
-    logger: RunLogger,
-) -> None:
-    """Tell gate and sampler, after `first_look`, of every version that all replicas are seen to
-    serve; never ends.
+    async def first_look(self) -> None:
+        """Look before anything is sampled: a cycle that goes on after a while may find newer
+        weights.
 
-    What is sampled from then on is stamped with it. A version on its way changes nothing.
-    """
-    while True:
-        await asyncio.sleep(poll_seconds)
-        try:
-            status = await service.observe()
-        except ServiceError as error:
-            logger.warning("the served version could not be read: %s", error)
-        else:
-            _tell(status, run_id, sampler, gate, logger)
+        Where no replica serves what samples are stamped with, a change is awaited.
 
+        Raises:
+            ReadinessTimeoutError: the replicas serve something else, or nothing was learnt from the
+                service, for `weight_sync_timeout` seconds.
+            ServiceRefusedError, ProtocolError: as `HotLoadClient.observe`.
+        """
+        until = monotonic() + self._readiness.weight_sync_timeout
+        while True:
+            try:
+                status = await self._service.observe()
+            except ServiceUnavailableError as error:
+                found = str(error)
+            else:
+                self._note(status)
+                alone = (ServiceStatus((replica,)) for replica in status.replicas)
+                if any(one.is_served_everywhere(self._stamp.identity) for one in alone):
+                    return
+                found = status.describe()
+            if monotonic() >= until:
+                raise ReadinessTimeoutError(self._stamp.identity, found)
+            self._logger.warning("sampling waits for %s: %s", self._stamp.identity, found)
+            await asyncio.sleep(self._readiness.poll_interval_seconds)
 
-def _tell(
-    status: ServiceStatus, run_id: str, sampler: Sampler, gate: Gate, logger: RunLogger
-) -> None:
-    line = line_of(sampler.identity)
-    for identity in status.served_everywhere:
-        served = read_identity(identity)
-        if served is None or served.run_id != run_id or served.line < line:
-            continue
-        is_newer = gate.publish(served.policy_version)
-        if served.line > line and not is_newer:
-            # The run was taken back to before what is sampled here.
-            gate.supersede()
-            is_newer = True
-        if is_newer:
-            sampler.identity = identity
-            logger.info("every replica serves %s now", identity)
+    async def go_on(self) -> None:
+        """Look again and again; never ends."""
+        while True:
+            await asyncio.sleep(self._readiness.poll_interval_seconds)
+            try:
+                status = await self._service.observe()
+            except ServiceError as error:
+                self._logger.warning("the served version could not be read: %s", error)
+            else:
+                self._note(status)
+
+    def _note(self, status: ServiceStatus) -> None:
+        stamp = self._stamp.after(status, self._run_id)
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self._hand_on(stamp)
+            self._logger.info("every replica serves %s now", stamp.identity)

@@ -83,3 +83,15 @@ def test_wrong_words_are_explained(words: str, capsys: pytest.CaptureFixture[str
         main(words.split())
     assert caught.value.code == 2
     assert "usage: python -m blocks" in capsys.readouterr().err
+
+
+async def test_what_an_api_cannot_be_told_is_a_line(
+    prefect_api: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    account = InferenceAccount(
+        account_id="local", model_id="policy", deployment_id="rollouts", dialect="coreweave"
+    )
+    service = HotLoadService(account=account, reset_prompt_cache="new_session")
+    await service.asave("untold", overwrite=True)
+    assert await asyncio.to_thread(main, ["check", "service", "untold"]) == 1
+    assert "reset_prompt_cache: found 'new_session', which this API" in capsys.readouterr().out

@@ -108,18 +108,42 @@ async def test_the_other_dialect_is_refused_by_name(door: RunningEmulator) -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"reset_prompt_cache": "none"}, "reset_prompt_cache"),
-        ({"extra_fields_ignore": ("x",)}, "validation"),
+        {"reset_prompt_cache": "none"},
+        {"extra_fields_ignore": ("x",)},
+        {"hint_body_template": {"file": "{file}"}},
     ],
 )
-async def test_what_the_door_does_not_take_is_told(
-    door: RunningEmulator, changes: dict[str, Any], message: str
+def test_what_the_door_does_not_take_is_refused_before_anything_is_uploaded(
+    door: RunningEmulator, changes: dict[str, Any]
 ) -> None:
-    service = HotLoadClient(access(door), **changes)
-    with pytest.raises(SnapshotRejectedError, match=message):
-        await service.signal(snapshot_manifest("id-1"))
+    (name,) = changes
+    with pytest.raises(ServiceRefusedError, match=f"{name}: found .* cannot be told"):
+        HotLoadClient(access(door), **changes)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"reset_prompt_cache": "none"}, "reset_prompt_cache"),
+        ({"validation": {}}, "validation"),
+    ],
+)
+def test_the_door_itself_takes_no_more(
+    door: RunningEmulator, body: dict[str, Any], told: str
+) -> None:
+    answer = signalled(door, {"identity": "id-1", **body})
+    assert (answer.status_code, told in answer.text) == (400, True)
+
+
+def signalled(door: RunningEmulator, body: object) -> httpx.Response:
+    headers = {
+        "authorization": f"Bearer {KEY}",
+        "provider-model": "policy",
+        "provider-deployment": "rollouts",
+    }
+    return httpx.post(door.url + SIGNAL, json=body, headers=headers, timeout=PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -133,16 +157,7 @@ def test_the_door_knows_formats_by_their_common_names(
     door: RunningEmulator, formats: dict[str, str], told: str
 ) -> None:
     metadata = {"previous_snapshot_identity": "id-1", **formats}
-    answer = httpx.post(
-        door.url + SIGNAL,
-        json={"identity": "id-2", "incremental_snapshot_metadata": metadata},
-        headers={
-            "authorization": f"Bearer {KEY}",
-            "provider-model": "policy",
-            "provider-deployment": "rollouts",
-        },
-        timeout=PATIENCE_SECONDS,
-    )
+    answer = signalled(door, {"identity": "id-2", "incremental_snapshot_metadata": metadata})
     assert answer.status_code == 400
     assert f"unsupported {told}" in answer.text
 

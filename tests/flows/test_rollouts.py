@@ -43,8 +43,8 @@ def store_in(directory: Path) -> str:
 
 
 @flow
-async def rolled_out(spec: CycleSpec, url: str, port: int) -> RolloutSummary:
-    sources = [SampledService(client(port), IDENTITY, 3)]
+async def rolled_out(spec: CycleSpec, url: str, *ports: int) -> RolloutSummary:
+    sources = [SampledService(client(port), IDENTITY, 3) for port in ports]
     return await roll_out(spec, sources, Store(url=url))
 
 
@@ -61,6 +61,32 @@ async def test_rolled_out_once_and_then_found(tmp_path: Path) -> None:
     directory = summary.parts_uri.removeprefix("file://")
     frame = check_rollouts(pl.read_parquet(f"{directory}/*.parquet"))
     assert frame.height == 10
+
+
+async def test_rolled_out_in_processes(tmp_path: Path) -> None:
+    spec, url = spec_in(tmp_path, is_warm=True), store_in(tmp_path)
+    sampling = spec.sampling.model_copy(update={"processes": 2})
+    async with ScriptedServer(http(GOOD)).running() as script:
+        several = spec.model_copy(update={"sampling": sampling})
+        summary = await rolled_out(several, url, script.port)
+        # One process finds what several have left.
+        assert await rolled_out(spec, url, script.port) == summary
+        assert len(script.requests) == 10
+    assert (summary.group_count, summary.sample_count, summary.mean_reward) == (5, 10, 1.0)
+
+
+async def test_two_services_share_the_processes(tmp_path: Path) -> None:
+    spec, url = spec_in(tmp_path, is_warm=True), store_in(tmp_path)
+    sampling = spec.sampling.model_copy(update={"processes": 2})
+    spec = spec.model_copy(update={"sampling": sampling})
+    async with (
+        ScriptedServer(http(GOOD)).running() as one,
+        ScriptedServer(http(GOOD)).running() as other,
+    ):
+        summary = await rolled_out(spec, url, one.port, other.port)
+    assert summary.sample_count == len(one.requests) + len(other.requests) == 10
+    assert one.requests
+    assert other.requests
 
 
 async def test_a_refused_key_stops_the_flow(tmp_path: Path) -> None:

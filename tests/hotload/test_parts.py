@@ -161,6 +161,7 @@ def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
         return plan_rollout(spec(**changes), "i", PROBLEMS).parts[0].digest
 
     pace = {"problems_per_task": 3, "sample_timeout": 9, "concurrency": {"max_concurrency": 2}}
+    pace["processes"] = 4
     pace["max_head_offpolicy_versions"] = 2
     assert digest(sampling=pace) == plan.parts[0].digest
     place = {"timeout_seconds": 1, "environment": ["HOME"]}

@@ -133,3 +133,7 @@ async def by_problem(problem: Problem, sampler: Conversation) -> Any:
 
 def not_async(problem: Problem, sampler: Conversation) -> None:
     return None
+
+
+async def dying(problem: Problem, sampler: Conversation) -> None:
+    os._exit(3)

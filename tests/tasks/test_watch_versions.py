@@ -19,7 +19,7 @@ from hotload.rollout.admission import Admission
 from hotload.sampling.problems import plan_rollouts
 from hotload.sampling.rollout import LOGGER, Rollout, open_rollout
 from hotload.sampling.row_gate import Gate
-from hotload.sampling.watch_versions import first_look
+from hotload.sampling.watch_versions import Stamp, VersionWatch, put_stamp
 from tests.blocks.scripted_inference import IDENTITY, KEY, client
 from tests.factories import cycle_spec
 from tests.scripted_server import JSON, ScriptedServer, http
@@ -52,7 +52,13 @@ async def look(
         ):
             server.replies += answers
             service = HotLoadClient(Access(base_url=server.address, api_key=KEY, **NAMES))
-            await first_look(service, "run", sampler, gate, readiness, LOGGER)
+            spec = cycle_spec(readiness=readiness.model_dump())
+            stamp = Stamp(identity, 3)
+
+            def hand_on(stamp: Stamp) -> None:
+                put_stamp(stamp, sampler, gate)
+
+            await VersionWatch(service, spec, stamp, hand_on, LOGGER).first_look()
             return sampler.identity, gate, len(server.requests)
 
 

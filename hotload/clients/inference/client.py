@@ -94,6 +94,7 @@ class InferenceClient:
         replica_count: int | None = None,
         swap_timeout_seconds: float = 600.0,
         sleep: Sleep = asyncio.sleep,
+        window: Window | None = None,
     ) -> AsyncIterator[Sampler]:
         """Open a sampler whose samples all share one window; no connection outlives it.
 
@@ -102,11 +103,12 @@ class InferenceClient:
             replica_count: for the window's first size.
             swap_timeout_seconds: what one sample may wait for swaps (`weight_sync_timeout`).
             sleep: waits between attempts.
+            window: instead of one of its own.
 
         Raises:
             ServiceRefusedError: there is no key, or the environment's address is not one.
         """
-        window = Window(sampling.concurrency, replica_count=replica_count)
+        window = window or Window(sampling.concurrency, replica_count=replica_count)
         connections = max(window.widest, CONNECTIONS)
         async with self._transport(sampling.sample_timeout, connections) as transport:
             yield Sampler(

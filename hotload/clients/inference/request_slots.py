@@ -18,6 +18,10 @@ class RequestSlots:
         """Wait for a slot."""
         await self._waiters.wait()
 
+    def wake(self) -> None:
+        """Hand out the slots that are free."""
+        self._waiters.wake()
+
     def release(self, attempt: Attempt) -> None:
         """Give a slot back and let the window learn how its attempt ended."""
         self.window.release(attempt, monotonic())

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 from hotload.clients.inference.attempt import body_bytes, send_once
 from hotload.clients.inference.conversation import Conversation, Outcome
@@ -74,6 +76,10 @@ class Sampler:
     def in_flight(self) -> int:
         """Requests that are in flight now."""
         return self._slots.window.in_flight
+
+    def wake(self) -> None:
+        """Let requests go that wait for a slot: the window has become wider from outside."""
+        self._slots.wake()
 
     def end_step(self) -> StepReport:
         """Report what the window did since the last step ended."""
@@ -198,3 +204,22 @@ def _attempt_of(
         seconds=seconds,
         is_swap=failure is not None and failure.action is Action.WAIT_FOR_SWAP,
     )
+
+
+class InferenceSource(Protocol):
+    """What is sampled from: an `InferenceClient`, whichever kinds of servers it knows."""
+
+    def session(
+        self,
+        sampling: Sampling,
+        *,
+        identity: str,
+        policy_version: int,
+        replica_count: int | None = None,
+        swap_timeout_seconds: float = ...,
+        window: Window | None = None,
+    ) -> AbstractAsyncContextManager[Sampler]:
+        """Open a sampler whose samples all share one window."""
+
+    async def warm_up(self, *, retries: int) -> bool:
+        """Tell whether a small request was answered within `retries` tries."""

@@ -60,6 +60,24 @@ class HotLoadClient:
     _transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
     """What carries its calls; None is the network."""
 
+    def __post_init__(self) -> None:
+        """Refuse what this API cannot be told, before anything is uploaded for it.
+
+        Raises:
+            ServiceRefusedError: such a field is set.
+        """
+        api = self.access.api
+        for name, is_taken in (
+            ("reset_prompt_cache", self.reset_prompt_cache in api.prompt_cache_policies),
+            ("extra_fields_ignore", not self.extra_fields_ignore or api.has_control_plane),
+            ("hint_body_template", self.hint_body_template is None or api.has_control_plane),
+        ):
+            if not is_taken:
+                found = f"{name}: found {getattr(self, name)!r}, which this API cannot be told"
+                policies = " or ".join(api.prompt_cache_policies)
+                advice = f"For {self.access.source}: leave it out; prompts: {policies}"
+                raise ServiceRefusedError("open", None, found, advice)
+
     @property
     def said(self) -> str:
         """Begins a sentence about this service; empty where it is the only one."""

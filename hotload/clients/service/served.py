@@ -12,12 +12,25 @@ from hotload.concurrently import overlap
 from hotload.errors import ServiceError, ServiceRefusedError, ServiceUnavailableError
 
 
-def side_by_side(services: Mapping[str, HotLoadClient]) -> dict[str, HotLoadClient]:
+def side_by_side(
+    services: Mapping[str, HotLoadClient], *, is_made_here: bool = True
+) -> dict[str, HotLoadClient]:
     """Return the services of a cycle, by the names of their blocks; of several, each names itself.
 
+    Args:
+        is_made_here: whether deltas are encoded on this machine, not on nodes or by ranks.
+
     Raises:
-        ServiceRefusedError: two blocks are of one service.
+        ServiceRefusedError: two blocks are of one service, or take different deltas, or take such
+            as are made here alone.
     """
+    codecs = {service.access.api.codec for service in services.values()}
+    if len(codecs) > 1:
+        found = f"they take different deltas, {' and '.join(sorted(codecs))}"
+        raise ServiceRefusedError("open", None, found, "Give each kind a cycle and a store")
+    if not is_made_here and codecs != {"arc_v2"}:
+        found = f"nodes and ranks make no deltas for the dialect {min(codecs)}"
+        raise ServiceRefusedError("open", None, found, "Leave placement and ranks out")
     blocks: dict[str, str] = {}
     for block, service in services.items():
         name = service.access.service

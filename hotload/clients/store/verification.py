@@ -49,9 +49,8 @@ async def verify_snapshot(
         async with gate:
             return await _verify_digest(store, path, size_bytes, digest, advance)
 
-    files = [(one.file, one.size_bytes, one.sha256) for one in manifest.shards]
-    files += [(one.file, one.size_bytes, one.sha256) for one in manifest.side_files]
-    checked = await overlap(verify(*file) for file in files)
+    stored = manifest.stored_files
+    checked = await overlap(verify(one.file, one.size_bytes, one.sha256) for one in stored)
     strays = [
         Finding(
             "stray_object",

@@ -1,0 +1,3 @@
+"""How each kind of door spells what every hot-load service understands."""
+
+__all__ = ["api_dialect", "coreweave"]
