@@ -17,7 +17,7 @@ STEPS := 1
 LESSON := even_numbers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train tinker oracles families strangers engines containers conformance fuzz lock golden deploy wheel clean
+.PHONY: help install demo learn your-trainer ui test test-fast check bench swaps long simulate bad-days train-kills nodes postgres test-stores test-train tinker oracles families strangers engines own-fleet containers conformance fuzz lock golden deploy wheel clean
 
 help:  ## show this
 	@echo 'hotload: a checkpoint travels to scored rollouts. Start with `make demo`.'
@@ -129,6 +129,9 @@ containers: install .containers-venv/installed  ## the containers without Docker
 	.containers-venv/bin/python tests/containers/check_compose.py deployments/compose.yaml
 	$(PY) -m tests.containers
 
+own-fleet: install .own-fleet-venv/installed  ## two `transformers serve` with agents, a door, the flow: five versions, each held to the trainer's
+	$(PY) -m pytest tests/own_fleet/test_transformers_serve.py
+
 # The implementations on trial together in each environment: each is tried alone, and with the others.
 ADAPTERS := tests/conformance/adapters
 HERE := $(addprefix $(ADAPTERS)/,ours.py slime.py)
@@ -237,6 +240,12 @@ $(VENV)/installed: $(VENV)/locked pyproject.toml
 		-r tests/containers/requirements.txt
 	.containers-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 		-r tests/containers/requirements-alone.txt
+
+.own-fleet-venv/installed: tests/own_fleet/requirements.txt
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… own-fleet' >&2; exit 1; }
+	$(PYTHON) -m venv .own-fleet-venv
+	.own-fleet-venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-r tests/own_fleet/requirements.txt
 	@touch $@
 
 # cwtrain asks for 3.12; pyenv keeps its Pythons where no PATH finds them.

@@ -22,7 +22,7 @@ from agent.engines.sglang import Sglang
 from agent.engines.transformers_serve import TransformersServe
 from agent.engines.vllm import Vllm
 from agent.fleet.log import FleetLog
-from agent.fleet.settings import add_names
+from agent.fleet.settings import add_names, address
 from agent.fleet.state import NAME
 from agent.loading.bucket import SnapshotBucket
 from agent.server import LOOPBACK, serve_app
@@ -50,7 +50,7 @@ def main() -> int:
             raise ValueError(f"--name: expected {NAME}, not {arguments.name!r}")
         if arguments.base_model is not None and not arguments.base_model.is_dir():
             raise ValueError(f"--base-model: no directory {arguments.base_model}")
-        store = Store(arguments.bucket, dict(one.split("=", 1) for one in arguments.bucket_option))
+        store = Store(arguments.bucket, dict(arguments.bucket_option))
         directory = arguments.model_dir.resolve()
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_names(parser)
     add("--engine", required=True, choices=[*ENGINES, "command"], help="the server beside it")
-    add("--engine-url", default=f"http://{LOOPBACK}:8000", help="its address (%(default)s)")
+    at = f"http://{LOOPBACK}:8000"
+    add("--engine-url", default=at, type=address, metavar="URL", help="its address (%(default)s)")
     add("--reload", metavar="HOW", help="--engine command: a command, or `POST /path {JSON}`")
     add("--version", metavar="HOW", help="--engine command: likewise, `GET /path field`")
     add("--model-dir", required=True, type=Path, metavar="DIR", help="room for two checkpoints")

@@ -61,15 +61,15 @@ def bind(port: int, host: str = LOOPBACK) -> tuple[socket.socket, str]:
     """Bind a port, or a free one for 0; returns the socket and its address.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is taken, or there is no such port or host.
     """
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError:
+    except (OSError, OverflowError) as error:
         listening.close()
-        raise
+        raise OSError(f"{host}:{port}: {error}") from None
     return listening, f"http://{host}:{listening.getsockname()[1]}"
 
 
@@ -100,6 +100,7 @@ def serve_app(
     except KeyboardInterrupt:
         return 0
     except (RuntimeError, OSError) as error:
-        sys.stderr.write(f"{program}: {error}: {error.__cause__ or ''}\n")
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        sys.stderr.write(f"{program}: {error}{cause}\n")
         return 2
     return 0

@@ -3,13 +3,17 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+from prefect import State
 from prefect.blocks.core import Block
 
 from flows.adopt import adopt_base
 from flows.command_line import read_input, run_command
 from flows.cycle import checkpoint_to_rollout
 from flows.cycle_file import parse_cycle_file, save_inline_blocks
+from flows.publish import publish_version
+from hotload.publish.publication import Publication
 from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 from hotload.trainers.vendor_config import LIMIT_BYTES, translate_config
@@ -26,14 +30,29 @@ async def run_declared(spec: CycleSpec, blocks: dict[str, Block]) -> str:
     state = await checkpoint_to_rollout(saved, return_state=True)
     report = await state.aresult()
     assert isinstance(report, CycleReport)  # Prefect keeps a returned state, and hands on its data
-    ending = [] if state.name == "Completed" else [f"{state.name}: {state.message}"]
-    return "\n".join([*ending, *(f"{row['what']:>24}  {row['value']}" for row in report.rows())])
+    return "\n".join(
+        [*unusual_ending(state), *(f"{row['what']:>24}  {row['value']}" for row in report.rows())]
+    )
 
 
 async def adopt_declared(spec: CycleSpec, blocks: dict[str, Block], identity: str) -> str:
     """Adopt the checkpoint of a cycle file as the served `identity`; returns a line about it."""
     await adopt_base(await save_inline_blocks(spec, blocks), identity)
     return f"{identity} is adopted as {spec.name}; the next version follows it"
+
+
+async def publish_declared(spec: CycleSpec, blocks: dict[str, Block]) -> str:
+    """Publish the version of a cycle file, and sample nothing; returns a line for each service."""
+    state = await publish_version(await save_inline_blocks(spec, blocks), return_state=True)
+    publication = await state.aresult()
+    assert isinstance(publication, Publication)
+    lines = (f"{one.service}  {one.describe()}" for one in publication.services)
+    return "\n".join([*unusual_ending(state), *lines])
+
+
+def unusual_ending(state: State[Any]) -> list[str]:
+    """Say how a flow ended, where that is not as usual."""
+    return [] if state.name == "Completed" else [f"{state.name}: {state.message}"]
 
 
 def translate(arguments: list[str]) -> int:
@@ -70,7 +89,9 @@ def main() -> int:
         f"`python -m flows {TRANSLATE} recipe.py` makes a run file of a GRPO recipe.",
     )
     parser.add_argument("cycle_file", type=Path, help="YAML with `cycle:` and `blocks:`")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--publish-only", action="store_true", help="sample nothing")
+    what.add_argument(
         "--adopt",
         metavar="IDENTITY",
         help="publish nothing: this checkpoint is what every replica serves under IDENTITY",
@@ -79,6 +100,8 @@ def main() -> int:
     spec, blocks = read_input(lambda: parse_cycle_file(given.cycle_file))
     if given.adopt is not None:
         work = adopt_declared(spec, blocks, given.adopt)
+    elif given.publish_only:
+        work = publish_declared(spec, blocks)
     else:
         work = run_declared(spec, blocks)
     return run_command(work, show)

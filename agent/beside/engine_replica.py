@@ -52,6 +52,7 @@ class EngineReplica(Loader):
         self.link = directory / "current"
         self.readiness = False
         self.error = "not yet looked at its engine"
+        self.trouble = ""  # of whoever follows the log with it
         self._directory, self._bucket, self._engine = directory, bucket, engine
         self._engine_kind, self._base, self._workers = engine_kind, base, workers
         self._served: Path | None = None
@@ -73,7 +74,7 @@ class EngineReplica(Loader):
             stage=self.stage,
             target=self.target or None,
             content_sha256=self._content,
-            error=self.error[:2000],
+            error=(self.error or self.trouble)[:2000],
         )
 
     async def come_up(self) -> None:

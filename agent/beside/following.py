@@ -32,8 +32,11 @@ class Following:
             try:
                 state = await self._log.read()
             except StoreError as error:
-                logger.warning("%s: %s", self.replica.name, error)
+                if str(error) != self.replica.trouble:
+                    logger.warning("%s: %s", self.replica.name, error)
+                self.replica.trouble = str(error)
             else:
+                self.replica.trouble = ""
                 self.replica.catch_up(state.chain_for(self.replica.name))
             await self.replica.look_at_engine()
             with suppress(TimeoutError):

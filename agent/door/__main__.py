@@ -13,12 +13,12 @@ from agent.door.addresses import Addresses
 from agent.door.agent_fleet import DoorConfig
 from agent.door.app import create_door
 from agent.door.canary import CanaryRule
-from agent.fleet.settings import add_names
+from agent.fleet.settings import add_names, address
 from agent.fleet.validation import BaseModel
 from agent.loading.disk import Transition
 from agent.server import LOOPBACK, serve_app
 from hotload.clients.store.store import Store
-from hotload.errors import HotLoadError, RolloutFunctionError
+from hotload.errors import HotLoadError
 from hotload.sampling.user_function import import_function
 
 KEY_VARIABLE = "HOTLOAD_DOOR_KEY"
@@ -35,7 +35,7 @@ def main() -> int:
     parser = _parser()
     arguments = parser.parse_args()
     try:
-        store = Store(arguments.bucket, dict(one.split("=", 1) for one in arguments.bucket_option))
+        store = Store(arguments.bucket, dict(arguments.bucket_option))
         if not (arguments.agent or arguments.agents):
             raise ValueError("name agents by --agent or --agents")
         if not 0 < arguments.quorum <= 1:
@@ -70,8 +70,12 @@ def _canary(arguments: argparse.Namespace) -> CanaryRule | None:
     gate = None
     if arguments.gate is not None:
         sys.path.insert(0, os.getcwd())
-        gate = import_function(arguments.gate, {}, RolloutFunctionError, positional_count=1)
+        gate = import_function(arguments.gate, {}, _refuse_gate, positional_count=1)
     return CanaryRule(arguments.canary, gate, arguments.gate_seconds)
+
+
+def _refuse_gate(name: str, reason: str) -> HotLoadError:
+    return HotLoadError(f"--gate {name}: {reason}")
 
 
 def _base_model(directory: Path | None) -> BaseModel | None:
@@ -87,7 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_names(parser)
     add("--model", default=DoorConfig.model_id, metavar="ID", help="of the model (%(default)s)")
-    add("--agent", action="append", default=[], metavar="URL", help="an agent's address; repeat")
+    add(
+        "--agent",
+        action="append",
+        default=[],
+        type=address,
+        metavar="URL",
+        help="an agent's address; repeat",
+    )
     add("--agents", metavar="HOST:PORT", help="a name in the DNS that all agents answer to")
     add("--quorum", type=float, default=1.0, help="of agents that a signal needs (%(default)s)")
     add("--canary", type=float, metavar="FRACTION", help="of agents that load first")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from agent.loading.disk import Transition
+from hotload.clients.access import check_origin
 from hotload.publish.doors.api_dialect import API_DIALECTS, ApiDialect, ApiDialectName
 from hotload.publish.fireworks_names import deployment_name, model_name
 
@@ -52,11 +53,28 @@ class FleetConfig:
         return self.base_model_name or f"accounts/{self.account_id}/models/base"
 
 
+def address(text: str) -> str:
+    """Parse the address of a server."""
+    try:
+        return check_origin(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def key_and_value(text: str) -> tuple[str, str]:
+    """Parse an option of the file system that a bucket lies in."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ArgumentTypeError("expected KEY=VALUE")
+    return key, value
+
+
 def add_names(parser: ArgumentParser) -> None:
     """Let a command line take the bucket and the names of a service."""
     add = parser.add_argument
     add("--bucket", required=True, metavar="URL", help="the service's bucket: s3://, gs://, a path")
-    add("--bucket-option", action="append", default=[], metavar="KEY=VALUE", help="fsspec option")
+    pair, shown = key_and_value, "KEY=VALUE"
+    add("--bucket-option", action="append", default=[], type=pair, metavar=shown, help="of fsspec")
     for name in ("account", "deployment"):
         default = getattr(FleetConfig, f"{name}_id")
         add(f"--{name}", default=default, metavar="ID", help="of the service (%(default)s)")

@@ -100,3 +100,5 @@ class FleetState:
             case "withdraw" if is_about_canary:
                 self.withdrawn, self.canary = self.canary, None
                 self._standing.pop()
+                if (entry := self.ledger.get(event.identity)) is not None:
+                    entry.errors["canary"] = event.reason

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from agent.beside.engine_replica import EngineReplica
+from agent.beside.following import Following
 from agent.engines.declared import DeclaredServer
+from agent.fleet.log import FleetLog
 from agent.loading.bucket import SnapshotBucket
 from agent.loading.disk import Load
+from hotload.clients.store.store import Store
 from hotload.identity import SnapshotKind
 from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
 from tests.waiting import until
@@ -72,3 +75,32 @@ async def test_an_engine_that_goes_during_a_download_is_not_ready(
 
         await until(is_served)
     assert engine.serves == digests(place.publisher.checkpoint("a"))
+
+
+async def test_a_store_that_cannot_be_read_is_told_in_the_report(
+    place: Any, engine: TinyEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = DeclaredServer(engine.url, "true", "GET /info weight_version")
+    url = (place.root / "nowhere").as_uri()
+    with ThreadPoolExecutor(1) as threads:
+        bucket, base = SnapshotBucket(url, {}), place.publisher.base
+        replica = EngineReplica(
+            "one", place.root / "one", bucket, threads, server, engine_kind="command", base=base
+        )
+        following = Following(replica, FleetLog(Store(url), "local", "rollouts"), 0.001)
+        work = asyncio.create_task(following.follow())
+
+        async def is_told_often() -> bool:
+            return len(engine.calls) > 3
+
+        await until(is_told_often)
+        assert replica.report().readiness
+        assert "does not exist" in replica.report().error
+        assert caplog.text.count("does not exist") == 1
+        (place.root / "nowhere").mkdir()
+
+        async def is_well() -> bool:
+            return not replica.report().error
+
+        await until(is_well)
+        work.cancel()

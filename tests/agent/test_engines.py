@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,20 @@ async def test_vllm_is_paused_reloaded_named_flushed_and_resumed(
     await vllm.reload(Reload(weights, "run-2", "SYNC", "none"))
     paths = [path for path, _ in engine.calls]
     assert paths == ["/pause?mode=wait", "/collective_rpc", "/update_weight_version", "/resume"]
+
+
+async def test_a_pause_reads_no_certificates(
+    engine: TinyEngine, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading them takes longer than all the calls of a pause together."""
+    vllm, read = Vllm(engine.url), []
+    await vllm.version()
+    made = ssl.create_default_context
+    monkeypatch.setattr(
+        ssl, "create_default_context", lambda **how: read.append(how) or made(**how)
+    )
+    await vllm.reload(Reload(weights, "run-1"))
+    assert read == []
 
 
 async def test_vllm_that_fails_in_between_stays_paused(engine: TinyEngine, weights: Path) -> None:

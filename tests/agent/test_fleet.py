@@ -404,6 +404,8 @@ def test_a_canary_that_fails_its_gate_never_reaches_the_rest(
     wait_until(lambda: set(place.states()) == {("error", "b")})
     wait_until(lambda: place.served() == ["a"] * 3)
     place.check("a")
+    (entry,) = (one for one in place.ask("GET", LEDGER).json()["entries"] if one["identity"] == "b")
+    assert [one["error"] for one in entry["replicas"]] == ["the gate said False"]
     on_b = [one for one in place.agents if ("b" in str(one.engine.calls))]
     assert [one.name for one in on_b] == ["one"]
     verdict.write_text("true")

@@ -11,17 +11,17 @@ import yaml
 
 from blocks.account import InferenceAccount
 from blocks.hot_load_service import HotLoadService
-from tests.flows.fleet import NAMES, Fleet
+from tests.flows.fleet import NAMES, SERVICE, Fleet
 from tests.flows.killed_cycle import ROOT
 
 pytestmark = pytest.mark.slow
 
 
-async def ended(fleet: Fleet, **changes: Any) -> subprocess.CompletedProcess[str]:
+async def ended(fleet: Fleet, *options: str, **changes: Any) -> subprocess.CompletedProcess[str]:
     """`python -m flows` with the cycle of version 1, once it has ended."""
     file = fleet.root / "cycle.yaml"
     file.write_text(yaml.safe_dump({"cycle": fleet.declared(1, **changes)}))
-    command = [sys.executable, "-m", "flows", str(file)]
+    command = [sys.executable, "-m", "flows", str(file), *options]
     return await asyncio.to_thread(
         subprocess.run, command, cwd=ROOT, env=os.environ, capture_output=True, text=True
     )
@@ -45,3 +45,11 @@ async def test_a_failure_is_told_once(fleet: Fleet) -> None:
     assert run.stderr.count("use a key of this account") == 1, run.stderr
     assert "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith("error: ")
+
+
+async def test_publishing_alone_asks_for_no_sample(fleet: Fleet) -> None:
+    run = await ended(fleet, "--publish-only")
+    assert run.returncode == 0, run.stderr
+    (identity,) = fleet.served()
+    assert run.stdout.startswith(f"{SERVICE}  full {identity}, ")
+    assert not fleet.log()["requests"]  # for samples, the preflight's among them
