@@ -52,9 +52,8 @@ def main() -> None:
                 took[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(seconds[1:]) for name, seconds in took.items()}
     tokens = sum(len(one) for sequences, _ in batches for one in sequences)
-    print(
-        f"a step of {MICRO_BATCHES} micro-batches, {tokens:,} tokens, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"a step of {MICRO_BATCHES} micro-batches, {tokens:,} tokens, {threads} threads")
     for name, seconds in medians.items():
         print(f"{seconds * 1e3:8.0f} ms  {name}")
     print(
