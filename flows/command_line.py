@@ -20,6 +20,7 @@ from tasks.show import FLOW_LOGGER, TASK_LOGGER, tell_once
 
 T = TypeVar("T")
 PREFECT = str(Path(prefect.__file__).parent)
+QUEUES = ("EventsWorker", "APILogWorker")  # at the end they say that they are not empty yet
 AGAIN = re.compile(r"- Retry \d+/\d+ will start")
 
 
@@ -76,6 +77,8 @@ def show_own_lines() -> None:
 def _is_shown(record: logging.LogRecord) -> bool:
     if not record.pathname.startswith(PREFECT):
         return True
+    if record.name in QUEUES:
+        return record.levelno > logging.WARNING
     if record.name not in (TASK_LOGGER, FLOW_LOGGER):
         return record.levelno >= logging.WARNING
     return record.levelno == logging.WARNING or bool(AGAIN.search(record.getMessage()))

@@ -100,7 +100,4 @@ def test_a_block_that_is_not_there_is_one_line(tmp_path: Path, prefect_api: str)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: Unable to find block document named default")
     assert "hot-load-service" in run.stderr
-    # On a busy machine Prefect says on exit that its events are not all sent yet.
-    assert [line for line in run.stderr.splitlines() if "EventsWorker" not in line] == [
-        run.stderr.splitlines()[0]
-    ]
+    assert len(run.stderr.splitlines()) == 1

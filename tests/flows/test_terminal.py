@@ -47,6 +47,26 @@ async def test_a_failure_is_told_once(fleet: Fleet) -> None:
     assert run.stderr.splitlines()[-1].startswith("error: ")
 
 
+SAYS = """
+import logging, prefect
+from flows.command_line import show_own_lines
+show_own_lines()
+for name, level in (("EventsWorker", 30), ("EventsWorker", 40), ("prefect", 20), ("prefect", 30)):
+    words = f"{name} {level}"
+    record = logging.LogRecord(name, level, prefect.__file__, 1, words, None, None)
+    logging.getLogger(name).handle(record)
+"""
+
+
+def test_prefects_own_warnings_are_shown_but_those_of_its_queues() -> None:
+    command = [sys.executable, "-c", SAYS]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.rpartition("- ")[2] for line in run.stderr.splitlines()] == [
+        "EventsWorker 40",
+        "prefect 30",
+    ]
+
+
 async def test_publishing_alone_asks_for_no_sample(fleet: Fleet) -> None:
     run = await ended(fleet, "--publish-only")
     assert run.returncode == 0, run.stderr
