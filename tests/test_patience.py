@@ -73,8 +73,11 @@ def deaf(node: ast.AST, parents: list[ast.AST]) -> Iterator[str]:
     if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in SENDS:
         may_be_ignored = node.args and ast.unparse(node.args[-1]) != "signal.SIGKILL"
         tests = [one for one in parents if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
-        decorators = [ast.unparse(one) for test in tests for one in test.decorator_list]
-        if may_be_ignored and "signals_are_heard()" not in decorators:
+        heard = [ast.unparse(one) for test in tests for one in test.decorator_list]
+        # What is awaited runs after a decorator has ended: there, a block starts the child.
+        within = [one for test in tests for one in ast.walk(test) if isinstance(one, ast.With)]
+        heard += [ast.unparse(item) for one in within for item in one.items]
+        if may_be_ignored and "signals_are_heard()" not in heard:
             yield f"line {node.lineno}: without @signals_are_heard()"
     for child in ast.iter_child_nodes(node):
         yield from deaf(child, [*parents, node])

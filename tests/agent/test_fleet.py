@@ -20,7 +20,7 @@ from hotload.publish.snapshot import ShardBatch, SnapshotManifest
 from hotload.records import FileDigest
 from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
 from tests.scripted_server import JSON, http
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -381,7 +381,9 @@ def test_a_reset_brings_base_weights_back(two: Any) -> None:
 def gate(snapshot: Any) -> bool:
     """What a test's door asks: the file GATE has what it is to say."""
     assert snapshot.agents
-    reports = [httpx.get(f"{url}/agent").json() for url in snapshot.agents]
+    reports = [
+        httpx.get(f"{url}/agent", timeout=PATIENCE_SECONDS).json() for url in snapshot.agents
+    ]
     assert {one["current"] for one in reports} == {snapshot.identity}
     return json.loads(Path(os.environ["GATE"]).read_text())
 

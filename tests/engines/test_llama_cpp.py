@@ -17,6 +17,7 @@ from hotload.errors import ServiceRefusedError
 from hotload.options import Sampling
 from hotload.rollout.trajectory import Problem, Trajectory
 from tests.engines.gguf_model import BYTES, LETTERS, SPECIAL, config_of, weights_of, write_gguf
+from tests.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 PROMPT = (1, 9, 30)
@@ -116,11 +117,14 @@ async def test_log_probabilities_are_of_what_was_sampled(
 
 def test_its_own_defaults_would_cut_the_policy(letters: str) -> None:
     """What has to be switched off by every request: that is why the neutral values are sent."""
-    settings = httpx.get(f"{letters}/props").json()["default_generation_settings"]["params"]
+    told = httpx.get(f"{letters}/props", timeout=PATIENCE_SECONDS).json()
+    settings = told["default_generation_settings"]["params"]
     assert settings["min_p"] == pytest.approx(0.05)
     body = {"prompt": [*PROMPT], "max_tokens": 1, "logprobs": 1, "post_sampling_probs": True}
     whole = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    answer = httpx.post(f"{letters}/v1/completions", json={**body, **whole, "seed": 3}).json()
+    asked = {**body, **whole, "seed": 3}
+    url = f"{letters}/v1/completions"
+    answer = httpx.post(url, json=asked, timeout=PATIENCE_SECONDS).json()
     [entry] = answer["choices"][0]["logprobs"]["content"]
     config = config_of(SPECIAL + LETTERS)
     [logits], _ = NumpyLlama(config, weights_of(config)).forward([[*PROMPT, 0]])

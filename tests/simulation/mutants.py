@@ -80,7 +80,7 @@ def _replace_step(replaced: Replaced, module: Any, name: str, around: Callable[.
 @mutant("knows already", seed=2)
 def _no_look(replaced: Replaced) -> None:
     """A signal goes out whatever the replicas say."""
-    replaced.put(tasks.announce, "may_signal", lambda status, manifest: True)
+    replaced.put(tasks.announce, "may_signal", lambda *_: True)
 
 
 @mutant("did not see that it has the lease")
@@ -147,12 +147,12 @@ def _manifest_first(replaced: Replaced) -> None:
 
     def around(upload: Any) -> Any:
         async def first(
-            store: Any, view: Any, plan: Any, content: Any, shards: Any, digests: Any
+            store: Any, view: Any, plan: Any, content: Any, shards: Any, *more: Any
         ) -> Any:
             now = tasks.upload.utc_now()
             manifest = SnapshotManifest.of(plan, content, shards, created_at=now)
             await tasks.upload.write_manifest(store, manifest)
-            return await upload(store, view, plan, content, shards, digests)
+            return await upload(store, view, plan, content, shards, *more)
 
         return first
 
@@ -320,8 +320,8 @@ def _one_answer(replaced: Replaced) -> None:
     """A signal goes to every service that one of them is without."""
     may_signal = tasks.announce.may_signal
 
-    def anywhere(status: Any, manifest: SnapshotManifest) -> bool:
-        return may_signal(status, manifest) or len(_first_fleet().world.fleets) > 1
+    def anywhere(*asked: Any) -> bool:
+        return may_signal(*asked) or len(_first_fleet().world.fleets) > 1
 
     replaced.put(tasks.announce, "may_signal", anywhere)
 
@@ -340,7 +340,7 @@ def _one_plan(replaced: Replaced) -> None:
 
         return once
 
-    def unknown(status: Any, manifest: SnapshotManifest) -> bool:
+    def unknown(status: Any, manifest: SnapshotManifest, *_: Any) -> bool:
         return not status.mentions(manifest.identity)
 
     _replace_step(replaced, tasks.plan, "plan_snapshot", around)
