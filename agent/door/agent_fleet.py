@@ -63,14 +63,15 @@ class AgentFleet:
         await self._client.aclose()
 
     async def look(self) -> tuple[FleetState, list[SeenAgent]]:
-        """Read the log and ask every agent.
+        """Ask every agent and read the log.
 
         Raises:
             RefusedError: 503, the store does not answer.
         """
         try:
-            state = await self._log.read()
+            # In this order: what an agent serves was in the log before it served it.
             seen = await ask_all(self._client, await self.config.addresses.all())
+            state = await self._log.read()
             for identity in {one.report.current for one in seen} - {None, *self._contents}:
                 if identity is not None and state.ledger.get(identity):
                     manifest = await read_snapshot_manifest(self._store, identity)

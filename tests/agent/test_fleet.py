@@ -279,8 +279,9 @@ def test_of_two_doors_one_lets_a_signal_in(two: Any) -> None:
         return httpx.post(f"{doors[number]}{HOT_LOAD}", json=body, headers=headers, timeout=60)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        codes = [answer.status_code for answer in pool.map(signal, (0, 1))]
-    assert sorted(codes) == [200, 400]
+        answers = [*pool.map(signal, (0, 1))]
+    codes = [answer.status_code for answer in answers]
+    assert sorted(codes) == [200, 400], [answer.text for answer in answers]
     accepted = "ab"[codes.index(200)]
     wait_until(lambda: two.served() == [accepted] * 2)
     two.check(accepted)
