@@ -201,52 +201,34 @@ $(VENV)/installed: $(VENV)/locked pyproject.toml
 	PYTHONWARNINGS=ignore $(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
+# $(call make-environment,PYTHON,>= 3.11): the environment of a target, with what its requirements
+# files name; those that end in -alone.txt without what they ask for in turn.
+INTO = $(@D)/bin/python -m pip install --disable-pip-version-check --quiet
+define make-environment
+@test -n "$($(1))" || { echo 'No Python $(2) found: make $(1)=… $(MAKECMDGOALS)' >&2; exit 1; }
+$($(1)) -m venv $(@D)
+$(INTO) $(addprefix -r ,$(filter-out %-alone.txt,$^))
+$(if $(filter %-alone.txt,$^),$(INTO) --no-deps $(addprefix -r ,$(filter %-alone.txt,$^)))
+@touch $@
+endef
+
 .oracle-venv/installed: tests/oracles/requirements.txt tests/oracles/requirements-alone.txt
-	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… oracles' >&2; exit 1; }
-	$(PYTHON) -m venv .oracle-venv
-	.oracle-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/oracles/requirements.txt
-	.oracle-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
-		-r tests/oracles/requirements-alone.txt
-	@touch $@
+	$(call make-environment,PYTHON,>= 3.11)
 
 .families-venv/installed: tests/families/requirements.txt
-	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… families' >&2; exit 1; }
-	$(PYTHON) -m venv .families-venv
-	.families-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/families/requirements.txt
-	@touch $@
+	$(call make-environment,PYTHON,>= 3.11)
 
 .strangers-venv/installed: tests/strangers/requirements.txt
-	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… strangers' >&2; exit 1; }
-	$(PYTHON) -m venv .strangers-venv
-	.strangers-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/strangers/requirements.txt
-	@touch $@
+	$(call make-environment,PYTHON,>= 3.11)
 
 .engines-venv/installed: tests/engines/requirements.txt tests/engines/requirements-alone.txt
-	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… engines' >&2; exit 1; }
-	$(PYTHON) -m venv .engines-venv
-	.engines-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/engines/requirements.txt
-	.engines-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
-		-r tests/engines/requirements-alone.txt
-	@touch $@
+	$(call make-environment,PYTHON,>= 3.11)
 
 .containers-venv/installed: tests/containers/requirements.txt tests/containers/requirements-alone.txt
-	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… containers' >&2; exit 1; }
-	$(PYTHON) -m venv .containers-venv
-	.containers-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/containers/requirements.txt
-	.containers-venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
-		-r tests/containers/requirements-alone.txt
+	$(call make-environment,PYTHON,>= 3.11)
 
 .own-fleet-venv/installed: tests/own_fleet/requirements.txt
-	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… own-fleet' >&2; exit 1; }
-	$(PYTHON) -m venv .own-fleet-venv
-	.own-fleet-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/own_fleet/requirements.txt
-	@touch $@
+	$(call make-environment,PYTHON,>= 3.11)
 
 # cwtrain asks for 3.12; pyenv keeps its Pythons where no PATH finds them.
 PYTHON312 ?= $(shell for python in python3.14 python3.13 python3.12 python3 \
@@ -254,19 +236,11 @@ PYTHON312 ?= $(shell for python in python3.14 python3.13 python3.12 python3 \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
 .cwtrain-venv/installed: tests/oracles/requirements-cwtrain.txt
-	@test -n "$(PYTHON312)" || { echo 'No Python >= 3.12 found: make PYTHON312=… conformance' >&2; exit 1; }
-	$(PYTHON312) -m venv .cwtrain-venv
-	.cwtrain-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/oracles/requirements-cwtrain.txt
-	@touch $@
+	$(call make-environment,PYTHON312,>= 3.12)
 
 # So does SkyRL.
 .tinker-venv/installed: tests/tinker/requirements.txt
-	@test -n "$(PYTHON312)" || { echo 'No Python >= 3.12 found: make PYTHON312=… tinker' >&2; exit 1; }
-	$(PYTHON312) -m venv .tinker-venv
-	.tinker-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/tinker/requirements.txt
-	@touch $@
+	$(call make-environment,PYTHON312,>= 3.12)
 
 # verl takes no 3.13.
 PYTHON311 ?= $(shell for python in python3.12 python3.11 \
@@ -274,11 +248,7 @@ PYTHON311 ?= $(shell for python in python3.12 python3.11 \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info >= (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 .trainers-venv/installed: tests/oracles/requirements-trainers.txt
-	@test -n "$(PYTHON311)" || { echo 'No Python 3.11 or 3.12 found: make PYTHON311=… oracles' >&2; exit 1; }
-	$(PYTHON311) -m venv .trainers-venv
-	.trainers-venv/bin/python -m pip install --disable-pip-version-check --quiet \
-		-r tests/oracles/requirements-trainers.txt
-	@touch $@
+	$(call make-environment,PYTHON311,3.11 or 3.12)
 
 .fuzz-venv/installed: tests/fuzz/requirements.txt
 	@test -n "$(PYTHON)" || { echo 'No Python >= 3.11 found: make PYTHON=… fuzz' >&2; exit 1; }

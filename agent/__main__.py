@@ -25,7 +25,7 @@ from agent.fleet.log import FleetLog
 from agent.fleet.settings import add_names, address
 from agent.fleet.state import NAME
 from agent.loading.bucket import SnapshotBucket
-from agent.server import LOOPBACK, serve_app
+from agent.server import LOOPBACK, add_address, serve_app
 from hotload.clients.store.store import Store
 
 ABOUT = """
@@ -101,8 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-dir", required=True, type=Path, metavar="DIR", help="room for two checkpoints")
     add("--base-model", type=Path, metavar="DIR", help="served before any snapshot")
     add("--name", default=socket.gethostname(), help="one of its own in the fleet (%(default)s)")
-    add("--host", default=LOOPBACK, help="where it answers (%(default)s)")
-    add("--port", type=int, default=0, help="0 takes a free one")
+    add_address(parser)
     add("--poll-seconds", type=float, default=2.0, help="between two looks (%(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="threads of a merge (%(default)s)")
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 
 import uvicorn
@@ -12,6 +13,12 @@ from starlette.types import ASGIApp
 
 SHUTDOWN_SECONDS = 1
 LOOPBACK = "127.0.0.1"
+
+
+def add_address(parser: ArgumentParser) -> None:
+    """Let a command line say where its application answers."""
+    parser.add_argument("--host", default=LOOPBACK, help="where it answers (%(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
 
 
 class Server(uvicorn.Server):

@@ -27,18 +27,14 @@ def fleet_of(request: Request) -> Fleet:
     return service
 
 
-async def go_on(request: Request, name: str, endpoint: Endpoint) -> Response | None:
-    """Let every operation be answered by its endpoint."""
-    return None
-
-
 def operation(name: str) -> Callable[[Endpoint], Endpoint]:
-    """Wrap an endpoint: what the application answers to operation `name` instead comes first."""
+    """Wrap an endpoint; what the application answers `instead`, if anything, comes first."""
 
     def wrap(endpoint: Endpoint) -> Endpoint:
         async def answer(request: Request) -> Response:
             try:
-                other = await request.app.state.instead(request, name, endpoint)
+                instead = getattr(request.app.state, "instead", None)
+                other = await instead(request, name, endpoint) if instead else None
                 if other is not None:
                     return other
                 check_key(fleet_of(request), request)

@@ -21,8 +21,8 @@ from hotload.errors import ChecksumMismatchError, DeltaError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest, content_sha256
 
-BASE = "base"  # what an engine is told that its weights are when they are nobody's snapshot
-UNNAMED = (None, "default", BASE)  # what engines say that were never told
+BASE = "base"  # the version that an engine is given with the base model
+UNNAMED = (None, "default", BASE)  # what an engine reports that was given no snapshot
 PASSING = (BucketError, EngineAwayError)
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class EngineReplica(Loader):
     """Keeps the checkpoint behind `link` what it is to be, and its engine on that.
 
     `directory` holds two copies while one is made. The link changes in one step, before the engine
-    is told; an engine that was started on the link therefore comes back with whole weights whenever
-    it comes back. Where the engine fails, link and engine go back to what was served.
+    reloads, so an engine that restarts always reads whole weights through it. Where a reload fails,
+    link and engine go back to what was served.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class EngineReplica(Loader):
         self._last: str | None = None
         self._is_told = False
         self._refused: str | None = None
-        # There while the engine is told, and left by what ended before it had loaded: half of its
-        # weights may be new then, whatever version it names.
+        # This file exists while the engine reloads, and stays if that fails or is cut short: half
+        # of the engine's weights may then be new, whatever version it reports.
         self._doubt = directory / "telling"
 
     def report(self) -> AgentReport:
@@ -78,7 +78,7 @@ class EngineReplica(Loader):
         )
 
     async def come_up(self) -> None:
-        """Find what is whole of an earlier life, and remove the rest; the engine is told later."""
+        """Find what is whole of what an earlier process kept, and remove the rest."""
         target = self.link.resolve() if self.link.is_symlink() else Path()
         kept = [*(self._directory / "held").glob("*")]
         # The one that was served, else the one before it, which goes when that is sealed.

@@ -16,7 +16,7 @@ from agent.door.canary import CanaryRule
 from agent.fleet.settings import add_names, address
 from agent.fleet.validation import BaseModel
 from agent.loading.disk import Transition
-from agent.server import LOOPBACK, serve_app
+from agent.server import add_address, serve_app
 from hotload.clients.store.store import Store
 from hotload.errors import HotLoadError
 from hotload.sampling.user_function import import_function
@@ -108,8 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base-model", type=Path, metavar="DIR", help="what a full snapshot is compared with")
     add("--base-model-name", help="baseModel to show")
     add("--bucket-type", default="S3", help="hotLoadBucketType to show (%(default)s)")
-    add("--host", default=LOOPBACK, help="where it answers (%(default)s)")
-    add("--port", type=int, default=0, help="0 takes a free one")
+    add_address(parser)
     return parser
 
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from agent.api.gateway import go_on, make_app, operation
+from agent.api.gateway import make_app, operation
 from agent.api.hot_load import ROUTES
 from agent.door.agent_fleet import AgentFleet, DoorConfig
 from agent.door.canary import CanaryRule
@@ -30,7 +30,6 @@ def create_door(config: DoorConfig, store: Store) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.service = fleet = AgentFleet(config, store)
-        app.state.instead = go_on
         watch = asyncio.create_task(_watch(fleet, config.canary)) if config.canary else None
         try:
             yield

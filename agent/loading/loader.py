@@ -7,6 +7,7 @@ for the class that has one.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
@@ -38,7 +39,7 @@ def replica_entry(
     }
 
 
-class Loader:
+class Loader(ABC):
     """Loads what it is told, one after the other, and says how far it is. Lives in the event loop.
 
     `current` is what answers, None for base weights; `target` what `stage` is about. A merge that
@@ -90,12 +91,13 @@ class Loader:
         """Return once the load may fetch its files."""
         await self._pause()
 
+    @abstractmethod
     async def _weights(self, load: Load, arrived: Path) -> Any:
         """Make of the directory what the swap needs."""
 
+    @abstractmethod
     async def _swap(self, weights: Any, load: Load, kept: Path) -> None:
         """Let the engine answer with what is kept."""
-        raise NotImplementedError
 
     def _kept_beside(self, load: Load) -> Sequence[Path | None]:
         """Name what stays on disk beside a snapshot that was just kept."""
@@ -109,10 +111,10 @@ class Loader:
         """Let the caller, at work, wait for another."""
         return nullcontext()
 
-    def _note_served(self, load: Load) -> None:
+    def _note_served(self, load: Load) -> None:  # noqa: B027 - not everybody listens
         """Hear that a load is served."""
 
-    def _note_failed(self, load: Load, detail: str) -> None:
+    def _note_failed(self, load: Load, detail: str) -> None:  # noqa: B027
         """Hear that a load has failed."""
 
     # What is the same everywhere.

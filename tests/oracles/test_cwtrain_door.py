@@ -9,10 +9,9 @@ import json
 import os
 import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,10 @@ from cwtrain.infra.client import InferenceClient
 from hotload.publish.doors import coreweave
 from hotload.publish.doors.api_dialect import API_DIALECTS
 from tests.servers import ROOT, SHEPHERD
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 OURS = str(ROOT / os.environ.get("OURS", ".venv/bin/python"))
 KEY, DEPLOYMENT, BUCKET = "right", "rollouts", "policies"
-PATIENCE_SECONDS = 60
 TRAIN = """
 import sys
 from pathlib import Path
@@ -94,15 +93,14 @@ def s3() -> Iterator[Any]:
             aws_secret_access_key="test",
         )
         stack.callback(client.close)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
+
+        def answers() -> bool:
+            with suppress(EndpointConnectionError):
                 client.create_bucket(Bucket=BUCKET)
-                break
-            except EndpointConnectionError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+                return True
+            return False
+
+        wait_until(answers)
         yield client
 
 
