@@ -228,7 +228,7 @@ def test_a_bucket_emptied_under_a_chain_stops_who_joins_late(two: Any) -> None:
     late = two.agent("late")
     two.open_door()
     wait_until(lambda: two.states()[2] == ("error", "b"))
-    assert two.served() == ["b", "b", None]
+    wait_until(lambda: two.served() == ["b", "b", None])
     two.check("b", *two.agents[:2])
     two.publisher.full("c", seed=6)
     two.load("c")

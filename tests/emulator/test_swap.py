@@ -40,7 +40,8 @@ def asking(caller: Any, ask: Callable[[], httpx.Response]) -> Iterator[Asking]:
     """A request that the emulator has taken up when the body begins."""
     before = len(caller.log()["requests"])
     thread = Asking(ask)
-    while len(caller.log()["requests"]) == before:
+    # It is in the log before its body has come, and at a replica after that.
+    while not any(one["replica"] for one in caller.log()["requests"][before:]):
         assert thread.is_alive() or thread.answer is not None
     caller.tick()
     yield thread
