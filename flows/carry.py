@@ -11,6 +11,7 @@ from prefect import flow
 
 from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
+from flows.sampling import sample_share
 from hotload.clients.nodes import NodeAnswer, NodeWork, foreseen_by_all
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
@@ -20,6 +21,7 @@ from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import CheckpointContent, ShardBatch, SnapshotPlan, batches
 from hotload.publish.workspace import Workspace
 from hotload.records import FileDigest
+from hotload.sampling.nodes.notes import SamplingShare
 from hotload.spec import CycleSpec
 from tasks.announce import hint_shards
 from tasks.baseline import Baseline, baseline_of, keep_baseline
@@ -106,8 +108,9 @@ async def work_here(work: NodeWork, work_dir: Path) -> NodeAnswer:
     flow_run_name="{work.step}-{work.spec.name}-{work.share}",
     persist_result=False,
 )
-async def work_on_share(work: NodeWork, work_dir: str) -> None:
-    """Do one step of a share of a cycle's shards, and leave the answer in the store.
+async def work_on_share(work: NodeWork | SamplingShare, work_dir: str) -> None:
+    """Do one step of a share of a cycle's shards, and leave the answer in the store; or sample a
+    share of its rollout's parts.
 
     Args:
         work: what to do.
@@ -116,7 +119,11 @@ async def work_on_share(work: NodeWork, work_dir: str) -> None:
 
     Raises:
         InvalidCheckpointError, StoreError: as `answer_of`; another node may do better.
+        HotLoadError: as `sample_share`.
     """
+    if isinstance(work, SamplingShare):
+        await sample_share(work)
+        return
     answer = await answer_of(work_here(work, Path(work_dir)))
     await leave_answer((await CheckpointStore.load(work.spec.store)).open(), answer)
 

@@ -5,20 +5,33 @@ from contextlib import AsyncExitStack
 
 from prefect import get_run_logger
 
+from blocks.checkpoint_store import CheckpointStore
 from blocks.rollout_client import RolloutClient
 from hotload.clients.inference.client import InferenceClient
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
 from hotload.concurrently import overlap
-from hotload.dataset.rollout_plan import MANIFEST_FILE, share_parts
+from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutPlan, share_parts
 from hotload.report.earlier_run import EarlierRun
 from hotload.rollout.counts import RolloutSummary
+from hotload.sampling.nodes.coordinator import RolloutNodes
+from hotload.sampling.nodes.notes import SamplingShare
+from hotload.sampling.nodes.share import NamedElsewhere, NodeRollout, check_plan
 from hotload.sampling.part_carrier import PartCarrier, Together
 from hotload.sampling.processes.coordinator import open_carrier
 from hotload.sampling.rollout import SampledService
 from hotload.spec import CycleSpec
+from tasks.nodes import sample_on_node
 from tasks.publication import Publishing, sources_of
-from tasks.roll_out import find_rollout, hand_back, read_rollout_plan, roll_out_chunk, warm_up
+from tasks.roll_out import (
+    find_files,
+    find_rollout,
+    hand_back,
+    read_rollout_plan,
+    roll_out_chunk,
+    roll_out_part,
+    warm_up,
+)
 from tasks.show import Progress
 
 
@@ -86,8 +99,11 @@ async def roll_out(
     if done := await find_rollout(store, plan.directory, plan.digest):
         return done
     await overlap(warm_up(source.client, spec.readiness) for source in sources)
-    progress = Progress(f"rollouts {plan.identity}", plan.problem_count)
     together = Together(plan, store, get_run_logger())
+    if spec.sampling.nodes and await _sample_on_nodes(spec, plan, sources, store, together):
+        manifest = together.manifest(is_complete=True)
+        return await hand_back(store, manifest, plan.path(MANIFEST_FILE))
+    progress = Progress(f"rollouts {plan.identity}", plan.problem_count)
     shares = share_parts(plan.parts, [source.weight for source in sources])
     # Of few parts a small weight gets none.
     shared = [(one, numbers) for one, numbers in zip(sources, shares, strict=True) if numbers]
@@ -116,6 +132,73 @@ async def roll_out(
             rollout.log_window()
         manifest = rollouts[0].manifest(is_complete=True)
     return await hand_back(store, manifest, plan.path(MANIFEST_FILE))
+
+
+async def _sample_on_nodes(
+    spec: CycleSpec,
+    plan: RolloutPlan,
+    sources: Sequence[SampledService],
+    store: Store,
+    together: Together,
+) -> bool:
+    """Have nodes sample what is missing in the store; whether nothing is, when they have ended."""
+    progress = Progress(f"rollouts {plan.identity} on nodes", plan.problem_count)
+    logger = get_run_logger()
+    nodes = RolloutNodes(spec, plan, sources, store, logger, together, progress.advance)
+    if not await find_files(nodes):
+        return True
+    async with nodes.talking():
+        await overlap(_sample_somewhere(work) for work in nodes.shares())
+    if missing := await find_files(nodes):
+        logger.warning("nodes left %d problems, which are sampled here", missing)
+        together.begin_again()
+    return not missing
+
+
+async def _sample_somewhere(work: SamplingShare) -> None:
+    """Have a share sampled by its node, else by the first after it that does."""
+    for node in work.nodes:
+        if await sample_on_node(node, work):
+            return
+
+
+async def sample_share(work: SamplingShare) -> None:
+    """Sample a share of a rollout's parts in this process, and put them into the store.
+
+    Raises:
+        InvalidProblemsError: what is read here makes another plan.
+        ServiceRefusedError, RewardError, RolloutFunctionError: no sample can succeed on this node.
+        StoreError: the store refuses, or nothing was heard of the cycle for a minute.
+    """
+    spec = work.spec
+    store = (await CheckpointStore.load(spec.store)).open()
+    plan = await read_rollout_plan(spec, work.identity, store)
+    check_plan(work, plan)
+    together = NamedElsewhere(plan, store, get_run_logger())
+    async with AsyncExitStack() as opened:
+        carriers = {
+            one.rollouts: await opened.enter_async_context(
+                open_carrier(
+                    work.spec_of(one),
+                    plan,
+                    SampledService((await RolloutClient.load(one.rollouts)).open(), one.identity),
+                    store,
+                    get_run_logger(),
+                    numbers=one.parts,
+                    together=together,
+                    service_count=len(work.services),
+                )
+            )
+            for one in work.services
+        }
+        async with NodeRollout(work, carriers, store).listening():
+            await overlap(
+                roll_out_part(carriers[one.rollouts], number)
+                for one in work.services
+                for number in one.parts
+            )
+        for carrier in carriers.values():
+            carrier.log_window()
 
 
 async def _carry(rollout: PartCarrier, number: int, progress: Progress) -> None:

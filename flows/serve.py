@@ -25,7 +25,7 @@ from blocks import require_server
 from flows.carry import work_on_share
 from flows.cycle import checkpoint_to_rollout
 from hotload.errors import ServiceUnavailableError
-from hotload.spec import NODE_NAME
+from hotload.options import NODE_NAME
 
 QUERY_SECONDS = 0.5
 

@@ -48,6 +48,10 @@ REFUSED_FIELDS = {
 }
 REFUSED_PREFIXES = {"dcp_": VENDOR_TRAINER}
 
+WINDOW_LIMIT = 4096
+NODE_NAME = r"^[A-Za-z0-9][\w-]{0,63}$"
+NodeName = Annotated[str, Field(pattern=NODE_NAME)]
+
 
 def one_line_descriptions(schema: dict[str, Any]) -> None:
     """Fold the descriptions of a form: the UI makes a paragraph of every line break in one."""
@@ -148,11 +152,11 @@ class Concurrency(Declared):
 
     mode: Literal["adaptive", "fixed"] = "adaptive"
     """Adaptive grows and shrinks the window by the service's load; fixed keeps `initial_window`."""
-    initial_window: int | None = Field(None, ge=1, le=4096)
+    initial_window: int | None = Field(None, ge=1, le=WINDOW_LIMIT)
     """Samples in flight at first; empty is 8 per replica."""
-    min_window: int = Field(1, ge=1, le=4096)
+    min_window: int = Field(1, ge=1, le=WINDOW_LIMIT)
     """The adaptive window never shrinks below this."""
-    max_window: int = Field(256, ge=1, le=4096)
+    max_window: int = Field(256, ge=1, le=WINDOW_LIMIT)
     """The adaptive window never grows beyond this."""
     prefill_queue_target: float = Field(0.5, gt=0, le=60)
     """Seconds a request should wait in the service's prefill queue."""
@@ -257,6 +261,9 @@ class Sampling(Declared):
     processes: int = Field(1, ge=1, le=64)
     """Processes that share the tasks, each with an event loop and a share of the window; 1 samples
     in the cycle's own process. Worth it where one core is busy with thousands of samples."""
+    nodes: tuple[NodeName, ...] = Field((), max_length=64)
+    """Names of nodes that share the tasks, each with `processes` of its own and a share of the
+    window; empty samples where the cycle runs."""
     rollout: RolloutFunction | None = None
     """A rollout function of yours for more than one turn; empty samples each problem once."""
     groups: Groups = Groups()
@@ -278,6 +285,12 @@ class Sampling(Declared):
         if self.groups.min_group_size > self.completions_per_prompt:
             problem = f"{self.groups.min_group_size} is above completions_per_prompt"
             raise ValueError(f"groups.min_group_size {problem} {self.completions_per_prompt}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_no_node_twice(self) -> Self:
+        if len(set(self.nodes)) < len(self.nodes):
+            raise ValueError(f"nodes: {', '.join(self.nodes)}: name each once")
         return self
 
 

@@ -19,6 +19,7 @@ from hotload.identity import LINES_LIMIT, NamedVersion, cycle_name
 from hotload.options import (
     Cadence,
     Declared,
+    NodeName,
     Prices,
     Problems,
     ReadinessPolicy,
@@ -69,8 +70,6 @@ def dataset_location(uri: str) -> str:
 RANKS = "ranks"
 """In the place of a checkpoint: what the ranks of the trainer have committed."""
 BlockName = Annotated[str, Field(min_length=1)]
-NODE_NAME = r"^[A-Za-z0-9][\w-]{0,63}$"
-NodeName = Annotated[str, Field(pattern=NODE_NAME)]
 FilePattern = Annotated[str, Field(min_length=1, max_length=255)]
 Weight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 RequiredServices = Literal["all", "any", "quorum"]

@@ -1,4 +1,5 @@
-"""Nodes: a share of the shards is worked on where it is placed, as a run of that node's deployment.
+"""Nodes: a share of the shards is worked on where it is placed, as a run of that node's deployment;
+a share of a rollout's parts is sampled so.
 
 A node that does not begin, or whose run fails, is passed over: the next one, and in the end the
 cycle's own process, makes what it lacks from the store.
@@ -31,6 +32,7 @@ from hotload.errors import (
     NeedsFullSnapshotError,
 )
 from hotload.publish.snapshot import Foreseen
+from hotload.sampling.nodes.notes import SamplingShare
 from tasks import RETRIED
 from tasks.baseline import Baseline
 from tasks.plan import foresee_delta
@@ -38,7 +40,7 @@ from tasks.validate import digest_shards
 
 FLOW = "node"
 BEGIN_SECONDS = 120.0
-LOOK_SECONDS = 0.25
+LOOK_SECONDS, LOOK_SECONDS_AT_MOST = 0.25, 5.0
 OF_THE_MACHINE = frozenset({"missing_directory", "not_a_directory", "missing_file", "unreadable"})
 """Rules that another machine may find kept: this one has lost its mount, or may not read."""
 
@@ -51,6 +53,20 @@ async def ask_node(node: str, work: NodeWork, store: Store) -> NodeAnswer | None
         InvalidCheckpointError, NeedsFullSnapshotError: it is the share that cannot be worked on.
         StoreError: the store refuses.
     """
+    run = await _run_on(node, work)
+    return None if run is None else await take_answer(store, str(run.id), work)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="sample-{work.share}-on-{node}", **RETRIED)
+async def sample_on_node(node: str, work: SamplingShare) -> bool:
+    """Have a node sample a share of a rollout; False if it is not there, or died. What it put, and
+    whether anything is missing, the store says.
+    """
+    return await _run_on(node, work) is not None
+
+
+async def _run_on(node: str, work: NodeWork | SamplingShare) -> FlowRun | None:
+    """Run work on a node, and wait until it has ended; None if it did not succeed."""
     async with get_client() as client:
         if reason := await _why_not(client, node):
             get_run_logger().warning("node %s is passed over: %s", node, reason)
@@ -64,7 +80,7 @@ async def ask_node(node: str, work: NodeWork, store: Store) -> NodeAnswer | None
         said = f"{ended.state.name}: {ended.state.message}" if ended.state else "no state"
         get_run_logger().warning("node %s is passed over: its run is %s", node, said)
         return None
-    return await take_answer(store, str(ended.id), work)
+    return ended
 
 
 async def _why_not(client: PrefectClient, node: str) -> str | None:
@@ -86,7 +102,9 @@ async def _ended(client: PrefectClient, run: FlowRun) -> FlowRun:
             waits = run.state is None or run.state.is_scheduled() or run.state.is_pending()
             if waits and monotonic() - asked_at > BEGIN_SECONDS:
                 break
-            await asyncio.sleep(LOOK_SECONDS)
+            # A long run is asked after less often: there may be many, and one server.
+            passed = monotonic() - asked_at
+            await asyncio.sleep(min(max(LOOK_SECONDS, passed / 20), LOOK_SECONDS_AT_MOST))
             run = await client.read_flow_run(run.id)
     finally:
         if not (run.state and run.state.is_final()):

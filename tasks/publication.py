@@ -148,6 +148,7 @@ def sources_of(
             one.snapshot.replica_count,
             spec.sampled_with[block],
             by_name[one.service] if spec.sampling.may_overlap else None,
+            block,
         )
         for one in served
         for block, client in clients.items()

@@ -13,6 +13,7 @@ from hotload.options import ReadinessPolicy
 from hotload.rollout.counts import RolloutSummary, join_counts, unnamed_samples
 from hotload.rollout.group_rules import usable_count
 from hotload.sampling.earlier_manifest import usable_manifest
+from hotload.sampling.nodes.coordinator import RolloutNodes
 from hotload.sampling.part_carrier import PartCarrier
 from hotload.sampling.problems import plan_rollouts
 from hotload.spec import CycleSpec
@@ -63,6 +64,36 @@ async def roll_out_chunk(rollout: PartCarrier, number: int) -> Sequence[RolloutP
         sum(part.size_bytes for part in parts),
     )
     return parts
+
+
+@task(cache_policy=NO_CACHE, task_run_name="roll-out-{number}", **RETRIED)
+async def roll_out_part(rollout: PartCarrier, number: int) -> None:
+    """Put what can be sampled of one part into the store: without groups that got no answer, and
+    without a judgement, which is the cycle's.
+
+    Raises:
+        ServiceRefusedError, StoreError, RewardError: as `roll_out_chunk`.
+    """
+    carried = await rollout.carry_part(number)
+    await rollout.write_part(number)
+    if carried.missing:
+        get_run_logger().warning(
+            "left to the cycle: %s%s (%s)",
+            join_counts(carried.missing),
+            ", as the service failed row after row" if carried.is_cut_short else "",
+            carried.example or "not asked for",
+        )
+
+
+@task(cache_policy=NO_CACHE, **RETRIED)
+async def find_files(nodes: RolloutNodes) -> int:
+    """Find what nodes have put into the store; return how many problems are not settled.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    await nodes.find_files()
+    return nodes.missing
 
 
 # Tasks take no plan: Prefect walks through what a task is given, and a plan holds every problem.

@@ -16,9 +16,10 @@ from pydantic import Field
 from hotload.clients.store.store import Store
 from hotload.errors import Finding, InvalidCheckpointError, NeedsFullSnapshotError, StoreError
 from hotload.identity import SnapshotKind
+from hotload.options import NodeName
 from hotload.publish.snapshot import Foreseen, ShardBatch, SnapshotPlan
 from hotload.records import FileDigest, FileName, Record
-from hotload.spec import CycleSpec, NodeName
+from hotload.spec import CycleSpec
 
 NODES = "_hotload/nodes"
 ANSWER_LIMIT_BYTES = 64 << 20

@@ -33,6 +33,7 @@ PACE_FIELDS = {
     "sample_timeout",
     "problems_per_task",
     "processes",
+    "nodes",
     "max_head_offpolicy_versions",
 }
 # Neither does where the reward runs, and how long it may.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hotload.http_status import StatusMeaning, meaning_of
-from hotload.options import Concurrency
+from hotload.options import WINDOW_LIMIT, Concurrency
 
 WINDOW_PER_REPLICA = 8
 ADDITIVE_STEP = 1.0
@@ -196,6 +196,17 @@ class Window:
         return self.size if self._is_fixed else self._spec.max_window
 
     @property
+    def width(self) -> float:
+        """What the window is, of which its slots are the whole part."""
+        return self._width
+
+    def shift(self, slots: float) -> None:
+        """Add slots, or take some: what windows elsewhere have less, or more, of the same service.
+        A fixed window stays as it is."""
+        if not self._is_fixed:
+            self._resize(self._width + slots)
+
+    @property
     def in_flight(self) -> int:
         """Slots in use."""
         return self._in_flight
@@ -351,3 +362,20 @@ class SharedWindow(Window):
     def share(self, count: int) -> list[int]:
         """Share the slots there are now out between so many places."""
         return [self.size // count + (number < self.size % count) for number in range(count)]
+
+
+def divide_window(
+    spec: Concurrency, count: int, *, replica_count: int | None = None
+) -> list[Concurrency]:
+    """Divide a window into `count` windows, of at least a slot each, that have its slots
+    together."""
+
+    def dealt(slots: int) -> list[int]:
+        return [max(1, slots // count + (number < slots % count)) for number in range(count)]
+
+    first = min(spec.initial_window or WINDOW_PER_REPLICA * (replica_count or 1), WINDOW_LIMIT)
+    sizes = zip(dealt(first), dealt(spec.min_window), dealt(spec.max_window), strict=True)
+    return [
+        spec.model_copy(update={"initial_window": initial, "min_window": least, "max_window": most})
+        for initial, least, most in sizes
+    ]

@@ -3,6 +3,7 @@
 __all__ = [
     "draw",
     "earlier_manifest",
+    "nodes",
     "part_carrier",
     "part_files",
     "part_writer",
@@ -13,6 +14,7 @@ __all__ = [
     "rollout",
     "row_gate",
     "sample_group",
+    "stamp",
     "user_function",
     "watch_versions",
 ]

@@ -24,8 +24,9 @@ from hotload.dataset.sample_extracts import SampleExtract
 from hotload.errors import RolloutsFailedError, StoreUnavailableError
 from hotload.rollout.breaker import Breaker
 from hotload.rollout.counts import in_words
-from hotload.rollout.window import TracePoint
+from hotload.rollout.window import TracePoint, Window
 from hotload.sampling.part_files import sum_up
+from hotload.sampling.stamp import Stamp
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -98,11 +99,19 @@ class Together:
         self._plan, self._store, self._logger = plan, store, logger
         self._started: float | None = None
         self._told = 0
+        self._made: set[str] = set()
         self._telling = asyncio.Lock()
 
     def begin(self) -> None:
         """Take note that sampling can begin."""
         self._started = self._started or monotonic()
+
+    def begin_again(self) -> None:
+        """Let other carriers find the files, of which this rollout has made some by now."""
+        for writer in self.writers:
+            found = {part.file for part in writer.found}
+            self._made |= {part.file for part in writer.parts} - found
+        self.writers.clear()
 
     async def tell(self) -> None:
         """Name what is there in the manifest, so that it can be read while sampling goes on."""
@@ -134,7 +143,9 @@ class Together:
             [part for writer in writers for part in writer.parts],
             monotonic() - started,
             is_complete=is_complete,
-            found=[part for writer in writers for part in writer.found],
+            found=[
+                part for writer in writers for part in writer.found if part.file not in self._made
+            ],
             extracts=[extract for writer in writers for extract in writer.extracts],
             window_trace=[
                 (point.seconds - started, point.size, point.in_flight) for point in window_trace
@@ -190,6 +201,19 @@ class PartCarrier(ABC):
     @abstractmethod
     async def keep_unanswered(self) -> None:
         """Write the groups of all parts that were held back without an answer."""
+
+    @abstractmethod
+    def take_stamp(self, stamp: Stamp) -> None:
+        """Stamp with it what is sampled from now on."""
+
+    @property
+    @abstractmethod
+    def window(self) -> Window:
+        """The window of all its requests."""
+
+    @abstractmethod
+    def let_in(self) -> None:
+        """Let in what waits: the window has become wider from outside."""
 
     @abstractmethod
     def progress(self) -> RolloutState:

@@ -38,6 +38,7 @@ class PartWriter:
         """Whether what an earlier run wrote is known."""
         self.progress = PartProgress(part)
         self._store, self._plan = store, plan
+        self._seen: set[str] = set()
         self._left_out: Counter[str] = Counter()
         self._unwritten: list[SettledGroup] = []
         self._tried_count = 0
@@ -48,18 +49,20 @@ class PartWriter:
         self._one_at_a_time = asyncio.Lock()
 
     async def find(self, names: Sequence[str], named: Mapping[str, RolloutPart]) -> None:
-        """Look for what an earlier run has written among the files `names`, once.
+        """Look among the files `names` for those that were not looked at: what an earlier run has
+        written, and when asked again, what was written elsewhere since.
 
         Args:
             named: entries of a manifest by file: a reader may have their groups already.
         """
-        if self.is_read:
-            return
-        read = await read_parts(self._store, self._plan, self.part, names, named)
+        new = [name for name in names if name not in self._seen]
+        read = await read_parts(self._store, self._plan, self.part, new, named)
+        self._seen.update(new)
         for found in sorted(read, key=lambda found: found.part.file not in named):
             if self.progress.find(found.problem_ids, found.dropped_problem_ids):
                 self._add(found)
-        self.found = tuple(self.parts)
+        if not self.is_read:
+            self.found = tuple(self.parts)
         self.is_read = True
 
     def take(self, settled: SettledGroup) -> Problem | None:

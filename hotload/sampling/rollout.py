@@ -35,7 +35,8 @@ from hotload.sampling.part_writer import PartWriter
 from hotload.sampling.reward.scorer import Scorer, open_scorer
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.sample_group import GroupSampler
-from hotload.sampling.watch_versions import Stamp, VersionWatch, put_stamp
+from hotload.sampling.stamp import Stamp
+from hotload.sampling.watch_versions import VersionWatch, put_stamp
 from hotload.spec import CycleSpec
 
 SECONDS_BETWEEN_WRITES = 10.0
@@ -56,6 +57,8 @@ class SampledService:
     replica_count: int | None = None
     weight: float = 1.0
     watched: HotLoadClient | None = None
+    name: str = ""
+    """Of its block, by which a node opens it."""
 
 
 class Rollout(PartCarrier):
@@ -227,6 +230,11 @@ class Rollout(PartCarrier):
     def take_stamp(self, stamp: Stamp) -> None:
         """Stamp with it what is sampled from now on, and hold the gate to it."""
         put_stamp(stamp, self._sampler, self.gate)
+
+    @property
+    def window(self) -> Window:
+        """The window of all its requests."""
+        return self._sampler.window
 
     def let_in(self) -> None:
         """Let in what waits: the window or the gate has become wider from outside."""

@@ -24,7 +24,7 @@ from hotload.sampling.processes import coordinator
 from hotload.sampling.processes.child import ProcessLostError
 from hotload.sampling.processes.coordinator import RolloutProcesses, open_processes
 from hotload.sampling.rollout import SampledService
-from hotload.sampling.watch_versions import Stamp
+from hotload.sampling.stamp import Stamp
 from hotload.spec import CycleSpec
 from tests.blocks.scripted_inference import IDENTITY, KEY, NO_IDS, client, saying
 from tests.scripted_server import Reply, Request, ScriptedServer, never

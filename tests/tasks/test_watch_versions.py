@@ -19,7 +19,8 @@ from hotload.rollout.admission import Admission
 from hotload.sampling.problems import plan_rollouts
 from hotload.sampling.rollout import LOGGER, Rollout, open_rollout
 from hotload.sampling.row_gate import Gate
-from hotload.sampling.watch_versions import Stamp, VersionWatch, put_stamp
+from hotload.sampling.stamp import Stamp
+from hotload.sampling.watch_versions import VersionWatch, put_stamp
 from tests.blocks.scripted_inference import IDENTITY, KEY, client
 from tests.factories import cycle_spec
 from tests.scripted_server import JSON, ScriptedServer, http

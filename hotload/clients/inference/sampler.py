@@ -68,6 +68,11 @@ class Sampler:
         self._uniform = random.random
 
     @property
+    def window(self) -> Window:
+        """What its requests share."""
+        return self._slots.window
+
+    @property
     def size(self) -> int:
         """Requests that may be in flight now."""
         return self._slots.window.size

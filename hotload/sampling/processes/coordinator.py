@@ -20,7 +20,8 @@ from hotload.sampling.part_carrier import CarriedPart, PartCarrier, RolloutState
 from hotload.sampling.processes.child import ProcessLostError, SamplingProcess
 from hotload.sampling.processes.work import SamplingWork
 from hotload.sampling.rollout import SampledService, open_rollout
-from hotload.sampling.watch_versions import Stamp, VersionWatch
+from hotload.sampling.stamp import Stamp
+from hotload.sampling.watch_versions import VersionWatch
 from hotload.spec import CycleSpec
 
 LOSSES = 3
@@ -152,7 +153,7 @@ class RolloutProcesses(PartCarrier):
         """Have one part carried by the process that has it."""
         carried: CarriedPart = await self._place_of[number].ask("carry_part", number)
         self._under_way.discard(number)
-        self._share_window()
+        self.let_in()
         return carried
 
     async def write_part(self, number: int) -> tuple[RolloutPart, ...]:
@@ -178,7 +179,7 @@ class RolloutProcesses(PartCarrier):
             case "notes", (notes,):
                 for note in notes:
                     self._note(place, *note)
-                self._share_window()
+                self.let_in()
             case "state", (state,):
                 place.state = state
             case "log", (level, text):
@@ -198,7 +199,12 @@ class RolloutProcesses(PartCarrier):
             for each in self._places:
                 each.tell("open_breaker", is_breaker_open=True)
 
-    def _share_window(self) -> None:
+    @property
+    def window(self) -> SharedWindow:
+        """The window of all processes."""
+        return self._window
+
+    def let_in(self) -> None:
         """Share the slots out between the processes that have something to sample."""
         busy = [place for place in self._places if place.numbers & self._under_way] or self._places
         for place, slots in zip(busy, self._window.share(len(busy)), strict=True):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hotload.clients.inference.sampler import InferenceSource
 from hotload.clients.store.store import Store
 from hotload.dataset.rollout_plan import RolloutPlan
-from hotload.sampling.watch_versions import Stamp
+from hotload.sampling.stamp import Stamp
 from hotload.spec import CycleSpec
 
 

@@ -24,7 +24,7 @@ from hotload.sampling.part_carrier import CarriedPart, RolloutState, Together
 from hotload.sampling.processes.messages import pack_message
 from hotload.sampling.processes.work import SamplingWork
 from hotload.sampling.rollout import Rollout, open_rollout
-from hotload.sampling.watch_versions import Stamp
+from hotload.sampling.stamp import Stamp
 
 _Calls = asyncio.Queue[tuple[int, str, tuple[Any, ...]] | None]
 
