@@ -1,8 +1,10 @@
-"""Shards placed on two nodes, each a process with a work directory of its own: `make nodes`.
+"""Shards placed on two nodes, and a rollout shared by them, each a process with a work directory of
+its own: `make nodes`.
 
 The first is a `python -m flows.serve --node`, the second a worker of a work pool.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,12 +16,18 @@ from threading import Event, Thread
 from typing import Any
 
 import httpx
+import polars as pl
 import psutil
 import pytest
 
+from flows.carry import work_on_share
 from flows.cycle import checkpoint_to_rollout
+from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest
+from hotload.errors import InvalidProblemsError
 from hotload.identity import SnapshotKind
 from hotload.publish.publication import Published
+from hotload.report.cycle_report import CycleReport
+from hotload.sampling.nodes.notes import SamplingShare
 from tests.flows.fleet import Fleet
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
@@ -41,6 +49,10 @@ class Node:
         """The shards of a baseline that it has for a share."""
         found = (self.disk / share).rglob(f"baseline/{identity}/*.safetensors")
         return {path.name for path in found}
+
+    def working(self) -> list[psutil.Process]:
+        """The processes below it, deepest last."""
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     @contextmanager
     def dying(self) -> Iterator[list[int]]:
@@ -148,3 +160,108 @@ async def test_what_a_node_that_dies_had_is_the_work_of_another(
     assert third.kind is SnapshotKind.DELTA
     assert {path.name for path in (fleet.root / "work").iterdir()} == {"gone-0", "gone-1"}
     assert fleet.log()["client_bugs"] == []
+
+
+async def sampled_by(
+    fleet: Fleet, *nodes: str, rollout: dict[str, Any] | None = None, **changes: Any
+) -> CycleReport:
+    """A cycle of version 1 with 12 problems, sampled by these nodes, four at a time in all."""
+    rows = ({"id": n, "prompt": f"{n} + 1 = ", "answer": str(n + 1)} for n in range(12))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (fleet.root / "problems.jsonl").write_text(lines)
+    sampling = {
+        "completions_per_prompt": 2,
+        "max_completion_tokens": 4,
+        "problems_per_task": 1,
+        "concurrency": {"mode": "fixed", "initial_window": 4},
+        "nodes": nodes,
+        "rollout": rollout,
+    }
+    return await checkpoint_to_rollout(fleet.spec(1, sampling=sampling, **changes))
+
+
+def rollout_of(report: CycleReport) -> tuple[Path, RolloutManifest]:
+    """Where the samples of a cycle lie, and what names them."""
+    directory = Path(report.rollouts.parts_uri.removeprefix("file://"))
+    manifest = (directory / MANIFEST_FILE).read_bytes()
+    return directory, RolloutManifest.parse(manifest, path="")
+
+
+def rows_of(report: CycleReport) -> pl.DataFrame:
+    """What a trainer reads of a rollout: everything but when and by whom it was answered."""
+    directory, manifest = rollout_of(report)
+    assert manifest.is_complete
+    frame = pl.concat(pl.read_parquet(directory / part.file) for part in manifest.parts)
+    told = ["problem_id", "sample_number", "token_ids", "sampling_logprobs", "reward", "advantage"]
+    return frame.select(told).sort("problem_id", "sample_number")
+
+
+def runs_named(prefect_api: str, begin: str) -> list[dict[str, Any]]:
+    """The flow runs whose names begin so."""
+    named = {"flow_runs": {"name": {"like_": begin}}}
+    answer = httpx.post(f"{prefect_api}/flow_runs/filter", json=named, timeout=PATIENCE_SECONDS)
+    return answer.raise_for_status().json()
+
+
+async def test_two_nodes_sample_what_one_process_samples(
+    fleet: Fleet, nodes: dict[str, Node], prefect_api: str
+) -> None:
+    alone = await sampled_by(fleet)
+    shared = await sampled_by(fleet, *NODES, again="rollouts")
+    directories = [rollout_of(report)[0] for report in (alone, shared)]
+    assert directories[0] != directories[1]
+    assert rows_of(shared).equals(rows_of(alone))
+    assert rows_of(shared).height == 24
+    # Nothing of it was there before, and nothing is asked for twice.
+    assert shared.rollouts.found_sample_count == 0
+    assert len(fleet.samples_asked()) == 2 * 24
+    assert not [path for path in fleet.bucket.glob("_hotload/nodes/**/*") if path.is_file()]
+    runs = runs_named(prefect_api, f"sample-{shared.name}")
+    assert sorted(run["name"].rpartition("-trainer-")[2] for run in runs) == ["0", "1"]
+    assert {run["state_type"] for run in runs} == {"COMPLETED"}
+    asked = runs[0]["parameters"]["work"]
+    assert asked["services"][0]["concurrency"]["initial_window"] == 2
+    assert len(asked["services"][0]["parts"]) == 6
+
+    # A node whose problems make another plan refuses.
+    work = SamplingShare.model_validate(asked | {"digest": "0" * 64})
+    with pytest.raises(InvalidProblemsError, match="on this node; expected 000000000000"):
+        await work_on_share(work, "")
+
+
+async def test_every_sample_is_there_once_although_a_node_is_killed(
+    fleet: Fleet, nodes: dict[str, Node]
+) -> None:
+    before = {one.pid for one in nodes["trainer-0"].working()}
+    gate = fleet.root / "gate"
+    killed = Event()
+
+    def kill() -> None:
+        """Kill what the first node works in when it has put a file; it cannot end before."""
+        wait_until(lambda: list(fleet.bucket.glob("_hotload/rollouts/*/part-00000-*")))
+        for one in nodes["trainer-0"].working():
+            if one.pid not in before:
+                one.kill()
+                killed.set()
+        gate.touch()
+
+    killer = Thread(target=kill)
+    killer.start()
+    name, arguments = "tests.flows.gated_rollout:rollout", {"gate": str(gate), "free": 4}
+    report = await sampled_by(fleet, *NODES, rollout={"name": name, "arguments": arguments})
+    killer.join()
+    assert killed.is_set()
+    rows = rows_of(report)
+    assert rows.height == len(rows.unique(["problem_id", "sample_number"])) == 24
+    assert report.rollouts.failed_samples == {}
+    assert fleet.log()["client_bugs"] == []
+
+
+async def test_where_no_node_is_left_the_cycle_samples(
+    fleet: Fleet, nodes: dict[str, Node]
+) -> None:
+    first = await sampled_by(fleet, "gone-0", "trainer-1")
+    assert first.rollouts.found_sample_count == 0
+    second = await sampled_by(fleet, "gone-0", "gone-1", again="rollouts")
+    assert rows_of(second).equals(rows_of(first))
+    assert rows_of(second).height == 24

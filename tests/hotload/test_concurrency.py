@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotload.options import Concurrency
-from hotload.rollout.window import Attempt, SharedWindow, StepReport, Window
+from hotload.rollout.window import Attempt, SharedWindow, StepReport, Window, divide_window
+from hotload.sampling.nodes.coordinator import even_out
+from hotload.sampling.nodes.notes import NodeNote, Shift
+from hotload.sampling.part_carrier import RolloutState
 
 
 def window(initial: int = 16, interval: int = 4, **fields: int) -> Window:
@@ -317,3 +320,84 @@ def test_two_places_get_as_much_of_a_busy_service(seed: int, *, tells_queue: boo
         held[place] -= 1
         ended[place] += attempt.status_code == 200
     assert max(ended.values()) <= 1.2 * min(ended.values())
+
+
+@given(st.integers(1, 100), st.integers(1, 9))
+def test_a_window_is_divided_without_a_slot_more(slots: int, count: int) -> None:
+    fixed = divide_window(Concurrency(mode="fixed", initial_window=slots), count)
+    sizes = [Window(one).size for one in fixed]
+    assert sum(sizes) == max(slots, count)
+    assert max(sizes) - min(sizes) <= 1
+    of_replicas = divide_window(Concurrency(max_window=50), 3, replica_count=2)
+    assert [Window(one).size for one in of_replicas] == [6, 5, 5]
+    assert [Window(one).widest for one in of_replicas] == [17, 17, 16]
+
+
+def test_a_fixed_window_is_not_shifted() -> None:
+    fixed, adaptive = (
+        Window(Concurrency(mode=mode, initial_window=4)) for mode in ("fixed", "adaptive")
+    )
+    for one in (fixed, adaptive):
+        one.shift(2.5)
+    assert (fixed.size, adaptive.size) == (4, 6)
+    adaptive.shift(-99.0)
+    assert adaptive.size == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tells_queue", [True, False])
+@pytest.mark.parametrize("count", [2, 4])
+def test_nodes_get_as_much_of_a_busy_service(seed: int, count: int, *, tells_queue: bool) -> None:
+    """As two places of one window do, each with a window of its own and a talk a second."""
+    ended = sampled_on_nodes(seed, count, 32, tells_queue=tells_queue)
+    assert max(ended) <= 1.2 * min(ended)
+
+
+def sampled_on_nodes(
+    seed: int, count: int, at_a_time: int, *, tells_queue: bool, seconds_between_notes: float = 1.0
+) -> list[int]:
+    """Simulate nodes until their windows have adjusted 20 times in all for each two of them;
+    returns the samples that each got."""
+    chance = random.Random(seed)
+    windows = [Window(one) for one in divide_window(Concurrency(initial_window=24), count)]
+    free_at = [0.0] * at_a_time
+    ended, said = [0] * count, [0] * count
+    notes: dict[str, NodeNote] = {}
+    shifts: dict[str, Shift] = {}
+    events: list[tuple[float, int, int, Attempt | None]] = [
+        (chance.uniform(0, seconds_between_notes), -1 - place, place, None)
+        for place in range(count + 1)  # the last is the cycle
+    ]
+    heapq.heapify(events)
+    now, sent, attempts = 0.0, 0, 0
+    while attempts < 10 * 32 * count:
+        for place, window in enumerate(windows):
+            while window.try_acquire():
+                sent += 1
+                if not tells_queue and sum(each.in_flight for each in windows) > 1.5 * at_a_time:
+                    heapq.heappush(events, (now + 0.05, sent, place, Attempt(429)))
+                    continue
+                begins = max(now, heapq.heappop(free_at))
+                ends = begins + chance.uniform(0.5, 1.5)
+                heapq.heappush(free_at, ends)
+                queue = begins - now if tells_queue else None
+                answered = Attempt(200, 1, queue, seconds=ends - now)
+                heapq.heappush(events, (ends, sent, place, answered))
+        now, number, place, attempt = heapq.heappop(events)
+        if attempt is not None:
+            windows[place].release(attempt, now)
+            ended[place] += attempt.status_code == 200
+            attempts += 1
+            continue
+        heapq.heappush(events, (now + seconds_between_notes, number, place, None))
+        if place == count:
+            shifts = even_out(notes)
+            continue
+        shift = shifts.get(f"n{place}")
+        if shift is not None and shift.number == said[place]:
+            windows[place].shift(shift.slots["one"])
+        said[place] += 1
+        notes[f"n{place}"] = NodeNote(
+            number=said[place], state=RolloutState(), widths={"one": windows[place].width}
+        )
+    return ended
