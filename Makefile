@@ -88,7 +88,7 @@ bad-days: install  ## Prefect's server away, locked, gone for good; a worker kil
 train-kills: install  ## training runs killed at every arrow of a step: the same bits as a straight one; some minutes
 	$(PY) -m pytest tests/flows/test_rl_loop_kills.py tests/flows/test_async_rl_loop_kills.py
 
-nodes: install  ## shards placed on two nodes with directories of their own, one of them killed; some minutes
+nodes: install  ## shards placed on two nodes with directories of their own, a rollout that two share, one of them killed; some minutes
 	$(PY) -m pytest tests/flows/test_nodes.py
 
 postgres: install  ## the ways in and a cycle with PostgreSQL behind Prefect (Debian: postgresql-15)

@@ -162,6 +162,7 @@ def test_a_digest_says_what_is_asked_for_whatever_the_pace() -> None:
 
     pace = {"problems_per_task": 3, "sample_timeout": 9, "concurrency": {"max_concurrency": 2}}
     pace["processes"] = 4
+    pace["nodes"] = ["a", "b"]
     pace["max_head_offpolicy_versions"] = 2
     assert digest(sampling=pace) == plan.parts[0].digest
     place = {"timeout_seconds": 1, "environment": ["HOME"]}
