@@ -4,6 +4,7 @@ its own: `make nodes`.
 The first is a `python -m flows.serve --node`, the second a worker of a work pool.
 """
 
+import asyncio
 import json
 import os
 import shutil
@@ -28,8 +29,10 @@ from hotload.identity import SnapshotKind
 from hotload.publish.publication import Published
 from hotload.report.cycle_report import CycleReport
 from hotload.sampling.nodes.notes import SamplingShare
+from hotload.spec import CycleSpec
 from tests.flows.fleet import Fleet
-from tests.waiting import PATIENCE_SECONDS, wait_until
+from tests.flows.killed_cycle import CycleProcess
+from tests.waiting import PATIENCE_SECONDS, until, wait_until
 
 ROOT = Path(__file__).parents[2]
 NODES = ("trainer-0", "trainer-1")
@@ -162,9 +165,9 @@ async def test_what_a_node_that_dies_had_is_the_work_of_another(
     assert fleet.log()["client_bugs"] == []
 
 
-async def sampled_by(
+def sampling_spec(
     fleet: Fleet, *nodes: str, rollout: dict[str, Any] | None = None, **changes: Any
-) -> CycleReport:
+) -> CycleSpec:
     """A cycle of version 1 with 12 problems, sampled by these nodes, four at a time in all."""
     rows = ({"id": n, "prompt": f"{n} + 1 = ", "answer": str(n + 1)} for n in range(12))
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -177,7 +180,14 @@ async def sampled_by(
         "nodes": nodes,
         "rollout": rollout,
     }
-    return await checkpoint_to_rollout(fleet.spec(1, sampling=sampling, **changes))
+    return fleet.spec(1, sampling=sampling, **changes)
+
+
+def gated(fleet: Fleet) -> dict[str, Any]:
+    """A rollout function for `sampling_spec`: each node gets to some of its parts, and no further
+    before `fleet.root` has a file `gate`."""
+    arguments = {"gate": str(fleet.root / "gate"), "free": 4}
+    return {"name": "tests.flows.gated_rollout:rollout", "arguments": arguments}
 
 
 def rollout_of(report: CycleReport) -> tuple[Path, RolloutManifest]:
@@ -206,8 +216,8 @@ def runs_named(prefect_api: str, begin: str) -> list[dict[str, Any]]:
 async def test_two_nodes_sample_what_one_process_samples(
     fleet: Fleet, nodes: dict[str, Node], prefect_api: str
 ) -> None:
-    alone = await sampled_by(fleet)
-    shared = await sampled_by(fleet, *NODES, again="rollouts")
+    alone = await checkpoint_to_rollout(sampling_spec(fleet))
+    shared = await checkpoint_to_rollout(sampling_spec(fleet, *NODES, again="rollouts"))
     directories = [rollout_of(report)[0] for report in (alone, shared)]
     assert directories[0] != directories[1]
     assert rows_of(shared).equals(rows_of(alone))
@@ -229,11 +239,17 @@ async def test_two_nodes_sample_what_one_process_samples(
         await work_on_share(work, "")
 
 
+def assert_each_once(report: CycleReport) -> None:
+    """Every sample is named once, and none failed."""
+    rows = rows_of(report)
+    assert rows.height == len(rows.unique(["problem_id", "sample_number"])) == 24
+    assert report.rollouts.failed_samples == {}
+
+
 async def test_every_sample_is_there_once_although_a_node_is_killed(
     fleet: Fleet, nodes: dict[str, Node]
 ) -> None:
     before = {one.pid for one in nodes["trainer-0"].working()}
-    gate = fleet.root / "gate"
     killed = Event()
 
     def kill() -> None:
@@ -243,25 +259,50 @@ async def test_every_sample_is_there_once_although_a_node_is_killed(
             if one.pid not in before:
                 one.kill()
                 killed.set()
-        gate.touch()
+        (fleet.root / "gate").touch()
 
     killer = Thread(target=kill)
     killer.start()
-    name, arguments = "tests.flows.gated_rollout:rollout", {"gate": str(gate), "free": 4}
-    report = await sampled_by(fleet, *NODES, rollout={"name": name, "arguments": arguments})
+    report = await checkpoint_to_rollout(sampling_spec(fleet, *NODES, rollout=gated(fleet)))
     killer.join()
     assert killed.is_set()
-    rows = rows_of(report)
-    assert rows.height == len(rows.unique(["problem_id", "sample_number"])) == 24
-    assert report.rollouts.failed_samples == {}
+    assert_each_once(report)
     assert fleet.log()["client_bugs"] == []
+
+
+async def test_a_killed_cycle_goes_on_beside_the_runs_that_it_left(
+    fleet: Fleet, nodes: dict[str, Node]
+) -> None:
+    spec = sampling_spec(fleet, *NODES, rollout=gated(fleet))
+
+    async def has_put_a_file() -> bool:
+        return bool(list(fleet.bucket.glob("_hotload/rollouts/*/part-00000-*")))
+
+    cycle = CycleProcess(fleet, spec)
+    try:
+        await until(has_put_a_file)
+        cycle.kill()
+    finally:
+        cycle.stop()
+    again = asyncio.create_task(checkpoint_to_rollout(spec))
+
+    async def both_nodes_work_on() -> bool:
+        noted = {path.parents[1] for path in fleet.bucket.glob("_hotload/nodes/*/nodes/*")}
+        return len(noted) == 2 or again.done()
+
+    await until(both_nodes_work_on)
+    assert not again.done()
+    (fleet.root / "gate").touch()
+    report = await again
+    assert_each_once(report)
+    assert report.rollouts.found_sample_count > 0
 
 
 async def test_where_no_node_is_left_the_cycle_samples(
     fleet: Fleet, nodes: dict[str, Node]
 ) -> None:
-    first = await sampled_by(fleet, "gone-0", "trainer-1")
+    first = await checkpoint_to_rollout(sampling_spec(fleet, "gone-0", "trainer-1"))
     assert first.rollouts.found_sample_count == 0
-    second = await sampled_by(fleet, "gone-0", "gone-1", again="rollouts")
+    second = await checkpoint_to_rollout(sampling_spec(fleet, "gone-0", "gone-1", again="rollouts"))
     assert rows_of(second).equals(rows_of(first))
     assert rows_of(second).height == 24
