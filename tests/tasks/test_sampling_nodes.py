@@ -17,8 +17,9 @@ from hotload.sampling.nodes import share
 from hotload.sampling.nodes.coordinator import RolloutNodes, even_out
 from hotload.sampling.nodes.notes import NodeNote, SamplingShare
 from hotload.sampling.nodes.share import NamedElsewhere, NodeRollout
-from hotload.sampling.part_carrier import RolloutState, Together
+from hotload.sampling.part_carrier import PartCarrier, RolloutState, Together
 from hotload.sampling.problems import plan_rollouts
+from hotload.sampling.processes.coordinator import open_carrier
 from hotload.sampling.rollout import Rollout, SampledService, open_rollout
 from hotload.sampling.stamp import Stamp
 from hotload.spec import CycleSpec
@@ -53,18 +54,19 @@ class Machines:
         self.settled += count
 
     @asynccontextmanager
-    async def node(self, work: SamplingShare) -> AsyncIterator[Rollout]:
+    async def node(self, work: SamplingShare) -> AsyncIterator[PartCarrier]:
         """What a node does, without Prefect."""
         (service,) = work.services
         async with (
-            open_rollout(
+            open_carrier(
                 work.spec_of(service),
                 self.plan,
-                client(self._port),
+                SampledService(client(self._port), IDENTITY),
                 self.store,
-                None,
+                LOGGER,
                 numbers=service.parts,
                 together=NamedElsewhere(self.plan, self.store),
+                service_count=1,
             ) as rollout,
             NodeRollout(work, {"default": rollout}, self.store).listening(),
         ):
@@ -94,8 +96,12 @@ async def machines(bench: Bench, spec: CycleSpec, reply: Reply) -> AsyncIterator
             yield found
 
 
-async def test_what_nodes_have_put_is_named_and_the_rest_is_sampled_here(bench: Bench) -> None:
-    spec = bench.spec(8, problems_per_task=2, concurrency=FOUR_SLOTS, nodes=("a", "b", "c"))
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+async def test_what_nodes_have_put_is_named_and_the_rest_is_sampled_here(
+    bench: Bench, processes: int
+) -> None:
+    nodes = {"nodes": ("a", "b", "c"), "processes": processes}
+    spec = bench.spec(8, problems_per_task=2, concurrency=FOUR_SLOTS, **nodes)
     asked: Counter[int] = Counter()
 
     def answer(request: Request) -> bytes:
@@ -154,6 +160,8 @@ async def test_newer_weights_and_slots_are_told_to_nodes(bench: Bench) -> None:
         run.cycle._stamps["default"] = Stamp(NEXT, 4)
         one, other = run.cycle.shares()
         async with run.cycle.talking(), run.node(one) as narrow, run.node(other) as wide:
+            assert isinstance(narrow, Rollout)
+            assert isinstance(wide, Rollout)
             assert narrow._sampler.identity == wide._sampler.identity == NEXT
             assert narrow.window.size == wide.window.size == 6
             wide.window.shift(10.0)
