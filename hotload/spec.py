@@ -162,7 +162,9 @@ class CycleSpec(Declared):
     @field_validator("problems")
     @classmethod
     def _dataset(cls, problems: Problems | None) -> Problems | None:
-        return problems and problems.model_copy(update={"dataset": dataset_location(problems.dataset)})
+        return problems and problems.model_copy(
+            update={"dataset": dataset_location(problems.dataset)}
+        )
 
     @model_validator(mode="after")
     def _no_service_twice(self) -> Self:
