@@ -13,6 +13,7 @@ from prefect.logging import disable_run_logger
 from hotload.concurrently import overlap
 from hotload.dataset.rollout_plan import RolloutPlan
 from hotload.errors import RolloutsFailedError, StoreError
+from hotload.options import Sampling
 from hotload.sampling.nodes import share
 from hotload.sampling.nodes.coordinator import RolloutNodes, even_out
 from hotload.sampling.nodes.notes import NodeNote, SamplingShare
@@ -218,3 +219,8 @@ def test_windows_are_evened_out_without_a_slot_won_or_lost() -> None:
         {"one": 3.0, "two": -1.0},
     ]
     assert even_out({}) == {}
+
+
+def test_a_node_is_named_once() -> None:
+    with pytest.raises(ValueError, match="a, b, a: name each once"):
+        Sampling(nodes=("a", "b", "a"))

@@ -100,7 +100,7 @@ def check_plan(work: SamplingShare, plan: RolloutPlan) -> None:
     """
     if plan.digest != work.digest:
         raise InvalidProblemsError(
-            work.spec.problems.dataset,
+            work.spec.to_sample.dataset,
             0,
             f"they, or this version of hotload, make plan {plan.digest[:12]} on this node; expected"
             f" {work.digest[:12]}, as where the cycle runs: let all machines read the same",
