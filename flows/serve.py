@@ -1,10 +1,11 @@
 """Serve: run on this machine, in processes forked from a warm one, what others ask for.
 
     python -m flows.serve                                   # the cycles that trainers trigger
-    python -m flows.serve --node trainer-0 --work-dir DIR   # the shards that cycles place here
+    python -m flows.serve --node trainer-0 --work-dir DIR   # the shares that cycles have here
 
 The first is the deployment checkpoint-to-rollout/served, one cycle at a time; the second
-node/trainer-0, which a cycle's `placement` names (docs/nodes.md). Both until Ctrl-C.
+node/trainer-0, which a cycle's `placement` or `sampling.nodes` names (docs/nodes.md). Both until
+Ctrl-C.
 
 A worker starts a Python that imports everything anew for each run; that alone takes seconds. Every
 run here has a process of its own, too: what it breaks or leaks ends with it.
@@ -82,9 +83,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flows.serve",
         description="Run the cycles that trainers trigger; or, as a node, read, encode and upload "
-        "the shards that cycles place on this machine.",
+        "the shards that cycles place on this machine, and sample parts of their rollouts.",
     )
-    parser.add_argument("--node", type=node_name, help="its name, as in a cycle's `placement`")
+    parser.add_argument("--node", type=node_name, help="its name, as in a cycle's declaration")
     parser.add_argument("--work-dir", type=Path, help="of the node, on this machine's own disk")
     given = parser.parse_args()
     if (given.node is None) != (given.work_dir is None):
