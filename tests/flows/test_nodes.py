@@ -206,11 +206,12 @@ def rows_of(report: CycleReport) -> pl.DataFrame:
     return frame.select(told).sort("problem_id", "sample_number")
 
 
-def runs_named(prefect_api: str, begin: str) -> list[dict[str, Any]]:
-    """The flow runs whose names begin so."""
-    named = {"flow_runs": {"name": {"like_": begin}}}
+def runs_of(prefect_api: str, fleet: Fleet) -> list[dict[str, Any]]:
+    """The flow runs in which nodes sampled from a fleet."""
+    named = {"flow_runs": {"name": {"like_": "sample-"}}}
     answer = httpx.post(f"{prefect_api}/flow_runs/filter", json=named, timeout=PATIENCE_SECONDS)
-    return answer.raise_for_status().json()
+    runs: list[dict[str, Any]] = answer.raise_for_status().json()
+    return [run for run in runs if run["parameters"]["work"]["spec"]["rollouts"] == fleet.name]
 
 
 async def test_two_nodes_sample_what_one_process_samples(
@@ -226,7 +227,7 @@ async def test_two_nodes_sample_what_one_process_samples(
     assert shared.rollouts.found_sample_count == 0
     assert len(fleet.samples_asked()) == 2 * 24
     assert not [path for path in fleet.bucket.glob("_hotload/nodes/**/*") if path.is_file()]
-    runs = runs_named(prefect_api, f"sample-{shared.name}")
+    runs = runs_of(prefect_api, fleet)
     assert sorted(run["name"].rpartition("-trainer-")[2] for run in runs) == ["0", "1"]
     assert {run["state_type"] for run in runs} == {"COMPLETED"}
     asked = runs[0]["parameters"]["work"]
@@ -270,17 +271,35 @@ async def test_every_sample_is_there_once_although_a_node_is_killed(
     assert fleet.log()["client_bugs"] == []
 
 
+async def has_put_a_file(fleet: Fleet) -> bool:
+    """Whether the first node has put a file of its share."""
+    return bool(list(fleet.bucket.glob("_hotload/rollouts/*/part-00000-*")))
+
+
+async def test_a_cancelled_cycle_ends_its_runs(
+    fleet: Fleet, nodes: dict[str, Node], prefect_api: str
+) -> None:
+    spec = sampling_spec(fleet, *NODES, rollout=gated(fleet))
+    cycle = asyncio.create_task(checkpoint_to_rollout(spec))
+    await until(lambda: has_put_a_file(fleet))
+    cycle.cancel()
+    await asyncio.wait([cycle])
+    assert cycle.cancelled()
+
+    async def are_cancelled() -> bool:
+        runs = await asyncio.to_thread(runs_of, prefect_api, fleet)
+        return [run["state_type"] for run in runs] == ["CANCELLED"] * 2
+
+    await until(are_cancelled)
+
+
 async def test_a_killed_cycle_goes_on_beside_the_runs_that_it_left(
     fleet: Fleet, nodes: dict[str, Node]
 ) -> None:
     spec = sampling_spec(fleet, *NODES, rollout=gated(fleet))
-
-    async def has_put_a_file() -> bool:
-        return bool(list(fleet.bucket.glob("_hotload/rollouts/*/part-00000-*")))
-
     cycle = CycleProcess(fleet, spec)
     try:
-        await until(has_put_a_file)
+        await until(lambda: has_put_a_file(fleet))
         cycle.kill()
     finally:
         cycle.stop()
