@@ -105,10 +105,9 @@ def judge_samples(limits: GateLimits, canaries: SampledSide, rest: SampledSide) 
         return GateVerdict(False, reason, is_about_bytes=False)
     refusals = [*_reward_refusals(limits, pairs_P)]
     divergence, is_too_far = _divergence(limits, canaries, rest)
-    if is_too_far:
-        refusals.append(divergence)
-    figures = "; ".join([_reward_figures(pairs_P), failed, divergence])
-    return GateVerdict(not refusals, "; ".join([*refusals, figures] if refusals else [figures]))
+    figures = [_reward_figures(pairs_P), failed]
+    (refusals if is_too_far else figures).append(divergence)
+    return GateVerdict(not refusals, "; ".join([*refusals, *figures]))
 
 
 def _reward_refusals(limits: GateLimits, pairs_P: list[tuple[float, float]]) -> Iterator[str]:

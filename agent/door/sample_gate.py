@@ -69,12 +69,15 @@ class SampleGate:
         """Sample both sides at once, and judge.
 
         Raises:
-            ValueError: nobody can be compared with.
+            ValueError: there is nobody to compare with, or nobody else.
             ServiceError: a server cannot be asked at all.
             RewardError: no sample can be scored.
         """
         if not snapshot.other_servers:
             raise ValueError("no other agent is ready with what was served before")
+        if same := {*snapshot.servers} & {*snapshot.other_servers}:
+            one = min(same)
+            raise ValueError(f"{one} is said to answer for canaries and others: --serves of agents")
         async with open_scorer(self.spec.reward) as scorer:
             canaries, rest = await both(
                 self._sample(snapshot.servers, snapshot.identity, scorer),
