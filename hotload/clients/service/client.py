@@ -105,7 +105,11 @@ class HotLoadClient:
         # What is shown of a replica goes to the log, whatever the server put into it.
         return ServiceStatus(
             tuple(
-                replace(one, raw=redact(one.raw, [key]), error=redact(one.error, [key]))
+                replace(
+                    one,
+                    raw=redact(one.raw, [key]),
+                    error=redact(one.error, [key])[: fireworks_api.ERROR_CHARS],
+                )
                 for one in replicas
             )
         )
