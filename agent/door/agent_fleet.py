@@ -135,7 +135,8 @@ class AgentFleet:
             return
         is_judged = not verdict.is_good and verdict.is_about_bytes
         if is_judged and not await self._are_still_on(event):
-            return  # what was asked was not there all the time: it says nothing
+            logger.info("canary %s: not ready all the time, so judged again", event.identity)
+            return
         word = FleetEvent(
             event="release" if verdict.is_good else "withdraw",
             at=utc_now(),

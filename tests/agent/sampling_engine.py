@@ -31,6 +31,7 @@ class SamplingEngine(TinyEngine):
         self.sampled: list[str | None] = []
         self.fails_at: str | None = None
         self.tells_logprobs = True
+        self.waiting, self._counting = 0, threading.Lock()
         self.answers = threading.Event()
         self.answers.set()
 
@@ -50,7 +51,11 @@ class SamplingEngine(TinyEngine):
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         if path != "/v1/completions":
             return super().answer(method, path, body)
+        with self._counting:
+            self.waiting += 1
         self.answers.wait(60)
+        with self._counting:
+            self.waiting -= 1
         weights, tokens, version = self.model
         self.sampled.append(version)
         if self.fails_at is not None and version == self.fails_at:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -227,6 +227,21 @@ def test_a_gate_without_a_server_to_compare_with_says_so(three: Any) -> None:
     assert "no other agent is ready" in reason_of(three, "a")
 
 
+def test_a_canary_that_was_away_is_judged_again(three: Any) -> None:
+    first = three.agents[0].engine
+    open_gate(three)
+    first.answers.clear()
+    first.fails_at = "a"
+    try_snapshot(three, "a", nudged(three.publisher.weights[None], 1))
+    wait_until(lambda: first.waiting)
+    first.refuses = {"/info"}
+    wait_until(lambda: three.served()[0] == "not ready")
+    first.answers.set()
+    wait_until(lambda: "not ready all the time" in three.door.log.read_text())
+    first.refuses, first.fails_at = set(), None
+    wait_until(lambda: three.served() == ["a"] * 3)
+
+
 def test_agents_that_name_one_server_are_not_compared(place: Any) -> None:
     for name in ("one", "two"):
         place.agent(name, engine=SamplingEngine(), serves="http://127.0.0.1:9")
@@ -244,8 +259,7 @@ def test_of_two_doors_that_judge_one_writes(three: Any) -> None:
     for one in three.agents:
         one.engine.answers.clear()
     try_snapshot(three, "a", ruined)
-    # Both are at it: of each side one sample or more is waited for by either door.
-    wait_until(lambda: three.agents[0].engine.version == "a")
+    wait_until(lambda: three.agents[0].engine.waiting == 16)  # both are at it, 8 in flight each
     for one in three.agents:
         one.engine.answers.set()
     wait_until(lambda: three.served() == [None] * 3 and set(three.states()) == {("error", "a")})
@@ -263,8 +277,8 @@ def seen(name: str, current: str | None) -> SeenAgent:
 
 
 HANGING: dict[str, Callable[[CanarySnapshot], Any]] = {
-    "a thread": lambda _: time.sleep(1e6),
-    "an event loop": lambda _: asyncio.sleep(1e6),
+    "a thread": lambda _: threading.Event().wait(),
+    "an event loop": lambda _: asyncio.Event().wait(),
 }
 
 
