@@ -45,6 +45,7 @@ class EngineReplica(Loader):
         engine: ReloadingEngine,
         *,
         engine_kind: str,
+        serves: str = "",
         base: Path | None = None,
         workers: int = 1,
     ) -> None:
@@ -54,7 +55,8 @@ class EngineReplica(Loader):
         self.error = "not yet looked at its engine"
         self.trouble = ""  # of whoever follows the log with it
         self._directory, self._bucket, self._engine = directory, bucket, engine
-        self._engine_kind, self._base, self._workers = engine_kind, base, workers
+        self._engine_kind, self._serves = engine_kind, serves
+        self._base, self._workers = base, workers
         self._served: Path | None = None
         self._content: str | None = None
         self._last: str | None = None
@@ -75,6 +77,7 @@ class EngineReplica(Loader):
             target=self.target or None,
             content_sha256=self._content,
             error=(self.error or self.trouble)[:2000],
+            serves=self._serves,
         )
 
     async def come_up(self) -> None:

@@ -73,10 +73,16 @@ class Place:
     door: LoopbackServer | None = None
 
     def agent(
-        self, name: str, *, kind: list[str] = DECLARED, shell: str = "", **options: str
+        self,
+        name: str,
+        *,
+        kind: list[str] = DECLARED,
+        shell: str = "",
+        engine: TinyEngine | None = None,
+        **options: str,
     ) -> RunningAgent:
         """Start an agent with an engine of its own; `shell` comes before the command."""
-        engine = self.stack.enter_context(tiny_engine())
+        engine = self.stack.enter_context(tiny_engine(engine))
         engine.restart(self.publisher.base)
         directory = self.root / f"{name}-{len(self.agents)}"
         more = [word for key, value in options.items() for word in (f"--{key}", value)]

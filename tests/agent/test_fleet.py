@@ -16,7 +16,7 @@ import pytest
 
 from hotload.clock import utc_now
 from hotload.identity import SnapshotKind
-from hotload.publish.snapshot import ShardBatch, SnapshotManifest
+from hotload.publish.snapshot import ShardBatch, SnapshotManifest, content_sha256
 from hotload.records import FileDigest
 from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
 from tests.scripted_server import JSON, http
@@ -315,6 +315,7 @@ LIES = {
     "no name": {"name": "../left"},
     "no truth value": {"readiness": "yes"},
     "more than it may": {"extra": 1},
+    "no address": {"serves": "file:///etc/passwd"},
 }
 
 
@@ -445,7 +446,7 @@ def record(place: Any, identity: str, previous: str | None, spoilt: str = "") ->
         chain_length=1 if previous else 0,
         attempt=0,
         reason="a test",
-        content_sha256="0" * 64,
+        content_sha256=content_sha256(sha),
         codec="arc_v2" if previous else "none",
         checksum="adler32" if previous else "none",
         shards=ShardBatch.as_written(shards).shards,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,9 @@ class TinyEngine:
 
 
 @contextmanager
-def tiny_engine() -> Iterator[TinyEngine]:
+def tiny_engine(engine: TinyEngine | None = None) -> Iterator[TinyEngine]:
     """Serve an engine on a port of its own until the block ends."""
-    engine = TinyEngine()
+    engine = engine or TinyEngine()
 
     class Handler(BaseHTTPRequestHandler):
         def handle_one(self, method: str) -> None:
@@ -114,9 +114,11 @@ def tiny_engine() -> Iterator[TinyEngine]:
             status, answer = engine.answer(method, self.path, json.loads(data) if data else None)
             text = answer if isinstance(answer, str) else json.dumps(answer)
             self.send_response(status)
+            self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(text.encode())))
-            self.end_headers()
-            self.wfile.write(text.encode())
+            with suppress(ConnectionError):  # the caller has given up
+                self.end_headers()
+                self.wfile.write(text.encode())
 
         def do_GET(self) -> None:
             self.handle_one("GET")
