@@ -16,7 +16,8 @@ REPORT_PATH, LOOK_PATH = "/agent", "/agent/look"
 
 class AgentReport(Record):
     """Name, stage and identity of one agent; `content_sha256` names the bytes that it serves from,
-    as `hotload.publish.snapshot` names a checkpoint's content, once it has digested them."""
+    as `hotload.publish.snapshot` names a checkpoint's content, once it has digested them. `remark`
+    is what a person should know beside `error`."""
 
     name: str = Field(pattern=NAME)
     engine: str
@@ -26,6 +27,7 @@ class AgentReport(Record):
     target: str | None = None
     content_sha256: Sha256 | None = None
     error: str = Field("", max_length=2000)
+    remark: str = Field("", max_length=2000)
 
     def replica(self) -> dict[str, Any]:
         """Show it as an entry of `replicas` (protocol §5)."""
