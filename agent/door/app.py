@@ -48,7 +48,6 @@ def create_door(config: DoorConfig, store: Store) -> Starlette:
                 work.cancel()
                 with suppress(asyncio.CancelledError):
                     await work
-            await fleet.close()
 
     @operation("agents")
     async def list_agents(request: Request) -> Response:
