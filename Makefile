@@ -122,7 +122,7 @@ strangers: install .strangers-venv/installed .cwtrain-venv/installed  ## the ven
 	.strangers-venv/bin/python -m pytest -c tests/strangers/pytest.ini tests/strangers --ours $(PY)
 	OURS=$(PY) .cwtrain-venv/bin/python -m pytest -c tests/oracles/pytest.ini tests/oracles/test_cwtrain_door.py
 
-engines: .engines-venv/installed  ## llama.cpp's server, and the classes of vLLM and SGLang, against our rollout client
+engines: .engines-venv/installed  ## llama.cpp's server, classes and routes of vLLM and SGLang, against our rollout client and agents
 	.engines-venv/bin/python -m pytest -c tests/engines/pytest.ini tests/engines
 
 containers: install .containers-venv/installed  ## the containers without Docker: image built, services started, two cycles; schemas; root, some minutes

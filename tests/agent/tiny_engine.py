@@ -137,6 +137,8 @@ class TinyEngine:
             case "/update_weights_from_disk":
                 self.load(body["model_path"], body["weight_version"])
                 return 200, {"success": True, "message": "", "num_paused_requests": 0}
+            case "/reset_encoder_cache":
+                return 200, ""
             case "/reset":
                 self.serves = {}
             case "/load_model":
