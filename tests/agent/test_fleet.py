@@ -119,6 +119,41 @@ def test_an_agent_killed_while_its_engine_reads_turns_no_link_under_it(two: Any)
     wait_until(lambda: [path.name for path in (left.directory / "held").iterdir()] == ["b"])
 
 
+def kill_while_its_engine_reads(two: Any) -> None:
+    """Leave the left agent killed, and its engine with a reload of `b` that has just ended."""
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.delta("b", "a")
+    left.engine.holds.clear()
+    left.engine.asked.clear()
+    assert two.signal("b", "a").status_code == 200
+    assert left.engine.asked.wait(60)
+    left.kill()
+    left.engine.holds.set()
+    wait_until(lambda: left.engine.version == "b")
+
+
+def test_a_reload_that_was_begun_and_is_refused_the_second_time_is_an_error(two: Any) -> None:
+    kill_while_its_engine_reads(two)
+    left, _ = two.agents
+    left.engine.refuses, left.engine.refusals_left = {"/reload"}, 1
+    left.start()
+    wait_until(lambda: two.states()[0] == ("error", "b"))
+    wait_until(lambda: two.served() == ["a", "b"])
+    two.check("a", left)
+
+
+def test_what_was_not_sealed_before_the_machine_started_anew_is_loaded_again(two: Any) -> None:
+    kill_while_its_engine_reads(two)
+    left, _ = two.agents
+    (left.directory / "telling").write_text("another start of the machine")
+    left.start()
+    wait_until(lambda: two.served() == ["b", "b"])
+    two.check("b")
+    assert "b is torn, or was not sealed" in left.log()
+
+
 def test_an_agent_killed_at_any_moment_converges(two: Any) -> None:
     left, right = two.agents
     two.publisher.full("v0")
