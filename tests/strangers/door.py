@@ -37,10 +37,14 @@ class Door:
         return self._ask("GET", "/emulator/log")
 
     def served(self) -> list[str | None]:
-        """What the replicas serve, asked as the SDK does not: of all of them."""
+        """What the replicas serve, asked as the SDK does not: of all, with a mark where one is not
+        ready."""
         names = {"fireworks-model": self.model, "fireworks-deployment": self.deployment}
         replicas = self._ask("GET", "/hot_load/v1/models/hot_load", **names)["replicas"]
-        return [replica["current_snapshot_identity"] for replica in replicas]
+        return [
+            replica["current_snapshot_identity"] if replica["readiness"] else "not ready"
+            for replica in replicas
+        ]
 
     def ledger(self, method: str) -> dict[str, Any]:
         """Operations D and E, which the SDK has no method for."""
