@@ -73,6 +73,10 @@ class AgentFleet:
             raise RefusedError(503, f"the store: {error}") from None
         return state, doubt(seen, state, self._contents)
 
+    def remark(self, state: FleetState) -> str:
+        """Say what a person should know of the log; empty where there is nothing."""
+        return self._log.remark(state)
+
     async def signal(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out operation A: check, write it into the log, let the agents look.
 

@@ -20,7 +20,8 @@ Address = Annotated[
 
 class AgentReport(Record):
     """Name, stage and identity of one agent; `content_sha256` names the bytes that it serves from,
-    as `hotload.publish.snapshot` names a checkpoint's content, once it has digested them."""
+    as `hotload.publish.snapshot` names a checkpoint's content, once it has digested them. `remark`
+    is what a person should know beside `error`."""
 
     name: str = Field(pattern=NAME)
     engine: str
@@ -32,6 +33,7 @@ class AgentReport(Record):
     error: str = Field("", max_length=REASON_CHARS)
     serves: Address = ""
     """Where clients ask its engine."""
+    remark: str = Field("", max_length=REASON_CHARS)
 
     def replica(self, *, is_final: bool = False) -> dict[str, Any]:
         """Show it as an entry of `replicas` (protocol §5)."""
