@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from agent.door.addresses import Addresses
 from agent.door.agent_fleet import DoorConfig
 from agent.door.app import create_door
 from agent.door.canary import CanaryRule
+from agent.fleet.addresses import Addresses
 from agent.fleet.settings import add_names, address
 from agent.fleet.validation import BaseModel
 from agent.loading.disk import Transition

@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 
-from agent.door.addresses import Addresses
 from agent.door.canary import CanaryRule, judge
 from agent.door.seen import ANSWER_SECONDS, UNKNOWN, SeenAgent, ask_all, doubt, nudge
 from agent.failures import RefusedError
+from agent.fleet.addresses import Addresses
 from agent.fleet.admission import Member, chain_obstacle, inspect_snapshot, is_repeated
 from agent.fleet.log import FleetLog
 from agent.fleet.service import ReplicaCounts
