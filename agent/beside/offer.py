@@ -19,7 +19,7 @@ from agent.beside.peers import ASKER_HEADER, CHUNK_BYTES, FILES_PATH, Peers, Rep
 from agent.failures import json_response
 
 SENT_AT_ONCE = 4
-HELD_SECONDS, LOOK_SECONDS = 0.5, 0.02
+HELD_SECONDS = 1.0  # for which an asker is kept waiting, in place of asking again
 
 
 class _Sending(StreamingResponse):
@@ -40,6 +40,31 @@ class _Sending(StreamingResponse):
             self._file.close()
 
 
+class _News:
+    """Wakes all that wait in the event loop, from any thread."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event = asyncio.Event()
+
+    def listen(self) -> None:
+        """Let what is told from now on be heard in this loop."""
+        self._loop = asyncio.get_running_loop()
+
+    def tell(self) -> None:
+        """Wake those that wait now."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake)
+
+    async def wait(self) -> None:
+        """Return at the next news."""
+        await self._event.wait()
+
+    def _wake(self) -> None:
+        self._event.set()
+        self._event = asyncio.Event()
+
+
 async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:
     while piece := await asyncio.to_thread(file.read, CHUNK_BYTES):
         yield piece
@@ -50,6 +75,9 @@ def offer(peers: Peers, following: Following) -> Route:
     disk = following.replica.peered
     assert disk is not None
     slots = asyncio.Semaphore(SENT_AT_ONCE)
+
+    news = _News()
+    disk.on_news = news.tell
 
     def refuse(answer: Reply) -> Response:
         return json_response({}, answer.value)
@@ -64,12 +92,14 @@ def offer(peers: Peers, following: Following) -> Route:
             return refuse(Reply.GONE)
         if not disk.is_coming(identity, file):
             following.look()
-        waits = "now" not in request.query_params
-        end = time.monotonic() + (HELD_SECONDS if waits else 0)
+        news.listen()
+        end = time.monotonic() + (0 if "now" in request.query_params else HELD_SECONDS)
         while (path := disk.offered(identity, file)) is None:
-            if time.monotonic() > end:
+            if (left := end - time.monotonic()) <= 0:
                 return refuse(Reply.COMING if disk.is_coming(identity, file) else Reply.UNKNOWN)
-            await asyncio.sleep(LOOK_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await news.wait()
         try:
             async with asyncio.timeout(HELD_SECONDS):
                 await slots.acquire()

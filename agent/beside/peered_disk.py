@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from agent.beside.peers import Asking, Peers
@@ -34,10 +34,13 @@ class PeeredDisk(Disk):
         self._peers = peers
         self._coming: tuple[str, frozenset[str]] = ("", frozenset())
         self._held_full: str | None = None
+        self.on_news: Callable[[], object] = lambda: None
+        """Called, in any thread, when a file is whole and when a snapshot begins to come."""
 
     def offered(self, identity: str, file: str) -> Path | None:
         """Find a file as it lies in the store, if it is whole here."""
-        if not is_identity(identity) or file[:1] in (".", "_", "") or Path(file).name != file:
+        is_name = file[:1] not in (".", "_", "") and Path(file).name == file and len(file) < 256
+        if not (is_name and is_identity(identity)):
             return None
         places = [self.arriving(identity)]
         if identity == self._held_full:
@@ -69,22 +72,29 @@ class PeeredDisk(Disk):
         if not missing:
             return
         self._coming = (identity, frozenset(files))
+        self.on_news()
         try:
-            asyncio.run(self._fetch(identity, missing, staged))
+            asyncio.run(self._fetch(identity, missing, staged, self._recorded(identity)))
         finally:
             self._coming = ("", frozenset())
 
-    async def _fetch(self, identity: str, missing: Mapping[str, int], staged: Path) -> None:
-        digests = await asyncio.to_thread(self._recorded, identity)
+    async def _fetch(
+        self,
+        identity: str,
+        missing: Mapping[str, int],
+        staged: Path,
+        digests: Mapping[str, FileDigest],
+    ) -> None:
         reads = asyncio.Semaphore(READS_AT_ONCE)
 
         async def fetch(name: str, size: int, asking: Asking) -> None:
             partial, digest = staged / f".{name}", digests.get(name)
-            is_taken = digest is not None and digest.size_bytes == size
-            if not (is_taken and digest and await asking.take(digest, partial)):
+            is_known = digest is not None and digest.size_bytes == size
+            if not (digest and is_known and await asking.take(digest, partial)):
                 async with reads:
                     await asyncio.to_thread(self._get, identity, name, partial, size)
             partial.rename(staged / name)
+            self.on_news()
 
         async with self._peers.asking(identity) as asking:
             await overlap(fetch(name, size, asking) for name, size in missing.items())

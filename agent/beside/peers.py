@@ -125,6 +125,7 @@ class Asking:
         self._peers, self._session, self._identity, self._urls = peers, session, identity, urls
         self._began = time.monotonic()
         self._slots = asyncio.Semaphore(ASKED_AT_ONCE)
+        self._absent: set[str] = set()  # that do not load this snapshot, or have it no more
 
     async def take(self, file: FileDigest, target: Path) -> bool:
         """Write a file to `target` as a peer has it; False where it is to be read from the store,
@@ -136,7 +137,7 @@ class Asking:
         end: float | None = None
         order = self._peers.order(self._urls, f"{self._identity}/{file.file}")
         for number, url in enumerate(order):
-            if self._peers.is_aside(url):
+            if not self._may_have(url):
                 continue
             if not self._peers.is_own(url):
                 answer, since = await self._wait(url, file, target)
@@ -144,9 +145,10 @@ class Asking:
                     return True
                 end = end or since + 2 * patience(file.size_bytes)
             if self._peers.is_own(url):  # who joins late may find it with the next all the same
-                later = [one for one in order[number + 1 :] if not self._peers.is_aside(one)][:1]
-                answers = [await self._wait(one, file, target, is_owner=True) for one in later]
-                return any(answer is Reply.TAKEN for answer, _ in answers)
+                later = next(filter(self._may_have, order[number + 1 :]), None)
+                if later is None:
+                    return False
+                return (await self._wait(later, file, target, is_owner=True))[0] is Reply.TAKEN
             if end and time.monotonic() > end:
                 break
         return False
@@ -156,17 +158,20 @@ class Asking:
     ) -> tuple[Reply, float]:
         """Ask one peer until it has delivered, or shown that it will not; the moment is that of
         its first answer. Who is to read the file itself waits for none that is not there."""
-        since: float | None = None
+        since, answer = 0.0, Reply.UNKNOWN
         while True:
-            answer = await self._ask(url, file, target, waits=not is_owner)
-            since = time.monotonic() if since is None else since
+            is_early = time.monotonic() < self._began + START_SECONDS
+            waits = not is_owner and (is_early or answer is Reply.COMING)
+            answer = await self._ask(url, file, target, waits=waits)
+            since = since or time.monotonic()
             if answer is Reply.BUSY and (others := self._others(url)):
                 # Those that it was sent to before pass it on: a large file spreads as a tree does.
                 other = await self._ask(random.choice(others), file, target)
                 answer = Reply.TAKEN if other is Reply.TAKEN else answer
-            is_early = time.monotonic() < self._began + START_SECONDS
             may_come = answer is Reply.COMING or (answer is Reply.UNKNOWN and is_early)
             if answer is not Reply.BUSY and (is_owner or not may_come):
+                if answer is Reply.GONE or (answer is Reply.UNKNOWN and not is_early):
+                    self._absent.add(url)
                 return answer, since
             if time.monotonic() > since + patience(file.size_bytes):
                 self._peers.note(url, Reply.FAILED, f"no {file.file} of {self._identity} in time")
@@ -174,8 +179,11 @@ class Asking:
             await asyncio.sleep(random.uniform(0.02, 0.1))
 
     def _others(self, url: str) -> list[str]:
-        usable = [one for one in self._urls if not self._peers.is_own(one) and one != url]
-        return [one for one in usable if not self._peers.is_aside(one)]
+        others = (one for one in self._urls if one != url and not self._peers.is_own(one))
+        return [*filter(self._may_have, others)]
+
+    def _may_have(self, url: str) -> bool:
+        return url not in self._absent and not self._peers.is_aside(url)
 
     async def _ask(self, url: str, file: FileDigest, target: Path, *, waits: bool = True) -> Reply:
         path = f"{FILES_PATH}/{quote(self._identity, safe='')}/{quote(file.file, safe='')}"

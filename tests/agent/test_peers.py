@@ -281,7 +281,7 @@ def test_only_files_of_a_snapshot_are_given_and_only_for_the_key(site: Site) -> 
         *("b/..", "b/%2e%2e", "b/..%2f..%2fcurrent%2fconfig.json", "..%2fheld%2fb/config.json"),
         *("../b/config.json", "b/.secret", "b/.hotload.json", "held/b", "%2e%2e/.lock", "b//etc"),
         *("%2fetc/passwd", "b/%2fetc%2fpasswd", "b/config.json%00", "b/", f"{'b' * 200}/x", "c/x"),
-        *("_hotload/snapshots", "b/_x", "latest/config.json"),
+        *("_hotload/snapshots", "b/_x", "latest/config.json", f"b/{'x' * 300}"),
     ]
     for path in hostile:
         assert ask(path)[0] in (404, 410), path
