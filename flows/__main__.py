@@ -103,6 +103,7 @@ def main() -> int:
     elif given.publish_only:
         work = publish_declared(spec, blocks)
     else:
+        read_input(lambda: spec.to_sample)
         work = run_declared(spec, blocks)
     return run_command(work, show)
 

@@ -136,6 +136,10 @@ def _parse_blocks(inline: dict[str, Any], path: Path) -> dict[str, Block]:
             if isinstance(own, dict) and "account" in own:
                 raise ValueError(f"{path}: blocks.{kind}.account: it belongs in blocks.account")
             inline[kind] = {"account": account, **own} if isinstance(own, dict) else own
+    service, store = inline.get("service"), inline.get("store")
+    if isinstance(service, dict) and service.get("agents") and isinstance(store, dict):
+        checked_store = checked(CheckpointStore, store, f"{path}: blocks.store")
+        inline["service"] = {"store": checked_store, **service}
     for kind in OF_THE_ACCOUNT:
         own = inline.get(kind)
         if isinstance(own, dict) and isinstance(own.get("account"), dict):

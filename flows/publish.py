@@ -106,7 +106,7 @@ async def publish_policy(
     Args:
         publishing: what has become of each service; sampling begins by it, beside this.
         right_to_publish: holds the publisher's leases; its owner gives them back.
-        clients: what is to be sampled with; none where nothing is.
+        clients: what is to be sampled with; none where nothing is, whatever is declared for it.
 
     Raises:
         LeaseLostError: another cycle publishes to one of the services.
@@ -119,9 +119,10 @@ async def publish_policy(
     """
     if spec.sampling.may_overlap and (found := publishing.find(earlier)):
         return found
-    content = await check_both(
-        find_content(spec, services, baseline, earlier), validate_rollouts(spec, baseline.store)
-    )
+    reading = find_content(spec, services, baseline, earlier)
+    if clients:
+        reading = check_both(reading, validate_rollouts(spec, baseline.store))
+    content = await reading
     leases = await hold_services(right_to_publish, services, baseline.store, spec.name)
     publication = await publish_to_all(
         spec, services, baseline, content, leases, earlier, publishing, clients
@@ -203,7 +204,7 @@ async def publish_to_all(
 
     Args:
         content: of the checkpoint that the spec names, validated.
-        clients: what is to be sampled with; none where nothing is.
+        clients: what is to be sampled with; none where nothing is, whatever is declared for it.
         may_go_back: as `plan_next`.
 
     Raises:

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from hotload.errors import InvalidProblemsError
 from hotload.identity import LINES_LIMIT, NamedVersion, cycle_name
 from hotload.options import (
     Cadence,
@@ -94,8 +95,8 @@ class CycleSpec(Declared):
     """A directory on this machine for the baseline and unfinished files; best as large as two
     checkpoints, at least as one, its largest shard and a delta; and as one more for each snapshot
     that only some of the services serve."""
-    problems: Problems
-    """What to sample."""
+    problems: Problems | None = None
+    """What to sample. A cycle without problems can only be published."""
     line: int = Field(0, ge=0, lt=LINES_LIMIT)
     """Which line of the run: raise it by one when the trainer resumes from an earlier version than
     it has published. From its first version on, a line supersedes those before it."""
@@ -160,8 +161,10 @@ class CycleSpec(Declared):
 
     @field_validator("problems")
     @classmethod
-    def _dataset(cls, problems: Problems) -> Problems:
-        return problems.model_copy(update={"dataset": dataset_location(problems.dataset)})
+    def _dataset(cls, problems: Problems | None) -> Problems | None:
+        return problems and problems.model_copy(
+            update={"dataset": dataset_location(problems.dataset)}
+        )
 
     @model_validator(mode="after")
     def _no_service_twice(self) -> Self:
@@ -175,6 +178,18 @@ class CycleSpec(Declared):
         if self.placement and self.is_of_ranks:
             raise ValueError("placement: expected none, since the ranks have put their shards")
         return self
+
+    @property
+    def to_sample(self) -> Problems:
+        """What a cycle that samples does sample.
+
+        Raises:
+            InvalidProblemsError: it declares nothing.
+        """
+        if self.problems is None:
+            reason = "found none; declare them, or only publish (`--publish-only`)"
+            raise InvalidProblemsError("`problems` of the cycle", 0, reason)
+        return self.problems
 
     def shares_of(self, files: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Deal shards out to the nodes of the placement; a node with none is left out."""

@@ -221,9 +221,9 @@ async def validate_rollouts(spec: CycleSpec, store: Store) -> int:
         InvalidInputError: several of them.
     """
     faults: list[HotLoadError] = []
-    problems: tuple[Problem, ...] = ()
+    declared, problems = spec.to_sample, tuple[Problem, ...]()
     try:
-        problems = await read_declared(spec.problems, store)
+        problems = await read_declared(declared, store)
         _check_offers(spec, problems)
     except InvalidProblemsError as error:
         faults.append(error)
@@ -234,7 +234,7 @@ async def validate_rollouts(spec: CycleSpec, store: Store) -> int:
             faults.append(error)
     try:
         async with open_scorer(spec.reward):
-            await asyncio.to_thread(check_answers, spec.problems, problems, spec.reward)
+            await asyncio.to_thread(check_answers, declared, problems, spec.reward)
     except (InvalidProblemsError, RewardError) as error:
         faults.append(error)
     raise_together(faults)
@@ -252,7 +252,7 @@ def _check_offers(spec: CycleSpec, problems: Sequence[Problem]) -> None:
     for number, problem in enumerate(problems, 1):
         if problem.messages is None and problem.extra.get("tools"):
             reason = "`tools`: only a chat is offered tools; give the prompt as `messages`"
-            raise InvalidProblemsError(spec.problems.dataset, number, reason)
+            raise InvalidProblemsError(spec.to_sample.dataset, number, reason)
 
 
 async def check_both(

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import httpx
-
 from agent.door.canary import CanaryRule, judge
-from agent.door.seen import ANSWER_SECONDS, UNKNOWN, SeenAgent, ask_all, doubt, nudge
+from agent.door.seen import UNKNOWN, SeenAgent, ask_all, doubt, nudge
 from agent.failures import RefusedError
 from agent.fleet.addresses import Addresses
 from agent.fleet.admission import Member, chain_obstacle, inspect_snapshot, is_repeated
@@ -56,11 +54,6 @@ class AgentFleet:
         self._log = FleetLog(store, config.account_id, config.deployment_id)
         self._contents: dict[str, str | None] = {}
         self._signalling = asyncio.Lock()
-        self._client = httpx.AsyncClient(timeout=ANSWER_SECONDS, trust_env=False)
-
-    async def close(self) -> None:
-        """Close its connections."""
-        await self._client.aclose()
 
     async def look(self) -> tuple[FleetState, list[SeenAgent]]:
         """Ask every agent and read the log.
@@ -70,7 +63,7 @@ class AgentFleet:
         """
         try:
             # In this order: what an agent serves was in the log before it served it.
-            seen = await ask_all(self._client, await self.config.addresses.all())
+            seen = await ask_all(await self.config.addresses.all())
             state = await self._log.read()
             for identity in {one.report.current for one in seen} - {None, *self._contents}:
                 if identity is not None and state.ledger.get(identity):
@@ -93,7 +86,7 @@ class AgentFleet:
                     break
             else:
                 raise RefusedError(503, "other signals come in all the time")
-        await nudge(self._client, await self.config.addresses.all())
+        await nudge(await self.config.addresses.all())
         return {"identity": signal.identity}
 
     async def observe(self) -> dict[str, Any]:
@@ -112,7 +105,7 @@ class AgentFleet:
             state, _ = await self.look()
             if await self._write(FleetEvent(event="reset", at=utc_now()), state):
                 break
-        await nudge(self._client, await self.config.addresses.all())
+        await nudge(await self.config.addresses.all())
 
     async def entries(self) -> list[dict[str, Any]]:
         """Carry out operation E: what was signalled, with the errors that agents show."""
@@ -148,7 +141,7 @@ class AgentFleet:
             reason=reason,
         )
         if await self._write(word, state):
-            await nudge(self._client, await self.config.addresses.all())
+            await nudge(await self.config.addresses.all())
 
     async def _accept(self, signal: Signal) -> bool:
         """Let the signal into the log, unless it is there; False where another came before it."""

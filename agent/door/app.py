@@ -38,7 +38,6 @@ def create_door(config: DoorConfig, store: Store) -> Starlette:
                 watch.cancel()
                 with suppress(asyncio.CancelledError):
                     await watch
-            await fleet.close()
 
     @operation("agents")
     async def list_agents(request: Request) -> Response:

@@ -16,6 +16,7 @@ import httpx
 
 from agent.fleet.report import LOOK_PATH, REPORT_LIMIT_BYTES, REPORT_PATH, AgentReport
 from agent.fleet.state import FleetState
+from hotload.clients.access import tls_context
 from hotload.errors import StoreError
 
 ANSWER_SECONDS = 5.0
@@ -42,9 +43,10 @@ class SeenAgent:
         return is_there or (report.stage == "error" and report.target == head)
 
 
-async def ask_all(client: httpx.AsyncClient, urls: Sequence[str]) -> list[SeenAgent]:
+async def ask_all(urls: Sequence[str]) -> list[SeenAgent]:
     """Ask every agent for its report, at once; one that gives none has a problem."""
-    seen = await asyncio.gather(*(_ask(client, url) for url in urls))
+    async with _client() as client:
+        seen = await asyncio.gather(*(_ask(client, url) for url in urls))
     names = Counter(one.report.name for one in seen if one.is_believed)
     return [
         replace(one, problem=f"another agent is called {one.report.name}, too")
@@ -88,14 +90,20 @@ def _doubt(
     return "" if len(told[current]) == 1 else f"agents serve different bytes as {current}"
 
 
-async def nudge(client: httpx.AsyncClient, urls: Sequence[str]) -> None:
+async def nudge(urls: Sequence[str]) -> None:
     """Let every agent look at the log now; one that does not hear looks by itself."""
 
     async def post(url: str) -> None:
         with suppress(httpx.HTTPError):
             await client.post(f"{url}{LOOK_PATH}")
 
-    await asyncio.gather(*map(post, urls))
+    async with _client() as client:
+        await asyncio.gather(*map(post, urls))
+
+
+def _client() -> httpx.AsyncClient:
+    """A client for these calls alone: none outlives the event loop that it was made in."""
+    return httpx.AsyncClient(verify=tls_context(), timeout=ANSWER_SECONDS, trust_env=False)
 
 
 async def _ask(client: httpx.AsyncClient, url: str) -> SeenAgent:

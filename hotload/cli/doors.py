@@ -81,6 +81,9 @@ def open_declared(path: Path) -> tuple[HotLoadClient, Store | None]:
     except ValueError as error:
         raise UsageError(str(error)) from None
     service, store = inline.get("service"), inline.get("store")
+    if isinstance(service, dict) and service.get("agents"):
+        asked = "ask each of them, `curl http://AGENT/agent`"
+        raise UsageError(f"{path}: the service is agents without a door: {asked}")
     account = inline.get("account") or (isinstance(service, dict) and service.get("account"))
     if not isinstance(account, dict):
         name = cycle.get("service", "default")

@@ -161,10 +161,9 @@ class RolloutManifest(Record):
 
 def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) -> RolloutPlan:
     """Plan the parts of a cycle's rollouts: at most 50, of `problems_per_task` problems or more."""
+    declared = spec.to_sample
     chosen = problems_for(
-        problems[: spec.problems.max_rows],
-        spec.policy_version,
-        spec.problems.prompt_groups_per_step,
+        problems[: declared.max_rows], spec.policy_version, declared.prompt_groups_per_step
     )
     size = max(spec.sampling.problems_per_task, -(-len(chosen) // PART_COUNT_LIMIT))
     asked = [
@@ -177,7 +176,7 @@ def plan_rollout(spec: CycleSpec, identity: str, problems: Sequence[Problem]) ->
     chunks = chunk(chosen, size)
     reserve: tuple[Problem, ...] = ()
     if spec.sampling.groups.on_uniform == "refill":
-        reserve = _after(problems[: spec.problems.max_rows], chosen)
+        reserve = _after(problems[: declared.max_rows], chosen)
     parts = []
     for number, some in enumerate(chunks):
         # Rows of its own, so that no two parts take the same one, whichever drops first.

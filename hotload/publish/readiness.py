@@ -144,7 +144,9 @@ class ServiceStatus:
         if not self.replicas:
             return "no replicas"
         counts = Counter(replica.current_identity or BASE_WEIGHTS for replica in self.replicas)
-        return ", ".join(f"{identity} on {count}" for identity, count in counts.items())
+        said = ", ".join(f"{identity} on {count}" for identity, count in counts.items())
+        waiting = sum(not replica.readiness for replica in self.replicas)
+        return f"{said} ({waiting} not ready)" if waiting else said
 
 
 class Standing(StrEnum):

@@ -64,5 +64,5 @@ async def plan_rollouts(spec: CycleSpec, identity: str, store: Store | None = No
     Raises:
         InvalidProblemsError, StoreUnavailableError: as `read_problems`.
     """
-    problems = await read_declared(spec.problems, store)
+    problems = await read_declared(spec.to_sample, store)
     return await asyncio.to_thread(plan_rollout, spec, identity, problems)

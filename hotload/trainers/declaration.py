@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from hotload.options import Problems
 from hotload.spec import CycleSpec
 from hotload.trainers.refused_fields import REFUSED_TRAINING_FIELDS, REFUSED_TRAINING_PREFIXES
 from hotload.trainers.trainer import TrainerFacts
@@ -37,6 +38,8 @@ class LoopCycle(CycleSpec):
     """Leave it out: it counts what was exported, from 0, the start weights, on."""
     line: int = Field(0, ge=0, le=0)
     """Leave it out: a run that goes on never uses a version twice."""
+    problems: Problems
+    """What to sample."""
 
     @model_validator(mode="after")
     def _leaves_the_windows_to_the_loop(self) -> Self:

@@ -1,4 +1,5 @@
-"""Our own flow publishes through a door: a full, deltas, a full again where a delta fails."""
+"""Our own flow publishes to agents, through a door or without one: a full, deltas, a full again
+where a delta fails."""
 
 from __future__ import annotations
 
@@ -23,18 +24,31 @@ async def publish(fleet: Any, version: int) -> Publication:
     return await publish_version(fleet.spec(version, readiness=readiness))
 
 
+@pytest.mark.parametrize("has_door", [True, False], ids=["door", "no door"])
 async def test_versions_travel_to_engines_of_ones_own(
-    prefect_api: str, place: Any, checkpoints: list[Path]
+    prefect_api: str, place: Any, checkpoints: list[Path], has_door: bool
 ) -> None:
-    from tests.flows.fleet import Fleet, save_blocks
+    from blocks.account import InferenceAccount
+    from blocks.checkpoint_store import CheckpointStore
+    from blocks.hot_load_service import HotLoadService
+    from tests.flows.fleet import NAMES, Fleet, save_blocks
 
     place.publisher.base = checkpoints[0]
     left, right = place.agent("left"), place.agent("right")
     place.open_door()
     problems = {"id": "one", "prompt": "1 + 1 = ", "answer": "2"}
     (place.root / "problems.jsonl").write_text(json.dumps(problems) + "\n")
-    fleet = Fleet("door", place.door.address, place.root, checkpoints)
+    name = "door" if has_door else "agents"
+    fleet = Fleet(name, place.door.address, place.root, checkpoints)
     await save_blocks(fleet)
+    if not has_door:
+        place.door.stop()
+        service = HotLoadService(
+            account=InferenceAccount(**NAMES),
+            agents=(left.process.address, right.process.address),
+            store=CheckpointStore(url=fleet.bucket.as_uri()),
+        )
+        await service.save(name, overwrite=True)
 
     kinds = []
     for version in (1, 2, 3):
@@ -42,6 +56,7 @@ async def test_versions_travel_to_engines_of_ones_own(
         kinds.append(publication.snapshot.kind)
         assert left.engine.serves == right.engine.serves == digests(checkpoints[version])
     assert kinds == [SnapshotKind.FULL, SnapshotKind.DELTA, SnapshotKind.DELTA]
+    assert publication.snapshot.replica_count == 2
     assert {left.engine.version, right.engine.version} == {publication.snapshot.identity}
 
     # One engine fails once: every replica gets a full under another name.

@@ -68,7 +68,10 @@ def test_prefects_own_warnings_are_shown_but_those_of_its_queues() -> None:
 
 
 async def test_publishing_alone_asks_for_no_sample(fleet: Fleet) -> None:
-    run = await ended(fleet, "--publish-only")
+    run = await ended(fleet, problems=None)
+    assert (run.returncode, fleet.served()) == (2, {None})
+    assert "`problems` of the cycle: found none" in run.stderr
+    run = await ended(fleet, "--publish-only", problems=None)
     assert run.returncode == 0, run.stderr
     (identity,) = fleet.served()
     assert run.stdout.startswith(f"{SERVICE}  full {identity}, ")

@@ -32,7 +32,6 @@ cycle:
   run_id: own
   policy_version: {version}
   work_dir: {root}/work
-  problems: {{dataset: {root}/problems.jsonl}}
   readiness: {{poll_interval_seconds: 0.5}}
 """
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
@@ -127,7 +126,6 @@ def places(tmp_path: Path, saved: Path) -> Iterator[dict[str, Any]]:
 def test_each_version_is_what_both_servers_answer(
     prefect_api: str, places: dict[str, Any], saved: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "problems.jsonl").write_text('{"prompt": "the quick ", "answer": "brown"}\n')
     answered, kept, kinds = {}, {}, []
     for version in VERSIONS:
         file = tmp_path / "cycle.yaml"

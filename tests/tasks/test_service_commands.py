@@ -92,6 +92,14 @@ async def test_status_explains_a_failed_delta_and_a_lease(
     assert "a lease is held by 'run-000009' until " in facts["explanation"]["seen"][-1]
 
 
+async def test_agents_without_a_door_are_not_taken_for_the_vendor(
+    publisher: Publisher, run: Command
+) -> None:
+    file = cycle_file(publisher, service={"agents": ["http://127.0.0.1:8700"]})
+    code, facts = await run("status", "--cycle", file)
+    assert (code, "agents without a door" in facts["error"]["message"]) == (2, True)
+
+
 async def test_the_ledger_is_read_and_reset_once_it_is_confirmed(
     publisher: Publisher, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,13 @@ async def test_answers_that_a_reward_cannot_use(
     assert await validate_rollouts.fn(good, store) == 1
 
 
+async def test_a_cycle_without_problems_samples_nothing(tmp_path: Path, store: Store) -> None:
+    spec = cycle_spec(work_dir=str(tmp_path), problems=None)
+    told = "`problems` of the cycle: found none; declare them, or only publish"
+    with pytest.raises(InvalidProblemsError, match=told):
+        await validate_rollouts.fn(spec, store)
+
+
 async def test_a_reward_of_ones_own_is_not_second_guessed(tmp_path: Path, store: Store) -> None:
     spec = declared(tmp_path, {"prompt": "a"}, reward={"name": "examples.rewards:letters"})
     assert await validate_rollouts.fn(spec, store) == 1
