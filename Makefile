@@ -75,7 +75,8 @@ swaps: install  ## a run over three policy versions with swaps and faults: the r
 
 long: install  ## what `make test` leaves out because it takes minutes, and more kills of what it has
 	$(PY) -m pytest -m heavy
-	HOTLOAD_KILLS=10 $(PY) -m pytest tests/flows/test_kill.py tests/flows/test_retain.py tests/flows/test_rollout_swaps.py -k random
+	HOTLOAD_KILLS=10 $(PY) -m pytest tests/flows/test_kill.py tests/flows/test_retain.py tests/flows/test_rollout_swaps.py \
+		tests/agent/test_kills.py -k random
 
 CYCLES := 10000
 WHOLE := 1000
@@ -118,11 +119,11 @@ families: install .families-venv/installed  ## model families in miniature: doct
 	HF_HUB_OFFLINE=1 .families-venv/bin/python tests/families/build.py $(FAMILIES)
 	$(PY) -m tests.families $(FAMILIES)
 
-strangers: install .strangers-venv/installed .cwtrain-venv/installed  ## the vendor's SDK and client, openai, and CoreWeave's loader against the emulator
+strangers: install .strangers-venv/installed .cwtrain-venv/installed  ## the vendor's SDK and client against emulator and door, openai, and CoreWeave's loader
 	.strangers-venv/bin/python -m pytest -c tests/strangers/pytest.ini tests/strangers --ours $(PY)
 	OURS=$(PY) .cwtrain-venv/bin/python -m pytest -c tests/oracles/pytest.ini tests/oracles/test_cwtrain_door.py
 
-engines: .engines-venv/installed  ## llama.cpp's server, and the classes of vLLM and SGLang, against our rollout client
+engines: .engines-venv/installed  ## llama.cpp's server, classes and routes of vLLM and SGLang, against our rollout client and agents
 	.engines-venv/bin/python -m pytest -c tests/engines/pytest.ini tests/engines
 
 containers: install .containers-venv/installed  ## the containers without Docker: image built, services started, two cycles; schemas; root, some minutes

@@ -27,7 +27,7 @@ HotLoadError
 └── ServiceError                              carries status_code and the head of the body
     ├── ServiceUnavailableError                 task: retry
     ├── ServiceRefusedError                     operator: key, names or billing are wrong; we stop
-    ├── SnapshotRejectedError                   a signal was answered with a 4xx about the snapshot
+    ├── SnapshotRejectedError                   caller: files or content refused, under any name
     └── ProtocolError                           provider: broke the wire format; we stop
 
 Operands are positional, plain and few, so that every error survives pickling; the sentence is made
@@ -364,7 +364,8 @@ class ServiceRefusedError(ServiceError):
 
 
 class SnapshotRejectedError(ServiceError):
-    """The signal was refused because of the snapshot or its metadata."""
+    """A snapshot was refused for what it is: its signal for its files or metadata, or its content
+    by a gate, whatever its name."""
 
 
 class ProtocolError(ServiceError):

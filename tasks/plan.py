@@ -26,7 +26,7 @@ from hotload.delta.rules import delta_obstacle
 from hotload.directory.prediction import predict_delta_bytes
 from hotload.directory.relayout import CheckpointView
 from hotload.directory.shards import read_checkpoint
-from hotload.errors import BaselineLostError, StoreError
+from hotload.errors import BaselineLostError, SnapshotRejectedError, StoreError
 from hotload.identity import SnapshotKind, cycle_name, cycle_of, is_identity
 from hotload.publish.chain import (
     ChainState,
@@ -80,6 +80,7 @@ async def plan_snapshot(
         IdentityConflictError: this run and version was published with other content.
         InvalidIdentityError: as `plan_next`.
         LeaseLostError: another publisher has taken over, and a line would begin.
+        SnapshotRejectedError: the service shows that it refuses this content.
     """
     planned = await _plan(
         spec,
@@ -112,7 +113,7 @@ async def preview_plan(
     """Tell what `plan_snapshot` would plan, and what each way would cost; nothing is changed.
 
     Raises:
-        IdentityConflictError, InvalidIdentityError: as `plan_snapshot`.
+        IdentityConflictError, InvalidIdentityError, SnapshotRejectedError: as `plan_snapshot`.
     """
     unreadable: dict[str, str] = {}
 
@@ -176,6 +177,7 @@ async def _plan(
         if look:
             await asyncio.sleep(spec.readiness.poll_interval_seconds)
         status = await service.observe()
+        await _refuse_judged(store, status, content, read)
         head = await _head(store, status.served_everywhere, content.kind, read)
         attempts = _signalled(stored, status)
         chain = read_chain(status, head, attempts)
@@ -260,6 +262,16 @@ async def plan_fallback(
     )
     get_run_logger().warning("%s %s: %s", plan.kind.value, plan.identity, reason)
     return plan
+
+
+async def _refuse_judged(
+    store: Store, status: ServiceStatus, content: CheckpointContent, read: ManifestReader
+) -> None:
+    """Return unless the service shows that it refuses this content: nothing is uploaded for it."""
+    for identity, reason in status.refused.items():
+        judged = await read(store, identity) if is_identity(identity) else None
+        if judged is not None and judged.is_of(content.sha256):
+            raise SnapshotRejectedError("plan", None, f"the same bytes were refused: {reason}")
 
 
 def _signalled(stored: list[PublishAttempt], status: ServiceStatus) -> list[PublishAttempt]:

@@ -13,6 +13,7 @@ from hotload.errors import (
     ReadinessTimeoutError,
     ServiceError,
     ServiceUnavailableError,
+    SnapshotRejectedError,
 )
 from hotload.identity import cycle_name
 from hotload.options import ReadinessPolicy
@@ -125,6 +126,7 @@ async def wait_until_ready(
 
     Raises:
         LoadFailedError: a replica reports an error for this identity, or none knows it any more.
+        SnapshotRejectedError: its content was refused, so that no other snapshot of it is loaded.
         ReadinessTimeoutError: the deadline passed; the text says what was still missing.
         ProtocolError: the answer is not of the documented form.
     """
@@ -155,6 +157,8 @@ async def wait_until_ready(
             if seen.verdict is Verdict.FAILED:
                 # No known field carries the cause, so the replica is shown as it is.
                 logger.warning(status.failed(manifest.identity)[0].raw)
+                if (refusal := status.refused.get(manifest.identity)) is not None:
+                    raise SnapshotRejectedError("wait", None, refusal)
                 raise LoadFailedError(manifest.identity, f"{detail}: {seen_last}")
             if seen.verdict is not Verdict.LOST:
                 was_seen, lost_since = was_seen or status.mentions(manifest.identity), None
@@ -162,7 +166,7 @@ async def wait_until_ready(
                 lost_since = monotonic()
             elif was_seen or monotonic() - lost_since >= BEGINS_WITHIN_SECONDS:
                 raise LoadFailedError(manifest.identity, detail)
-        except ProtocolError:
+        except (ProtocolError, SnapshotRejectedError):
             raise
         except ServiceError as error:
             detail = f"the status could not be read: {error}"

@@ -11,7 +11,7 @@ from hotload.checkpoint.safetensors import DTYPE_BITS, SHARD_SUFFIX, ShardHeader
 from hotload.dataset.rollout_plan import RolloutManifest, RolloutPart, summarize
 from hotload.directory.files import sha256_file
 from hotload.identity import SnapshotKind, version_of
-from hotload.publish.snapshot import Shard, SnapshotManifest
+from hotload.publish.snapshot import Shard, SnapshotManifest, content_sha256
 from hotload.records import FileDigest
 from hotload.reward.advantages import advantages
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
@@ -139,6 +139,7 @@ def recorded_manifest(
     return snapshot_manifest(
         stored.name,
         previous=previous,
+        content_sha256=content_sha256({name: one.sha256 for name, one in whole.items()}),
         shards=tuple(
             Shard(
                 **files[name].model_dump(),

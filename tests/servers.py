@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120.0
+DRAIN_SECONDS = 20.0
 BUCKET = "hotload-test"
 # The group ends when the pipe to us closes, so a killed pytest leaves nothing behind.
 SHEPHERD = '{ "$@"; kill -9 -$$; } & read -r _; kill -9 -$$'
@@ -210,6 +211,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End every server and remove what they wrote."""
+    if "prefect.logging" in sys.modules:  # else it offers its last lines to nobody for a minute
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        for worker in (APILogWorker, EventsWorker):
+            worker.drain_all(timeout=DRAIN_SECONDS)
     for server in config.stash.get(SERVERS, {}).values():
         server.stop()
     if DIRECTORY in config.stash:

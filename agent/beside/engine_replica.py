@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from agent.beside.peered_disk import PeeredDisk
@@ -25,6 +26,7 @@ from hotload.publish.snapshot import SnapshotManifest, content_sha256
 
 BASE = "base"  # the version that an engine is given with the base model
 UNNAMED = (None, "default", BASE)  # what an engine reports that was given no snapshot
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 PASSING = (BucketError, EngineAwayError)
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,8 @@ class EngineReplica(Loader):
     """Keeps the checkpoint behind `link` what it is to be, and its engine on that.
 
     `directory` holds two copies while one is made. The link changes in one step, before the engine
-    reloads, so an engine that restarts always reads whole weights through it. Where a reload fails,
-    link and engine go back to what was served.
+    reloads, so an engine that restarts always reads whole weights through it, and not again before
+    that reload has ended. Where a reload fails, link and engine go back to what was served.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class EngineReplica(Loader):
         engine: ReloadingEngine,
         *,
         engine_kind: str,
+        serves: str = "",
         base: Path | None = None,
         peers: Peers | None = None,
         workers: int = 1,
@@ -57,9 +60,10 @@ class EngineReplica(Loader):
         self.link = directory / "current"
         self.readiness = False
         self.error = "not yet looked at its engine"
-        self.trouble = ""  # of whoever follows the log with it
+        self.trouble = self.remark = ""  # of whoever follows the log with it
         self._directory, self._bucket, self._engine = directory, bucket, engine
-        self._engine_kind, self._base, self._workers = engine_kind, base, workers
+        self._engine_kind, self._serves = engine_kind, serves
+        self._base, self._workers = base, workers
         self._served: Path | None = None
         self._content: str | None = None
         self._last: str | None = None
@@ -67,7 +71,8 @@ class EngineReplica(Loader):
         self._is_told = False
         self._refused: str | None = None
         # This file exists while the engine reloads, and stays if that fails or is cut short: half
-        # of the engine's weights may then be new, whatever version it reports.
+        # of the engine's weights may then be new, whatever version it reports. It names this start
+        # of the machine: until the next, what was written is whole without having been sealed.
         self._doubt = directory / "telling"
 
     def report(self) -> AgentReport:
@@ -81,12 +86,15 @@ class EngineReplica(Loader):
             target=self.target or None,
             content_sha256=self._content,
             error=(self.error or self.trouble)[:2000],
+            serves=self._serves,
+            remark=self.remark[:2000],
         )
 
     async def come_up(self) -> None:
         """Find what is whole of what an earlier process kept, and remove the rest."""
         target = self.link.resolve() if self.link.is_symlink() else Path()
         kept = [*(self._directory / "held").glob("*")]
+        told = target if target in kept and self._was_being_told() else None
         # The one that was served, else the one before it, which goes when that is sealed.
         for path in sorted(kept, key=lambda one: one.name != target.name):
             digests = await self._in_thread(read_seal, path)
@@ -94,9 +102,12 @@ class EngineReplica(Loader):
                 self._held = self._served = path
                 self._content = content_sha256(digests)
                 break
-            logger.warning("%s: %s is torn, or was not sealed", self.name, path.name)
-        await self._in_thread(self._disk.forget_others, self._held)
-        if (directory := self._held or self._base) is not None:
+            if path != told:
+                logger.warning("%s: %s is torn, or was not sealed", self.name, path.name)
+        await self._in_thread(self._disk.forget_others, self._held, told)
+        if told is not None and told != self._held:
+            self._begin(partial(self._finish, told))
+        elif (directory := self._held or self._base) is not None:
             self._point_at(directory)
 
     def catch_up(self, chain: Sequence[Load]) -> None:
@@ -214,10 +225,21 @@ class EngineReplica(Loader):
                 raise ChecksumMismatchError(f"{identity}/{file.file}", digest, file.sha256)
         return digests
 
+    async def _finish(self, kept: Path) -> None:
+        """Go on with a reload that an earlier process had begun. The engine may still be reading:
+        the link stays, and it is told again what it was told."""
+        load = Load(kept.name, SnapshotKind.FULL, None)
+        self.stage, self.target, self._last = "pending", load.identity, load.identity
+        self._held = kept
+        try:
+            await self._swap(None, load, kept)
+        except Exception as error:  # noqa: BLE001 - as any other load
+            self._fail(load, error)
+
     async def _tell(self, directory: Path, load: Load) -> None:
         """Point the link at a directory, let the engine load it, and ask what it serves."""
         self._is_told = False
-        self._doubt.touch()
+        self._doubt.write_text(_this_boot())
         self._point_at(directory)
         policy = load.reset_prompt_cache
         await self._engine.reload(Reload(self.link, load.identity, load.transition, policy))
@@ -250,6 +272,10 @@ class EngineReplica(Loader):
         await self._go_back()
         await self._in_thread(self._disk.forget_others)
 
+    def _was_being_told(self) -> bool:
+        """Tell whether the engine may be reading what the link leads to, all of which is there."""
+        return self._doubt.exists() and self._doubt.read_text() == _this_boot() != ""
+
     def _is_busy(self) -> bool:
         return self._task is not None and not self._task.done()
 
@@ -261,3 +287,8 @@ class EngineReplica(Loader):
         partial.symlink_to(directory.resolve(), target_is_directory=True)
         os.replace(partial, self.link)
         sync_directory(self.link.parent)
+
+
+def _this_boot() -> str:
+    """Name this start of the machine; empty where it has no name."""
+    return BOOT.read_text().strip() if BOOT.exists() else ""

@@ -36,7 +36,10 @@ class Following:
                     logger.warning("%s: %s", self.replica.name, error)
                 self.replica.trouble = str(error)
             else:
-                self.replica.trouble = ""
+                self.replica.trouble, before = "", self.replica.remark
+                self.replica.remark = self._log.remark(state)
+                if self.replica.remark not in ("", before):
+                    logger.warning("%s: %s", self.replica.name, self.replica.remark)
                 self.replica.catch_up(state.chain_for(self.replica.name))
             await self.replica.look_at_engine()
             with suppress(TimeoutError):

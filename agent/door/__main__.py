@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from agent.door.agent_fleet import DoorConfig
 from agent.door.app import create_door
-from agent.door.canary import CanaryRule
+from agent.door.canary import CanaryRule, CanarySnapshot
+from agent.door.gate_file import read_gate
+from agent.door.sample_gate import KEY_VARIABLE as GATE_KEY_VARIABLE
+from agent.door.sample_gate import SampleGate
 from agent.fleet.addresses import Addresses
 from agent.fleet.settings import add_names, address
 from agent.fleet.validation import BaseModel
@@ -26,6 +31,7 @@ ABOUT = f"""
 Answers signal, status, ledger and description (docs/protocol.md) for the agents that are listed by
 --agent, or found by --agents. It keeps nothing but a log below _hotload/fleets/ in the bucket: any
 number of doors may run. {KEY_VARIABLE} is the key it asks for; TLS is a proxy's in front of it.
+{GATE_KEY_VARIABLE} is the key that --gate-samples sends to the servers, where they ask for one.
 Prints `door: http://HOST:PORT` when it answers; Ctrl-C ends it.
 """
 
@@ -64,14 +70,16 @@ def main() -> int:
 
 def _canary(arguments: argparse.Namespace) -> CanaryRule | None:
     if arguments.canary is None:
-        if arguments.gate is not None:
-            raise ValueError("--gate goes with --canary")
+        if arguments.gate is not None or arguments.gate_samples is not None:
+            raise ValueError("--gate and --gate-samples go with --canary")
         return None
-    gate = None
+    sys.path.insert(0, os.getcwd())  # of the user's functions
+    gate: Callable[[CanarySnapshot], Any] | None = None
     if arguments.gate is not None:
-        sys.path.insert(0, os.getcwd())
         gate = import_function(arguments.gate, {}, _refuse_gate, positional_count=1)
-    return CanaryRule(arguments.canary, gate, arguments.gate_seconds)
+    elif arguments.gate_samples is not None:
+        gate = asyncio.run(SampleGate.open(read_gate(arguments.gate_samples)))
+    return CanaryRule(arguments.canary, gate, arguments.gate_seconds, arguments.judge_again)
 
 
 def _refuse_gate(name: str, reason: str) -> HotLoadError:
@@ -102,8 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--agents", metavar="HOST:PORT", help="a name in the DNS that all agents answer to")
     add("--quorum", type=float, default=1.0, help="of agents that a signal needs (%(default)s)")
     add("--canary", type=float, metavar="FRACTION", help="of agents that load first")
-    add("--gate", metavar="MODULE:FUNCTION", help="lets the others follow, or calls back")
-    add("--gate-seconds", type=float, default=600.0, help="until canaries are ready (%(default)s)")
+    gates = parser.add_mutually_exclusive_group().add_argument
+    gates("--gate", metavar="MODULE:FUNCTION", help="lets the others follow, or calls back")
+    gates("--gate-samples", type=Path, metavar="FILE", help="a gate by samples (docs/agent.md)")
+    seconds = "until canaries are ready, and again until the gate has judged (%(default)s)"
+    add("--gate-seconds", type=float, default=600.0, help=seconds)
+    add("--judge-again", action="store_true", help="also what a gate has refused by its bytes")
     add("--transition", choices=get_args(Transition), default="ASYNC", help="how weights swap")
     add("--base-model", type=Path, metavar="DIR", help="what a full snapshot is compared with")
     add("--base-model-name", help="baseModel to show")

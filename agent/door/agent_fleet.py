@@ -18,13 +18,13 @@ from agent.fleet.log import FleetLog
 from agent.fleet.service import ReplicaCounts
 from agent.fleet.settings import FleetConfig
 from agent.fleet.signals import Signal
-from agent.fleet.state import FleetEvent, FleetState
+from agent.fleet.state import REASON_CHARS, FleetEvent, FleetState
 from agent.fleet.validation import BaseModel, InvalidSnapshotError
 from agent.loading.bucket import BucketError, MissingObjectError, SnapshotBucket
 from hotload.clients.store.records import read_snapshot_manifest
 from hotload.clients.store.store import Store
 from hotload.clock import utc_now
-from hotload.errors import StoreError
+from hotload.errors import StoreError, StoreUnavailableError
 from hotload.identity import SnapshotKind
 from hotload.publish.readiness import SETTLED_STAGES
 
@@ -73,6 +73,10 @@ class AgentFleet:
             raise RefusedError(503, f"the store: {error}") from None
         return state, doubt(seen, state, self._contents)
 
+    def remark(self, state: FleetState) -> str:
+        """Say what a person should know of the log; empty where there is nothing."""
+        return self._log.remark(state)
+
     async def signal(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out operation A: check, write it into the log, let the agents look.
 
@@ -93,7 +97,7 @@ class AgentFleet:
         """Carry out operation B. An agent that is to load something and does not yet say so is
         shown as about to; a snapshot that was withdrawn as one that failed."""
         state, seen = await self.look()
-        return {"replicas": [_shown(one, state) for one in seen]}
+        return {"replicas": [self._shown(one, state) for one in seen]}
 
     async def hint(self, body: Mapping[str, Any]) -> None:
         """Refuse operation C: agents fetch what is signalled."""
@@ -129,18 +133,24 @@ class AgentFleet:
         if (event := state.canary) is None:
             return
         waited = (utc_now() - event.at).total_seconds()
-        verdict = await judge(rule, event, seen, waited)
+        before = state.head_for("")
+        verdict = await judge(rule, event, seen, before, waited)
         if verdict is None:
             return
-        is_good, reason = verdict
-        logger.info("canary %s: %s", event.identity, reason or "released")
+        is_judged = not verdict.is_good and verdict.is_about_bytes
+        if is_judged and not await self._are_still_on(event):
+            logger.info("canary %s: not ready all the time, so judged again", event.identity)
+            return
         word = FleetEvent(
-            event="release" if is_good else "withdraw",
+            event="release" if verdict.is_good else "withdraw",
             at=utc_now(),
             identity=event.identity,
-            reason=reason,
+            reason=verdict.reason[:REASON_CHARS],
+            refuses=await self._contents_of(event.identity) if is_judged else (),
         )
         if await self._write(word, state):
+            done = "released" if verdict.is_good else "withdrawn"
+            logger.info("canary %s %s: %s", event.identity, done, verdict.reason or "no gate")
             await nudge(await self.config.addresses.all())
 
     async def _accept(self, signal: Signal) -> bool:
@@ -151,6 +161,11 @@ class AgentFleet:
         believed = self._quorum_of(seen)
         if (canary := state.canary) is not None:
             raise RefusedError(400, f"snapshot {canary.identity!r} is being loaded, by canaries")
+        if state.refused and self._keeps_judgements:
+            for content in await self._contents_of(signal.identity):
+                if (judged := state.refused.get(content)) is not None:
+                    refused = f"the same bytes were {_refusal(judged)}"
+                    raise RefusedError(400, f"{refused}; a door with --judge-again asks anew")
         settled = sum(one.has_settled(state) for one in believed)
         # Of those that lag behind a quorum, nobody waits for what they load.
         lagging = settled < self._needed(len(seen))
@@ -189,6 +204,26 @@ class AgentFleet:
             logger.warning("the log stays long: %s", error)
         return True
 
+    @property
+    def _keeps_judgements(self) -> bool:
+        return self.config.canary is not None and self.config.canary.keeps_judgements
+
+    async def _contents_of(self, identity: str) -> tuple[str, ...]:
+        """The digests of what an identity stands for, as it was written and as it is restored; none
+        where its publisher left no record."""
+        try:
+            manifest = await read_snapshot_manifest(self._store, identity)
+        except StoreUnavailableError as error:
+            raise RefusedError(503, f"the store: {error}") from None
+        except StoreError:
+            return ()  # the agents find what is wrong with it
+        return (manifest.content_sha256, manifest.content.sha256) if manifest else ()
+
+    async def _are_still_on(self, event: FleetEvent) -> bool:
+        _, seen = await self.look()
+        on_it = [one for one in seen if one.is_on(event.identity)]
+        return {*event.canaries} <= {one.report.name for one in on_it}
+
     def _needed(self, count: int) -> int:
         return max(1, ceil(self.config.quorum * count - 1e-9))
 
@@ -211,21 +246,25 @@ class AgentFleet:
         except StoreError as error:
             raise RefusedError(503, f"the store: {error}") from None
 
+    def _shown(self, seen: SeenAgent, state: FleetState) -> dict[str, Any]:
+        report = seen.report
+        if not seen.is_believed:
+            return UNKNOWN.replica()
+        head = state.head_for(report.name)
+        is_still = report.stage in SETTLED_STAGES
+        if (word := state.withdrawn) is not None and is_still and report.current == head:
+            shown = {"stage": "error", "target": word.identity, "error": _refusal(word)}
+            is_final = bool(word.refuses) and self._keeps_judgements
+            return report.model_copy(update=shown).replica(is_final=is_final)
+        awaited = state.canary.identity if state.canary is not None else head
+        if (
+            is_still
+            and report.current != awaited
+            and not (report.stage == "error" and report.target == awaited)
+        ):
+            return report.model_copy(update={"stage": "pending", "target": awaited}).replica()
+        return report.replica()
 
-def _shown(seen: SeenAgent, state: FleetState) -> dict[str, Any]:
-    report = seen.report
-    if not seen.is_believed:
-        return UNKNOWN.replica()
-    head = state.head_for(report.name)
-    is_still = report.stage in SETTLED_STAGES
-    if state.withdrawn is not None and is_still and report.current == head:
-        shown = {"stage": "error", "target": state.withdrawn.identity}
-        return report.model_copy(update=shown).replica()
-    awaited = state.canary.identity if state.canary is not None else head
-    if (
-        is_still
-        and report.current != awaited
-        and not (report.stage == "error" and report.target == awaited)
-    ):
-        return report.model_copy(update={"stage": "pending", "target": awaited}).replica()
-    return report.replica()
+
+def _refusal(word: FleetEvent) -> str:
+    return f"withdrawn as {word.identity}: {word.reason}"

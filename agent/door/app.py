@@ -1,4 +1,8 @@
-"""The door's application: the hot-load API, what it sees of its agents, and the canary's watch."""
+"""The door's application: the hot-load API, what it sees of its agents, and the canary's watch.
+
+What a door cannot do is refused in words: a 404 says "weights are being swapped" to those who
+sample, and they would wait.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from agent.api.gateway import make_app, operation
-from agent.api.hot_load import ROUTES
+from agent.api.gateway import Endpoint, make_app, operation
+from agent.api.hot_load import ACCOUNT, ROUTES
 from agent.door.agent_fleet import AgentFleet, DoorConfig
 from agent.door.canary import CanaryRule
 from agent.failures import RefusedError, json_response
 from hotload.clients.store.store import Store
+from hotload.publish.fireworks_names import CHAT, COMPLETIONS, INFERENCE_PREFIX, MODELS
 
 WATCH_SECONDS = 1.0
+DEPLOYED = f"{ACCOUNT}/deployedModels"
+METHODS = ["GET", "POST", "DELETE"]
+NO_REQUESTS = "a door carries no requests: ask the inference servers, or what balances them"
+NO_ADAPTERS = "adapters are not loaded by agents"
 
 logger = logging.getLogger(__name__)
 
@@ -30,25 +39,60 @@ def create_door(config: DoorConfig, store: Store) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.service = fleet = AgentFleet(config, store)
+        first_look = asyncio.create_task(_look(fleet))
         watch = asyncio.create_task(_watch(fleet, config.canary)) if config.canary else None
         try:
             yield
         finally:
-            if watch is not None:
-                watch.cancel()
+            for work in filter(None, (first_look, watch)):
+                work.cancel()
                 with suppress(asyncio.CancelledError):
-                    await watch
+                    await work
 
     @operation("agents")
     async def list_agents(request: Request) -> Response:
-        _, seen = await request.app.state.service.look()
+        fleet: AgentFleet = request.app.state.service
+        state, seen = await fleet.look()
         shown = [
             {"url": one.url, "problem": one.problem, **one.report.model_dump()} for one in seen
         ]
-        return json_response({"agents": shown})
+        return json_response({"agents": shown, "remark": fleet.remark(state)})
 
-    routes = [*ROUTES, Route("/door/agents", list_agents, methods=["GET"])]
+    refused = [
+        *(
+            (prefix + path, NO_REQUESTS)
+            for path in (COMPLETIONS, CHAT, MODELS)
+            for prefix in (INFERENCE_PREFIX, "")
+        ),
+        *((path, NO_ADAPTERS) for path in (DEPLOYED, f"{DEPLOYED}/{{deployed}}")),
+    ]
+    routes = [
+        *ROUTES,
+        Route("/door/agents", list_agents, methods=["GET"]),
+        *(Route(path, _refuse(reason), methods=METHODS) for path, reason in refused),
+    ]
     return make_app(routes, lifespan)
+
+
+def _refuse(reason: str) -> Endpoint:
+    """Make the endpoint of what a door cannot do."""
+
+    @operation("refused")
+    async def refuse(request: Request) -> Response:
+        raise RefusedError(400, reason)
+
+    return refuse
+
+
+async def _look(fleet: AgentFleet) -> None:
+    """Say once what is wrong with the log where nothing was signalled, or it cannot be read."""
+    try:
+        state, _ = await fleet.look()
+    except RefusedError as error:
+        logger.warning("%s", error)
+    else:
+        if remark := fleet.remark(state):
+            logger.warning("%s", remark)
 
 
 async def _watch(fleet: AgentFleet, rule: CanaryRule) -> None:

@@ -36,6 +36,10 @@ class SeenAgent:
         """Whether what it says counts."""
         return not self.problem
 
+    def is_on(self, identity: str | None) -> bool:
+        """Tell whether it can be relied on to answer with a snapshot, None for base weights."""
+        return self.is_believed and self.report.readiness and self.report.current == identity
+
     def has_settled(self, state: FleetState) -> bool:
         """Tell whether it serves what it is to serve, or has failed to."""
         head, report = state.head_for(self.report.name), self.report

@@ -26,18 +26,21 @@ class Vllm:
         return await version_at(self.url, "/weight_info")
 
     async def reload(self, reload: Reload) -> None:
-        """Pause, reload in place, name the version, drop the prefix cache, resume.
+        """Pause, reload in place, name the version, drop what the old weights computed, resume.
 
+        A pause by itself would drop it once running requests have ended, whatever the policy.
         Requests that were frozen begin again with the new weights where prefixes are dropped: a
-        reset while their blocks are held would not happen.
+        reset while their blocks are held would not happen. Prefixes of a cache elsewhere and what
+        an image was encoded to go with them; a server without either takes the calls all the same.
         """
         mode = "keep" if reload.transition == "ASYNC" else "wait"
-        await self._post(f"/pause?mode={mode}")
+        await self._post(f"/pause?mode={mode}&clear_cache=false")
         arguments = {"weights_path": str(reload.directory)}
         await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
         await self._post("/update_weight_version", {"new_version": reload.identity})
         if reload.flushes:
-            await self._post("/reset_prefix_cache?reset_running_requests=true")
+            await self._post("/reset_prefix_cache?reset_running_requests=true&reset_external=true")
+            await self._post("/reset_encoder_cache")
         await self._post("/resume")
 
     async def _post(self, path: str, body: object = None) -> None:

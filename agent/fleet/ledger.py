@@ -18,6 +18,8 @@ class LedgerEntry:
     signalled_at: float
     ready_at: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    gate: str = ""
+    """What a gate found that let it pass."""
 
     @property
     def is_coming_adapter(self) -> bool:
@@ -40,6 +42,7 @@ class LedgerEntry:
                 }
                 for name in replicas
             ],
+            **({"gate": self.gate} if self.gate else {}),
         }
 
 

@@ -18,6 +18,7 @@ class FleetLog:
     def __init__(self, store: Store, account_id: str, deployment_id: str) -> None:
         directory = f"{FLEETS}/{account_id}/{deployment_id}"
         self._log = LeaseLog(store, directory, 1, 10, EVENT_LIMIT_BYTES)
+        self._place = f"{store.url.rstrip('/')}/{directory}"
         self._store = store
         self._events: dict[int, FleetEvent] = {}
 
@@ -36,6 +37,12 @@ class FleetLog:
                 events[number] = FleetEvent.parse_stored(data, path)
         self._events = events
         return FleetState.of((events[number] for number in numbers), max(numbers, default=0))
+
+    def remark(self, state: FleetState) -> str:
+        """Say where nothing was ever signalled, as it is when a bucket or a name is misspelt."""
+        if state.number:
+            return ""
+        return f"no log at {self._place}: nothing was signalled there yet, base weights are served"
 
     async def append(self, event: FleetEvent, *, after: FleetState) -> bool:
         """Add the event that follows a state; False where another came first.

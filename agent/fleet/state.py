@@ -15,8 +15,9 @@ from pydantic import Field
 from agent.fleet.ledger import Ledger, LedgerEntry, lineage
 from agent.loading.disk import Load, Transition
 from hotload.identity import SnapshotKind
-from hotload.records import Record
+from hotload.records import Record, Sha256
 
+REASON_CHARS = 2000
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
@@ -35,7 +36,10 @@ class FleetEvent(Record):
     reset_prompt_cache: str = "all"
     transition: Transition = "ASYNC"
     canaries: tuple[str, ...] = ()
-    reason: str = Field("", max_length=2000)
+    reason: str = Field("", max_length=REASON_CHARS)
+    refuses: tuple[Sha256, ...] = ()
+    """Of a withdrawal by a gate's judgement: digests of the content, by which no other snapshot of
+    the same bytes is let in."""
 
     @property
     def load(self) -> Load:
@@ -48,14 +52,15 @@ class FleetEvent(Record):
 class FleetState:
     """Where the events have led: every signal, the last one that stands, and how the last went.
 
-    `canary` is the signal that waits for its gate, `withdrawn` one that did not pass it and was
-    followed by no other.
+    `canary` is the signal that waits for its gate, `withdrawn` the withdrawal of one that did not
+    pass it and was followed by no other. `refused` has the withdrawals by content.
     """
 
     number: int
     ledger: Ledger = field(default_factory=lambda: Ledger(adapter_slots=0))
     canary: FleetEvent | None = None
     withdrawn: FleetEvent | None = None
+    refused: dict[str, FleetEvent] = field(default_factory=dict)
     _standing: list[Load] = field(default_factory=list)
 
     @classmethod
@@ -90,15 +95,18 @@ class FleetState:
             case "reset":
                 self.ledger.reset()
                 self.canary = self.withdrawn = None
-                self._standing = []
+                self.refused, self._standing = {}, []
             case "signal":
                 self.ledger.add(LedgerEntry(event.load, event.at.timestamp()))
                 self._standing.append(event.load)
                 self.canary, self.withdrawn = event if event.canaries else None, None
             case "release" if is_about_canary:
                 self.canary = None
+                if (entry := self.ledger.get(event.identity)) is not None:
+                    entry.gate = event.reason
             case "withdraw" if is_about_canary:
-                self.withdrawn, self.canary = self.canary, None
+                self.withdrawn, self.canary = event, None
+                self.refused |= dict.fromkeys(event.refuses, event)
                 self._standing.pop()
                 if (entry := self.ledger.get(event.identity)) is not None:
                     entry.errors["canary"] = event.reason

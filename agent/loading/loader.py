@@ -26,12 +26,21 @@ Result = TypeVar("Result")
 
 
 def replica_entry(
-    readiness: bool, current: str | None, stage: str, target: str | None
+    readiness: bool,
+    current: str | None,
+    stage: str,
+    target: str | None,
+    *,
+    error: str = "",
+    is_final: bool = False,
 ) -> dict[str, Any]:
-    """Make an entry of `replicas` (protocol §5)."""
-    state = {"stage": stage}
+    """Make an entry of `replicas` (protocol §5), with our own fields beside an error: its text, and
+    whether every other snapshot of these bytes meets it, too."""
+    state: dict[str, Any] = {"stage": stage}
     if target:
         state["target_snapshot_identity"] = target
+    if error and stage == "error":
+        state |= {"error": error, "final": is_final}
     return {
         "readiness": readiness,
         "current_snapshot_identity": current,

@@ -34,19 +34,29 @@ def read_run_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     return cycle, training, inline
 
 
-def _read_sections(path: Path, *sections: str) -> list[dict[str, Any]]:
-    """Read the sections, each a mapping that must be there, and then `blocks:`."""
+def read_yaml(path: Path) -> Any:
+    """Read a file that a person wrote, whatever it holds; no error quotes it.
+
+    Raises:
+        ValueError: it is too large, or not YAML; says where.
+        OSError: the file cannot be read.
+    """
     if path.stat().st_size > LIMIT_BYTES:
-        raise ValueError(f"{path} is larger than {LIMIT_BYTES} bytes: not a cycle file")
+        raise ValueError(f"{path} is larger than {LIMIT_BYTES} bytes")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, RecursionError) as error:
         # The error's own text quotes the line, and that may hold a secret.
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
         raise ValueError(f"{path} is not YAML{where}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8: not a cycle file") from None
+        raise ValueError(f"{path} is not text in UTF-8") from None
+
+
+def _read_sections(path: Path, *sections: str) -> list[dict[str, Any]]:
+    """Read the sections, each a mapping that must be there, and then `blocks:`."""
+    data = read_yaml(path)
     if not isinstance(data, dict) or not all(isinstance(data.get(one), dict) for one in sections):
         named = f"{path} is empty" if data is None else f"{path}"
         expected = " and ".join(f"`{one}:`" for one in sections)

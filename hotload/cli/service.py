@@ -155,9 +155,9 @@ def _table(replicas: tuple[ReplicaStatus, ...]) -> list[str]:
             for number, one in enumerate(replicas, start=1)
         ],
     )
-    # No known field says why a load failed, so such a replica is shown as the service does.
+    # A vendor's field for why a load failed is not known: such a replica is shown as it is.
     said = [
-        f"{one.describe()}: {one.raw}" if one.stage == "error" else one.describe()
+        f"{one.describe()}: {one.raw}" if one.stage == "error" and not one.error else one.describe()
         for one in replicas
     ]
     return [head, *(f"{line}  {words}" for line, words in zip(lines, said, strict=True))]

@@ -49,7 +49,12 @@ def explain_service(
             f"{doubtful} may have been signalled, and no replica knows it: a delta is not sent"
             " twice, so its cycle, started again, publishes a full snapshot"
         )
-    for failed in sorted(_failed(status)):
+    refused = status.refused
+    seen += [
+        f"a gate refused {one}, and every snapshot of its bytes: {refused[one]}"
+        for one in sorted(refused)
+    ]
+    for failed in sorted(_failed(status) - refused.keys()):
         seen.append(f"a load of {failed} failed; its cycle falls back to a full snapshot by itself")
     if holder is not None:
         until = f"{holder.expires_at:%H:%M:%S} UTC"

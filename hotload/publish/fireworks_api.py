@@ -20,6 +20,7 @@ UNKNOWN_FIELD_TEXT = "extra inputs are not permitted"
 STATUS_LIMIT_BYTES = 8 << 20
 REPLICA_LIMIT = 10_000
 RAW_REPLICA_CHARS = 512
+ERROR_CHARS = 2048  # of a replica, once no key is in it
 
 
 def signal_body(
@@ -90,6 +91,8 @@ def _parse_replica(entry: object) -> ReplicaStatus:
             (str(item.get("identity")), str(item.get("status")))
             for item in adapters[:REPLICA_LIMIT]
         ),
+        error=" ".join((_text(loading.get("error")) or "").split()),
+        is_final=loading.get("final") is True,
         raw=json.dumps(entry)[:RAW_REPLICA_CHARS],
     )
 

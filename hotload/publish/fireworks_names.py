@@ -13,10 +13,10 @@ HOSTED_BUCKET_TYPE = "FW_HOSTED"
 HOT_LOAD_PATH = "/hot_load/v1/models/hot_load"
 HINT_PATH = "/hot_load/v1/models/hot_load/hint"
 INFERENCE_PREFIX = "/inference"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"  # below it
+COMPLETIONS, CHAT, MODELS = "/v1/completions", "/v1/chat/completions", "/v1/models"  # below it
 COMPLETIONS_PATH = f"{INFERENCE_PREFIX}{COMPLETIONS}"
 CHAT_PATH = f"{INFERENCE_PREFIX}{CHAT}"
-MODELS_PATH = f"{INFERENCE_PREFIX}/v1/models"
+MODELS_PATH = f"{INFERENCE_PREFIX}{MODELS}"
 ACCOUNTS_PATH = "/v1/accounts"
 
 API_KEY_HEADER = "x-api-key"

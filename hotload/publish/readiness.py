@@ -16,7 +16,7 @@ from hotload.quantities import plural
 
 BASE_WEIGHTS = "base weights"
 # Of what a service says of its replicas, in words: errors and reports stay small.
-REPLICA_CHARS, LINES_SHOWN = 400, 16
+REPLICA_CHARS, LINES_SHOWN = 800, 16
 # Seen while a replica is on its way; any other stage says too little to hold back for it.
 LOADING_STAGES = frozenset({"pending", "downloading"})
 # Seen while nothing happens; a replica that says no stage may be at anything (protocol §5).
@@ -25,13 +25,19 @@ SETTLED_STAGES = frozenset({"idle", "completed", "done", "error"})
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """One replica as the service reports it; `raw` is the head of its JSON, for the log."""
+    """One replica as the service reports it; `raw` is the head of its JSON, for the log.
+
+    A door of agents tells the text of an `error`, and whether it `is_final`: whether every other
+    snapshot of the same content meets it, too.
+    """
 
     readiness: bool
     current_identity: str | None
     stage: str | None = None
     target_identity: str | None = None
     adapters: tuple[tuple[str, str], ...] = ()
+    error: str = ""
+    is_final: bool = False
     raw: str = field(default="", compare=False)
 
     def serves(self, identity: str, kind: SnapshotKind) -> bool:
@@ -70,7 +76,8 @@ class ReplicaStatus:
         words += [f"adapter {identity} {status}" for identity, status in self.adapters]
         words.append("ready" if self.readiness else "not ready")
         if self.stage == "error":
-            words.append(f"error for {self.target_identity or 'a snapshot it does not name'}")
+            about = f"error for {self.target_identity or 'a snapshot it does not name'}"
+            words.append(f"{about}: {self.error}" if self.error else about)
         elif self.loading_identity:
             words.append(f"{self.stage} {self.loading_identity}")
         elif self.stage is not None and self.stage not in SETTLED_STAGES:
@@ -115,6 +122,15 @@ class ServiceStatus:
     def mentions(self, identity: str) -> bool:
         """Tell whether any replica serves, loads, or failed on `identity`."""
         return any(replica.mentions(identity) for replica in self.replicas)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """What was refused by its content, whatever its name, each with the reason."""
+        return {
+            one.target_identity: one.error
+            for one in self.replicas
+            if one.is_final and one.target_identity and one.failed(one.target_identity)
+        }
 
     @property
     def loading(self) -> tuple[str, ...]:

@@ -31,12 +31,40 @@ DECLARED = [
 ]
 
 
+class EngineProcess:
+    """A tiny engine as a process beside an agent; it begins with what the agent's link leads to."""
+
+    def __init__(self, root: Path, directory: Path, base: Path, shard_seconds: float) -> None:
+        def command(port: int) -> list[str]:
+            words = [sys.executable, "-m", "tests.agent.tiny_engine", "--port", str(port)]
+            words += ["--shard-seconds", str(shard_seconds), str(directory / "current")]
+            return [*words, str(base)]
+
+        self.process = LoopbackServer(f"engine-{directory.name}", root, command)
+        self.url = self.process.address
+        self.client = httpx.Client(timeout=PATIENCE_SECONDS)
+
+    def sample(self) -> dict[str, Any] | None:
+        """What a sample of now is drawn from; None where none is, or nobody answers."""
+        try:
+            answer = self.client.get(f"{self.url}/sample")
+        except httpx.TransportError:
+            return None
+        return answer.json() if answer.status_code == 200 else None
+
+    @property
+    def serves(self) -> dict[str, str] | None:
+        """Digests of its weights; None where nothing can be sampled from it."""
+        found = self.sample()
+        return None if found is None else found["serves"]
+
+
 @dataclass
 class RunningAgent:
     """An agent's process, and the engine beside it."""
 
     name: str
-    engine: TinyEngine
+    engine: TinyEngine | EngineProcess
     directory: Path
     process: LoopbackServer
     is_killed: bool = False
@@ -83,13 +111,24 @@ class Place:
         kind: list[str] = DECLARED,
         shell: str = "",
         is_started: bool = True,
+        engine: TinyEngine | None = None,
+        shard_seconds: float | None = None,
         **options: str,
     ) -> RunningAgent:
-        """Start an agent with an engine of its own; `shell` comes before the command. Its peers are
-        the agents there are when it starts."""
-        engine = self.stack.enter_context(tiny_engine())
-        engine.restart(self.publisher.base)
+        """Start an agent with an engine of its own; `shell` comes before the command. Its
+        peers are the agents there are when it starts. With `shard_seconds` the engine is a
+        process, too."""
         directory = self.root / f"{name}-{len(self.agents)}"
+        base = self.publisher.base
+        beside: TinyEngine | EngineProcess
+        if shard_seconds is None:
+            beside = self.stack.enter_context(tiny_engine(engine))
+            beside.restart(base)
+        else:
+            beside = EngineProcess(self.root, directory, base, shard_seconds)
+            self.stack.callback(beside.client.close)
+            self.stack.callback(beside.process.stop)
+            beside.process.start()
         more = [word for key, value in options.items() for word in (f"--{key}", value)]
 
         def command(port: int) -> list[str]:
@@ -98,15 +137,15 @@ class Place:
             words = [
                 *(sys.executable, "-m", "agent"),
                 *(self.agents_bucket or ["--bucket", str(self.publisher.bucket)]),
-                *("--engine-url", engine.url, "--model-dir", str(directory), "--name", name),
-                *("--base-model", str(self.publisher.base), "--port", str(port)),
+                *("--engine-url", beside.url, "--model-dir", str(directory), "--name", name),
+                *("--base-model", str(base), "--port", str(port)),
                 *("--poll-seconds", "0.2", "--workers", "1", *kind, *peer, *more),
             ]
             return ["sh", "-c", f'{shell}\nexec "$@"', "sh", *words] if shell else words
 
         process = LoopbackServer(f"{name}-{len(self.agents)}", self.root, command)
         self.stack.callback(process.stop)
-        running = RunningAgent(name, engine, directory, process)
+        running = RunningAgent(name, beside, directory, process)
         self.agents.append(running)
         if is_started:
             process.start()  # nobody waits for it: doors and tests look until it answers

@@ -41,16 +41,18 @@ async def test_vllm_is_paused_reloaded_named_flushed_and_resumed(
     assert engine.serves == digests(weights)
     rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
     assert engine.calls[1:-1] == [
-        ("/pause?mode=keep", None),
+        ("/pause?mode=keep&clear_cache=false", None),
         ("/collective_rpc", rpc),
         ("/update_weight_version", {"new_version": "run-1"}),
-        ("/reset_prefix_cache?reset_running_requests=true", None),
+        ("/reset_prefix_cache?reset_running_requests=true&reset_external=true", None),
+        ("/reset_encoder_cache", None),
         ("/resume", None),
     ]
     engine.calls.clear()
     await vllm.reload(Reload(weights, "run-2", "SYNC", "none"))
     paths = [path for path, _ in engine.calls]
-    assert paths == ["/pause?mode=wait", "/collective_rpc", "/update_weight_version", "/resume"]
+    pause = "/pause?mode=wait&clear_cache=false"
+    assert paths == [pause, "/collective_rpc", "/update_weight_version", "/resume"]
 
 
 async def test_a_pause_reads_no_certificates(

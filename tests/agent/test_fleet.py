@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
+from tests.agent.tiny_engine import digests
 from tests.scripted_server import JSON, http
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
@@ -88,6 +89,64 @@ def test_an_agent_killed_in_an_apply_goes_on_when_it_is_started_again(two: Any) 
     two.publisher.delta("c", "b", seed=5)
     two.load("c", "b")
     two.check("c")
+
+
+def test_an_agent_killed_while_its_engine_reads_turns_no_link_under_it(two: Any) -> None:
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.delta("b", "a")
+    left.engine.holds.clear()
+    left.engine.asked.clear()
+    assert two.signal("b", "a").status_code == 200
+    assert left.engine.asked.wait(60)  # it has read one shard
+    left.kill()
+    told = len(left.engine.calls)
+    left.start()
+    link = left.directory / "current"
+    wait_until(lambda: left.engine.calls[told:] or link.resolve().name != "b")
+    left.engine.holds.set()
+    wait_until(lambda: two.served() == ["b", "b"])
+    two.check("b")
+    expected = {name: digests(two.publisher.checkpoint(name)) for name in ("a", "b")}
+    named = [(name, serves) for name, serves in left.engine.sampled if name is not None]
+    assert [name for name, serves in named if serves != expected[name]] == []
+    wait_until(lambda: [path.name for path in (left.directory / "held").iterdir()] == ["b"])
+
+
+def kill_while_its_engine_reads(two: Any) -> None:
+    """Leave the left agent killed, and its engine with a reload of `b` that has just ended."""
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.delta("b", "a")
+    left.engine.holds.clear()
+    left.engine.asked.clear()
+    assert two.signal("b", "a").status_code == 200
+    assert left.engine.asked.wait(60)
+    left.kill()
+    left.engine.holds.set()
+    wait_until(lambda: left.engine.version == "b")
+
+
+def test_a_reload_that_was_begun_and_is_refused_the_second_time_is_an_error(two: Any) -> None:
+    kill_while_its_engine_reads(two)
+    left, _ = two.agents
+    left.engine.refuses, left.engine.refusals_left = {"/reload"}, 1
+    left.start()
+    wait_until(lambda: two.states()[0] == ("error", "b"))
+    wait_until(lambda: two.served() == ["a", "b"])
+    two.check("a", left)
+
+
+def test_what_was_not_sealed_before_the_machine_started_anew_is_loaded_again(two: Any) -> None:
+    kill_while_its_engine_reads(two)
+    left, _ = two.agents
+    (left.directory / "telling").write_text("another start of the machine")
+    left.start()
+    wait_until(lambda: two.served() == ["b", "b"])
+    two.check("b")
+    assert "b is torn, or was not sealed" in left.log()
 
 
 def test_an_agent_killed_at_any_moment_converges(two: Any) -> None:
@@ -299,6 +358,41 @@ def test_a_door_without_agents_takes_no_signal(place: Any) -> None:
     assert place.ask("GET", LEDGER).json() == {"entries": []}
 
 
+def test_a_bucket_where_nothing_was_signalled_is_told(two: Any) -> None:
+    """As it is when the bucket's address is misspelt: all look ready, on base weights."""
+    where = f"no log at {two.publisher.bucket.as_uri()}/_hotload/fleets/local/rollouts: nothing"
+
+    def remarks() -> list[str]:
+        shown = two.ask("GET", "/door/agents").json()
+        return [shown["remark"], *(one["remark"] for one in shown["agents"])]
+
+    assert [one.startswith(where) for one in remarks()] == [True] * 3, remarks()
+    logs = [two.door.log, *(one.process.log for one in two.agents)]
+    wait_until(lambda: all(log.read_text().count(where) == 1 for log in logs))
+    two.publisher.full("a")
+    two.load("a")
+    wait_until(lambda: remarks() == ["", "", ""])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("POST", "/inference/v1/completions", 400, "a door carries no requests"),
+        ("POST", "/v1/chat/completions", 400, "a door carries no requests"),
+        ("GET", "/inference/v1/models", 400, "a door carries no requests"),
+        ("POST", "/v1/accounts/local/deployedModels", 400, "adapters are not loaded"),
+        ("DELETE", "/v1/accounts/local/deployedModels/one", 400, "adapters are not loaded"),
+        ("POST", f"{HOT_LOAD}/hint", 404, "hints are not taken here"),
+    ],
+)
+def test_what_a_door_cannot_do_is_refused_in_words(
+    place: Any, method: str, path: str, status: int, words: str
+) -> None:
+    place.open_door("--agent", "http://127.0.0.1:9")
+    answer = place.ask(method, path, {} if method == "POST" else None)
+    assert (answer.status_code, words in answer.text) == (status, True), answer.text
+
+
 def test_two_agents_of_one_name_are_not_believed(place: Any) -> None:
     place.agent("same")
     place.agent("same")
@@ -315,6 +409,7 @@ LIES = {
     "no name": {"name": "../left"},
     "no truth value": {"readiness": "yes"},
     "more than it may": {"extra": 1},
+    "no address": {"serves": "file:///etc/passwd"},
 }
 
 

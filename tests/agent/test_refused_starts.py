@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import agent.__main__
 import agent.door.__main__
@@ -45,10 +48,37 @@ def test_a_port_that_is_taken_is_named(told: Callable[..., str], program: str) -
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"limits": {"min_rewards": 1}}, "limits.min_rewards: Extra inputs are not permitted; did"),
+        ({"reward": {"name": "nothing:here"}}, "reward 'nothing:here': cannot be imported"),
+        ({"reward": {"name": "exact_match"}}, "`exact_match` cannot use the answers"),
+        ({"problems": {"dataset": "/not/there"}}, "problems refused: /not/there"),
+        ({"sampling": {"rollout": {"name": "nothing:here"}}}, "rollout function 'nothing:here'"),
+    ],
+)
+def test_what_is_wrong_with_a_gate_is_told_at_the_start(
+    told: Callable[..., str], tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    rows = [{"prompt": f"{number}"} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = {"dataset": str(tmp_path / "rows.jsonl")}
+    reward = {"name": "tests.agent.gate_rewards:one"}
+    good = {"engine": "vllm", "model": "m", "problems": dataset, "reward": reward}
+    file = tmp_path / "gate.yaml"
+    file.write_text(yaml.safe_dump(good | changes))
+    assert reason in told("door", "--canary", "0.5", "--gate-samples", str(file))
+    assert "go with --canary" in told("door", "--gate-samples", str(file))
+    both = ("--gate", "a:b", "--gate-samples", str(file), "--canary", "0.5")
+    assert "not allowed with argument --gate" in told("door", *both)
+
+
+@pytest.mark.parametrize(
     ("program", "option", "value", "reason"),
     [
         ("agent", "--bucket-option", "anon", "expected KEY=VALUE"),
         ("door", "--bucket-option", "anon", "expected KEY=VALUE"),
+        ("agent", "--serves", "ftp://127.0.0.1", "expected an http or https address"),
         ("agent", "--engine-url", "127.0.0.1:8000", "expected an http or https address"),
         ("door", "--agent", "127.0.0.1:8700", "expected an http or https address"),
         ("door", "--gate", "nothing:here", "cannot be imported"),

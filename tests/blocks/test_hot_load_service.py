@@ -500,3 +500,29 @@ async def test_a_key_that_is_part_of_an_identity_changes_no_status(
     observed = await service.observe()
     assert observed.replicas[0].current_identity == "demo-000001-0a1b2c3d"
     assert "demo" not in observed.replicas[0].raw
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "refused"),
+    [
+        (
+            {"error": f"asked\nwith {KEY}", "final": True},
+            "asked with ********",
+            {"id-2": "asked with ********"},
+        ),
+        ({"error": "disk", "final": "true"}, "disk", {}),
+        ({"error": ["disk"]}, "", {}),
+        ({"error": "x" * 9000, "final": False}, "x" * 2048, {}),
+    ],
+)
+async def test_the_reason_of_an_error_is_read_without_the_key(
+    raw_server: ScriptedServer, state: dict[str, Any], error: str, refused: dict[str, str]
+) -> None:
+    loading = {"stage": "error", "target_snapshot_identity": "id-2", **state}
+    body = json.dumps({"replicas": [{"readiness": True, "loading_state": loading}]}).encode()
+    raw_server.replies = [http(body, 200, JSON)]
+    status = await client(raw_server.address).observe()
+    assert (status.replicas[0].error, status.refused) == (error, refused)
+    assert status.by_replica[0].startswith(
+        f"1 replica: on base weights, ready, error for id-2{f': {error}' if error else ''}"[:800]
+    )

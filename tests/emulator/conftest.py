@@ -141,9 +141,10 @@ class Publisher:
         """The full checkpoint an identity stands for."""
         return self.base if identity is None else self._kept / identity
 
-    def full(self, identity: str, seed: int = 1) -> Path:
-        """A full snapshot in the bucket; returns its directory there."""
-        self._keep(identity, tensors(seed))
+    def full(self, identity: str, seed: int = 1, weights: Tensors | None = None) -> Path:
+        """A full snapshot in the bucket, of these weights or drawn ones; returns its directory
+        there."""
+        self._keep(identity, tensors(seed) if weights is None else weights)
         shutil.copytree(self.checkpoint(identity), self.bucket / identity)
         return self.bucket / identity
 

@@ -1,7 +1,8 @@
-"""The emulator in a process of our own interpreter, the clients of others in this one."""
+"""Emulator, agents and doors in processes of our own interpreter, others' clients in this one."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from fireworks.training.sdk.weight_syncer import WeightSyncer
 
 from tests.servers import ROOT, SHEPHERD
 from tests.strangers.counting import count_calls, count_requests, summary, surface
-from tests.strangers.door import KEY, Door, SnapshotTrainer
+from tests.strangers.door import KEY, AgentsDoor, Door, SnapshotTrainer
 
 CHECKPOINTS = 5
 TRAIN = """
@@ -77,20 +78,16 @@ def checkpoints(ours: str, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 
 @pytest.fixture
-def open_door(ours: str, checkpoints: list[Path], tmp_path: Path) -> Iterator[Callable[..., Door]]:
-    """Starts emulators, `open_door("ASYNC", "--replicas", "2")`; they end with the test."""
+def run_ours(ours: str) -> Iterator[Callable[..., list[str]]]:
+    """Starts modules of ours, which end with the test; returns the addresses they say."""
     with ExitStack() as stack:
 
-        def start(transition: str, *options: str) -> Door:
-            bucket = tmp_path / "bucket"
-            bucket.mkdir(exist_ok=True)
-            command = [ours, "-m", "emulator", "--bucket", str(bucket), "--api-key", KEY]
-            command += ["--base-model", str(checkpoints[0]), "--transition", transition]
-            command += ["--clock", "ticks", *options]
+        def start(*command: str) -> list[str]:
             # Its group ends when the pipe to us closes, however we end.
             child = subprocess.Popen(
-                ["sh", "-c", SHEPHERD, "sh", *command],
+                ["sh", "-c", SHEPHERD, "sh", ours, "-m", *command],
                 cwd=ROOT,
+                env={**os.environ, "HOTLOAD_DOOR_KEY": KEY},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -100,16 +97,46 @@ def open_door(ours: str, checkpoints: list[Path], tmp_path: Path) -> Iterator[Ca
             stack.callback(child.stdin.close)
             stack.callback(child.stdout.close)
             first = child.stdout.readline()
-            assert first.startswith("emulator: http"), first
-            return Door(first.split()[1], bucket, transition)
+            assert ": http" in first, first
+            return first.split()[1:]
 
         yield start
+
+
+@pytest.fixture
+def open_door(
+    run_ours: Callable[..., list[str]], checkpoints: list[Path], tmp_path: Path
+) -> Callable[..., Door]:
+    """Starts emulators, `open_door("ASYNC", "--replicas", "2")`."""
+
+    def start(transition: str, *options: str) -> Door:
+        bucket = tmp_path / "bucket"
+        bucket.mkdir(exist_ok=True)
+        command = ["emulator", "--bucket", str(bucket), "--api-key", KEY]
+        command += ["--base-model", str(checkpoints[0]), "--transition", transition]
+        (url,) = run_ours(*command, "--clock", "ticks", *options)
+        return Door(url, bucket, transition)
+
+    return start
 
 
 @pytest.fixture(params=["ASYNC", "SYNC"])
 def door(request: pytest.FixtureRequest, open_door: Callable[..., Door]) -> Door:
     """Two replicas that load at once, in each swap mode."""
     return open_door(request.param, "--replicas", "2")
+
+
+@pytest.fixture(params=["ASYNC", "SYNC"])
+def agents_door(
+    request: pytest.FixtureRequest,
+    run_ours: Callable[..., list[str]],
+    checkpoints: list[Path],
+    tmp_path: Path,
+) -> AgentsDoor:
+    """A door over two agents with engines, in each swap mode."""
+    command = ["tests.agent.fleet", str(tmp_path), str(checkpoints[0])]
+    url, *engines = run_ours(*command, "--transition", request.param)
+    return AgentsDoor(url, tmp_path / "bucket", request.param, engines)
 
 
 @pytest.fixture

@@ -23,9 +23,10 @@ def surface(kind: type) -> set[str]:
     }
 
 
-def uncalled(kind: type) -> set[str]:
-    """What of a counted class no test of this session has called."""
-    return {name for name in surface(kind) if not CALLS[f"{kind.__name__}.{name}"]}
+def uncalled(kind: type, before: Counter[str] | None = None) -> set[str]:
+    """What of a counted class no test has called, since `before` or at all in this session."""
+    called = CALLS - (before or Counter())
+    return {name for name in surface(kind) if not called[f"{kind.__name__}.{name}"]}
 
 
 def count_calls(kind: Any, *names: str) -> None:

@@ -1,7 +1,8 @@
-"""The emulator as a client of others finds it, and the snapshots it is given."""
+"""The services here as a client of others finds them, and the snapshots they are given."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -36,10 +37,14 @@ class Door:
         return self._ask("GET", "/emulator/log")
 
     def served(self) -> list[str | None]:
-        """What the replicas serve, asked as the SDK does not: of all of them."""
+        """What the replicas serve, asked as the SDK does not: of all, with a mark where one is not
+        ready."""
         names = {"fireworks-model": self.model, "fireworks-deployment": self.deployment}
         replicas = self._ask("GET", "/hot_load/v1/models/hot_load", **names)["replicas"]
-        return [replica["current_snapshot_identity"] for replica in replicas]
+        return [
+            replica["current_snapshot_identity"] if replica["readiness"] else "not ready"
+            for replica in replicas
+        ]
 
     def ledger(self, method: str) -> dict[str, Any]:
         """Operations D and E, which the SDK has no method for."""
@@ -52,6 +57,30 @@ class Door:
         request = Request(self.url + path, data, headers, method=method)
         with build_opener(ProxyHandler({})).open(request, timeout=60) as answer:
             return json.load(answer)
+
+
+class AgentsDoor(Door):
+    """A running door over agents, and the addresses of the engines beside those."""
+
+    def __init__(self, url: str, bucket: Path, transition: str, engines: list[str]) -> None:
+        super().__init__(url, bucket, transition)
+        self._engines = engines
+
+    def sampled(self) -> list[dict[str, str]]:
+        """The digest of every shard that each engine samples from."""
+        found = []
+        for url in self._engines:
+            with build_opener(ProxyHandler({})).open(f"{url}/sample", timeout=60) as answer:
+                found.append(json.load(answer)["serves"])
+        return found
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """The same of a checkpoint."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in checkpoint.glob("*.safetensors")
+    }
 
 
 class SnapshotTrainer:

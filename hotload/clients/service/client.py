@@ -103,7 +103,16 @@ class HotLoadClient:
         data = parse_json(self.access, "observe", text, ServiceUnavailableError)
         replicas, key = fireworks_api.parse_status(data).replicas, self.access.key("observe")
         # What is shown of a replica goes to the log, whatever the server put into it.
-        return ServiceStatus(tuple(replace(one, raw=redact(one.raw, [key])) for one in replicas))
+        return ServiceStatus(
+            tuple(
+                replace(
+                    one,
+                    raw=redact(one.raw, [key]),
+                    error=redact(one.error, [key])[: fireworks_api.ERROR_CHARS],
+                )
+                for one in replicas
+            )
+        )
 
     async def signal(self, manifest: SnapshotManifest) -> tuple[str, ...]:
         """Say that a snapshot is complete and is to be loaded; returns warnings (protocol §4).
