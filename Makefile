@@ -52,7 +52,7 @@ check: install  ## ruff, format, mypy, the floors of the house
 	$(PY) -m pytest tests/test_architecture.py
 
 WITNESS := .oracle-venv/bin/python
-bench: install  ## the measured promises: codec (`make oracles` first adds its peers), publishing, losses, ranks, rollouts, cost of a cycle
+bench: install  ## the measured promises: codec (`make oracles` first adds its peers), publishing, losses, ranks, rollouts, agents, cost of a cycle
 	$(PY) -m benchmarks.codec --witness $(WITNESS) --write
 	$(PY) -m benchmarks.losses
 	$(PY) -m benchmarks.ranks
@@ -64,6 +64,7 @@ bench: install  ## the measured promises: codec (`make oracles` first adds its p
 	$(PY) -m benchmarks.publish
 	$(PY) -m benchmarks.nodes
 	$(PY) -m benchmarks.from_bucket
+	$(PY) -m benchmarks.agents
 	$(PY) -m benchmarks.cycle_overhead
 	$(PY) -m benchmarks.trigger_latency
 	$(PY) -m benchmarks.async_loop

@@ -16,11 +16,13 @@ from pathlib import Path
 from agent.beside.app import create_agent_app
 from agent.beside.engine_replica import EngineReplica
 from agent.beside.following import Following
+from agent.beside.peers import Peers
 from agent.engines.declared import DeclaredServer
 from agent.engines.reloading import ReloadingEngine
 from agent.engines.sglang import Sglang
 from agent.engines.transformers_serve import TransformersServe
 from agent.engines.vllm import Vllm
+from agent.fleet.addresses import Addresses
 from agent.fleet.log import FleetLog
 from agent.fleet.settings import add_names, address
 from agent.fleet.state import NAME
@@ -33,6 +35,7 @@ Follows what is signalled to a service through the door (`python -m agent.door`)
 bucket below --model-dir, checks every tensor, and lets the inference server reload. Start that
 server on MODEL_DIR/current. Prints `agent: http://HOST:PORT` when it answers; Ctrl-C ends it.
 """
+KEY_VARIABLE = "HOTLOAD_PEER_KEY"
 ENGINES: dict[str, Callable[[str], ReloadingEngine]] = {
     "vllm": Vllm,
     "sglang": Sglang,
@@ -50,6 +53,7 @@ def main() -> int:
             raise ValueError(f"--name: expected {NAME}, not {arguments.name!r}")
         if arguments.base_model is not None and not arguments.base_model.is_dir():
             raise ValueError(f"--base-model: no directory {arguments.base_model}")
+        peers = _peers(arguments)
         store = Store(arguments.bucket, dict(arguments.bucket_option))
         directory = arguments.model_dir.resolve()
         directory.mkdir(parents=True, exist_ok=True)
@@ -71,10 +75,11 @@ def main() -> int:
             engine_kind=arguments.engine,
             serves=arguments.serves or arguments.engine_url,
             base=arguments.base_model,
+            peers=peers,
             workers=arguments.workers,
         )
         log = FleetLog(store, arguments.account, arguments.deployment)
-        app = create_agent_app(Following(replica, log, arguments.poll_seconds))
+        app = create_agent_app(Following(replica, log, arguments.poll_seconds), peers)
         return serve_app("agent", app, port=arguments.port, host=arguments.host)
 
 
@@ -84,6 +89,14 @@ def _engine(arguments: argparse.Namespace) -> ReloadingEngine:
             raise ValueError("--engine command needs --reload")
         return DeclaredServer(arguments.engine_url, arguments.reload, arguments.version)
     return ENGINES[arguments.engine](arguments.engine_url)
+
+
+def _peers(arguments: argparse.Namespace) -> Peers | None:
+    if not (arguments.peer or arguments.peers):
+        return None
+    if not (key := os.environ.get(KEY_VARIABLE)):
+        raise ValueError(f"--peer and --peers need a key that all agents share in {KEY_VARIABLE}")
+    return Peers(Addresses(arguments.peer, arguments.peers), key)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,6 +116,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-dir", required=True, type=Path, metavar="DIR", help="room for two checkpoints")
     add("--base-model", type=Path, metavar="DIR", help="served before any snapshot")
     add("--name", default=socket.gethostname(), help="one of its own in the fleet (%(default)s)")
+    add(
+        "--peer",
+        action="append",
+        default=[],
+        type=address,
+        metavar="URL",
+        help="an agent that passes files on, this one as well; repeat, the same list at all",
+    )
+    add("--peers", metavar="HOST:PORT", help="a name in the DNS that all of them answer to")
     add_address(parser)
     add("--poll-seconds", type=float, default=2.0, help="between two looks (%(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="threads of a merge (%(default)s)")

@@ -192,9 +192,9 @@ def counted(job: Job, paths: list[Path]) -> dict[str, float]:
     return {"decoded": calls}
 
 
-def memory(field: str) -> int:
+def memory(field: str, process: int | str = "self") -> int:
     """Bytes of a line of /proc/self/status; unlike ru_maxrss it does not remember the parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(text.split()[1]) * 1024 for text in lines if text.startswith(f"{field}:"))
 
 

@@ -8,9 +8,9 @@ from typing import Any, Literal, Self
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
-from agent.door.addresses import Addresses
 from agent.door.agent_fleet import DoorConfig
 from agent.door.in_process import ORIGIN, InProcessDoor
+from agent.fleet.addresses import Addresses
 from blocks.account import InferenceAccount
 from blocks.checkpoint_store import CheckpointStore
 from hotload.clients.access import Access

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from hotload.checkpoint.safetensors import DTYPE_BITS, ShardHeader, TensorInfo
+from hotload.checkpoint.safetensors import DTYPE_BITS, SHARD_SUFFIX, ShardHeader, TensorInfo
 from hotload.dataset.rollout_plan import RolloutManifest, RolloutPart, summarize
+from hotload.directory.files import sha256_file
 from hotload.identity import SnapshotKind, version_of
-from hotload.publish.snapshot import SnapshotManifest
+from hotload.publish.snapshot import Shard, SnapshotManifest, content_sha256
+from hotload.records import FileDigest
 from hotload.reward.advantages import advantages
 from hotload.rollout.trajectory import Problem, Provenance, ScoredGroup, Segment, Trajectory
 from hotload.spec import CycleSpec
@@ -113,6 +116,40 @@ def snapshot_manifest(
         "created_at": CREATED_AT,
     }
     return SnapshotManifest(**made | fields)
+
+
+def recorded_manifest(
+    stored: Path, checkpoint: Path, previous: str | None = None, spoilt: str = ""
+) -> SnapshotManifest:
+    """Record the snapshot that lies in a directory of its name, and the checkpoint it stands for;
+    `spoilt` is a file with another digest."""
+
+    def digests_in(directory: Path) -> dict[str, FileDigest]:
+        return {
+            path.name: FileDigest(
+                file=path.name,
+                size_bytes=path.stat().st_size,
+                sha256=SHA if path.name == spoilt else sha256_file(path),
+            )
+            for path in sorted(directory.iterdir())
+        }
+
+    files, whole = digests_in(stored), digests_in(checkpoint)
+    shards = [name for name in whole if name.endswith(SHARD_SUFFIX)]
+    return snapshot_manifest(
+        stored.name,
+        previous=previous,
+        content_sha256=content_sha256({name: one.sha256 for name, one in whole.items()}),
+        shards=tuple(
+            Shard(
+                **files[name].model_dump(),
+                content_size_bytes=whole[name].size_bytes,
+                content_sha256=whole[name].sha256,
+            )
+            for name in shards
+        ),
+        side_files=tuple(one for name, one in whole.items() if name not in shards),
+    )
 
 
 def rollout_manifest(identity: str, parts: Sequence[RolloutPart], **fields: Any) -> RolloutManifest:

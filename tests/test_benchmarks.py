@@ -139,3 +139,25 @@ def test_the_benchmark_of_ranks_runs() -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert re.search(r"of the codec's in-memory encode: \d\.\d\d by wall", run.stdout)
+
+
+def test_the_benchmark_of_agents_runs() -> None:
+    small = [
+        "--layers",
+        "1",
+        "--turns",
+        "1",
+        "--swaps",
+        "2",
+        "--agents",
+        "4",
+        "--fleet-layers",
+        "1",
+    ]
+    command = [sys.executable, "-m", "benchmarks.agents", "--quick", *small]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"the codec's apply \d\.\d\d s: \d+\.\d\d", run.stdout)
+    assert len(re.findall(r"p50 \d+\.\d ms, p99 \d+\.\d ms", run.stdout)) == 2
+    reads = re.findall(r"peers (on |off).*each read (\d+) to (\d+) times", run.stdout)
+    assert reads == [("off", "4", "4")] * 4 + [("on ", "1", "1")] * 4

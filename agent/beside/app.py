@@ -1,4 +1,4 @@
-"""What an agent answers: a report of itself, and a wish that it looks now. It takes no orders."""
+"""What an agent answers: a report, a wish that it looks now, and files for its peers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from agent.beside.following import Following
+from agent.beside.offer import offer
+from agent.beside.peers import Peers
 from agent.failures import json_response
 from agent.fleet.report import LOOK_PATH, REPORT_PATH
 
@@ -28,7 +30,7 @@ def _end_with_it(work: asyncio.Task[None]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def create_agent_app(following: Following) -> Starlette:
+def create_agent_app(following: Following, peers: Peers | None = None) -> Starlette:
     """Create the application of an agent; its lifespan follows the log."""
 
     @asynccontextmanager
@@ -50,10 +52,10 @@ def create_agent_app(following: Following) -> Starlette:
         following.look()
         return json_response({}, 202)
 
-    return Starlette(
-        routes=[
-            Route(REPORT_PATH, report, methods=["GET"]),
-            Route(LOOK_PATH, look, methods=["POST"]),
-        ],
-        lifespan=lifespan,
-    )
+    routes = [
+        Route(REPORT_PATH, report, methods=["GET"]),
+        Route(LOOK_PATH, look, methods=["POST"]),
+    ]
+    if peers is not None:
+        routes.append(offer(peers, following))
+    return Starlette(routes=routes, lifespan=lifespan)

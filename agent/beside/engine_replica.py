@@ -10,6 +10,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from agent.beside.peered_disk import PeeredDisk
+from agent.beside.peers import Peers
 from agent.beside.seal import read_seal, seal
 from agent.engines.reloading import EngineAwayError, EngineError, Reload, ReloadingEngine
 from agent.fleet.report import AgentReport
@@ -49,9 +51,12 @@ class EngineReplica(Loader):
         engine_kind: str,
         serves: str = "",
         base: Path | None = None,
+        peers: Peers | None = None,
         workers: int = 1,
     ) -> None:
-        super().__init__(name, Disk(directory, bucket, workers=workers), threads)
+        self.peered = PeeredDisk(directory, bucket, peers, workers=workers) if peers else None
+        disk = self.peered or Disk(directory, bucket, workers=workers)
+        super().__init__(name, disk, threads)
         self.link = directory / "current"
         self.readiness = False
         self.error = "not yet looked at its engine"
@@ -62,6 +67,7 @@ class EngineReplica(Loader):
         self._served: Path | None = None
         self._content: str | None = None
         self._last: str | None = None
+        self._past: frozenset[str] = frozenset()
         self._is_told = False
         self._refused: str | None = None
         # This file exists while the engine reloads, and stays if that fails or is cut short: half
@@ -114,12 +120,17 @@ class EngineReplica(Loader):
             return
         names = [load.identity for load in chain]
         held = self._held.name if self._held else None
-        steps = chain[names.index(held) + 1 :] if held in names else chain
+        done = names.index(held) + 1 if held in names else 0
+        steps, self._past = chain[done:], frozenset(names[:done])
         if not steps or (self.stage == "error" and self.target == names[-1]):
             return
         self._last = names[-1]
         for load in steps:
             self.load(load)
+
+    def is_past(self, identity: str) -> bool:
+        """Tell whether what is held was made of that snapshot: it is not fetched again."""
+        return identity in self._past
 
     async def look_at_engine(self) -> None:
         """See whether the engine answers with what is held; tell it again where it does not, and
@@ -163,7 +174,7 @@ class EngineReplica(Loader):
         return await self._in_thread(self._digests, load.identity, arrived)
 
     def _kept_beside(self, load: Load) -> Sequence[Path | None]:
-        return [self._served]
+        return [self._served, self.peered.arriving(load.identity) if self.peered else None]
 
     async def _swap(self, weights: dict[str, str] | None, load: Load, kept: Path) -> None:
         if load.identity != self._last:
@@ -182,7 +193,8 @@ class EngineReplica(Loader):
             await self._go_back()
             raise
         self._content = content_sha256(digests)
-        await self._in_thread(self._disk.forget_others, kept)
+        _, *beside = self._kept_beside(load)
+        await self._in_thread(self._disk.forget_others, kept, *beside)
 
     def _fail(self, load: Load, error: Exception) -> None:
         super()._fail(load, error)

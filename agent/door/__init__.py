@@ -1,7 +1,6 @@
 """The door of a fleet of agents: the hot-load API, with no memory but the log in the store."""
 
 __all__ = [
-    "addresses",
     "agent_fleet",
     "app",
     "canary",

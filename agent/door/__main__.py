@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from agent.door.addresses import Addresses
 from agent.door.agent_fleet import DoorConfig
 from agent.door.app import create_door
 from agent.door.canary import CanaryRule, CanarySnapshot
 from agent.door.gate_file import read_gate
 from agent.door.sample_gate import KEY_VARIABLE as GATE_KEY_VARIABLE
 from agent.door.sample_gate import SampleGate
+from agent.fleet.addresses import Addresses
 from agent.fleet.settings import add_names, address
 from agent.fleet.validation import BaseModel
 from agent.loading.disk import Transition

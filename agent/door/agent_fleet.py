@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from agent.door.addresses import Addresses
 from agent.door.canary import CanaryRule, judge
 from agent.door.seen import UNKNOWN, SeenAgent, ask_all, doubt, nudge
 from agent.failures import RefusedError
+from agent.fleet.addresses import Addresses
 from agent.fleet.admission import Member, chain_obstacle, inspect_snapshot, is_repeated
 from agent.fleet.log import FleetLog
 from agent.fleet.service import ReplicaCounts

@@ -1,6 +1,7 @@
 """What is known of a service: names, signals, ledger, what may be let in."""
 
 __all__ = [
+    "addresses",
     "admission",
     "ledger",
     "log",

@@ -6,6 +6,7 @@ A delta is written to a copy, which then takes the old one's place: on a failure
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,10 +57,7 @@ class Disk:
         staged = self._directory / "arriving" / load.identity
         staged.mkdir(parents=True, exist_ok=True)
         files = self._files(load.identity)
-        for name, size in files.items():
-            target = staged / name
-            if not target.exists() or target.stat().st_size != size:
-                self._get(load.identity, name, target, size)
+        self._get_missing(load.identity, files, staged)
         needed = ADAPTER_CONFIG_FILE if load.kind is SnapshotKind.LORA else INDEX_FILE
         if needed not in files:
             raise MissingObjectError(f"{needed} of {load.identity!r} is missing")
@@ -115,6 +113,12 @@ class Disk:
 
     def _files(self, identity: str) -> dict[str, int]:
         return self._bucket.files(identity)
+
+    def _get_missing(self, identity: str, files: Mapping[str, int], staged: Path) -> None:
+        for name, size in files.items():
+            target = staged / name
+            if not target.exists() or target.stat().st_size != size:
+                self._get(identity, name, target, size)
 
     def _get(self, identity: str, name: str, target: Path, size_bytes: int) -> None:
         self._bucket.download(identity, name, target)

@@ -15,6 +15,7 @@ import pytest
 from hotload.publish.fireworks_api import delta_metadata
 from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
 from tests.emulator.conftest import Publisher
+from tests.factories import recorded_manifest
 from tests.servers import LoopbackServer
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
@@ -99,6 +100,9 @@ class Place:
     stack: ExitStack
     agents: list[RunningAgent] = field(default_factory=list)
     door: LoopbackServer | None = None
+    agents_bucket: list[str] = field(default_factory=list)
+    has_peers: bool = False
+    other_peers: list[str] = field(default_factory=list)
 
     def agent(
         self,
@@ -106,12 +110,14 @@ class Place:
         *,
         kind: list[str] = DECLARED,
         shell: str = "",
+        is_started: bool = True,
         engine: TinyEngine | None = None,
         shard_seconds: float | None = None,
         **options: str,
     ) -> RunningAgent:
-        """Start an agent with an engine of its own; `shell` comes before the command. With
-        `shard_seconds` the engine is a process, too."""
+        """Start an agent with an engine of its own; `shell` comes before the command. Its
+        peers are the agents there are when it starts. With `shard_seconds` the engine is a
+        process, too."""
         directory = self.root / f"{name}-{len(self.agents)}"
         base = self.publisher.base
         beside: TinyEngine | EngineProcess
@@ -126,11 +132,14 @@ class Place:
         more = [word for key, value in options.items() for word in (f"--{key}", value)]
 
         def command(port: int) -> list[str]:
+            peers = [*self.other_peers, *(one.process.address for one in self.agents)]
+            peer = [word for url in peers if self.has_peers for word in ("--peer", url)]
             words = [
-                *(sys.executable, "-m", "agent", "--bucket", str(self.publisher.bucket)),
+                *(sys.executable, "-m", "agent"),
+                *(self.agents_bucket or ["--bucket", str(self.publisher.bucket)]),
                 *("--engine-url", beside.url, "--model-dir", str(directory), "--name", name),
                 *("--base-model", str(base), "--port", str(port)),
-                *("--poll-seconds", "0.2", "--workers", "1", *kind, *more),
+                *("--poll-seconds", "0.2", "--workers", "1", *kind, *peer, *more),
             ]
             return ["sh", "-c", f'{shell}\nexec "$@"', "sh", *words] if shell else words
 
@@ -138,7 +147,8 @@ class Place:
         self.stack.callback(process.stop)
         running = RunningAgent(name, beside, directory, process)
         self.agents.append(running)
-        process.start()  # nobody waits for it: doors and tests look until it answers
+        if is_started:
+            process.start()  # nobody waits for it: doors and tests look until it answers
         return running
 
     def open_door(self, *options: str, agents: list[RunningAgent] | None = None) -> None:
@@ -195,6 +205,17 @@ class Place:
         answer = self.signal(identity, previous)
         assert answer.status_code == 200, answer.text
         wait_until(lambda: set(self.served()) == {identity})
+
+    def record(self, identity: str, previous: str | None = None, spoilt: str = "") -> None:
+        """Write the publisher's record of a snapshot; `spoilt` is a file with another digest."""
+
+        publisher = self.publisher
+        manifest = recorded_manifest(
+            publisher.bucket / identity, publisher.checkpoint(identity), previous, spoilt
+        )
+        directory = publisher.bucket / "_hotload" / "snapshots"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{identity}.json").write_bytes(manifest.render())
 
     def check(self, identity: str | None, *agents: RunningAgent) -> None:
         """The engines serve exactly the bytes that an identity stands for."""

@@ -25,7 +25,6 @@ from hotload.clock import utc_now
 from hotload.publish.fireworks_api import parse_status
 from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
 from tests.agent.sampling_engine import LENGTH, SamplingEngine, write_problems
-from tests.agent.test_fleet import record
 from tests.emulator.conftest import Tensors
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
@@ -89,7 +88,7 @@ def reason_of(place: Any, identity: str) -> str:
 
 def try_snapshot(place: Any, identity: str, weights: Tensors) -> None:
     place.publisher.full(identity, weights=weights)
-    record(place, identity, None)
+    place.record(identity)
     assert place.signal(identity).status_code == 200
 
 
@@ -121,7 +120,7 @@ def test_a_reward_decides_who_goes_on_and_bytes_stay_refused(three: Any) -> None
     assert status.refused == {"b": f"withdrawn as b: {reason}"}
     assert reason in "; ".join(status.by_replica)
     three.publisher.full("c", weights=ruined)
-    record(three, "c", None)
+    three.record("c")
     answer = three.signal("c")
     assert answer.status_code == 400
     assert reason in answer.text
@@ -141,7 +140,7 @@ def test_a_reward_decides_who_goes_on_and_bytes_stay_refused(three: Any) -> None
     three.open_door("--canary", "0.25")
     wait_until(lambda: three.served() == ["d"] * 3)
     three.publisher.full("e", weights=ruined)
-    record(three, "e", None)
+    three.record("e")
     three.load("e")
 
 
@@ -152,7 +151,7 @@ def test_a_reset_forgets_what_was_refused(three: Any) -> None:
     wait_until(lambda: three.states() == [("error", "a")] * 3)
     wait_until(lambda: three.served() == [None] * 3)
     three.publisher.full("b", weights=ruined)
-    record(three, "b", None)
+    three.record("b")
     assert three.signal("b").status_code == 400
     assert three.ask("DELETE", LEDGER).status_code == 200
     wait_until(lambda: three.served() == [None] * 3)

