@@ -134,7 +134,10 @@ def _parse_blocks(inline: dict[str, Any], path: Path) -> dict[str, Block]:
         for kind in OF_THE_ACCOUNT:
             own = inline.get(kind) or {}
             if isinstance(own, dict) and "account" in own:
-                raise ValueError(f"{path}: blocks.{kind}.account: it belongs in blocks.account")
+                raise ValueError(
+                    f"{path}: blocks.{kind}.account: it belongs in blocks.account; or leave that"
+                    " out, and give service and rollouts an account each"
+                )
             inline[kind] = {"account": account, **own} if isinstance(own, dict) else own
     service, store = inline.get("service"), inline.get("store")
     if isinstance(service, dict) and service.get("agents") and isinstance(store, dict):
@@ -181,6 +184,8 @@ def _found(fault: ErrorDetails, is_block: bool) -> str:
     if kind not in EXPECTED and expected == fault["msg"]:
         return expected
     found = YAML_KINDS.get(type(given), type(given).__name__)
+    if kind == "string" and isinstance(given, str):
+        return f"found text, which {fault['msg'].removeprefix('String ')}"
     if isinstance(given, (bool, int, float)):
         found = json.dumps(given)
     elif isinstance(given, str) and kind not in OF_TEXT and not is_block:

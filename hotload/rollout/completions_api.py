@@ -29,6 +29,7 @@ COUNT_LIMIT = 1 << 31
 IDENTITY_LIMIT = 64
 """Distinct identities kept of one answer."""
 TOOL_CALL_LIMIT = 256
+NUMBERS = frozenset({float, int})  # and not bool, which is an int to a comparison
 UNLABELLED = (None, "", "default")
 """What vLLM and SGLang call weights that nobody has labelled."""
 
@@ -369,13 +370,18 @@ class Answer:
         has_said = self.text or self.reasoning or self.tool_calls
         if self._lacks_logprobs or (count == 0 and (self._raw_ids or has_said)):
             return Failure(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
+        if not NUMBERS.issuperset(map(type, values)):
+            return malformed("a log-probability is not a number")
         if values and not LOGPROB_RANGE[0] <= min(values) <= max(values) <= LOGPROB_RANGE[1]:
             return malformed("a log-probability out of range")
         ids = self._ids(count)
         if ids is None:
             detail = f"{count} log-probabilities, {len(self._last_raw_ids)} token ids"
             return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
-        self.token_ids = ids
+        if not _are_ids(ids):
+            detail = f"a token id that is none: expected numbers from 0 to {TOKEN_ID_LIMIT - 1}"
+            return Failure(lacking, Cause.MISSING_TOKEN_IDS, 200, detail)
+        self.token_ids = tuple(ids)
         if miscounted := self._miscount():
             return malformed(miscounted, lacking)
         if self._labelled_count not in (None, count):
@@ -400,8 +406,9 @@ class Answer:
             return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
         return None
 
-    def _ids(self, count: int) -> tuple[int, ...] | None:
-        """The ids of `count` tokens: those beside the log-probabilities, or else the raw output's.
+    def _ids(self, count: int) -> list[Any] | None:
+        """What was told as the ids of `count` tokens: those beside the log-probabilities, or else
+        the raw output's.
 
         The raw output comes in pieces. The vendor's may come at once, and may end with the stop
         token, if one ended the answer.
@@ -420,7 +427,7 @@ class Answer:
             ids = self._raw_ids
         else:
             return None
-        return tuple(ids) if _are_ids(ids) else None
+        return ids
 
     def _miscount(self) -> str:
         """Say how the answer has other than its number of tokens; nothing where it has them all.

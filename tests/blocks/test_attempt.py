@@ -13,7 +13,8 @@ from hotload.clients.inference.transport import HttpTransport
 from hotload.options import Concurrency, Sampling
 from hotload.rollout.completions_api import Answer
 from hotload.rollout.engines.fireworks import FIREWORKS
-from hotload.rollout.failures import Cause
+from hotload.rollout.engines.vllm import VLLM
+from hotload.rollout.failures import Action, Cause
 from hotload.rollout.request import first_request
 from hotload.rollout.window import Attempt, Window
 from tests.blocks.scripted_inference import (
@@ -26,7 +27,8 @@ from tests.blocks.scripted_inference import (
     sample_once,
     token,
 )
-from tests.scripted_server import Request, ScriptedServer, http
+from tests.scripted_server import JSON, Request, ScriptedServer, http
+from tests.waiting import PATIENCE_SECONDS
 
 PING = b"event: ping\ndata: {}\n\n"
 
@@ -84,6 +86,31 @@ async def test_an_answer_may_take_long_as_long_as_it_goes_on(
     assert cause is Cause.MISSING_TOKEN_IDS  # read to its end; its prompt was never told
     _, cause = await answered(monkeypatch, token(1, "a"), *[PING] * 4, GOOD, silence_seconds=3)
     assert cause is Cause.TIMEOUT
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_an_answer_that_comes_byte_by_byte_is_cut(status: int) -> None:
+    """Its bytes never end, and no two of them are as far apart as the limit."""
+    sampling = Sampling(sample_timeout=0.2)
+
+    async def trickle(_: Request) -> AsyncIterator[bytes]:
+        yield http(b"", status, JSON, length=1 << 20)
+        while True:
+            yield b" "
+            await asyncio.sleep(sampling.sample_timeout / 20)
+
+    async with ScriptedServer(trickle).running() as server, asyncio.timeout(PATIENCE_SECONDS):
+        origin = f"http://127.0.0.1:{server.port}"
+        async with HttpTransport(
+            origin, {}, connect_timeout_seconds=10, read_timeout_seconds=10, connections=1
+        ) as transport:
+            request = first_request(
+                PROBLEM, 0, sampling=sampling, identity=IDENTITY, policy_version=3
+            )
+            answer = Answer(sampling, None)
+            failure = await send_once(transport, VLLM, request, b"{}", answer)
+    assert failure is not None
+    assert (failure.cause, failure.action) == (Cause.TIMEOUT, Action.RETRY)
 
 
 async def test_headers_of_any_bytes_are_text_a_file_can_hold() -> None:

@@ -64,6 +64,10 @@ GOOD = (
         ("cycle: {policy_version: [hush]}", "found a list, expected a whole number"),
         ("cycle: {policy_version: }", "policy_version: found nothing, expected a whole number"),
         ("cycle: {run_id: 7}", "run_id: found 7, expected text"),
+        (
+            "cycle: {run_id: a, sampling: {nodes: [../x]}}",
+            "sampling.nodes.0: found text, which should match pattern",
+        ),
         ("cycle: {sampling: hush}", "sampling: found text, expected a mapping"),
         ("cycle: {sampling: {temperature: hot}}", "found 'hot' (str), expected a number"),
         ("cycle: {reward: {per_group: 2}}", "per_group: found 2, expected true or false"),

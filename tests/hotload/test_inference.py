@@ -245,7 +245,7 @@ GOOD_CHOICE = {"text": "a", "finish_reason": "stop", "logprobs": LOGPROBS}
     [
         *(
             {"logprobs": {"content": [{"token_id": 1, "sampling_logprob": value}]}}
-            for value in ("-1", [1], 10**400, -(10**400), 0.5, -1e300, True)
+            for value in ("-1", [1], 10**400, -(10**400), 0.5, -1e300, True, False)
         ),
         {"finish_reason": {"a": 1}},
         {"text": 3},

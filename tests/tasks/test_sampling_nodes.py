@@ -221,6 +221,15 @@ def test_windows_are_evened_out_without_a_slot_won_or_lost() -> None:
     assert even_out({}) == {}
 
 
+@pytest.mark.parametrize("width", ["1e308", "-1e308", "4097", "NaN"])
+def test_widths_that_no_window_has_are_no_note(width: str) -> None:
+    """Of two of them the mean would be infinite, and the cycle would say no more to any node."""
+    written = NodeNote(number=1, state=RolloutState(), widths={"one": 9.0}).model_dump_json()
+    assert NodeNote.parse_stored(written.encode(), "a.json").widths == {"one": 9.0}
+    with pytest.raises(StoreError, match="widths"):
+        NodeNote.parse_stored(written.replace("9.0", width).encode(), "a.json")
+
+
 def test_a_node_is_named_once() -> None:
     with pytest.raises(ValueError, match="a, b, a: name each once"):
         Sampling(nodes=("a", "b", "a"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -78,8 +79,9 @@ async def _read(
         None,
     )
     if response.status != 200:
-        rules = answer.reading.rules
-        return _failure_of_status(response.status, headers, await head_of(response), rules)
+        async with asyncio.timeout(sampling.sample_timeout):
+            head = await head_of(response)
+        return _failure_of_status(response.status, headers, head, answer.reading.rules)
     named = headers.get("content-type", "").partition(";")[0].strip().lower()
     if named not in (EVENT_STREAM, "application/json"):
         raise ProtocolError("sample", 200, f"expected {EVENT_STREAM}, found {named[:80]!r}")
@@ -93,19 +95,18 @@ async def _read(
         if size_bytes > limit_bytes:
             detail = f"more than {limit_bytes} bytes"
             return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
+        count = 0 if chunks is None else chunks.count
         if chunks is None:
             plain.append(piece)
-            continue
-        count = chunks.count
-        failure = chunks.feed(piece)
-        if failure is not None:
+        elif failure := chunks.feed(piece):
             return failure
-        # A server that hangs may go on sending heartbeats.
+        # A server that hangs may go on sending heartbeats, or a whole answer byte by byte.
         now = monotonic()
-        if chunks.count > count:
+        if chunks is not None and chunks.count > count:
             progress_at = now
         elif now - progress_at > sampling.sample_timeout:
-            return Failure(Action.RETRY, Cause.TIMEOUT, None, "heartbeats and nothing else")
+            detail = "heartbeats and nothing else" if chunks else "not whole in time"
+            return Failure(Action.RETRY, Cause.TIMEOUT, None, detail)
     if chunks is not None:
         failure = chunks.end()
     else:

@@ -16,7 +16,7 @@ from pydantic import Field
 from hotload.clients.nodes import NODES
 from hotload.clients.store.store import Store
 from hotload.errors import StoreError
-from hotload.options import Concurrency, NodeName
+from hotload.options import WINDOW_LIMIT, Concurrency, NodeName
 from hotload.records import Record, Sha256
 from hotload.sampling.part_carrier import RolloutState
 from hotload.sampling.stamp import Stamp
@@ -25,7 +25,8 @@ from hotload.spec import BlockName, CycleSpec
 NOTE_LIMIT_BYTES = 1 << 20
 SECONDS_BETWEEN_NOTES = 1.0
 
-Slots = Annotated[float, Field(allow_inf_nan=False)]
+# In a range: sums of what anybody may have written stay numbers.
+Slots = Annotated[float, Field(ge=-WINDOW_LIMIT, le=WINDOW_LIMIT)]
 
 
 class SharedService(Record):
