@@ -25,6 +25,7 @@ from urllib.parse import quote
 import aiohttp
 
 from agent.fleet.addresses import Addresses
+from hotload.clients.access import tls_context
 from hotload.records import FileDigest
 
 FILES_PATH = "/agent/files"
@@ -90,7 +91,7 @@ class Peers:
             headers=headers,
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            connector=aiohttp.TCPConnector(limit=ASKED_AT_ONCE),
+            connector=aiohttp.TCPConnector(limit=ASKED_AT_ONCE, ssl=tls_context()),
             read_bufsize=CHUNK_BYTES // 4,
         ) as session:
             yield Asking(self, session, identity, await self.addresses.all())

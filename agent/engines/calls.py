@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import ssl
-from functools import cache
 from typing import Any
 
 import httpx
 
 from agent.engines.reloading import EngineAwayError, EngineError
+from hotload.clients.access import tls_context
 
 RELOAD_SECONDS = 1800.0
 CONTROL_SECONDS = 60.0
@@ -34,7 +33,7 @@ async def call(
     said = f"{method} {path.partition('?')[0]}"
     try:
         async with httpx.AsyncClient(
-            timeout=timeout_seconds, trust_env=False, verify=_certificates()
+            timeout=timeout_seconds, trust_env=False, verify=tls_context()
         ) as client:
             answer = await client.request(method, f"{url.rstrip('/')}{path}", json=body)
     except httpx.ConnectError as error:
@@ -51,12 +50,6 @@ async def call(
     if isinstance(found, dict) and found.get("success", True) is not True:
         raise EngineError(f"{said}: {head}")
     return found
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """Read what every call trusts, once: it takes longer than all the calls of a pause."""
-    return httpx.create_ssl_context(trust_env=False)
 
 
 async def version_at(url: str, path: str) -> str | None:

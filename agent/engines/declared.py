@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 from asyncio.subprocess import PIPE, STDOUT
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any
 
 from agent.engines.calls import HEAD_CHARS, RELOAD_SECONDS, call
 from agent.engines.reloading import EngineError, Reload
+from hotload.clients.redaction import redact
 from hotload.publish.fireworks_api import hint_body
+from hotload.sampling.reward.user_errors import secret_values
 
 METHODS = ("GET", "POST", "PUT")
 
@@ -94,7 +97,8 @@ async def _run(words: list[str]) -> str:
         if process is not None and process.returncode is None:
             process.kill()
     text = printed.decode("utf-8", "replace")
-    if process.returncode:
-        head = " ".join(text[-HEAD_CHARS:].split())
-        raise EngineError(f"{words[0]}: exit status {process.returncode}: {head}")
+    if process.returncode:  # reports are read without a key
+        tail = redact(text, secret_values(os.environ))[-HEAD_CHARS:]
+        said = " ".join(tail.split())
+        raise EngineError(f"{words[0]}: exit status {process.returncode}: {said}")
     return text

@@ -117,6 +117,16 @@ async def test_transformers_forgets_and_loads_again(engine: TinyEngine, weights:
     assert (serve.tells_version, await serve.version()) == (False, None)
 
 
+async def test_what_a_command_prints_is_told_without_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_API_KEY", "abcdefgh-secret")
+    script = "import os; raise SystemExit('no engine takes ' + os.environ['ENGINE_API_KEY'])"
+    failing = DeclaredServer("", f'{sys.executable} -c "{script}"')
+    with pytest.raises(EngineError, match=r"exit status 1: no engine takes \*+$"):
+        await failing.reload(Reload(tmp_path, "run-1"))
+
+
 async def test_a_command_gets_directory_and_name(tmp_path: Path) -> None:
     script = "import sys; open(sys.argv[1], 'w').write(' '.join(sys.argv[2:]))"
     told = tmp_path / "told"
