@@ -197,7 +197,6 @@ def test_canaries_whose_samples_fail_go_back(three: Any) -> None:
     found = r"(\d+) of 24 samples \(\1 refused\) failed; max_failure_rate is 2\.00%"
     assert re.fullmatch(found, reason_of(three, "a"))  # 1, and those in flight beside it
     wait_until(lambda: three.served() == [None] * 3)
-    assert [one.engine.fails_at for one in three.agents[1:]] == [None, None]
 
 
 def test_a_reward_that_raises_costs_samples(three: Any) -> None:
