@@ -66,6 +66,7 @@ async def test_agents_that_do_not_answer_are_told(tmp_path: Path, is_pickled: bo
         ),
         ({"agents": ("ftp://a:1",)}, "expected an http or https address"),
         ({"quorum": 0}, "greater than 0"),
+        ({"agents": (), "quorum": 0.5}, "quorum: it is of agents"),
         (
             {"account": InferenceAccount(**NAMES, base_url="http://x", dialect="plain")},
             "the account's dialect is of a door, and none is asked",
