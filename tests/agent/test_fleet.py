@@ -463,6 +463,22 @@ def test_a_reset_brings_base_weights_back(two: Any) -> None:
     two.check("c")
 
 
+def test_a_base_model_keeps_its_directories(two: Any) -> None:
+    left, _ = two.agents
+    kept = [two.publisher.base / "original" / "params.json", left.directory / "other" / "x" / "y"]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    two.publisher.full("a")
+    two.load("a")
+    assert two.ask("DELETE", LEDGER).status_code == 200
+    wait_until(lambda: two.served() == [None, None])
+    left.kill()
+    left.start()
+    wait_until(lambda: two.served() == [None, None])
+    assert [path.exists() for path in kept] == [True, True]
+
+
 def gate(snapshot: Any) -> bool:
     """What a test's door asks: the file GATE has what it is to say."""
     assert snapshot.agents
