@@ -13,6 +13,7 @@ from hotload.clients.access import tls_context
 RELOAD_SECONDS = 1800.0
 CONTROL_SECONDS = 60.0
 HEAD_CHARS = 300
+ANSWER_LIMIT_BYTES = 1 << 20
 
 
 async def call(
@@ -27,26 +28,34 @@ async def call(
 
     Raises:
         EngineAwayError: nobody listens there.
-        EngineError: any other answer than a good one, none in time, or an object with a false
-            `success`.
+        EngineError: any other answer than a good one, one above 1 MiB, none in time, or an object
+            with a false `success`.
     """
     said = f"{method} {path.partition('?')[0]}"
     try:
-        async with httpx.AsyncClient(
-            timeout=timeout_seconds, trust_env=False, verify=tls_context()
-        ) as client:
-            answer = await client.request(method, f"{url.rstrip('/')}{path}", json=body)
+        async with (
+            httpx.AsyncClient(
+                timeout=timeout_seconds, trust_env=False, verify=tls_context()
+            ) as client,
+            client.stream(method, f"{url.rstrip('/')}{path}", json=body) as answer,
+        ):
+            data = bytearray()
+            async for piece in answer.aiter_bytes():
+                data += piece
+                if len(data) > ANSWER_LIMIT_BYTES:
+                    raise EngineError(f"{said}: more than {ANSWER_LIMIT_BYTES} bytes")
     except httpx.ConnectError as error:
         raise EngineAwayError(f"{said}: {error}") from None
     except httpx.HTTPError as error:
         raise EngineError(f"{said}: {type(error).__name__}: {error}") from None
-    head = " ".join(answer.text[:HEAD_CHARS].split())
+    text = data.decode("utf-8", "replace")
+    head = " ".join(text[:HEAD_CHARS].split())
     if not answer.is_success:
         raise EngineError(f"{said}: {answer.status_code}: {head}")
     try:
-        found = json.loads(answer.text)
+        found = json.loads(text)
     except ValueError:
-        return answer.text
+        return text
     if isinstance(found, dict) and found.get("success", True) is not True:
         raise EngineError(f"{said}: {head}")
     return found

@@ -156,6 +156,16 @@ async def test_an_engine_that_is_not_there_is_away() -> None:
         await Vllm("http://127.0.0.1:9").version()
 
 
+async def test_no_answer_fills_the_memory(engine: TinyEngine) -> None:
+    engine.lies = "x" * (2 << 20)
+    with pytest.raises(EngineError, match="GET /weight_info: more than 1048576 bytes"):
+        await Vllm(engine.url).version()
+    printed = f"{sys.executable} -c \"print('x' * (2 << 20) + 'tail')\""
+    version = await DeclaredServer(engine.url, "true", printed).version()
+    assert version is not None
+    assert (len(version) <= 1 << 20, version[-4:]) == (True, "tail")
+
+
 async def test_a_version_that_is_not_told_is_an_error(engine: TinyEngine) -> None:
     engine.refuses = {"/weight_info"}
     with pytest.raises(EngineError, match="GET /weight_info: 500"):

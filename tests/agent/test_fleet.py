@@ -435,6 +435,18 @@ def test_a_door_that_was_killed_knows_everything_again(two: Any) -> None:
     two.check("b")
 
 
+def test_a_damaged_record_stops_no_door(two: Any) -> None:
+    two.publisher.full("a")
+    two.record("a")
+    two.load("a")
+    (record,) = (two.publisher.bucket / "_hotload" / "snapshots").iterdir()
+    record.write_bytes(record.read_bytes()[:-40])
+    two.open_door()
+    assert two.served() == ["a", "a"]
+    assert two.ask("DELETE", LEDGER).status_code == 200
+    wait_until(lambda: two.served() == [None, None])
+
+
 def test_a_quorum_goes_on_without_the_rest(two: Any) -> None:
     _, right = two.agents
     two.open_door("--quorum", "0.5")
