@@ -104,17 +104,21 @@ async def judge(
     )
     try:
         async with asyncio.timeout(rule.timeout_seconds) as limit:
-            verdict = await _ask(rule.gate, snapshot)
-    except Exception as error:  # noqa: BLE001 - whatever a user's function raises lets nothing through
+            return _verdict_of(await _ask(rule.gate, snapshot))
+    # Whatever a user's function raises lets nothing through; a SystemExit would end the door.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         why = describe_exception(error, secret_values(os.environ))
         if isinstance(error, TimeoutError) and limit.expired():
             why = f"no verdict within {rule.timeout_seconds:g} s"
         return GateVerdict(False, f"the gate failed: {why}", False)
-    if isinstance(verdict, GateVerdict):
-        return verdict
-    if verdict is True:
+
+
+def _verdict_of(said: Any) -> GateVerdict:
+    if isinstance(said, GateVerdict):
+        return said
+    if said is True:
         return GateVerdict(True, "")
-    return GateVerdict(False, f"the gate said {verdict!r:.900}", is_about_bytes=verdict is False)
+    return GateVerdict(False, f"the gate said {said!r:.900}", is_about_bytes=said is False)
 
 
 async def _ask(gate: Callable[[CanarySnapshot], Any], snapshot: CanarySnapshot) -> Any:

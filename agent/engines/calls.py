@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import ssl
-from functools import cache
 from typing import Any
 
 import httpx
 
 from agent.engines.reloading import EngineAwayError, EngineError
+from hotload.clients.access import tls_context
 
 RELOAD_SECONDS = 1800.0
 CONTROL_SECONDS = 60.0
 HEAD_CHARS = 300
+ANSWER_LIMIT_BYTES = 1 << 20
 
 
 async def call(
@@ -28,35 +28,37 @@ async def call(
 
     Raises:
         EngineAwayError: nobody listens there.
-        EngineError: any other answer than a good one, none in time, or an object with a false
-            `success`.
+        EngineError: any other answer than a good one, one above 1 MiB, none in time, or an object
+            with a false `success`.
     """
     said = f"{method} {path.partition('?')[0]}"
     try:
-        async with httpx.AsyncClient(
-            timeout=timeout_seconds, trust_env=False, verify=_certificates()
-        ) as client:
-            answer = await client.request(method, f"{url.rstrip('/')}{path}", json=body)
+        async with (
+            httpx.AsyncClient(
+                timeout=timeout_seconds, trust_env=False, verify=tls_context()
+            ) as client,
+            client.stream(method, f"{url.rstrip('/')}{path}", json=body) as answer,
+        ):
+            data = bytearray()
+            async for piece in answer.aiter_bytes():
+                data += piece
+                if len(data) > ANSWER_LIMIT_BYTES:
+                    raise EngineError(f"{said}: more than {ANSWER_LIMIT_BYTES} bytes")
     except httpx.ConnectError as error:
         raise EngineAwayError(f"{said}: {error}") from None
     except httpx.HTTPError as error:
         raise EngineError(f"{said}: {type(error).__name__}: {error}") from None
-    head = " ".join(answer.text[:HEAD_CHARS].split())
+    text = data.decode("utf-8", "replace")
+    head = " ".join(text[:HEAD_CHARS].split())
     if not answer.is_success:
         raise EngineError(f"{said}: {answer.status_code}: {head}")
     try:
-        found = json.loads(answer.text)
+        found = json.loads(text)
     except ValueError:
-        return answer.text
+        return text
     if isinstance(found, dict) and found.get("success", True) is not True:
         raise EngineError(f"{said}: {head}")
     return found
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """Read what every call trusts, once: it takes longer than all the calls of a pause."""
-    return httpx.create_ssl_context(trust_env=False)
 
 
 async def version_at(url: str, path: str) -> str | None:

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 from asyncio.subprocess import PIPE, STDOUT
 from dataclasses import dataclass
 from typing import Any
 
-from agent.engines.calls import HEAD_CHARS, RELOAD_SECONDS, call
+from agent.engines.calls import ANSWER_LIMIT_BYTES, HEAD_CHARS, RELOAD_SECONDS, call
 from agent.engines.reloading import EngineError, Reload
+from hotload.clients.redaction import redact
 from hotload.publish.fireworks_api import hint_body
+from hotload.sampling.reward.user_errors import secret_values
 
 METHODS = ("GET", "POST", "PUT")
+PIECE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +86,23 @@ def _parse(declared: str) -> tuple[str, str, Any]:
 
 
 async def _run(words: list[str]) -> str:
-    """Run a command to its end; what it printed."""
-    process = None
+    """Run a command to its end; the last of what it printed, at most 1 MiB."""
+    process, printed = None, b""
     try:
         async with asyncio.timeout(RELOAD_SECONDS):
             process = await asyncio.create_subprocess_exec(*words, stdout=PIPE, stderr=STDOUT)
-            printed, _ = await process.communicate()
+            assert process.stdout is not None
+            while piece := await process.stdout.read(PIECE_BYTES):
+                printed = (printed + piece)[-ANSWER_LIMIT_BYTES:]
+            await process.wait()
     except (OSError, TimeoutError) as error:
         raise EngineError(f"{words[0]}: {type(error).__name__}: {error}") from None
     finally:
         if process is not None and process.returncode is None:
             process.kill()
     text = printed.decode("utf-8", "replace")
-    if process.returncode:
-        head = " ".join(text[-HEAD_CHARS:].split())
-        raise EngineError(f"{words[0]}: exit status {process.returncode}: {head}")
+    if process.returncode:  # reports are read without a key
+        tail = redact(text, secret_values(os.environ))[-HEAD_CHARS:]
+        said = " ".join(tail.split())
+        raise EngineError(f"{words[0]}: exit status {process.returncode}: {said}")
     return text
