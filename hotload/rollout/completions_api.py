@@ -210,6 +210,13 @@ class Answer:
         self.replica: str | None = None
         self.response_id: str | None = None
 
+    @property
+    def received(self) -> int:
+        """How much has come so far, in pieces of text and tokens: grows while the server answers,
+        whatever else it sends meanwhile."""
+        said = len(self._texts) + len(self._reasoning) + sum(map(len, self._arguments.values()))
+        return said + len(self.sampling_logprobs) + len(self._raw_ids) + bool(self.finish_reason)
+
     def add(self, *chunks: Any) -> Failure | None:
         """Take decoded chunks in; the failure, if one of them is or carries an error."""
         spell = self.reading.spell

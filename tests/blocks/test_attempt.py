@@ -84,8 +84,11 @@ async def test_an_answer_may_take_long_as_long_as_it_goes_on(
     answer, cause = await answered(monkeypatch, *slow, end, silence_seconds=3)
     assert len(answer.sampling_logprobs) == 20
     assert cause is Cause.MISSING_TOKEN_IDS  # read to its end; its prompt was never told
-    _, cause = await answered(monkeypatch, token(1, "a"), *[PING] * 4, GOOD, silence_seconds=3)
-    assert cause is Cause.TIMEOUT
+    empty = event({"model": MODEL, "choices": []})
+    for nothing in (PING, empty):
+        pieces = [token(1, "a"), *[nothing] * 4, GOOD]
+        _, cause = await answered(monkeypatch, *pieces, silence_seconds=3)
+        assert cause is Cause.TIMEOUT
 
 
 @pytest.mark.parametrize("status", [200, 500])

@@ -95,17 +95,17 @@ async def _read(
         if size_bytes > limit_bytes:
             detail = f"more than {limit_bytes} bytes"
             return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
-        count = 0 if chunks is None else chunks.count
+        before = answer.received
         if chunks is None:
             plain.append(piece)
         elif failure := chunks.feed(piece):
             return failure
-        # A server that hangs may go on sending heartbeats, or a whole answer byte by byte.
+        # A server that hangs may go on sending heartbeats, empty chunks, or single bytes.
         now = monotonic()
-        if chunks is not None and chunks.count > count:
+        if answer.received > before:
             progress_at = now
         elif now - progress_at > sampling.sample_timeout:
-            detail = "heartbeats and nothing else" if chunks else "not whole in time"
+            detail = "nothing of an answer" if chunks else "not whole in time"
             return Failure(Action.RETRY, Cause.TIMEOUT, None, detail)
     if chunks is not None:
         failure = chunks.end()
@@ -127,8 +127,6 @@ class Chunks:
     """
 
     def __init__(self, answer: completions_api.Answer) -> None:
-        self.count = 0
-        """Chunks taken in."""
         self._answer = answer
         self._events: completions_api.EventStream | None = None
         self._tail = b""
@@ -152,7 +150,6 @@ class Chunks:
             failure = _take(name, data, self._answer)
             if failure is not None:
                 return failure
-            self.count += name not in completions_api.HEARTBEAT_EVENTS
         return None
 
     def end(self) -> Failure | None:
@@ -176,7 +173,6 @@ class Chunks:
             return None, False
         if len(chunks) != count:
             return None, False
-        self.count += count
         failure = self._answer.add(*chunks)
         self._answer.is_done |= is_done
         return failure, True
