@@ -68,6 +68,7 @@ async def serve_node(name: str, work_dir: Path) -> None:
     await runner.aadd_flow(
         work_on_share, name=name, tags=["hotload"], parameters={"work_dir": str(work_dir)}
     )
+    print(f"node {name}: takes what cycles place on it; Ctrl-C ends it", flush=True)
     await runner.start()
 
 
