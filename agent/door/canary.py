@@ -21,7 +21,14 @@ from typing import Any
 from agent.door.gate_verdict import GateVerdict
 from agent.door.seen import SeenAgent
 from agent.fleet.state import FleetEvent
-from hotload.sampling.reward.user_errors import describe_exception, secret_values
+from hotload.clients.redaction import redact
+from hotload.sampling.reward.user_errors import (
+    describe_exception,
+    replace_surrogates,
+    secret_values,
+)
+
+VERDICT_CHARS = 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,25 +116,44 @@ async def judge(
         why = describe_exception(error, secret_values(os.environ))
         if isinstance(error, TimeoutError) and limit.expired():
             why = f"no verdict within {rule.timeout_seconds:g} s"
-        return GateVerdict(False, f"the gate failed: {why}", False)
+        return GateVerdict(False, f"the gate failed: {replace_surrogates(why)}", False)
     if isinstance(verdict, GateVerdict):
         return verdict
     if verdict is True:
-        return GateVerdict(True, "")
-    return GateVerdict(False, f"the gate said {verdict!r:.900}", is_about_bytes=verdict is False)
+        return GateVerdict(True, "the gate said True")
+    return GateVerdict(False, f"the gate said {_shown(verdict)}", is_about_bytes=verdict is False)
+
+
+def _shown(verdict: object) -> str:
+    """Show what a gate returned, without secrets; its text is a user's code, too."""
+    try:
+        text = repr(verdict)
+    except Exception:  # noqa: BLE001
+        text = f"a {type(verdict).__name__} that cannot be shown"
+    return replace_surrogates(redact(text, secret_values(os.environ))[:VERDICT_CHARS])
 
 
 async def _ask(gate: Callable[[CanarySnapshot], Any], snapshot: CanarySnapshot) -> Any:
-    """Call a gate in a thread of its own, which is left behind where it never ends."""
+    """Call a gate in a thread of its own, which is left behind where it never ends. One that exits
+    has raised: the door goes on."""
     answer: Future[Any] = Future()
 
     def call() -> None:
         with suppress(InvalidStateError):  # given up meanwhile
             try:
                 answer.set_result(gate(snapshot))
-            except BaseException as error:  # noqa: BLE001 - the caller's to judge
+            except Exception as error:  # noqa: BLE001 - the caller's to judge
                 answer.set_exception(error)
+            except BaseException as error:  # noqa: BLE001 - it would end whoever awaits it
+                answer.set_exception(_ended(error))
 
     Thread(target=call, name="gate", daemon=True).start()
     verdict = await asyncio.wrap_future(answer)
-    return await verdict if inspect.isawaitable(verdict) else verdict
+    try:
+        return await verdict if inspect.isawaitable(verdict) else verdict
+    except SystemExit as error:
+        raise _ended(error) from None
+
+
+def _ended(error: BaseException) -> RuntimeError:
+    return RuntimeError(describe_exception(error, ()))

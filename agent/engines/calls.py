@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 from functools import cache
@@ -13,6 +14,7 @@ from agent.engines.reloading import EngineAwayError, EngineError
 
 RELOAD_SECONDS = 1800.0
 CONTROL_SECONDS = 60.0
+ANSWER_LIMIT_BYTES = 16 << 20  # a load may be told tensor by tensor
 HEAD_CHARS = 300
 
 
@@ -28,26 +30,35 @@ async def call(
 
     Raises:
         EngineAwayError: nobody listens there.
-        EngineError: any other answer than a good one, none in time, or an object with a false
-            `success`.
+        EngineError: any other answer than a good one, not all of it in time, one above 16 MiB, or
+            an object with a false `success`.
     """
     said = f"{method} {path.partition('?')[0]}"
     try:
-        async with httpx.AsyncClient(
-            timeout=timeout_seconds, trust_env=False, verify=_certificates()
-        ) as client:
-            answer = await client.request(method, f"{url.rstrip('/')}{path}", json=body)
+        async with (
+            asyncio.timeout(timeout_seconds),
+            httpx.AsyncClient(timeout=None, trust_env=False, verify=_certificates()) as client,
+            client.stream(method, f"{url.rstrip('/')}{path}", json=body) as answer,
+        ):
+            data = bytearray()
+            async for piece in answer.aiter_bytes():
+                data += piece
+                if len(data) > ANSWER_LIMIT_BYTES:
+                    raise EngineError(f"{said}: answers more than {ANSWER_LIMIT_BYTES} bytes")
+    except TimeoutError:
+        raise EngineError(f"{said}: no whole answer within {timeout_seconds:g} s") from None
     except httpx.ConnectError as error:
         raise EngineAwayError(f"{said}: {error}") from None
     except httpx.HTTPError as error:
         raise EngineError(f"{said}: {type(error).__name__}: {error}") from None
-    head = " ".join(answer.text[:HEAD_CHARS].split())
+    text = data.decode("utf-8", "replace")
+    head = " ".join(text[:HEAD_CHARS].split())
     if not answer.is_success:
         raise EngineError(f"{said}: {answer.status_code}: {head}")
     try:
-        found = json.loads(answer.text)
-    except ValueError:
-        return answer.text
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
     if isinstance(found, dict) and found.get("success", True) is not True:
         raise EngineError(f"{said}: {head}")
     return found
