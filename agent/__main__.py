@@ -24,7 +24,7 @@ from agent.engines.transformers_serve import TransformersServe
 from agent.engines.vllm import Vllm
 from agent.fleet.addresses import Addresses
 from agent.fleet.log import FleetLog
-from agent.fleet.settings import add_names, address, duration, positive_count
+from agent.fleet.settings import add_names, address, positive_count, time_span
 from agent.fleet.state import NAME
 from agent.loading.bucket import SnapshotBucket
 from agent.server import LOOPBACK, add_address, serve_app
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--peers", metavar="HOST:PORT", help="a name in the DNS that all of them answer to")
     add_address(parser)
-    add("--poll-seconds", type=duration, default=2.0, help="between two looks (%(default)s)")
+    add("--poll-seconds", type=time_span, default=2.0, help="between two looks (%(default)s)")
     add(
         "--workers",
         type=positive_count,

@@ -62,7 +62,7 @@ def address(text: str) -> str:
         raise ArgumentTypeError(str(error)) from None
 
 
-def duration(text: str) -> float:
+def time_span(text: str) -> float:
     """Parse a time in seconds, more than none."""
     found = float(text)
     if not (math.isfinite(found) and found > 0):
