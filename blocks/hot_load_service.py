@@ -51,6 +51,8 @@ class HotLoadService(Block):
     @model_validator(mode="after")
     def _agents_are_complete(self) -> Self:
         if not self.agents:
+            if self.quorum != 1:
+                raise ValueError("quorum: it is of agents; a door has its own, `--quorum`")
             return self
         if self.store is None:
             raise ValueError("agents: they follow a store; name it in `store`")

@@ -155,7 +155,7 @@ async def wait_until_ready(
                 logger.info(detail)
                 return Convergence(seen.ready_count, tuple(trace), status.by_replica)
             if seen.verdict is Verdict.FAILED:
-                # No known field carries the cause, so the replica is shown as it is.
+                # No field of a vendor is known to carry the cause: the replica is shown as it is.
                 logger.warning(status.failed(manifest.identity)[0].raw)
                 if (refusal := status.refused.get(manifest.identity)) is not None:
                     raise SnapshotRejectedError("wait", None, refusal)

@@ -15,6 +15,7 @@ from agent.beside.peers import Peers
 from agent.beside.seal import read_seal, seal
 from agent.engines.reloading import EngineAwayError, EngineError, Reload, ReloadingEngine
 from agent.fleet.report import AgentReport
+from agent.fleet.state import REASON_CHARS
 from agent.loading.bucket import BucketError, MissingObjectError, SnapshotBucket
 from agent.loading.disk import Disk, Load
 from agent.loading.loader import Loader
@@ -85,9 +86,9 @@ class EngineReplica(Loader):
             stage=self.stage,
             target=self.target or None,
             content_sha256=self._content,
-            error=(self.error or self.trouble)[:2000],
+            error=(self.error or self.trouble)[:REASON_CHARS],
             serves=self._serves,
-            remark=self.remark[:2000],
+            remark=self.remark[:REASON_CHARS],
         )
 
     async def come_up(self) -> None:

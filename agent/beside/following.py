@@ -19,10 +19,15 @@ class Following:
     def __init__(self, replica: EngineReplica, log: FleetLog, poll_seconds: float) -> None:
         self.replica, self._log, self._poll_seconds = replica, log, poll_seconds
         self._news = asyncio.Event()
+        self._canary: str | None = None
 
     def look(self) -> None:
         """Look now, and not when the time has come."""
         self._news.set()
+
+    def stands_by(self, identity: str) -> bool:
+        """Tell whether a snapshot is loaded by canaries, and not here before it is released."""
+        return identity == self._canary
 
     async def follow(self) -> None:
         """Follow the log. What may pass is tried again at the next look, and waits for no news."""
@@ -40,6 +45,9 @@ class Following:
                 self.replica.remark = self._log.remark(state)
                 if self.replica.remark not in ("", before):
                     logger.warning("%s: %s", self.replica.name, self.replica.remark)
+                canary = state.canary
+                is_mine = canary is None or self.replica.name in canary.canaries
+                self._canary = None if is_mine or canary is None else canary.identity
                 self.replica.catch_up(state.chain_for(self.replica.name))
             await self.replica.look_at_engine()
             with suppress(TimeoutError):

@@ -95,6 +95,8 @@ def offer(peers: Peers, following: Following) -> Route:
         news.listen()
         end = time.monotonic() + (0 if "now" in request.query_params else HELD_SECONDS)
         while (path := disk.offered(identity, file)) is None:
+            if following.stands_by(identity):
+                return refuse(Reply.GONE)
             if (left := end - time.monotonic()) <= 0:
                 return refuse(Reply.COMING if disk.is_coming(identity, file) else Reply.UNKNOWN)
             with suppress(TimeoutError):

@@ -25,6 +25,7 @@ from urllib.parse import quote
 import aiohttp
 
 from agent.fleet.addresses import Addresses
+from hotload.clients.access import tls_context
 from hotload.records import FileDigest
 
 FILES_PATH = "/agent/files"
@@ -33,7 +34,7 @@ NOW = "?now"  # what is not there yet is not waited for
 CONNECT_SECONDS, STALL_SECONDS = 2.0, 5.0
 # One peer may let a file wait, or take to send it, for that long and a second for so many bytes.
 PATIENCE_SECONDS, BYTES_A_SECOND = 10.0, 5_000_000
-START_SECONDS = 3.0  # until a peer that is to load the same has heard of it
+START_SECONDS = 10.0  # until a peer that is to load the same has heard of it
 ASIDE_SECONDS = 60.0  # for which a peer that failed is not asked
 ASKED_AT_ONCE = 16
 CHUNK_BYTES = 1 << 20
@@ -90,7 +91,7 @@ class Peers:
             headers=headers,
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            connector=aiohttp.TCPConnector(limit=ASKED_AT_ONCE),
+            connector=aiohttp.TCPConnector(limit=ASKED_AT_ONCE, ssl=tls_context()),
             read_bufsize=CHUNK_BYTES // 4,
         ) as session:
             yield Asking(self, session, identity, await self.addresses.all())
@@ -144,11 +145,12 @@ class Asking:
                 if answer is Reply.TAKEN:
                     return True
                 end = end or since + 2 * patience(file.size_bytes)
-            if self._peers.is_own(url):  # who joins late may find it with the next all the same
-                later = next(filter(self._may_have, order[number + 1 :]), None)
-                if later is None:
-                    return False
-                return (await self._wait(later, file, target, is_owner=True))[0] is Reply.TAKEN
+            if self._peers.is_own(url):  # who comes after canaries, or late, finds it all the same
+                for later in filter(self._may_have, order[number + 1 :][:ASKED_AT_ONCE]):
+                    answer, _ = await self._wait(later, file, target, is_owner=True)
+                    if answer is Reply.TAKEN:
+                        return True
+                return False
             if end and time.monotonic() > end:
                 break
         return False

@@ -67,11 +67,20 @@ class AgentFleet:
             state = await self._log.read()
             for identity in {one.report.current for one in seen} - {None, *self._contents}:
                 if identity is not None and state.ledger.get(identity):
-                    manifest = await read_snapshot_manifest(self._store, identity)
-                    self._contents[identity] = manifest.content.sha256 if manifest else None
+                    await self._learn(identity)
         except StoreError as error:
             raise RefusedError(503, f"the store: {error}") from None
         return state, doubt(seen, state, self._contents)
+
+    async def _learn(self, identity: str) -> None:
+        try:
+            manifest = await read_snapshot_manifest(self._store, identity)
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:  # held to its neighbours, as without one
+            logger.warning("%s: %s", identity, error)
+            return
+        self._contents[identity] = manifest.content.sha256 if manifest else None
 
     def remark(self, state: FleetState) -> str:
         """Say what a person should know of the log; empty where there is nothing."""

@@ -101,4 +101,6 @@ async def _watch(fleet: AgentFleet, rule: CanaryRule) -> None:
             await fleet.watch_canary(rule)
         except RefusedError as error:
             logger.warning("canary: %s", error)
+        except Exception:  # a canary that nobody watches would wait for ever
+            logger.exception("canary: a defect of the door; it is looked at again")
         await asyncio.sleep(WATCH_SECONDS)

@@ -111,49 +111,43 @@ async def judge(
     )
     try:
         async with asyncio.timeout(rule.timeout_seconds) as limit:
-            verdict = await _ask(rule.gate, snapshot)
-    except Exception as error:  # noqa: BLE001 - whatever a user's function raises lets nothing through
+            return _verdict_of(await _ask(rule.gate, snapshot))
+    # Whatever a user's function raises lets nothing through; a SystemExit would end the door.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         why = describe_exception(error, secret_values(os.environ))
         if isinstance(error, TimeoutError) and limit.expired():
             why = f"no verdict within {rule.timeout_seconds:g} s"
         return GateVerdict(False, f"the gate failed: {replace_surrogates(why)}", False)
-    if isinstance(verdict, GateVerdict):
-        return verdict
-    if verdict is True:
+
+
+def _verdict_of(said: Any) -> GateVerdict:
+    if isinstance(said, GateVerdict):
+        return said
+    if said is True:
         return GateVerdict(True, "the gate said True")
-    return GateVerdict(False, f"the gate said {_shown(verdict)}", is_about_bytes=verdict is False)
+    return GateVerdict(False, f"the gate said {_shown(said)}", is_about_bytes=said is False)
 
 
-def _shown(verdict: object) -> str:
+def _shown(said: object) -> str:
     """Show what a gate returned, without secrets; its text is a user's code, too."""
     try:
-        text = repr(verdict)
+        text = repr(said)
     except Exception:  # noqa: BLE001
-        text = f"a {type(verdict).__name__} that cannot be shown"
+        text = f"a {type(said).__name__} that cannot be shown"
     return replace_surrogates(redact(text, secret_values(os.environ))[:VERDICT_CHARS])
 
 
 async def _ask(gate: Callable[[CanarySnapshot], Any], snapshot: CanarySnapshot) -> Any:
-    """Call a gate in a thread of its own, which is left behind where it never ends. One that exits
-    has raised: the door goes on."""
+    """Call a gate in a thread of its own, which is left behind where it never ends."""
     answer: Future[Any] = Future()
 
     def call() -> None:
         with suppress(InvalidStateError):  # given up meanwhile
             try:
                 answer.set_result(gate(snapshot))
-            except Exception as error:  # noqa: BLE001 - the caller's to judge
+            except BaseException as error:  # noqa: BLE001 - the caller's to judge
                 answer.set_exception(error)
-            except BaseException as error:  # noqa: BLE001 - it would end whoever awaits it
-                answer.set_exception(_ended(error))
 
     Thread(target=call, name="gate", daemon=True).start()
     verdict = await asyncio.wrap_future(answer)
-    try:
-        return await verdict if inspect.isawaitable(verdict) else verdict
-    except SystemExit as error:
-        raise _ended(error) from None
-
-
-def _ended(error: BaseException) -> RuntimeError:
-    return RuntimeError(describe_exception(error, ()))
+    return await verdict if inspect.isawaitable(verdict) else verdict

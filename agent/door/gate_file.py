@@ -20,6 +20,7 @@ OF_A_ROLLOUT = {
     "groups",
     "include_routing_matrix",
     "max_head_offpolicy_versions",
+    "nodes",
     "problems_per_task",
     "processes",
 }

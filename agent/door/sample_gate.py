@@ -83,7 +83,8 @@ class SampleGate:
                 self._sample(snapshot.servers, snapshot.identity, scorer),
                 self._sample(snapshot.other_servers, snapshot.served_before or BASE, scorer),
             )
-        return judge_samples(self.spec.limits, canaries, rest)
+        # Millions of tokens may be compared: meanwhile the door has to answer.
+        return await asyncio.to_thread(judge_samples, self.spec.limits, canaries, rest)
 
     async def _sample(self, servers: Sequence[str], identity: str, scorer: Scorer) -> SampledSide:
         """Sample and score every problem by one of the servers; what is under way when too many

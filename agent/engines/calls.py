@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
-from functools import cache
 from typing import Any
 
 import httpx
 
 from agent.engines.reloading import EngineAwayError, EngineError
+from hotload.clients.access import tls_context
 
 RELOAD_SECONDS = 1800.0
 CONTROL_SECONDS = 60.0
-ANSWER_LIMIT_BYTES = 16 << 20  # a load may be told tensor by tensor
 HEAD_CHARS = 300
+ANSWER_LIMIT_BYTES = 1 << 20
 
 
 async def call(
@@ -30,21 +29,21 @@ async def call(
 
     Raises:
         EngineAwayError: nobody listens there.
-        EngineError: any other answer than a good one, not all of it in time, one above 16 MiB, or
+        EngineError: any other answer than a good one, one above 1 MiB, not all of it in time, or
             an object with a false `success`.
     """
     said = f"{method} {path.partition('?')[0]}"
     try:
         async with (
             asyncio.timeout(timeout_seconds),
-            httpx.AsyncClient(timeout=None, trust_env=False, verify=_certificates()) as client,
+            httpx.AsyncClient(timeout=None, trust_env=False, verify=tls_context()) as client,
             client.stream(method, f"{url.rstrip('/')}{path}", json=body) as answer,
         ):
             data = bytearray()
             async for piece in answer.aiter_bytes():
                 data += piece
                 if len(data) > ANSWER_LIMIT_BYTES:
-                    raise EngineError(f"{said}: answers more than {ANSWER_LIMIT_BYTES} bytes")
+                    raise EngineError(f"{said}: more than {ANSWER_LIMIT_BYTES} bytes")
     except TimeoutError:
         raise EngineError(f"{said}: no whole answer within {timeout_seconds:g} s") from None
     except httpx.ConnectError as error:
@@ -62,12 +61,6 @@ async def call(
     if isinstance(found, dict) and found.get("success", True) is not True:
         raise EngineError(f"{said}: {head}")
     return found
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """Read what every call trusts, once: it takes longer than all the calls of a pause."""
-    return httpx.create_ssl_context(trust_env=False)
 
 
 async def version_at(url: str, path: str) -> str | None:

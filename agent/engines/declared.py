@@ -10,18 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 from asyncio.subprocess import PIPE, STDOUT
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from agent.engines.calls import CONTROL_SECONDS, HEAD_CHARS, RELOAD_SECONDS, call
+from agent.engines.calls import (
+    ANSWER_LIMIT_BYTES,
+    CONTROL_SECONDS,
+    HEAD_CHARS,
+    RELOAD_SECONDS,
+    call,
+)
 from agent.engines.reloading import EngineError, Reload
+from hotload.clients.redaction import redact
 from hotload.publish.fireworks_api import hint_body
+from hotload.sampling.reward.user_errors import secret_values
 
 METHODS = ("GET", "POST", "PUT")
 END_SECONDS = 1.0  # for a command that was killed to be gone
+PIECE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +100,16 @@ def _parse(declared: str) -> tuple[str, str, Any]:
 
 
 async def _run(words: list[str], seconds: float) -> str:
-    """Run a command to its end, which has to come in time; what it printed."""
-    process = None
+    """Run a command to its end, which has to come in time; the last of what it printed, at most
+    1 MiB."""
+    process, printed = None, b""
     try:
         async with asyncio.timeout(seconds):
             process = await asyncio.create_subprocess_exec(*words, stdout=PIPE, stderr=STDOUT)
-            printed, _ = await process.communicate()
+            assert process.stdout is not None
+            while piece := await process.stdout.read(PIECE_BYTES):
+                printed = (printed + piece)[-ANSWER_LIMIT_BYTES:]
+            await process.wait()
     except (OSError, TimeoutError) as error:
         raise EngineError(f"{words[0]}: {type(error).__name__}: {error}") from None
     finally:
@@ -105,7 +119,8 @@ async def _run(words: list[str], seconds: float) -> str:
                 async with asyncio.timeout(END_SECONDS):
                     await process.wait()
     text = printed.decode("utf-8", "replace")
-    if process.returncode:
-        head = " ".join(text[-HEAD_CHARS:].split())
-        raise EngineError(f"{words[0]}: exit status {process.returncode}: {head}")
+    if process.returncode:  # reports are read without a key
+        tail = redact(text, secret_values(os.environ))[-HEAD_CHARS:]
+        said = " ".join(tail.split())
+        raise EngineError(f"{words[0]}: exit status {process.returncode}: {said}")
     return text

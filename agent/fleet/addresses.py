@@ -21,12 +21,14 @@ class Addresses:
         """Check both.
 
         Raises:
-            ValueError: no address, or a name without a port.
+            ValueError: no address, or a name that is not HOST:PORT.
         """
         for url in self.listed:
             check_origin(url)
-        if self.name is not None and not self.name.rpartition(":")[2].isdigit():
-            raise ValueError(f"{self.name}: expected HOST:PORT")
+        if self.name is not None:
+            host, _, port = self.name.rpartition(":")
+            if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+                raise ValueError(f"{self.name}: expected HOST:PORT")
 
     async def all(self) -> list[str]:
         """List them now, each once; a name that is not known at the moment has none."""

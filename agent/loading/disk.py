@@ -21,6 +21,8 @@ from hotload.directory.shards import apply_file
 from hotload.errors import DeltaError
 from hotload.identity import SnapshotKind
 
+PLACES = ("arriving", "merging", "held")
+"""Below a replica's directory, each with a directory for a snapshot; nothing else is removed."""
 Transition = Literal["ASYNC", "SYNC"]
 
 
@@ -101,10 +103,11 @@ class Disk:
         return kept
 
     def forget_others(self, *kept: Path | None) -> None:
-        """Remove everything but the directories given."""
-        for path in self._directory.glob("*/*"):
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+        """Remove every snapshot but the directories given."""
+        for place in PLACES:  # what a link beside them leads to may be a base model of a user's
+            for path in (self._directory / place).glob("*"):
+                if path not in kept:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def discard(self, load: Load) -> None:
         """Remove what arrived of a load that failed."""

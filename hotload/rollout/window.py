@@ -361,7 +361,7 @@ class SharedWindow(Window):
 
     def share(self, count: int) -> list[int]:
         """Share the slots there are now out between so many places."""
-        return [self.size // count + (number < self.size % count) for number in range(count)]
+        return _deal(self.size, count)
 
 
 def divide_window(
@@ -371,7 +371,7 @@ def divide_window(
     together."""
 
     def dealt(slots: int) -> list[int]:
-        return [max(1, slots // count + (number < slots % count)) for number in range(count)]
+        return [max(1, share) for share in _deal(slots, count)]
 
     first = min(spec.initial_window or WINDOW_PER_REPLICA * (replica_count or 1), WINDOW_LIMIT)
     sizes = zip(dealt(first), dealt(spec.min_window), dealt(spec.max_window), strict=True)
@@ -379,3 +379,8 @@ def divide_window(
         spec.model_copy(update={"initial_window": initial, "min_window": least, "max_window": most})
         for initial, least, most in sizes
     ]
+
+
+def _deal(slots: int, count: int) -> list[int]:
+    """Deal slots out into so many shares, as equal as whole numbers are."""
+    return [slots // count + (number < slots % count) for number in range(count)]

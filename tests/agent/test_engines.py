@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.engines import calls, declared
+from agent.engines import declared
 from agent.engines.calls import call
 from agent.engines.declared import DeclaredServer
 from agent.engines.reloading import EngineAwayError, EngineError, Reload
@@ -120,6 +120,16 @@ async def test_transformers_forgets_and_loads_again(engine: TinyEngine, weights:
     assert (serve.tells_version, await serve.version()) == (False, None)
 
 
+async def test_what_a_command_prints_is_told_without_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_API_KEY", "abcdefgh-secret")
+    script = "import os; raise SystemExit('no engine takes ' + os.environ['ENGINE_API_KEY'])"
+    failing = DeclaredServer("", f'{sys.executable} -c "{script}"')
+    with pytest.raises(EngineError, match=r"exit status 1: no engine takes \*+$"):
+        await failing.reload(Reload(tmp_path, "run-1"))
+
+
 async def test_a_command_gets_directory_and_name(tmp_path: Path) -> None:
     script = "import sys; open(sys.argv[1], 'w').write(' '.join(sys.argv[2:]))"
     told = tmp_path / "told"
@@ -149,19 +159,28 @@ async def test_an_engine_that_is_not_there_is_away() -> None:
         await Vllm("http://127.0.0.1:9").version()
 
 
+async def test_no_answer_fills_the_memory(engine: TinyEngine) -> None:
+    engine.lies = "x" * (2 << 20)
+    with pytest.raises(EngineError, match="GET /weight_info: more than 1048576 bytes"):
+        await Vllm(engine.url).version()
+    printed = f"{sys.executable} -c \"print('x' * (2 << 20) + 'tail')\""
+    version = await DeclaredServer(engine.url, "true", printed).version()
+    assert version is not None
+    assert (len(version) <= 1 << 20, version[-4:]) == (True, "tail")
+
+
 async def test_a_version_that_is_not_told_is_an_error(engine: TinyEngine) -> None:
     engine.refuses = {"/weight_info"}
     with pytest.raises(EngineError, match="GET /weight_info: 500"):
         await Vllm(engine.url).version()
 
 
-async def test_an_answer_has_an_end_in_time_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_has_an_end_in_time_and_in_bytes() -> None:
     async with endless(b" ", 0.01) as url:
         with pytest.raises(EngineError, match=r"GET /health: no whole answer within 0\.5 s"):
             await call(url, "GET", "/health", timeout_seconds=0.5)
-    monkeypatch.setattr(calls, "ANSWER_LIMIT_BYTES", 1 << 20)
     async with endless(b" " * 65536, 0) as url:
-        with pytest.raises(EngineError, match="answers more than 1048576 bytes"):
+        with pytest.raises(EngineError, match="more than 1048576 bytes"):
             await call(url, "GET", "/health")
 
 

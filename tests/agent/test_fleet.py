@@ -71,7 +71,8 @@ def test_a_late_joiner_replays_the_chain_and_tells_its_engine_once(two: Any) -> 
     assert told == ["c"]
 
 
-def test_an_agent_killed_in_an_apply_goes_on_when_it_is_started_again(two: Any) -> None:
+def kill_while_its_engine_reads(two: Any) -> Any:
+    """Leave the left agent killed, and its engine held after the first shard of `b`."""
     left, _ = two.agents
     two.publisher.full("a")
     two.load("a")
@@ -81,6 +82,11 @@ def test_an_agent_killed_in_an_apply_goes_on_when_it_is_started_again(two: Any) 
     assert two.signal("b", "a").status_code == 200
     assert left.engine.asked.wait(60)  # merged, and the engine is at it
     left.kill()
+    return left
+
+
+def test_an_agent_killed_in_an_apply_goes_on_when_it_is_started_again(two: Any) -> None:
+    left = kill_while_its_engine_reads(two)
     wait_until(lambda: two.served()[1] == "b")
     assert two.served()[0] == "not ready"
     left.engine.holds.set()
@@ -93,15 +99,7 @@ def test_an_agent_killed_in_an_apply_goes_on_when_it_is_started_again(two: Any) 
 
 
 def test_an_agent_killed_while_its_engine_reads_turns_no_link_under_it(two: Any) -> None:
-    left, _ = two.agents
-    two.publisher.full("a")
-    two.load("a")
-    two.publisher.delta("b", "a")
-    left.engine.holds.clear()
-    left.engine.asked.clear()
-    assert two.signal("b", "a").status_code == 200
-    assert left.engine.asked.wait(60)  # it has read one shard
-    left.kill()
+    left = kill_while_its_engine_reads(two)
     told = len(left.engine.calls)
     left.start()
     link = left.directory / "current"
@@ -115,24 +113,16 @@ def test_an_agent_killed_while_its_engine_reads_turns_no_link_under_it(two: Any)
     wait_until(lambda: [path.name for path in (left.directory / "held").iterdir()] == ["b"])
 
 
-def kill_while_its_engine_reads(two: Any) -> None:
+def kill_before_it_hears_of_a_reload(two: Any) -> Any:
     """Leave the left agent killed, and its engine with a reload of `b` that has just ended."""
-    left, _ = two.agents
-    two.publisher.full("a")
-    two.load("a")
-    two.publisher.delta("b", "a")
-    left.engine.holds.clear()
-    left.engine.asked.clear()
-    assert two.signal("b", "a").status_code == 200
-    assert left.engine.asked.wait(60)
-    left.kill()
+    left = kill_while_its_engine_reads(two)
     left.engine.holds.set()
     wait_until(lambda: left.engine.version == "b")
+    return left
 
 
 def test_a_reload_that_was_begun_and_is_refused_the_second_time_is_an_error(two: Any) -> None:
-    kill_while_its_engine_reads(two)
-    left, _ = two.agents
+    left = kill_before_it_hears_of_a_reload(two)
     left.engine.refuses, left.engine.refusals_left = {"/reload"}, 1
     left.start()
     wait_until(lambda: two.states()[0] == ("error", "b"))
@@ -141,8 +131,7 @@ def test_a_reload_that_was_begun_and_is_refused_the_second_time_is_an_error(two:
 
 
 def test_what_was_not_sealed_before_the_machine_started_anew_is_loaded_again(two: Any) -> None:
-    kill_while_its_engine_reads(two)
-    left, _ = two.agents
+    left = kill_before_it_hears_of_a_reload(two)
     (left.directory / "telling").write_text("another start of the machine")
     left.start()
     wait_until(lambda: two.served() == ["b", "b"])
@@ -474,6 +463,18 @@ def test_a_door_that_was_killed_knows_everything_again(two: Any) -> None:
     two.check("b")
 
 
+def test_a_damaged_record_stops_no_door(two: Any) -> None:
+    two.publisher.full("a")
+    two.record("a")
+    two.load("a")
+    (record,) = (two.publisher.bucket / "_hotload" / "snapshots").iterdir()
+    record.write_bytes(record.read_bytes()[:-40])
+    two.open_door()
+    assert two.served() == ["a", "a"]
+    assert two.ask("DELETE", LEDGER).status_code == 200
+    wait_until(lambda: two.served() == [None, None])
+
+
 def test_a_quorum_goes_on_without_the_rest(two: Any) -> None:
     _, right = two.agents
     two.open_door("--quorum", "0.5")
@@ -500,6 +501,22 @@ def test_a_reset_brings_base_weights_back(two: Any) -> None:
     two.publisher.full("c", seed=6)
     two.load("c")
     two.check("c")
+
+
+def test_a_base_model_keeps_its_directories(two: Any) -> None:
+    left, _ = two.agents
+    kept = [two.publisher.base / "original" / "params.json", left.directory / "other" / "x" / "y"]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    two.publisher.full("a")
+    two.load("a")
+    assert two.ask("DELETE", LEDGER).status_code == 200
+    wait_until(lambda: two.served() == [None, None])
+    left.kill()
+    left.start()
+    wait_until(lambda: two.served() == [None, None])
+    assert [path.exists() for path in kept] == [True, True]
 
 
 def gate(snapshot: Any) -> bool:

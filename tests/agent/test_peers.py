@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import threading
 import uuid
 from collections import Counter
@@ -17,6 +18,7 @@ import boto3
 import httpx
 import pytest
 
+from agent.door.canary import CanarySnapshot
 from benchmarks.counting_proxy import counting_proxy
 from tests.agent.conftest import Place
 from tests.servers import BUCKET, StoreServer
@@ -24,6 +26,12 @@ from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 KEY = "the-key-of-this-site"
+
+
+def is_released(snapshot: CanarySnapshot) -> bool:
+    """Wait, in a door's process, for the test's word."""
+    wait_until(Path(os.environ["GATE"]).exists)
+    return True
 
 
 class Site:
@@ -254,6 +262,27 @@ def test_a_bad_peer_costs_time_and_no_truth(site: Site, answering: Answering) ->
     assert asked
     if answering is not promises:  # whom two wait for in vain, both read for themselves
         assert set(site.reads("a")) == {1}
+
+
+def test_who_waits_for_a_canary_says_that_its_snapshot_is_not_there(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = site.place.root / "gate"
+    monkeypatch.setenv("GATE", str(verdict))
+    site.start("a", "b", "c", "d")  # by whose order canaries are chosen
+    site.open_door("--canary", "0.5", "--gate", f"{__name__}:is_released")
+    site.publish("a")
+    assert site.place.signal("a").status_code == 200
+    wait_until(lambda: site.place.served()[:2] == ["a", "a"])
+    for one in site.place.agents[2:]:
+        headers = {"authorization": f"Bearer {KEY}"}
+        url = f"{one.process.address}/agent/files/a/config.json"
+        answer = httpx.get(url, headers=headers, timeout=PATIENCE_SECONDS)
+        assert answer.status_code == 410
+    assert set(site.reads("a")) == {1}
+    verdict.touch()
+    wait_until(lambda: site.place.served() == ["a"] * 4)
+    assert set(site.reads("a")) == {1}
 
 
 def test_only_files_of_a_snapshot_are_given_and_only_for_the_key(site: Site) -> None:

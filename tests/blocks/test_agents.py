@@ -60,9 +60,13 @@ async def test_agents_that_do_not_answer_are_told(tmp_path: Path, is_pickled: bo
     [
         ({"store": None}, "they follow a store; name it in `store`"),
         ({"agents": ("a:1", "b:1")}, "found the names a:1, b:1, expected one of them"),
-        ({"agents": ("agents.local",)}, "agents.local: expected HOST:PORT"),
+        *(
+            ({"agents": (name,)}, f"{name}: expected HOST:PORT")
+            for name in ("agents.local", "8700", ":8700", "agents.local:70000")
+        ),
         ({"agents": ("ftp://a:1",)}, "expected an http or https address"),
         ({"quorum": 0}, "greater than 0"),
+        ({"agents": (), "quorum": 0.5}, "quorum: it is of agents"),
         (
             {"account": InferenceAccount(**NAMES, base_url="http://x", dialect="plain")},
             "the account's dialect is of a door, and none is asked",

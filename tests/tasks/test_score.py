@@ -466,6 +466,8 @@ async def test_a_reward_reads_no_key_it_did_not_ask_for(
     theirs = ["AWS_PROFILE", "REWARD_JUDGE_KEY", "OPENAI_API_KEY", "PLAIN"]
     withheld = [
         "FIREWORKS_API_KEY",
+        "COREWEAVE_API_TOKEN",
+        "HOTLOAD_DOOR_KEY",
         "AWS_SECRET_ACCESS_KEY",
         "GOOGLE_APPLICATION_CREDENTIALS",
         "AZURE_CLIENT_SECRET",
@@ -489,11 +491,14 @@ async def test_no_part_of_a_key_is_told(module: str, monkeypatch: pytest.MonkeyP
     assert scored.trajectories_G[0].detail.endswith("x********")
 
 
-@pytest.mark.parametrize("name", ["FIREWORKS_API_KEY", "AWS_NOT_SET_ANYWHERE"])
+@pytest.mark.parametrize(
+    "name", ["FIREWORKS_API_KEY", "COREWEAVE_API_TOKEN", "AWS_NOT_SET_ANYWHERE"]
+)
 async def test_a_variable_that_cannot_be_had_is_refused(
     module: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FIREWORKS_API_KEY", "secret")
+    monkeypatch.setenv("COREWEAVE_API_TOKEN", "secret")
     spec = RewardSpec(name=f"{module}:speaks", environment=(name,))
     with pytest.raises(RewardError, match=name):
         async with open_scorer(spec):

@@ -158,10 +158,10 @@ class RolloutNodes:
             ):
                 yield
         finally:
-            with suppress(StoreError):
-                await self._store.delete_file(cycle_path(self._talk))
-                for share in self._spec.sampling.nodes:
-                    await self._store.delete_file(node_path(self._talk, share))
+            nodes = self._spec.sampling.nodes
+            for path in (cycle_path(self._talk), *(node_path(self._talk, one) for one in nodes)):
+                with suppress(StoreError):
+                    await self._store.delete_file(path)
 
     def _take(self, name: str) -> Callable[[Stamp], None]:
         return lambda stamp: self._stamps.update({name: stamp})

@@ -25,7 +25,7 @@ from typing import Any, Self
 from hotload.clients.redaction import redact
 from hotload.errors import RewardError
 from hotload.options import RewardSpec
-from hotload.publish import fireworks_names
+from hotload.publish.doors.api_dialect import API_DIALECTS
 from hotload.reward.outcome import RewardOutcome, Score, Unscored
 from hotload.rollout.failures import Cause
 from hotload.rollout.trajectory import Problem, Trajectory
@@ -44,14 +44,17 @@ REPLY_LIMIT_BYTES = 16 << 20
 PRINT_PIECE_BYTES = 64 << 10
 PRINT_LIMIT_BYTES_PER_CALL = 4 << 10
 PRINT_LIMIT_BYTES = 1 << 20
+SERVICE_KEYS = {dialect.key_variable for dialect in API_DIALECTS.values()}
 # Keys to the weights, the store and the server; a judge's has another name, or is asked for.
 WITHHELD_PREFIXES = (
     "AWS_",
     "AZURE_",
     "CLOUDSDK_",
+    "COREWEAVE_",
     "FIREWORKS_",
     "FSSPEC_",
     "GOOGLE_",
+    "HOTLOAD_",
     "PREFECT_API_",
 )
 
@@ -61,11 +64,11 @@ def reward_environment(reward: RewardSpec, own: Mapping[str, str]) -> dict[str, 
     variables that the spec does not ask for.
 
     Raises:
-        RewardError: one it asks for is not set, or is the service's key: what a reward says is
+        RewardError: one it asks for is not set, or is a service's key: what a reward says is
             stored.
     """
     for name in reward.environment:
-        if name == fireworks_names.API_KEY_VARIABLE:
+        if name in SERVICE_KEYS:
             raise RewardError(reward.name, f"`environment`: {name} is never handed on")
         if name not in own:
             raise RewardError(reward.name, f"`environment`: {name} is not set here")
