@@ -24,7 +24,7 @@ from agent.engines.transformers_serve import TransformersServe
 from agent.engines.vllm import Vllm
 from agent.fleet.addresses import Addresses
 from agent.fleet.log import FleetLog
-from agent.fleet.settings import add_names, address
+from agent.fleet.settings import add_names, address, positive_count, time_span
 from agent.fleet.state import NAME
 from agent.loading.bucket import SnapshotBucket
 from agent.server import LOOPBACK, add_address, serve_app
@@ -126,8 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--peers", metavar="HOST:PORT", help="a name in the DNS that all of them answer to")
     add_address(parser)
-    add("--poll-seconds", type=float, default=2.0, help="between two looks (%(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), help="threads of a merge (%(default)s)")
+    add("--poll-seconds", type=time_span, default=2.0, help="between two looks (%(default)s)")
+    add(
+        "--workers",
+        type=positive_count,
+        default=os.cpu_count(),
+        help="threads of a merge (%(default)s)",
+    )
     return parser
 
 

@@ -18,7 +18,7 @@ from agent.door.gate_file import read_gate
 from agent.door.sample_gate import KEY_VARIABLE as GATE_KEY_VARIABLE
 from agent.door.sample_gate import SampleGate
 from agent.fleet.addresses import Addresses
-from agent.fleet.settings import add_names, address
+from agent.fleet.settings import add_names, address, time_span
 from agent.fleet.validation import BaseModel
 from agent.loading.disk import Transition
 from agent.server import add_address, serve_app
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     gates("--gate", metavar="MODULE:FUNCTION", help="lets the others follow, or calls back")
     gates("--gate-samples", type=Path, metavar="FILE", help="a gate by samples (docs/agent.md)")
     seconds = "until canaries are ready, and again until the gate has judged (%(default)s)"
-    add("--gate-seconds", type=float, default=600.0, help=seconds)
+    add("--gate-seconds", type=time_span, default=600.0, help=seconds)
     add("--judge-again", action="store_true", help="also what a gate has refused by its bytes")
     add("--transition", choices=get_args(Transition), default="ASYNC", help="how weights swap")
     add("--base-model", type=Path, metavar="DIR", help="what a full snapshot is compared with")

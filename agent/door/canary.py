@@ -21,7 +21,14 @@ from typing import Any
 from agent.door.gate_verdict import GateVerdict
 from agent.door.seen import SeenAgent
 from agent.fleet.state import FleetEvent
-from hotload.sampling.reward.user_errors import describe_exception, secret_values
+from hotload.clients.redaction import redact
+from hotload.sampling.reward.user_errors import (
+    describe_exception,
+    replace_surrogates,
+    secret_values,
+)
+
+VERDICT_CHARS = 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +117,24 @@ async def judge(
         why = describe_exception(error, secret_values(os.environ))
         if isinstance(error, TimeoutError) and limit.expired():
             why = f"no verdict within {rule.timeout_seconds:g} s"
-        return GateVerdict(False, f"the gate failed: {why}", False)
+        return GateVerdict(False, f"the gate failed: {replace_surrogates(why)}", False)
 
 
 def _verdict_of(said: Any) -> GateVerdict:
     if isinstance(said, GateVerdict):
         return said
     if said is True:
-        return GateVerdict(True, "")
-    return GateVerdict(False, f"the gate said {said!r:.900}", is_about_bytes=said is False)
+        return GateVerdict(True, "the gate said True")
+    return GateVerdict(False, f"the gate said {_shown(said)}", is_about_bytes=said is False)
+
+
+def _shown(said: object) -> str:
+    """Show what a gate returned, without secrets; its text is a user's code, too."""
+    try:
+        text = repr(said)
+    except Exception:  # noqa: BLE001
+        text = f"a {type(said).__name__} that cannot be shown"
+    return replace_surrogates(redact(text, secret_values(os.environ))[:VERDICT_CHARS])
 
 
 async def _ask(gate: Callable[[CanarySnapshot], Any], snapshot: CanarySnapshot) -> Any:

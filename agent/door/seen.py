@@ -98,8 +98,12 @@ async def nudge(urls: Sequence[str]) -> None:
     """Let every agent look at the log now; one that does not hear looks by itself."""
 
     async def post(url: str) -> None:
-        with suppress(httpx.HTTPError):
-            await client.post(f"{url}{LOOK_PATH}")
+        with suppress(httpx.HTTPError, TimeoutError):
+            async with (
+                asyncio.timeout(ANSWER_SECONDS),
+                client.stream("POST", f"{url}{LOOK_PATH}"),  # what it answers is not read
+            ):
+                pass
 
     async with _client() as client:
         await asyncio.gather(*map(post, urls))
@@ -112,7 +116,10 @@ def _client() -> httpx.AsyncClient:
 
 async def _ask(client: httpx.AsyncClient, url: str) -> SeenAgent:
     try:
-        async with client.stream("GET", f"{url}{REPORT_PATH}") as answer:
+        async with (
+            asyncio.timeout(ANSWER_SECONDS),
+            client.stream("GET", f"{url}{REPORT_PATH}") as answer,
+        ):
             data = b""
             async for piece in answer.aiter_bytes():
                 data += piece
@@ -121,6 +128,8 @@ async def _ask(client: httpx.AsyncClient, url: str) -> SeenAgent:
             if answer.status_code != 200:
                 return SeenAgent(url, UNKNOWN, f"answers {answer.status_code}")
         return SeenAgent(url, AgentReport.parse_stored(data, url))
+    except TimeoutError:
+        return SeenAgent(url, UNKNOWN, f"no whole report within {ANSWER_SECONDS:g} s")
     except httpx.HTTPError as error:
         return SeenAgent(url, UNKNOWN, f"{type(error).__name__}: {error}")
     except StoreError as error:

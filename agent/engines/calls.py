@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -28,15 +29,14 @@ async def call(
 
     Raises:
         EngineAwayError: nobody listens there.
-        EngineError: any other answer than a good one, one above 1 MiB, none in time, or an object
-            with a false `success`.
+        EngineError: any other answer than a good one, one above 1 MiB, not all of it in time, or
+            an object with a false `success`.
     """
     said = f"{method} {path.partition('?')[0]}"
     try:
         async with (
-            httpx.AsyncClient(
-                timeout=timeout_seconds, trust_env=False, verify=tls_context()
-            ) as client,
+            asyncio.timeout(timeout_seconds),
+            httpx.AsyncClient(timeout=None, trust_env=False, verify=tls_context()) as client,
             client.stream(method, f"{url.rstrip('/')}{path}", json=body) as answer,
         ):
             data = bytearray()
@@ -44,6 +44,8 @@ async def call(
                 data += piece
                 if len(data) > ANSWER_LIMIT_BYTES:
                     raise EngineError(f"{said}: more than {ANSWER_LIMIT_BYTES} bytes")
+    except TimeoutError:
+        raise EngineError(f"{said}: no whole answer within {timeout_seconds:g} s") from None
     except httpx.ConnectError as error:
         raise EngineAwayError(f"{said}: {error}") from None
     except httpx.HTTPError as error:
@@ -54,7 +56,7 @@ async def call(
         raise EngineError(f"{said}: {answer.status_code}: {head}")
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     if isinstance(found, dict) and found.get("success", True) is not True:
         raise EngineError(f"{said}: {head}")

@@ -13,16 +13,24 @@ import json
 import os
 import shlex
 from asyncio.subprocess import PIPE, STDOUT
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from agent.engines.calls import ANSWER_LIMIT_BYTES, HEAD_CHARS, RELOAD_SECONDS, call
+from agent.engines.calls import (
+    ANSWER_LIMIT_BYTES,
+    CONTROL_SECONDS,
+    HEAD_CHARS,
+    RELOAD_SECONDS,
+    call,
+)
 from agent.engines.reloading import EngineError, Reload
 from hotload.clients.redaction import redact
 from hotload.publish.fireworks_api import hint_body
 from hotload.sampling.reward.user_errors import secret_values
 
 METHODS = ("GET", "POST", "PUT")
+END_SECONDS = 1.0  # for a command that was killed to be gone
 PIECE_BYTES = 64 << 10
 
 
@@ -48,7 +56,8 @@ class DeclaredServer:
         """Ask as declared; None where nothing is."""
         if self.version_by is None:
             return None
-        found, field = await self._carry_out(self.version_by, {}), _parse(self.version_by)[2]
+        found = await self._carry_out(self.version_by, {}, CONTROL_SECONDS)
+        field = _parse(self.version_by)[2]
         if isinstance(field, str) and field:
             found = found.get(field) if isinstance(found, dict) else None
         return str(found).strip() or None if found is not None else None
@@ -61,15 +70,15 @@ class DeclaredServer:
             "transition": reload.transition,
             "reset_prompt_cache": reload.reset_prompt_cache,
         }
-        await self._carry_out(self.reload_by, values)
+        await self._carry_out(self.reload_by, values, RELOAD_SECONDS)
 
-    async def _carry_out(self, declared: str, values: dict[str, Any]) -> Any:
+    async def _carry_out(self, declared: str, values: dict[str, Any], seconds: float) -> Any:
         method, rest, last = _parse(declared)
         if method:
             body = None if isinstance(last, str) else hint_body(last, values)
             path = str(hint_body(rest, values))
-            return await call(self.url, method, path, body, timeout_seconds=RELOAD_SECONDS)
-        return await _run([str(hint_body(word, values)) for word in shlex.split(rest)])
+            return await call(self.url, method, path, body, timeout_seconds=seconds)
+        return await _run([str(hint_body(word, values)) for word in shlex.split(rest)], seconds)
 
 
 def _parse(declared: str) -> tuple[str, str, Any]:
@@ -82,14 +91,20 @@ def _parse(declared: str) -> tuple[str, str, Any]:
     path, _, last = rest.strip().partition(" ")
     if not path.startswith("/"):
         raise ValueError(f"expected a path after {method}, found {path!r}")
-    return method, path, json.loads(last) if last.strip().startswith("{") else last.strip()
+    if not (last := last.strip()).startswith("{"):
+        return method, path, last
+    try:
+        return method, path, json.loads(last)
+    except ValueError as error:
+        raise ValueError(f"{declared}: expected JSON behind the path: {error}") from None
 
 
-async def _run(words: list[str]) -> str:
-    """Run a command to its end; the last of what it printed, at most 1 MiB."""
+async def _run(words: list[str], seconds: float) -> str:
+    """Run a command to its end, which has to come in time; the last of what it printed, at most
+    1 MiB."""
     process, printed = None, b""
     try:
-        async with asyncio.timeout(RELOAD_SECONDS):
+        async with asyncio.timeout(seconds):
             process = await asyncio.create_subprocess_exec(*words, stdout=PIPE, stderr=STDOUT)
             assert process.stdout is not None
             while piece := await process.stdout.read(PIECE_BYTES):
@@ -100,6 +115,9 @@ async def _run(words: list[str]) -> str:
     finally:
         if process is not None and process.returncode is None:
             process.kill()
+            with suppress(TimeoutError):  # what it has begun may hold its output open
+                async with asyncio.timeout(END_SECONDS):
+                    await process.wait()
     text = printed.decode("utf-8", "replace")
     if process.returncode:  # reports are read without a key
         tail = redact(text, secret_values(os.environ))[-HEAD_CHARS:]

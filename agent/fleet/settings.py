@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,21 @@ def address(text: str) -> str:
         return check_origin(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def time_span(text: str) -> float:
+    """Parse a time in seconds, more than none."""
+    found = float(text)
+    if not (math.isfinite(found) and found > 0):
+        raise ArgumentTypeError(f"expected seconds above 0, not {text}")
+    return found
+
+
+def positive_count(text: str) -> int:
+    """Parse a number of things, one at least."""
+    if (found := int(text)) < 1:
+        raise ArgumentTypeError(f"expected 1 or more, not {text}")
+    return found
 
 
 def key_and_value(text: str) -> tuple[str, str]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, AwareDatetime, Field, model_validator
 
 from agent.fleet.ledger import Ledger, LedgerEntry, lineage
 from agent.loading.disk import Load, Transition
-from hotload.identity import SnapshotKind
+from hotload.identity import SnapshotKind, check_identity
 from hotload.records import Record, Sha256
 
 REASON_CHARS = 2000
@@ -29,17 +28,24 @@ class FleetEvent(Record):
     """
 
     event: Literal["signal", "release", "withdraw", "reset"]
-    at: datetime
+    at: AwareDatetime
     identity: str = ""
     kind: SnapshotKind = SnapshotKind.FULL
-    previous: str | None = None
-    reset_prompt_cache: str = "all"
+    previous: Annotated[str, AfterValidator(check_identity)] | None = None
+    reset_prompt_cache: str = Field("all", pattern="^(all|none|new_session)$")
     transition: Transition = "ASYNC"
     canaries: tuple[str, ...] = ()
     reason: str = Field("", max_length=REASON_CHARS)
     refuses: tuple[Sha256, ...] = ()
     """Of a withdrawal by a gate's judgement: digests of the content, by which no other snapshot of
     the same bytes is let in."""
+
+    @model_validator(mode="after")
+    def _is_about_a_name(self) -> Self:
+        """Agents name directories by identities: a path would lead out of their own."""
+        if self.event != "reset":
+            check_identity(self.identity)
+        return self
 
     @property
     def load(self) -> Load:

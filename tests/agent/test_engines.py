@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from agent.engines import declared
+from agent.engines.calls import call
 from agent.engines.declared import DeclaredServer
 from agent.engines.reloading import EngineAwayError, EngineError, Reload
 from agent.engines.sglang import Sglang
 from agent.engines.transformers_serve import TransformersServe
 from agent.engines.vllm import Vllm
 from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
+from tests.scripted_server import endless
 
 pytestmark = pytest.mark.server
 
@@ -170,3 +173,23 @@ async def test_a_version_that_is_not_told_is_an_error(engine: TinyEngine) -> Non
     engine.refuses = {"/weight_info"}
     with pytest.raises(EngineError, match="GET /weight_info: 500"):
         await Vllm(engine.url).version()
+
+
+async def test_an_answer_has_an_end_in_time_and_in_bytes() -> None:
+    async with endless(b" ", 0.01) as url:
+        with pytest.raises(EngineError, match=r"GET /health: no whole answer within 0\.5 s"):
+            await call(url, "GET", "/health", timeout_seconds=0.5)
+    async with endless(b" " * 65536, 0) as url:
+        with pytest.raises(EngineError, match="more than 1048576 bytes"):
+            await call(url, "GET", "/health")
+
+
+async def test_a_declared_server_that_hangs_is_not_asked_for_as_long_as_a_load_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(declared, "CONTROL_SECONDS", 0.5)
+    async with endless(b" ", 0.01) as url:
+        with pytest.raises(EngineError, match=r"no whole answer within 0\.5 s"):
+            await DeclaredServer(url, "true", "GET /info weight_version").version()
+    with pytest.raises(EngineError, match="TimeoutError"):
+        await DeclaredServer("", "true", "sleep 1000").version()

@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from agent.door import seen
 from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
 from tests.agent.tiny_engine import digests
-from tests.scripted_server import JSON, http
+from tests.scripted_server import JSON, endless, http
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.server
@@ -292,6 +293,22 @@ def test_a_hostile_object_changes_nothing(two: Any) -> None:
     two.check("a")
 
 
+@pytest.mark.parametrize("field", ["identity", "previous"])
+def test_a_path_in_the_log_leads_an_agent_nowhere(place: Any, field: str) -> None:
+    others = place.root / "others"
+    others.mkdir()
+    (others / "file").write_text("not the agent's")
+    event = {"event": "signal", "at": "2026-01-01T00:00:00Z", "identity": "a", field: str(others)}
+    log = place.publisher.bucket / "_hotload" / "fleets" / "local" / "rollouts"
+    log.mkdir(parents=True)
+    (log / "0000000001.json").write_text(json.dumps(event))
+    one = place.agent("one")
+    one.process.wait()
+    wait_until(lambda: "0000000001.json" in one.log())
+    assert "not a fleet event" in one.report()["error"]
+    assert (others / "file").exists()
+
+
 def test_of_two_identities_signalled_at_once_one_is_let_in(two: Any) -> None:
     two.publisher.full("a")
     two.publisher.full("b", seed=6)
@@ -425,6 +442,17 @@ async def test_an_agent_that_lies_is_not_ready(two: Any, lie: str) -> None:
         assert answer.status_code == 503, answer.text
 
 
+async def test_an_agent_whose_report_never_ends_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(seen, "ANSWER_SECONDS", 0.5)
+
+    async with endless(b" ", 0.01) as url, asyncio.timeout(PATIENCE_SECONDS):
+        (found,) = await seen.ask_all([url])
+        await seen.nudge([url])
+    assert found.problem == "no whole report within 0.5 s"
+
+
 def test_a_door_that_was_killed_knows_everything_again(two: Any) -> None:
     two.publisher.full("a")
     two.load("a")
@@ -527,6 +555,8 @@ def test_a_canary_that_fails_its_gate_never_reaches_the_rest(
     place.publisher.full("c", seed=6)
     place.load("c")
     place.check("c")
+    entries = place.ask("GET", LEDGER).json()["entries"]
+    assert {one["identity"]: one.get("gate") for one in entries}["c"] == "the gate said True"
 
 
 def test_one_directory_has_one_agent(place: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -321,6 +322,50 @@ async def test_a_verdict_that_cannot_be_told_is_a_failed_gate() -> None:
     assert verdict is not None
     assert (verdict.is_good, verdict.is_about_bytes) == (False, False)
     assert verdict.reason == "the gate failed: RuntimeError: nothing to say"
+
+
+class Told:
+    """What a gate may return by mistake: its text has a key, or cannot be had."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        if not self.text:
+            raise RuntimeError("no text")
+        return self.text
+
+
+def leave(_: CanarySnapshot) -> Any:
+    sys.exit("no judge")
+
+
+async def leave_later(_: CanarySnapshot) -> Any:
+    sys.exit("no judge")
+
+
+ODD: dict[str, tuple[Callable[[CanarySnapshot], Any], str]] = {
+    "a key": (lambda _: Told("abcdefgh-secret"), "the gate said "),
+    "no text": (lambda _: Told(""), "the gate said a Told that cannot be shown"),
+    "half a character": (lambda _: Told("\ud800"), "the gate said ?"),
+    "an exit": (leave, "the gate failed: SystemExit: no judge"),
+    "a later exit": (leave_later, "the gate failed: SystemExit: no judge"),
+}
+
+
+@pytest.mark.parametrize("odd", [*ODD])
+async def test_what_a_gate_says_by_mistake_is_a_no(
+    monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "abcdefgh-secret")
+    gate, words = ODD[odd]
+    event = FleetEvent(event="signal", at=utc_now(), identity="a", canaries=("one",))
+    verdict = await judge(CanaryRule(0.5, gate), event, [seen("one", "a")], None, 5.0)
+    assert verdict is not None
+    assert (verdict.is_good, verdict.is_about_bytes) == (False, False)
+    assert verdict.reason.startswith(words)
+    assert "secret" not in verdict.reason
+    FleetEvent(event="withdraw", at=utc_now(), identity="a", reason=verdict.reason)
 
 
 WRONG = {

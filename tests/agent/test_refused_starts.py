@@ -84,6 +84,12 @@ def test_what_is_wrong_with_a_gate_is_told_at_the_start(
         ("door", "--gate", "nothing:here", "cannot be imported"),
         ("agent", "--peer", "127.0.0.1:8700", "expected an http or https address"),
         ("agent", "--peers", "agents", "expected HOST:PORT"),
+        ("agent", "--poll-seconds", "nan", "expected seconds above 0"),
+        ("agent", "--poll-seconds", "0", "expected seconds above 0"),
+        ("agent", "--workers", "0", "expected 1 or more"),
+        ("agent", "--reload", "POST /reload {path", "expected JSON behind the path"),
+        ("door", "--gate-seconds", "inf", "expected seconds above 0"),
+        ("door", "--gate-seconds", "-1", "expected seconds above 0"),
     ],
 )
 def test_the_option_that_is_wrong_is_named(
