@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from time import monotonic
 
 from agent.beside.peered_disk import PeeredDisk
 from agent.beside.peers import Peers
@@ -28,6 +29,7 @@ from hotload.publish.snapshot import SnapshotManifest, content_sha256
 BASE = "base"  # the version that an engine is given with the base model
 UNNAMED = (None, "default", BASE)  # what an engine reports that was given no snapshot
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+TELL_AGAIN_SECONDS = 30.0  # to an engine that refused, and is not ready
 PASSING = (BucketError, EngineAwayError)
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class EngineReplica(Loader):
         self._past: frozenset[str] = frozenset()
         self._is_told = False
         self._refused: str | None = None
+        self._told_at = 0.0
         # This file exists while the engine reloads, and stays if that fails or is cut short: half
         # of the engine's weights may then be new, whatever version it reports. It names this start
         # of the machine: until the next, what was written is whole without having been sealed.
@@ -153,10 +156,13 @@ class EngineReplica(Loader):
             self.readiness, self._is_told = True, True
             self.current = self._served.name if self._served else None
             self.error = self.error if self.stage == "error" else ""
-        elif self.readiness or version != self._refused or self._refused is None:
+            return
+        # What it refused once it may take later: it may have been started anew in between.
+        is_new = self.readiness or version is None or version != self._refused
+        if is_new or monotonic() - self._told_at > TELL_AGAIN_SECONDS:
             self.readiness = False
             if not self._is_busy():
-                self._refused = version
+                self._refused, self._told_at = version, monotonic()
                 self._begin(self._go_back)
 
     # What the loader asks.
@@ -261,7 +267,7 @@ class EngineReplica(Loader):
         name = self._served.name if self._served else BASE
         try:
             await self._tell(directory, Load(name, SnapshotKind.FULL, None))
-        except EngineError as error:
+        except (EngineError, OSError) as error:  # a full disk, too, is tried again
             self.error = str(error)
             return
         self.current, self.readiness = self._served.name if self._served else None, True

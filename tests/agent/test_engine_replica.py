@@ -77,6 +77,42 @@ async def test_an_engine_that_goes_during_a_download_is_not_ready(
     assert engine.serves == digests(place.publisher.checkpoint("a"))
 
 
+async def test_an_engine_that_refused_is_told_again_after_a_while(
+    place: Any, engine: TinyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been started anew, and names itself as before."""
+    call = 'POST /reload {"path": "{directory}", "name": "{identity}"}'
+    server = DeclaredServer(engine.url, call, "GET /info weight_version")
+    with ThreadPoolExecutor(1) as threads:
+        bucket, base = SnapshotBucket(str(place.publisher.bucket), {}), place.publisher.base
+        replica = EngineReplica(
+            "one", place.root / "one", bucket, threads, server, engine_kind="command", base=base
+        )
+        await replica.come_up()
+        place.publisher.full("a")
+        replica.catch_up([Load("a", SnapshotKind.FULL, None)])
+
+        async def is_ready() -> bool:
+            await replica.look_at_engine()
+            return replica.report().readiness and replica.report().current == "a"
+
+        async def is_refused() -> bool:
+            await replica.look_at_engine()
+            return "500" in replica.report().error
+
+        await until(is_ready)
+        engine.version, engine.refuses = "default", {"/reload"}
+        await until(is_refused)
+        reloads = [path for path, _ in engine.calls].count("/reload")
+        for _ in range(5):
+            await replica.look_at_engine()
+        assert [path for path, _ in engine.calls].count("/reload") == reloads
+        engine.refuses = set()
+        monkeypatch.setattr("agent.beside.engine_replica.TELL_AGAIN_SECONDS", 0.0)
+        await until(is_ready)
+    assert engine.serves == digests(place.publisher.checkpoint("a"))
+
+
 async def test_a_store_that_cannot_be_read_is_told_in_the_report(
     place: Any, engine: TinyEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
