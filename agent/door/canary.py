@@ -129,12 +129,8 @@ def _verdict_of(said: Any) -> GateVerdict:
 
 
 def _shown(said: object) -> str:
-    """Show what a gate returned, without secrets; its text is a user's code, too."""
-    try:
-        text = repr(said)
-    except Exception:  # noqa: BLE001
-        text = f"a {type(said).__name__} that cannot be shown"
-    return replace_surrogates(redact(text, secret_values(os.environ))[:VERDICT_CHARS])
+    """Show what a gate returned, without secrets; its text is a user's code, and may raise."""
+    return replace_surrogates(redact(repr(said), secret_values(os.environ))[:VERDICT_CHARS])
 
 
 async def _ask(gate: Callable[[CanarySnapshot], Any], snapshot: CanarySnapshot) -> Any:

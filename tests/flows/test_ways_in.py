@@ -458,7 +458,7 @@ async def test_a_worker_runs_the_code_of_the_clone_and_not_what_is_installed(
 ) -> None:
     # This environment has `hotload` installed; the clone has one that can be told apart.
     origin, clone = tmp_path / "origin.git", tmp_path / "work"
-    for package in ("hotload", "blocks", "tasks", "flows", "examples"):
+    for package in ("hotload", "agent", "blocks", "tasks", "flows", "examples"):
         shutil.copytree(ROOT / package, clone / package)
     report = clone / "hotload/report/cycle_report.py"
     report.write_text(report.read_text().replace("facts = {", 'facts = {"library": __file__,'))
