@@ -68,7 +68,7 @@ class HotLoadService(Block):
             access = replace(
                 access, base_url=access.base_url or ORIGIN, api_key=access.api_key or NO_KEY
             )
-            more["_transport"] = self._door(access)
+            more["transport"] = self._door(access)
         return open_service(
             access,
             base_model=self.base_model,

@@ -98,7 +98,7 @@ class EngineReplica(Loader):
         """Find what is whole of what an earlier process kept, and remove the rest."""
         target = self.link.resolve() if self.link.is_symlink() else Path()
         kept = [*(self._directory / "held").glob("*")]
-        told = target if target in kept and self._was_being_told() else None
+        begun = target if target in kept and self._reload_had_begun() else None
         # The one that was served, else the one before it, which goes when that is sealed.
         for path in sorted(kept, key=lambda one: one.name != target.name):
             digests = await self._in_thread(read_seal, path)
@@ -106,11 +106,11 @@ class EngineReplica(Loader):
                 self._held = self._served = path
                 self._content = content_sha256(digests)
                 break
-            if path != told:
+            if path != begun:
                 logger.warning("%s: %s is torn, or was not sealed", self.name, path.name)
-        await self._in_thread(self._disk.forget_others, self._held, told)
-        if told is not None and told != self._held:
-            self._begin(partial(self._finish, told))
+        await self._in_thread(self._disk.forget_others, self._held, begun)
+        if begun is not None and begun != self._held:
+            self._begin(partial(self._finish, begun))
         elif (directory := self._held or self._base) is not None:
             self._point_at(directory)
 
@@ -279,7 +279,7 @@ class EngineReplica(Loader):
         await self._go_back()
         await self._in_thread(self._disk.forget_others)
 
-    def _was_being_told(self) -> bool:
+    def _reload_had_begun(self) -> bool:
         """Tell whether the engine may be reading what the link leads to, all of which is there."""
         return self._doubt.exists() and self._doubt.read_text() == _this_boot() != ""
 

@@ -476,7 +476,7 @@ def test_the_document_opens_a_client_with_every_field_of_its_own() -> None:
     account = InferenceAccount(**asdict(access))
     opened = HotLoadService(account=account, **fields).open()
     assert {name: getattr(opened, name) for name in fields} == fields
-    assert fields.keys() | {"access", "is_one_of_several"} == {
+    assert fields.keys() | {"access", "is_one_of_several", "transport"} == {
         name for name in vars(opened) if name[0] != "_"
     }
     assert opened.access == access

@@ -57,7 +57,7 @@ class HotLoadClient:
     """Whether what is said of it has to name it."""
     _refused: set[str] = field(default_factory=set, init=False, repr=False)
     """What this service has refused by its form: RESET_PROMPT_CACHE, HINTS. Not sent again."""
-    _transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
+    transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
     """What carries its calls; None is the network."""
 
     def __post_init__(self) -> None:
@@ -339,5 +339,5 @@ class HotLoadClient:
             body=body,
             timeout_seconds=timeout_seconds,
             limit_bytes=limit_bytes,
-            transport=self._transport,
+            transport=self.transport,
         )
