@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from tests.servers import ROOT
 
 KEY = "right"
+NAME = "rollouts"
 RANK = 2
 
 
@@ -131,3 +133,24 @@ class AdapterTrainer:
         adapter |= {"base_model_name_or_path": self._base.name}
         (directory / "adapter_config.json").write_text(json.dumps(adapter))
         return SimpleNamespace(snapshot_name=name)
+
+
+def delta_after(previous: str) -> dict[str, str]:
+    return {
+        "previous_snapshot_identity": previous,
+        "compression_format": "arc_v2",
+        "checksum_format": "alder32",
+    }
+
+
+def load_chain(manager: Any, model: str, load: Callable[..., str]) -> list[str]:
+    """Load a full and three deltas by all that the SDK's callers may say; returns their names."""
+    full = load("base", path="s3://elsewhere/", cmek_resource="c")  # headers it may ignore
+    manager.hotload(NAME, model, full)  # again, as after a lost answer
+    assert manager.wait_for_hotload(NAME, model, full)
+    first = load("delta", full)
+    second = load("delta", first, reset_prompt_cache=False)
+    third = load("delta", second, reset_prompt_cache="new_session")
+    status = manager.hotload_check_status(NAME, model)
+    assert [replica["readiness"] for replica in status["replicas"]] == [True] * 2
+    return [full, first, second, third]

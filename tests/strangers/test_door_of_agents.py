@@ -18,23 +18,24 @@ from fireworks.training.sdk.deployment import (
 from fireworks.training.sdk.weight_syncer import WeightSyncer
 
 from tests.strangers.counting import CALLS, uncalled
-from tests.strangers.door import KEY, RANK, AdapterTrainer, AgentsDoor, SnapshotTrainer, digests
+from tests.strangers.door import (
+    KEY,
+    NAME,
+    RANK,
+    AdapterTrainer,
+    AgentsDoor,
+    SnapshotTrainer,
+    delta_after,
+    digests,
+    load_chain,
+)
 from tests.waiting import wait_until
 
-NAME = "rollouts"
 NO_REQUESTS = "a door carries no requests: ask the inference servers"
 
 
 def manager_of(door: AgentsDoor) -> DeploymentManager:
     return DeploymentManager(api_key=KEY, base_url=door.url)
-
-
-def delta_after(previous: str) -> dict[str, str]:
-    return {
-        "previous_snapshot_identity": previous,
-        "compression_format": "arc_v2",
-        "checksum_format": "alder32",
-    }
 
 
 def settle(door: AgentsDoor, identity: str | None) -> None:
@@ -82,14 +83,7 @@ def test_the_deployment_manager(
         assert door.sampled() == [digests(checkpoints[version])] * 2
         return identity
 
-    full = load("base", path="s3://elsewhere/", cmek_resource="c")  # headers it may ignore
-    manager.hotload(NAME, door.model, full)  # again, as after a lost answer
-    assert manager.wait_for_hotload(NAME, door.model, full)
-    first = load("delta", full)
-    second = load("delta", first, reset_prompt_cache=False)
-    third = load("delta", second, reset_prompt_cache="new_session")
-    status = manager.hotload_check_status(NAME, door.model)
-    assert [replica["readiness"] for replica in status["replicas"]] == [True] * 2
+    full, first, second, third = load_chain(manager, door.model, load)
 
     for identity, previous, words in (
         ("absent", None, "snapshot 'absent' is not in the bucket"),

@@ -26,9 +26,17 @@ from fireworks.training.sdk.weight_syncer import WeightSyncer
 from tokenizers import Tokenizer
 
 from tests.strangers.counting import uncalled
-from tests.strangers.door import KEY, RANK, AdapterTrainer, Door, SnapshotTrainer
+from tests.strangers.door import (
+    KEY,
+    NAME,
+    RANK,
+    AdapterTrainer,
+    Door,
+    SnapshotTrainer,
+    delta_after,
+    load_chain,
+)
 
-NAME = "rollouts"
 PROMPT = list(b"What is 2 + 2?")
 SESSION = "x-multi-turn-session-id"
 
@@ -53,14 +61,6 @@ def manager_of(door: Door) -> DeploymentManager:
 
 def sampler_of(door: Door, **settings: Any) -> DeploymentSampler:
     return DeploymentSampler(door.url, door.deployment, KEY, **settings)
-
-
-def delta_after(previous: str) -> dict[str, str]:
-    return {
-        "previous_snapshot_identity": previous,
-        "compression_format": "arc_v2",
-        "checksum_format": "alder32",
-    }
 
 
 def test_the_deployment_manager(
@@ -90,14 +90,7 @@ def test_the_deployment_manager(
         assert door.served() == [identity] * 2
         return identity
 
-    full = load("base", path="s3://elsewhere/", cmek_resource="c")  # headers it may ignore
-    manager.hotload(NAME, door.model, full)  # again, as after a lost answer
-    assert manager.wait_for_hotload(NAME, door.model, full)
-    first = load("delta", full)
-    second = load("delta", first, reset_prompt_cache=False)
-    third = load("delta", second, reset_prompt_cache="new_session")
-    status = manager.hotload_check_status(NAME, door.model)
-    assert [replica["readiness"] for replica in status["replicas"]] == [True] * 2
+    full, first, second, third = load_chain(manager, door.model, load)
     assert manager.warmup(door.deployment)
 
     for identity, previous in (("absent", None), ("late", "unknown"), ("late", first)):
