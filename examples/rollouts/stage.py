@@ -141,6 +141,7 @@ def tell(report: "CycleReport", rows: pl.DataFrame) -> None:
     rollouts, snapshot = report.rollouts, report.snapshot
     samples = rows.filter(pl.col("segment_number") == 0)
     mean = rollouts.mean_reward or 0.0
+    turns = samples["turn_count"].sum() / samples.height
     print()
     say(
         f"{snapshot.identity}  {snapshot.kind.value}  1 : {snapshot.ratio:.0f}  "
@@ -148,7 +149,7 @@ def tell(report: "CycleReport", rows: pl.DataFrame) -> None:
     )
     say(
         f"{rollouts.group_count} groups, {rollouts.sample_count} samples, "
-        f"{samples['turn_count'].mean():.1f} turns and "
+        f"{turns:.1f} turns and "
         f"{rows.height / samples.height:.1f} sequences each, {report.seconds:.1f} s"
     )
     best = samples.filter(pl.col("reward") == pl.col("reward").max()).row(0, named=True)

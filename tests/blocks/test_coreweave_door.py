@@ -195,7 +195,7 @@ def scripted(answers: Answers) -> CoreWeaveClient:
         return httpx.Response(status, json=body)
 
     there = Access(base_url="http://door", api_key=KEY, dialect="coreweave", **NAMES)
-    return replace(CoreWeaveClient(there), _transport=httpx.MockTransport(answer))
+    return replace(CoreWeaveClient(there), transport=httpx.MockTransport(answer))
 
 
 def showing(state: object, *replicas: object) -> CoreWeaveClient:
@@ -266,7 +266,7 @@ async def test_all_pages_of_replicas_are_read_and_pages_end() -> None:
         )
 
     there = Access(base_url="http://door", api_key=KEY, dialect="coreweave", **NAMES)
-    client = replace(CoreWeaveClient(there), _transport=httpx.MockTransport(answer))
+    client = replace(CoreWeaveClient(there), transport=httpx.MockTransport(answer))
     is_endless = False
     assert len((await client.observe()).replicas) == 2
     is_endless = True

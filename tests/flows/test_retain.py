@@ -9,11 +9,10 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from hotload.quantities import size
 from hotload.spec import RetentionSpec
 from tasks.retain import plan_retention
 from tests.flows.fleet import SERVICE, Fleet, running_fleet, save_blocks
+from tests.programs import running
 from tests.tasks.publishing import Publisher
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
@@ -237,25 +237,10 @@ class FullNow(Publisher):
         return super().spec(version, cadence={"force_full": force}, **changes)
 
 
-@contextmanager
-def retaining(fleet: Fleet) -> Iterator[subprocess.Popen[str]]:
+def retaining(fleet: Fleet) -> AbstractContextManager[subprocess.Popen[str]]:
     """`python -m flows.retain --delete`, keeping one version, as a process."""
     names = ["--service", fleet.name, "--store", fleet.name]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.retain", *names, "--keep", "1", "--delete"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    return running("flows.retain", *names, "--keep", "1", "--delete")
 
 
 # Beside a publisher, and where what is served is not known

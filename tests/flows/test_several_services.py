@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import html
 import signal
-import subprocess
-import sys
 import threading
 import uuid
 from collections import Counter
@@ -32,7 +30,8 @@ from hotload.identity import SnapshotKind
 from hotload.report.cycle_report import CycleReport
 from hotload.spec import CycleSpec
 from tests.flows.fleet import API_KEY, NAMES, Fleet, running_fleet, save_blocks
-from tests.flows.killed_cycle import ROOT, CycleProcess
+from tests.flows.killed_cycle import CycleProcess
+from tests.programs import running
 from tests.signals import signals_are_heard
 from tests.waiting import PATIENCE_SECONDS, until, wait_until
 
@@ -351,8 +350,7 @@ def test_ctrl_c_gives_every_lease_back(fleets: Fleets) -> None:
     file = fleets.first.root / "cycle.yaml"
     spec = CycleSpec.model_validate(fleets.declared(1))
     file.write_text(yaml.safe_dump({"cycle": spec.model_dump(mode="json")}))
-    command = [sys.executable, "-m", "flows", str(file)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with running("flows", str(file)) as process:
         wait_until(lambda: process.poll() is not None or fleets.first.served() != {None})
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=PATIENCE_SECONDS)

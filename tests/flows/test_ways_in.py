@@ -26,6 +26,7 @@ from hotload.clients.trigger import publish
 from hotload.errors import IdentityConflictError
 from hotload.spec import RetentionSpec
 from tests.flows.fleet import API_KEY, NAMES, Fleet, running_fleet, save_blocks
+from tests.programs import running
 from tests.servers import LoopbackServer
 from tests.signals import signals_are_heard
 from tests.waiting import PATIENCE_SECONDS, until, wait_until
@@ -415,14 +416,7 @@ def test_all_that_is_wrong_is_told_once_and_nothing_is_published(fleet: Fleet) -
 
 @signals_are_heard()
 def test_one_cycle_at_a_time_and_ctrl_c_makes_room(slow_fleet: Fleet) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-m", "flows", cycle_file(slow_fleet, 1, "first.yaml")],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    with holder:
+    with running("flows", cycle_file(slow_fleet, 1, "first.yaml")) as holder:
         wait_until(lambda: holder.poll() is not None or slow_fleet.log()["signals"])
         assert holder.poll() is None
         second = python("flows", cycle_file(slow_fleet, 2, "second.yaml"))

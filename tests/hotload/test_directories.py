@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ class Trainer:
         self.directory = directory
         self.generator = np.random.default_rng(11)
         words = self.generator.integers(0, 1 << 16, (300, 250), np.uint16)
-        self.shards = {
+        self.shards: dict[str, dict[str, Any]] = {
             EMBED: {"model.embed_tokens.weight": words},
             LAYER: {
                 "model.layers.0.w": self.generator.standard_normal((64, 33)).astype(np.float16),
@@ -860,6 +861,7 @@ def test_whatever_breaks_it_off_leaves_nothing(
 FEW_FILES = """
 import resource, sys
 from pathlib import Path
+from typing import Any
 from hotload.directory.operations import fold_directory
 *deltas, out = map(Path, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
@@ -882,6 +884,7 @@ def test_a_fold_opens_one_file_of_each_delta_at_a_time(
 ENDLESS = """
 import sys
 from pathlib import Path
+from typing import Any
 from hotload.directory.operations import encode_directory
 base, target, out = map(Path, sys.argv[1:])
 encode_directory(base, target, out, workers=2, progress=lambda *_: print("on", flush=True))
@@ -930,6 +933,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(
     script = """
 import resource, signal, sys
 from pathlib import Path
+from typing import Any
 from hotload.directory.operations import encode_directory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))

@@ -36,7 +36,7 @@ SAMPLER, REFERENCE = LOG([0.45, 0.28, 0.05, 0.33]), LOG([0.5, 0.25, 0.3, 0.4])
 
 def golden_sample(advantage: float) -> list[Token]:
     values = zip(POLICY, ANCHOR, SAMPLER, REFERENCE, strict=True)
-    return [Token(*map(float, each), advantage) for each in values]
+    return [Token(*map(float, each), advantage=advantage) for each in values]
 
 
 GOLDEN_CASES: dict[float, dict[LossName, tuple[float, list[float]]]] = {
@@ -79,7 +79,7 @@ def tokens(draw: st.DrawFn) -> Token:
     policy = draw(LOGPROBS)
     near = st.floats(-0.6, 0.6).map(lambda step: min(policy + step, 0.0))
     others = [draw(near | LOGPROBS) for _ in range(3)]
-    return Token(policy, *others, draw(ADVANTAGES), draw(st.booleans()))
+    return Token(policy, *others, advantage=draw(ADVANTAGES), is_in_the_loss=draw(st.booleans()))
 
 
 SAMPLES = st.lists(st.lists(tokens(), max_size=6), max_size=5)

@@ -45,7 +45,7 @@ class Fleet:
         return [] if self.app is None else list(self.service.replicas)
 
     def client(self) -> HotLoadClient:
-        return HotLoadClient(self.access, _transport=InProcess(self))
+        return HotLoadClient(self.access, transport=InProcess(self))
 
     def order(self, kind: str, **order: Any) -> None:
         """Order a fault of the emulator's own."""
