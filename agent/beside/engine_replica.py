@@ -14,7 +14,13 @@ from time import monotonic
 from agent.beside.peered_disk import PeeredDisk
 from agent.beside.peers import Peers
 from agent.beside.seal import read_seal, seal
-from agent.engines.reloading import EngineAwayError, EngineError, Reload, ReloadingEngine
+from agent.engines.reloading import (
+    EngineAwayError,
+    EngineDiedError,
+    EngineError,
+    Reload,
+    ReloadingEngine,
+)
 from agent.fleet.report import AgentReport
 from agent.fleet.state import REASON_CHARS
 from agent.loading.bucket import BucketError, MissingObjectError, SnapshotBucket
@@ -73,6 +79,7 @@ class EngineReplica(Loader):
         self._past: frozenset[str] = frozenset()
         self._is_told = False
         self._refused: str | None = None
+        self._died_of = ""  # the snapshot in whose reload the engine has died
         self._told_at = 0.0
         # This file exists while the engine reloads, and stays if that fails or is cut short: half
         # of the engine's weights may then be new, whatever version it reports. It names this start
@@ -195,9 +202,12 @@ class EngineReplica(Loader):
             if (digests := weights) is None:
                 digests = await self._in_thread(self._digests, load.identity, kept)
             await self._in_thread(seal, kept, digests)
-        except BaseException:
+        except BaseException as error:
             self._served, self._content = before
-            await self._go_back()
+            is_there = await self._go_back()
+            had_begun = isinstance(error, EngineError) and not isinstance(error, EngineAwayError)
+            if had_begun and not is_there:
+                raise EngineDiedError(str(error)) from None
             raise
         self._content = content_sha256(digests)
         _, *beside = self._kept_beside(load)
@@ -206,7 +216,10 @@ class EngineReplica(Loader):
     def _fail(self, load: Load, error: Exception) -> None:
         super()._fail(load, error)
         self._held, self.error = self._served, f"{load.identity}: {type(error).__name__}: {error}"
-        if isinstance(error, PASSING) and not isinstance(error, MissingObjectError):
+        may_pass = isinstance(error, PASSING) and not isinstance(error, MissingObjectError)
+        if isinstance(error, EngineDiedError):  # once by chance, twice by these weights
+            may_pass, self._died_of = self._died_of != load.identity, load.identity
+        if may_pass:
             self.stage = "pending"  # tried again at the next look
 
     def _log(self, load: Load, result: str, detail: str | None) -> None:
@@ -255,22 +268,24 @@ class EngineReplica(Loader):
         self._doubt.unlink()
         self._is_told = True
 
-    async def _go_back(self) -> None:
-        """Let the engine serve again what it served; not ready where it does not."""
+    async def _go_back(self) -> bool:
+        """Let the engine serve again what it served; not ready where it does not. False: nobody
+        listens there."""
         self.readiness = False
         directory, self._held = self._served or self._base, self._served
         self.current = None
         if directory is None:
             self.link.unlink(missing_ok=True)
             self.error = "no weights are known to be served, and no base model was named"
-            return
+            return True
         name = self._served.name if self._served else BASE
         try:
             await self._tell(directory, Load(name, SnapshotKind.FULL, None))
         except (EngineError, OSError) as error:  # a full disk, too, is tried again
             self.error = str(error)
-            return
+            return not isinstance(error, EngineAwayError)
         self.current, self.readiness = self._served.name if self._served else None, True
+        return True
 
     async def _forget(self) -> None:
         """Serve base weights, as after a reset of the ledger."""

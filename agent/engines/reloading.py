@@ -37,6 +37,10 @@ class EngineAwayError(EngineError):
     """The inference server does not answer: it is not up, or not yet."""
 
 
+class EngineDiedError(EngineAwayError):
+    """The inference server failed in a reload, and does not answer since."""
+
+
 class ReloadingEngine(Protocol):
     """An inference server, and how it is told to load."""
 

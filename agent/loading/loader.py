@@ -128,7 +128,7 @@ class Loader(ABC):
 
     # What is the same everywhere.
 
-    def _begin(self, work: Callable[[], Awaitable[None]]) -> None:
+    def _begin(self, work: Callable[[], Awaitable[object]]) -> None:
         before = self._task
 
         async def after() -> None:

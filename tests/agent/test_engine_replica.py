@@ -19,7 +19,7 @@ from agent.loading.bucket import SnapshotBucket
 from agent.loading.disk import Load
 from hotload.clients.store.store import Store
 from hotload.identity import SnapshotKind
-from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
+from tests.agent.tiny_engine import TinyEngine, digests, serve, tiny_engine
 from tests.waiting import until
 
 pytestmark = pytest.mark.server
@@ -111,6 +111,71 @@ async def test_an_engine_that_refused_is_told_again_after_a_while(
         monkeypatch.setattr("agent.beside.engine_replica.TELL_AGAIN_SECONDS", 0.0)
         await until(is_ready)
     assert engine.serves == digests(place.publisher.checkpoint("a"))
+
+
+class MortalEngine(TinyEngine):
+    """An engine that answers a reload with 500 and is gone, `deaths` times."""
+
+    def __init__(self, deaths: int) -> None:
+        super().__init__()
+        self.deaths, self.died = deaths, threading.Event()
+
+    def start(self, directory: Path) -> None:
+        """Start it on a directory, as its supervisor does."""
+        self.restart(directory)
+        self.died.clear()
+        self.server = serve(self, int(self.url.rpartition(":")[2] or 0) if self.url else 0)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=[0.02])
+        self.thread.start()
+
+    def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        if path == "/reload" and self.deaths:
+            self.deaths -= 1
+            self.stop()
+            self.died.set()
+            return 500, {"error": "EngineCore encountered an issue"}
+        return super().answer(method, path, body)
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.socket.close()
+
+
+@pytest.mark.parametrize(("deaths", "ends"), [(1, "completed"), (2, "error")])
+async def test_an_engine_that_dies_in_a_reload_gets_a_second_try(
+    place: Any, deaths: int, ends: str
+) -> None:
+    """A death by chance costs the fleet no full snapshot, weights that kill it do."""
+    engine = MortalEngine(deaths)
+    engine.start(place.publisher.base)
+    call = 'POST /reload {"path": "{directory}", "name": "{identity}"}'
+    server = DeclaredServer(engine.url, call, "GET /info weight_version")
+    place.publisher.full("a")
+    with ThreadPoolExecutor(1) as threads:
+        bucket, base = SnapshotBucket(str(place.publisher.bucket), {}), place.publisher.base
+        replica = EngineReplica(
+            "one", place.root / "one", bucket, threads, server, engine_kind="command", base=base
+        )
+        await replica.come_up()
+        seen = set()
+
+        async def is_at_the_end() -> bool:
+            await replica.look_at_engine()
+            replica.catch_up([Load("a", SnapshotKind.FULL, None)])
+            seen.add(replica.report().stage)
+            if engine.died.is_set():
+                assert not replica.report().readiness
+                engine.start(replica.link)
+            return replica.report().stage in ("completed", "error") and replica.report().readiness
+
+        await until(is_at_the_end)
+    engine.stop()
+    assert replica.report().stage == ends
+    assert ("error" in seen) == (ends == "error")
+    served = place.publisher.checkpoint("a") if ends == "completed" else base
+    assert engine.serves == digests(served)
 
 
 async def test_a_store_that_cannot_be_read_is_told_in_the_report(
