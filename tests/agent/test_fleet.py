@@ -304,8 +304,7 @@ def test_a_path_in_the_log_leads_an_agent_nowhere(place: Any, field: str) -> Non
     (log / "0000000001.json").write_text(json.dumps(event))
     one = place.agent("one")
     one.process.wait()
-    wait_until(lambda: "0000000001.json" in one.log())
-    assert "not a fleet event" in one.report()["error"]
+    wait_until(lambda: "0000000001.json: not a fleet event" in one.report()["error"])
     assert (others / "file").exists()
 
 
