@@ -123,7 +123,7 @@ class EngineReplica(Loader):
 
     def catch_up(self, chain: Sequence[Load]) -> None:
         """Load what is missing of a chain, unless something is loading, or it failed before."""
-        if self._is_busy():
+        if self.is_busy:
             return
         if not chain:
             if self._held is not None:
@@ -138,6 +138,11 @@ class EngineReplica(Loader):
         self._last = names[-1]
         for load in steps:
             self.load(load)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is loading, or is told to the engine."""
+        return self._task is not None and not self._task.done()
 
     def is_past(self, identity: str) -> bool:
         """Tell whether what is held was made of that snapshot: it is not fetched again."""
@@ -168,7 +173,7 @@ class EngineReplica(Loader):
         is_new = self.readiness or version is None or version != self._refused
         if is_new or monotonic() - self._told_at > TELL_AGAIN_SECONDS:
             self.readiness = False
-            if not self._is_busy():
+            if not self.is_busy:
                 self._refused, self._told_at = version, monotonic()
                 self._begin(self._go_back)
 
@@ -202,7 +207,7 @@ class EngineReplica(Loader):
             if (digests := weights) is None:
                 digests = await self._in_thread(self._digests, load.identity, kept)
             await self._in_thread(seal, kept, digests)
-        except BaseException as error:
+        except Exception as error:  # an agent that is ended in between leaves all as a kill does
             self._served, self._content = before
             is_there = await self._go_back()
             had_begun = isinstance(error, EngineError) and not isinstance(error, EngineAwayError)
@@ -298,11 +303,8 @@ class EngineReplica(Loader):
         """Tell whether the engine may be reading what the link leads to, all of which is there."""
         return self._doubt.exists() and self._doubt.read_text() == _this_boot() != ""
 
-    def _is_busy(self) -> bool:
-        return self._task is not None and not self._task.done()
-
     def _is_telling(self) -> bool:
-        return self._is_busy() and not self._is_told
+        return self.is_busy and not self._is_told
 
     def _point_at(self, directory: Path) -> None:
         partial = self.link.with_name(f".current.{secrets.token_hex(4)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import pytest
 from agent.beside.engine_replica import EngineReplica
 from agent.beside.following import Following
 from agent.engines.declared import DeclaredServer
+from agent.engines.reloading import ReloadingEngine
 from agent.fleet.log import FleetLog
+from agent.fleet.report import AgentReport
 from agent.loading.bucket import SnapshotBucket
 from agent.loading.disk import Load
 from hotload.clients.store.store import Store
@@ -45,71 +47,100 @@ def engine(place: Any) -> Iterator[TinyEngine]:
         yield running
 
 
+@pytest.fixture
+def threads() -> Iterator[Executor]:
+    with ThreadPoolExecutor(1) as running:
+        yield running
+
+
+def replica_of(
+    place: Any,
+    engine: TinyEngine,
+    threads: Executor,
+    *,
+    bucket: SnapshotBucket | None = None,
+    kind: ReloadingEngine | None = None,
+    has_base: bool = True,
+) -> EngineReplica:
+    """Make the replica `one` beside an engine; made again, it is one that was started again."""
+    call = 'POST /reload {"path": "{directory}", "name": "{identity}"}'
+    return EngineReplica(
+        "one",
+        place.root / "one",
+        bucket or SnapshotBucket(str(place.publisher.bucket), {}),
+        threads,
+        kind or DeclaredServer(engine.url, call, "GET /info weight_version"),
+        engine_kind="command",
+        base=place.publisher.base if has_base else None,
+    )
+
+
+FULL_A = Load("a", SnapshotKind.FULL, None)
+DELTA_B = Load("b", SnapshotKind.DELTA, "a")
+
+
+async def look(replica: EngineReplica, *chain: Load) -> AgentReport:
+    """Look once, as an agent does that follows the log; what it then says."""
+    replica.catch_up(chain)
+    await replica.look_at_engine()
+    return replica.report()
+
+
+async def serve_it(replica: EngineReplica, *chain: Load) -> None:
+    """Look until the last of a chain is served, and sealed."""
+
+    async def is_served() -> bool:
+        report = await look(replica, *chain)
+        is_there = report.readiness and report.current == chain[-1].identity
+        return is_there and not replica.is_busy
+
+    await until(is_served)
+
+
 async def test_an_engine_that_goes_during_a_download_is_not_ready(
-    place: Any, engine: TinyEngine
+    place: Any, engine: TinyEngine, threads: Executor
 ) -> None:
     bucket = SlowBucket(str(place.publisher.bucket))
-    call = 'POST /reload {"path": "{directory}", "name": "{identity}"}'
-    server = DeclaredServer(engine.url, call, "GET /info weight_version")
-    with ThreadPoolExecutor(1) as threads:
-        base, directory = place.publisher.base, place.root / "one"
-        replica = EngineReplica(
-            "one", directory, bucket, threads, server, engine_kind="command", base=base
-        )
-        await replica.come_up()
-        await replica.look_at_engine()
-        assert replica.report().readiness
-        place.publisher.full("a")
-        replica.catch_up([Load("a", SnapshotKind.FULL, None)])
-        assert await asyncio.to_thread(bucket.asked.wait, 60)
-        engine.refuses = {"/info"}
-        await replica.look_at_engine()
-        assert not replica.report().readiness
-        engine.refuses = set()
-        await replica.look_at_engine()
-        assert (replica.report().readiness, replica.report().stage) == (True, "downloading")
-        bucket.may_send.set()
-
-        async def is_served() -> bool:
-            return replica.report().current == "a"
-
-        await until(is_served)
+    replica = replica_of(place, engine, threads, bucket=bucket)
+    await replica.come_up()
+    await replica.look_at_engine()
+    assert replica.report().readiness
+    place.publisher.full("a")
+    replica.catch_up([FULL_A])
+    assert await asyncio.to_thread(bucket.asked.wait, 60)
+    engine.refuses = {"/info"}
+    await replica.look_at_engine()
+    assert not replica.report().readiness
+    engine.refuses = set()
+    await replica.look_at_engine()
+    assert (replica.report().readiness, replica.report().stage) == (True, "downloading")
+    bucket.may_send.set()
+    await serve_it(replica, FULL_A)
     assert engine.serves == digests(place.publisher.checkpoint("a"))
 
 
 async def test_an_engine_that_refused_is_told_again_after_a_while(
-    place: Any, engine: TinyEngine, monkeypatch: pytest.MonkeyPatch
+    place: Any, engine: TinyEngine, threads: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have been started anew, and names itself as before."""
-    call = 'POST /reload {"path": "{directory}", "name": "{identity}"}'
-    server = DeclaredServer(engine.url, call, "GET /info weight_version")
-    with ThreadPoolExecutor(1) as threads:
-        bucket, base = SnapshotBucket(str(place.publisher.bucket), {}), place.publisher.base
-        replica = EngineReplica(
-            "one", place.root / "one", bucket, threads, server, engine_kind="command", base=base
-        )
-        await replica.come_up()
-        place.publisher.full("a")
-        replica.catch_up([Load("a", SnapshotKind.FULL, None)])
+    replica = replica_of(place, engine, threads)
+    await replica.come_up()
+    place.publisher.full("a")
+    await serve_it(replica, FULL_A)
 
-        async def is_ready() -> bool:
-            await replica.look_at_engine()
-            return replica.report().readiness and replica.report().current == "a"
+    async def is_refused() -> bool:
+        await replica.look_at_engine()
+        return "500" in replica.report().error
 
-        async def is_refused() -> bool:
-            await replica.look_at_engine()
-            return "500" in replica.report().error
-
-        await until(is_ready)
-        engine.version, engine.refuses = "default", {"/reload"}
-        await until(is_refused)
-        reloads = [path for path, _ in engine.calls].count("/reload")
-        for _ in range(5):
-            await replica.look_at_engine()
-        assert [path for path, _ in engine.calls].count("/reload") == reloads
-        engine.refuses = set()
-        monkeypatch.setattr("agent.beside.engine_replica.TELL_AGAIN_SECONDS", 0.0)
-        await until(is_ready)
+    engine.version, engine.refuses = "default", {"/reload"}
+    await until(is_refused)
+    reloads = [path for path, _ in engine.calls].count("/reload")
+    for _ in range(5):
+        await replica.look_at_engine()
+    assert [path for path, _ in engine.calls].count("/reload") == reloads
+    engine.refuses = set()
+    monkeypatch.setattr("agent.beside.engine_replica.TELL_AGAIN_SECONDS", 0.0)
+    await serve_it(replica, FULL_A)
     assert engine.serves == digests(place.publisher.checkpoint("a"))
 
 
@@ -145,63 +176,80 @@ class MortalEngine(TinyEngine):
 
 @pytest.mark.parametrize(("deaths", "ends"), [(1, "completed"), (2, "error")])
 async def test_an_engine_that_dies_in_a_reload_gets_a_second_try(
-    place: Any, deaths: int, ends: str
+    place: Any, threads: Executor, deaths: int, ends: str
 ) -> None:
     """A death by chance costs the fleet no full snapshot, weights that kill it do."""
     engine = MortalEngine(deaths)
     engine.start(place.publisher.base)
-    call = 'POST /reload {"path": "{directory}", "name": "{identity}"}'
-    server = DeclaredServer(engine.url, call, "GET /info weight_version")
     place.publisher.full("a")
-    with ThreadPoolExecutor(1) as threads:
-        bucket, base = SnapshotBucket(str(place.publisher.bucket), {}), place.publisher.base
-        replica = EngineReplica(
-            "one", place.root / "one", bucket, threads, server, engine_kind="command", base=base
-        )
-        await replica.come_up()
-        seen = set()
+    replica = replica_of(place, engine, threads)
+    await replica.come_up()
+    seen = set()
 
-        async def is_at_the_end() -> bool:
-            await replica.look_at_engine()
-            replica.catch_up([Load("a", SnapshotKind.FULL, None)])
-            seen.add(replica.report().stage)
-            if engine.died.is_set():
-                assert not replica.report().readiness
-                engine.start(replica.link)
-            return replica.report().stage in ("completed", "error") and replica.report().readiness
+    async def is_at_the_end() -> bool:
+        report = await look(replica, FULL_A)
+        seen.add(report.stage)
+        if engine.died.is_set() and report.stage != "downloading":  # its agent has heard of it
+            assert not report.readiness
+            engine.start(replica.link)
+        return report.stage in ("completed", "error") and report.readiness
 
-        await until(is_at_the_end)
+    await until(is_at_the_end)
     engine.stop()
     assert replica.report().stage == ends
     assert ("error" in seen) == (ends == "error")
-    served = place.publisher.checkpoint("a") if ends == "completed" else base
+    served = place.publisher.checkpoint("a") if ends == "completed" else place.publisher.base
     assert engine.serves == digests(served)
 
 
 async def test_a_store_that_cannot_be_read_is_told_in_the_report(
-    place: Any, engine: TinyEngine, caplog: pytest.LogCaptureFixture
+    place: Any, engine: TinyEngine, threads: Executor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = DeclaredServer(engine.url, "true", "GET /info weight_version")
     url = (place.root / "nowhere").as_uri()
-    with ThreadPoolExecutor(1) as threads:
-        bucket, base = SnapshotBucket(url, {}), place.publisher.base
-        replica = EngineReplica(
-            "one", place.root / "one", bucket, threads, server, engine_kind="command", base=base
-        )
-        following = Following(replica, FleetLog(Store(url), "local", "rollouts"), 0.001)
-        work = asyncio.create_task(following.follow())
+    replica = replica_of(place, engine, threads, bucket=SnapshotBucket(url, {}))
+    following = Following(replica, FleetLog(Store(url), "local", "rollouts"), 0.001)
+    work = asyncio.create_task(following.follow())
 
-        async def is_told_often() -> bool:
-            return len(engine.calls) > 3
+    async def is_told_often() -> bool:
+        return len(engine.calls) > 3
 
-        await until(is_told_often)
-        assert replica.report().readiness
-        assert "does not exist" in replica.report().error
-        assert caplog.text.count("does not exist") == 1
-        (place.root / "nowhere").mkdir()
+    await until(is_told_often)
+    assert replica.report().readiness
+    assert "does not exist" in replica.report().error
+    assert caplog.text.count("does not exist") == 1
+    (place.root / "nowhere").mkdir()
 
-        async def is_well() -> bool:
-            return not replica.report().error
+    async def is_well() -> bool:
+        return not replica.report().error
 
-        await until(is_well)
-        work.cancel()
+    await until(is_well)
+    work.cancel()
+
+
+async def test_an_agent_that_is_ended_turns_no_link_under_a_reading_engine(
+    place: Any, engine: TinyEngine, threads: Executor
+) -> None:
+    """As one that is killed: whoever comes after it ends that reload first."""
+    place.publisher.full("a")
+    place.publisher.delta("b", "a")
+    replica = replica_of(place, engine, threads)
+    await replica.come_up()
+    await serve_it(replica, FULL_A)
+    engine.asked.clear()
+    engine.holds.clear()
+    replica.catch_up([FULL_A, DELTA_B])
+    assert await asyncio.to_thread(engine.asked.wait, 60)  # the first shard of b is read
+    replica.stop()
+
+    async def has_ended_or_turned() -> bool:
+        return not replica.is_busy or replica.link.resolve().name != "b"
+
+    await until(has_ended_or_turned)
+    assert replica.link.resolve().name == "b"
+    engine.holds.set()
+    again = replica_of(place, engine, threads)
+    await again.come_up()
+    await serve_it(again, FULL_A, DELTA_B)
+    expected = {name: digests(place.publisher.checkpoint(name)) for name in ("a", "b")}
+    named = [(name, serves) for name, serves in engine.sampled if name is not None]
+    assert [name for name, serves in named if serves != expected[name]] == []
