@@ -68,8 +68,8 @@ class EngineReplica(Loader):
         super().__init__(name, disk, threads)
         self.link = directory / "current"
         self.readiness = False
-        self.error = "not yet looked at its engine"
         self.trouble = self.remark = ""  # of whoever follows the log with it
+        self._load_error, self._engine_error = "", "not yet looked at its engine"
         self._directory, self._bucket, self._engine = directory, bucket, engine
         self._engine_kind, self._serves = engine_kind, serves
         self._base, self._workers = base, workers
@@ -84,10 +84,12 @@ class EngineReplica(Loader):
         # This file exists while the engine reloads, and stays if that fails or is cut short: half
         # of the engine's weights may then be new, whatever version it reports. It names this start
         # of the machine: until the next, what was written is whole without having been sealed.
+        # Also while there is nothing that an engine could be told which tells no version.
         self._doubt = directory / "telling"
 
     def report(self) -> AgentReport:
         """Say what is served, and how far what is loading has come."""
+        errors = filter(None, (self._load_error, self._engine_error, self.trouble))
         return AgentReport(
             name=self.name,
             engine=self._engine_kind,
@@ -96,7 +98,7 @@ class EngineReplica(Loader):
             stage=self.stage,
             target=self.target or None,
             content_sha256=self._content,
-            error=(self.error or self.trouble)[:REASON_CHARS],
+            error="; ".join(errors)[:REASON_CHARS],
             serves=self._serves,
             remark=self.remark[:REASON_CHARS],
         )
@@ -125,19 +127,19 @@ class EngineReplica(Loader):
         """Load what is missing of a chain, unless something is loading, or it failed before."""
         if self.is_busy:
             return
-        if not chain:
-            if self._held is not None:
-                self._begin(self._forget)
+        if not chain and self._held is not None:
+            self._begin(self._forget)
             return
         names = [load.identity for load in chain]
         held = self._held.name if self._held else None
         done = names.index(held) + 1 if held in names else 0
         steps, self._past = chain[done:], frozenset(names[:done])
-        if not steps or (self.stage == "error" and self.target == names[-1]):
-            return
-        self._last = names[-1]
-        for load in steps:
-            self.load(load)
+        if not steps:
+            if self.stage == "pending" or not chain:  # it is not to be loaded any more
+                self.stage, self.target, self._load_error = "idle", "", ""
+        elif not (self.stage == "error" and self.target == names[-1]):
+            self._last = names[-1]
+            self._begin(partial(self._load_all, steps))
 
     @property
     def is_busy(self) -> bool:
@@ -157,7 +159,7 @@ class EngineReplica(Loader):
             version = await self._engine.version()
         except EngineError as error:
             if not self._is_telling():
-                self.readiness, self.error = False, str(error)
+                self.readiness, self._engine_error = False, str(error)
             return
         if self._is_telling():  # since it was asked
             return
@@ -167,7 +169,7 @@ class EngineReplica(Loader):
         if is_right and not self._doubt.exists():
             self.readiness, self._is_told = True, True
             self.current = self._served.name if self._served else None
-            self.error = self.error if self.stage == "error" else ""
+            self._engine_error = ""
             return
         # What it refused once it may take later: it may have been started anew in between.
         is_new = self.readiness or version is None or version != self._refused
@@ -203,7 +205,7 @@ class EngineReplica(Loader):
             await self._tell(kept, load)
             self._served, self._content = kept, None
             self.current, self.stage, self.readiness = load.identity, "completed", True
-            self.error = ""
+            self._load_error = self._engine_error = ""
             if (digests := weights) is None:
                 digests = await self._in_thread(self._digests, load.identity, kept)
             await self._in_thread(seal, kept, digests)
@@ -220,7 +222,8 @@ class EngineReplica(Loader):
 
     def _fail(self, load: Load, error: Exception) -> None:
         super()._fail(load, error)
-        self._held, self.error = self._served, f"{load.identity}: {type(error).__name__}: {error}"
+        self._held = self._served
+        self._load_error = f"{load.identity}: {type(error).__name__}: {error}"
         may_pass = isinstance(error, PASSING) and not isinstance(error, MissingObjectError)
         if isinstance(error, EngineDiedError):  # once by chance, twice by these weights
             may_pass, self._died_of = self._died_of != load.identity, load.identity
@@ -232,6 +235,15 @@ class EngineReplica(Loader):
         logger.log(level, "%s: %s %s %s", self.name, load.identity, result, detail or "")
 
     # Its own.
+
+    async def _load_all(self, steps: Sequence[Load]) -> None:
+        """Load one after the other. What fails on the way has failed for the last, or is tried
+        again with it."""
+        for load in steps:
+            await self._load(load)
+            if self.stage in ("pending", "error"):
+                self.target = steps[-1].identity
+                return
 
     def _digests(self, identity: str, directory: Path) -> dict[str, str]:
         """Digest every file, and hold it to the publisher's record where there is one."""
@@ -281,21 +293,24 @@ class EngineReplica(Loader):
         self.current = None
         if directory is None:
             self.link.unlink(missing_ok=True)
-            self.error = "no weights are known to be served, and no base model was named"
+            if not self._engine.tells_version:  # it may serve on, and cannot be asked what
+                self._doubt.touch()
+            self._engine_error = "no weights are known to be served, and no base model was named"
             return True
         name = self._served.name if self._served else BASE
         try:
             await self._tell(directory, Load(name, SnapshotKind.FULL, None))
         except (EngineError, OSError) as error:  # a full disk, too, is tried again
-            self.error = str(error)
+            self._engine_error = str(error)
             return not isinstance(error, EngineAwayError)
         self.current, self.readiness = self._served.name if self._served else None, True
+        self._engine_error = ""
         return True
 
     async def _forget(self) -> None:
         """Serve base weights, as after a reset of the ledger."""
         self._served, self._content, self._is_torn = None, None, False
-        self.stage, self.target, self.error = "idle", "", ""
+        self.stage, self.target, self._load_error = "idle", "", ""
         await self._go_back()
         await self._in_thread(self._disk.forget_others)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -15,12 +16,14 @@ from agent.beside.engine_replica import EngineReplica
 from agent.beside.following import Following
 from agent.engines.declared import DeclaredServer
 from agent.engines.reloading import ReloadingEngine
+from agent.engines.transformers_serve import TransformersServe
 from agent.fleet.log import FleetLog
 from agent.fleet.report import AgentReport
-from agent.loading.bucket import SnapshotBucket
+from agent.loading.bucket import BucketError, SnapshotBucket
 from agent.loading.disk import Load
 from hotload.clients.store.store import Store
 from hotload.identity import SnapshotKind
+from hotload.publish.readiness import SETTLED_STAGES
 from tests.agent.tiny_engine import TinyEngine, digests, serve, tiny_engine
 from tests.waiting import until
 
@@ -83,6 +86,16 @@ async def look(replica: EngineReplica, *chain: Load) -> AgentReport:
     """Look once, as an agent does that follows the log; what it then says."""
     replica.catch_up(chain)
     await replica.look_at_engine()
+    return replica.report()
+
+
+async def end(replica: EngineReplica) -> AgentReport:
+    """Wait for what a replica is at; what it then says."""
+
+    async def is_quiet() -> bool:
+        return not replica.is_busy
+
+    await until(is_quiet)
     return replica.report()
 
 
@@ -253,3 +266,89 @@ async def test_an_agent_that_is_ended_turns_no_link_under_a_reading_engine(
     expected = {name: digests(place.publisher.checkpoint(name)) for name in ("a", "b")}
     named = [(name, serves) for name, serves in engine.sampled if name is not None]
     assert [name for name, serves in named if serves != expected[name]] == []
+
+
+async def test_base_weights_that_nobody_named_are_not_served(
+    place: Any, engine: TinyEngine, threads: Executor
+) -> None:
+    """An engine that tells no version serves on what it was told last."""
+    kind = TransformersServe(engine.url)
+    replica = replica_of(place, engine, threads, kind=kind, has_base=False)
+    await replica.come_up()
+    place.publisher.full("a")
+    await serve_it(replica, FULL_A)
+
+    await look(replica)
+    assert "no base model was named" in (await end(replica)).error
+    for _ in range(3):
+        assert not (await look(replica)).readiness
+    again = replica_of(place, engine, threads, kind=kind, has_base=False)
+    await again.come_up()
+    for _ in range(3):
+        assert not (await look(again)).readiness
+    assert engine.serves == digests(place.publisher.checkpoint("a"))
+
+
+class FailingBucket(SnapshotBucket):
+    """A bucket that cannot be read for the files of some snapshots."""
+
+    def __init__(self, url: str, *failing: str) -> None:
+        super().__init__(url, {})
+        self.failing = {*failing}
+
+    def download(self, identity: str, file: str, target: Path) -> None:
+        if identity in self.failing:
+            raise BucketError(f"{file} cannot be read: TimeoutError")
+        super().download(identity, file, target)
+
+
+@pytest.mark.parametrize("chain", [[FULL_A], []], ids=["withdrawn", "reset"])
+async def test_what_is_no_longer_to_be_loaded_is_not_pending(
+    place: Any, engine: TinyEngine, threads: Executor, chain: list[Load]
+) -> None:
+    """Else a service with one replica that never got it would look busy for ever."""
+    place.publisher.full("a")
+    place.publisher.delta("b", "a")
+    bucket = FailingBucket(str(place.publisher.bucket), "b" if chain else "a")
+    replica = replica_of(place, engine, threads, bucket=bucket)
+    await replica.come_up()
+    if chain:
+        await serve_it(replica, *chain)
+    await look(replica, *([*chain, DELTA_B] if chain else [FULL_A]))
+    report = await end(replica)
+    assert (report.stage, "TimeoutError" in report.error) == ("pending", True)
+    report = await look(replica, *chain)
+    assert (report.readiness, report.current) == (True, chain[-1].identity if chain else None)
+    assert report.stage in SETTLED_STAGES
+    assert not report.error
+
+
+async def test_a_store_that_fails_in_the_middle_of_a_chain_is_waited_for(
+    place: Any, engine: TinyEngine, threads: Executor
+) -> None:
+    place.publisher.full("a")
+    place.publisher.delta("b", "a")
+    bucket = FailingBucket(str(place.publisher.bucket), "a")
+    replica = replica_of(place, engine, threads, bucket=bucket)
+    await replica.come_up()
+    await look(replica, FULL_A, DELTA_B)
+    report = await end(replica)
+    assert (report.stage, report.target) == ("pending", "b")
+    assert "a: BucketError" in report.error
+    bucket.failing.clear()
+    await serve_it(replica, FULL_A, DELTA_B)
+    assert engine.serves == digests(place.publisher.checkpoint("b"))
+
+
+async def test_what_fails_in_the_middle_of_a_chain_is_named_with_its_end(
+    place: Any, engine: TinyEngine, threads: Executor
+) -> None:
+    place.publisher.full("a")
+    place.publisher.delta("b", "a")
+    shutil.rmtree(place.publisher.bucket / "a")
+    replica = replica_of(place, engine, threads)
+    await replica.come_up()
+    await look(replica, FULL_A, DELTA_B)
+    report = await end(replica)
+    assert (report.stage, report.target) == ("error", "b")
+    assert report.error.startswith("a: MissingObjectError")
