@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -20,6 +21,7 @@ from agent.engines.reloading import (
     EngineError,
     Reload,
     ReloadingEngine,
+    begun,
 )
 from agent.fleet.report import AgentReport
 from agent.fleet.state import REASON_CHARS
@@ -36,6 +38,8 @@ BASE = "base"  # the version that an engine is given with the base model
 UNNAMED = (None, "default", BASE)  # what an engine reports that was given no snapshot
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 TELL_AGAIN_SECONDS = 30.0  # to an engine that refused, and is not ready
+DYING_SECONDS = 6.0  # for which a server may answer whose engine is dead: vLLM looks every 5 s
+DYING_LOOK_SECONDS = 0.2
 PASSING = (BucketError, EngineAwayError)
 
 logger = logging.getLogger(__name__)
@@ -211,12 +215,13 @@ class EngineReplica(Loader):
             await self._in_thread(seal, kept, digests)
         except Exception as error:  # an agent that is ended in between leaves all as a kill does
             self._served, self._content = before
-            is_there = await self._go_back()
+            is_back = await self._go_back()
             had_begun = isinstance(error, EngineError) and not isinstance(error, EngineAwayError)
-            if had_begun and not is_there:
+            if had_begun and not is_back and await self._ends():
                 raise EngineDiedError(str(error)) from None
             raise
         self._content = content_sha256(digests)
+        self._died_of = ""
         _, *beside = self._kept_beside(load)
         await self._in_thread(self._disk.forget_others, kept, *beside)
 
@@ -280,14 +285,15 @@ class EngineReplica(Loader):
         self._point_at(directory)
         policy = load.reset_prompt_cache
         await self._engine.reload(Reload(self.link, load.identity, load.transition, policy))
-        if self._engine.tells_version and (found := await self._engine.version()) != load.identity:
+        with begun():
+            found = await self._engine.version() if self._engine.tells_version else load.identity
+        if found != load.identity:
             raise EngineError(f"the engine reports {found!r} after it was given {load.identity!r}")
         self._doubt.unlink()
         self._is_told = True
 
     async def _go_back(self) -> bool:
-        """Let the engine serve again what it served; not ready where it does not. False: nobody
-        listens there."""
+        """Let the engine serve again what it served; False where it does not, and is not ready."""
         self.readiness = False
         directory, self._held = self._served or self._base, self._served
         self.current = None
@@ -296,16 +302,30 @@ class EngineReplica(Loader):
             if not self._engine.tells_version:  # it may serve on, and cannot be asked what
                 self._doubt.touch()
             self._engine_error = "no weights are known to be served, and no base model was named"
-            return True
+            return False
         name = self._served.name if self._served else BASE
         try:
             await self._tell(directory, Load(name, SnapshotKind.FULL, None))
         except (EngineError, OSError) as error:  # a full disk, too, is tried again
             self._engine_error = str(error)
-            return not isinstance(error, EngineAwayError)
+            return False
         self.current, self.readiness = self._served.name if self._served else None, True
         self._engine_error = ""
         return True
+
+    async def _ends(self) -> bool:
+        """Tell whether the engine is gone, or will be: one that is dead answers for a moment."""
+        end = monotonic() + DYING_SECONDS
+        while True:
+            try:
+                await self._engine.version()
+            except EngineAwayError:
+                return True
+            except EngineError as error:
+                self._engine_error = str(error)
+            if monotonic() > end:
+                return False
+            await asyncio.sleep(DYING_LOOK_SECONDS)
 
     async def _forget(self) -> None:
         """Serve base weights, as after a reset of the ledger."""

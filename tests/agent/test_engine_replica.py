@@ -158,11 +158,13 @@ async def test_an_engine_that_refused_is_told_again_after_a_while(
 
 
 class MortalEngine(TinyEngine):
-    """An engine that answers a reload with 500 and is gone, `deaths` times."""
+    """An engine that dies of `deaths` reloads, each answered with `status`. Then it is gone, or as
+    soon as it has answered so many `last_words`, refusing to reload meanwhile."""
 
-    def __init__(self, deaths: int) -> None:
+    def __init__(self, deaths: int, status: int = 500, last_words: int = 0) -> None:
         super().__init__()
         self.deaths, self.died = deaths, threading.Event()
+        self.status, self.last_words, self.words_left = status, last_words, 0
 
     def start(self, directory: Path) -> None:
         """Start it on a directory, as its supervisor does."""
@@ -174,11 +176,18 @@ class MortalEngine(TinyEngine):
         self.thread.start()
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
-        if path == "/reload" and self.deaths:
-            self.deaths -= 1
+        is_dying = self.words_left > 0
+        if not is_dying and not (path == "/reload" and self.deaths):
+            return super().answer(method, path, body)
+        if is_dying:
+            self.words_left -= 1
+        else:
+            self.deaths, self.words_left = self.deaths - 1, self.last_words
+        if not self.words_left:
             self.stop()
             self.died.set()
-            return 500, {"error": "EngineCore encountered an issue"}
+        if path == "/reload":
+            return self.status, {"error": "EngineCore encountered an issue"}
         return super().answer(method, path, body)
 
     def stop(self) -> None:
@@ -187,12 +196,15 @@ class MortalEngine(TinyEngine):
         self.server.socket.close()
 
 
+@pytest.mark.parametrize(
+    ("status", "last_words"), [(500, 0), (200, 0), (500, 5)], ids=["at once", "after it", "slowly"]
+)
 @pytest.mark.parametrize(("deaths", "ends"), [(1, "completed"), (2, "error")])
 async def test_an_engine_that_dies_in_a_reload_gets_a_second_try(
-    place: Any, threads: Executor, deaths: int, ends: str
+    place: Any, threads: Executor, deaths: int, ends: str, status: int, last_words: int
 ) -> None:
     """A death by chance costs the fleet no full snapshot, weights that kill it do."""
-    engine = MortalEngine(deaths)
+    engine = MortalEngine(deaths, status, last_words)
     engine.start(place.publisher.base)
     place.publisher.full("a")
     replica = replica_of(place, engine, threads)
@@ -213,6 +225,23 @@ async def test_an_engine_that_dies_in_a_reload_gets_a_second_try(
     assert ("error" in seen) == (ends == "error")
     served = place.publisher.checkpoint("a") if ends == "completed" else place.publisher.base
     assert engine.serves == digests(served)
+
+
+async def test_an_engine_that_dies_of_its_first_snapshot_gets_a_second_try(
+    place: Any, threads: Executor
+) -> None:
+    """Also where no base model was named that it could go back to."""
+    engine = MortalEngine(1)
+    engine.start(place.publisher.base)
+    place.publisher.full("a")
+    replica = replica_of(place, engine, threads, has_base=False)
+    await replica.come_up()
+    await look(replica, FULL_A)
+    report = await end(replica)
+    assert (report.stage, report.target, report.readiness) == ("pending", "a", False)
+    engine.start(place.publisher.base)
+    await serve_it(replica, FULL_A)
+    engine.stop()
 
 
 async def test_a_store_that_cannot_be_read_is_told_in_the_report(
