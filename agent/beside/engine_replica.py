@@ -33,6 +33,7 @@ from hotload.directory.files import sha256_file, sync_directory
 from hotload.errors import ChecksumMismatchError, DeltaError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest, content_sha256
+from hotload.sampling.reward.user_errors import replace_surrogates
 
 BASE = "base"  # the version that an engine is given with the base model
 UNNAMED = (None, "default", BASE)  # what an engine reports that was given no snapshot
@@ -102,7 +103,7 @@ class EngineReplica(Loader):
             stage=self.stage,
             target=self.target or None,
             content_sha256=self._content,
-            error="; ".join(errors)[:REASON_CHARS],
+            error=replace_surrogates("; ".join(errors))[:REASON_CHARS],
             serves=self._serves,
             remark=self.remark[:REASON_CHARS],
         )

@@ -98,7 +98,7 @@ class AgentFleet:
                 if await self._accept(signal):
                     break
             else:
-                raise RefusedError(503, "other signals come in all the time")
+                raise _overtaken()
         await nudge(await self.config.addresses.all())
         return {"identity": signal.identity}
 
@@ -113,11 +113,17 @@ class AgentFleet:
         raise RefusedError(404, "hints are not taken here")
 
     async def forget(self) -> None:
-        """Carry out operation D: every agent goes to the base model, where it knows one."""
+        """Carry out operation D: every agent goes to the base model, where it knows one.
+
+        Raises:
+            RefusedError: 503, the store does not answer.
+        """
         for _ in range(TURNS):
             state, _ = await self.look()
             if await self._write(FleetEvent(event="reset", at=utc_now()), state):
                 break
+        else:
+            raise _overtaken()
         await nudge(await self.config.addresses.all())
 
     async def entries(self) -> list[dict[str, Any]]:
@@ -273,6 +279,10 @@ class AgentFleet:
         ):
             return report.model_copy(update={"stage": "pending", "target": awaited}).replica()
         return report.replica()
+
+
+def _overtaken() -> RefusedError:
+    return RefusedError(503, "other signals come in all the time")
 
 
 def _refusal(word: FleetEvent) -> str:

@@ -309,6 +309,47 @@ def test_a_path_in_the_log_leads_an_agent_nowhere(place: Any, field: str) -> Non
     assert (others / "file").exists()
 
 
+def test_a_log_without_a_next_number_is_told(place: Any) -> None:
+    """An entry of the greatest number would hide all that came after it."""
+    log = place.publisher.bucket / "_hotload" / "fleets" / "local" / "rollouts"
+    log.mkdir(parents=True)
+    event = {"event": "signal", "at": "2026-01-01T00:00:00Z", "identity": "a"}
+    (log / "9999999999.json").write_text(json.dumps(event))
+    place.open_door("--agent", "http://127.0.0.1:9")
+    for _ in range(2):
+        answer = place.ask("DELETE", LEDGER)
+        assert answer.status_code == 503
+        assert "9999999999.json: no entry can follow it" in answer.text
+    assert [path.name for path in log.iterdir()] == ["9999999999.json"]
+
+
+HALF = "half-\ud800.safetensors"
+
+
+def spoil_index(place: Any, identity: str) -> None:
+    """Let an index name a file as no file can be called."""
+    index = place.publisher.bucket / identity / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["more.weight"] = HALF
+    index.write_text(json.dumps(found))
+
+
+def test_half_a_character_in_an_index_is_told(two: Any) -> None:
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.full("x")
+    spoil_index(two, "x")
+    answer = two.signal("x")
+    assert (answer.status_code, "half-?" in answer.text) == (400, True), answer.text
+    two.publisher.delta("b", "a")
+    spoil_index(two, "b")
+    assert two.signal("b", "a").status_code == 200
+    wait_until(lambda: two.states() == [("error", "b")] * 2)
+    assert "half-?" in two.agents[0].report()["error"]
+    two.publisher.full("c", seed=6)
+    two.load("c")
+
+
 def test_of_two_identities_signalled_at_once_one_is_let_in(two: Any) -> None:
     two.publisher.full("a")
     two.publisher.full("b", seed=6)
