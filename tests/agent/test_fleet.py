@@ -14,6 +14,10 @@ import httpx
 import pytest
 
 from agent.door import seen
+from agent.door.agent_fleet import AgentFleet, DoorConfig
+from agent.failures import RefusedError
+from agent.fleet.addresses import Addresses
+from hotload.clients.store.store import Store
 from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
 from tests.agent.tiny_engine import digests
 from tests.scripted_server import JSON, endless, http
@@ -629,3 +633,43 @@ def test_what_differs_from_the_publishers_record_is_not_served(two: Any) -> None
         wait_until(lambda: two.states() == [("error", kind)] * 2)  # noqa: B023
         wait_until(lambda: two.served() == ["b", "b"])
         two.check("b")
+
+
+async def test_a_name_without_addresses_is_told(tmp_path: Path) -> None:
+    store = Store(tmp_path.as_uri())
+    addresses = Addresses((), "agents.invalid:8700")
+    fleet = AgentFleet(DoorConfig(bucket=store.url, addresses=addresses), store)
+    with pytest.raises(RefusedError, match=r"0 of 0 agents .* agents\.invalid:8700 has no address"):
+        await fleet.signal({"identity": "a"})
+
+
+def test_who_keeps_the_others_waiting_is_told(place: Any) -> None:
+    """An agent answers, its engine does not: no signal is let in before it does."""
+    place.agent("lonely", **{"engine-url": "http://127.0.0.1:9"})
+    place.open_door()
+    place.publisher.full("a")
+    place.publisher.full("b", seed=6)
+    assert place.signal("a").status_code == 200
+    wait_until(lambda: "connection" in place.agents[0].report()["error"])
+    answer = place.signal("b")
+    assert answer.status_code == 400
+    words = "'a' is being loaded. lonely: a: EngineAwayError: GET /info: All connection"
+    assert words in answer.text
+
+
+def test_a_canary_that_this_door_does_not_judge_is_told(two: Any) -> None:
+    two.open_door("--canary", "0.5", "--gate", "tests.agent.test_fleet:never")
+    two.publisher.full("a")
+    assert two.signal("a").status_code == 200
+    two.open_door()
+    two.publisher.full("b", seed=6)
+    answer = two.signal("b")
+    assert (answer.status_code, "a door with --canary" in answer.text) == (400, True), answer.text
+    assert two.ask("DELETE", LEDGER).status_code == 200
+    wait_until(lambda: two.served() == [None, None])
+    two.load("b")
+
+
+async def never(_: Any) -> None:
+    """Judge nothing."""
+    await asyncio.Event().wait()
