@@ -329,11 +329,14 @@ class EngineReplica(Loader):
             await asyncio.sleep(DYING_LOOK_SECONDS)
 
     async def _forget(self) -> None:
-        """Serve base weights, as after a reset of the ledger."""
+        """Serve base weights, as after a reset of the ledger. What was held goes first: an agent
+        that is started again amid the reload finds nothing to turn the link to."""
+        if self._base is not None:
+            self._point_at(self._base)
+        await self._in_thread(self._disk.forget_others)
         self._served, self._content, self._is_torn = None, None, False
         self.stage, self.target, self._load_error = "idle", "", ""
         await self._go_back()
-        await self._in_thread(self._disk.forget_others)
 
     def _reload_had_begun(self) -> bool:
         """Tell whether the engine may be reading what the link leads to, all of which is there."""

@@ -268,8 +268,11 @@ async def test_a_store_that_cannot_be_read_is_told_in_the_report(
     work.cancel()
 
 
+@pytest.mark.parametrize(
+    ("chain", "leads_to"), [([FULL_A, DELTA_B], "b"), ([], "base-model")], ids=["a load", "a reset"]
+)
 async def test_an_agent_that_is_ended_turns_no_link_under_a_reading_engine(
-    place: Any, engine: TinyEngine, threads: Executor
+    place: Any, engine: TinyEngine, threads: Executor, chain: list[Load], leads_to: str
 ) -> None:
     """As one that is killed: whoever comes after it ends that reload first."""
     place.publisher.full("a")
@@ -279,20 +282,27 @@ async def test_an_agent_that_is_ended_turns_no_link_under_a_reading_engine(
     await serve_it(replica, FULL_A)
     engine.asked.clear()
     engine.holds.clear()
-    replica.catch_up([FULL_A, DELTA_B])
-    assert await asyncio.to_thread(engine.asked.wait, 60)  # the first shard of b is read
+    replica.catch_up(chain)
+    assert await asyncio.to_thread(engine.asked.wait, 60)  # the first shard is read
     replica.stop()
 
     async def has_ended_or_turned() -> bool:
-        return not replica.is_busy or replica.link.resolve().name != "b"
+        return not replica.is_busy or replica.link.resolve().name != leads_to
 
     await until(has_ended_or_turned)
-    assert replica.link.resolve().name == "b"
-    engine.holds.set()
+    assert replica.link.resolve().name == leads_to
     again = replica_of(place, engine, threads)
     await again.come_up()
-    await serve_it(again, FULL_A, DELTA_B)
+    assert replica.link.resolve().name == leads_to
+    engine.holds.set()
     expected = {name: digests(place.publisher.checkpoint(name)) for name in ("a", "b")}
+    expected["base"] = expected["base-model"] = digests(place.publisher.base)
+
+    async def is_served() -> bool:
+        await look(again, *chain)
+        return again.report().readiness and engine.serves == expected[leads_to]
+
+    await until(is_served)
     named = [(name, serves) for name, serves in engine.sampled if name is not None]
     assert [name for name, serves in named if serves != expected[name]] == []
 
