@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 from agent.beside.peered_disk import PeeredDisk
 from agent.beside.peers import Peers
@@ -44,6 +45,14 @@ DYING_LOOK_SECONDS = 0.2
 PASSING = (BucketError, EngineAwayError)
 
 logger = logging.getLogger(__name__)
+
+
+class _Checked(NamedTuple):
+    """What a snapshot was held to before the engine is told: the publisher's record, and of a full
+    the digests of its files."""
+
+    record: SnapshotManifest | None
+    digests: dict[str, str] | None = None
 
 
 class EngineReplica(Loader):
@@ -190,19 +199,21 @@ class EngineReplica(Loader):
         await self._engine.version()  # one that is away costs no download
         return True
 
-    async def _weights(self, load: Load, arrived: Path) -> dict[str, str] | None:
+    async def _weights(self, load: Load, arrived: Path) -> _Checked:
         """Digest a full before it is served: nothing but the publisher's record tells its bytes.
-        Every tensor of a delta was held to its checksum."""
+        Every tensor of a delta was held to its checksum. The record is read here in any case: a
+        store that fails once the engine was told would turn it back."""
         if load.kind is SnapshotKind.LORA:
             raise DeltaError(load.identity, "an adapter, which no agent loads")
+        record = await self._in_thread(self._record, load.identity)
         if load.kind is SnapshotKind.DELTA:
-            return None
-        return await self._in_thread(self._digests, load.identity, arrived)
+            return _Checked(record)
+        return _Checked(record, await self._in_thread(self._digests, record, arrived))
 
     def _kept_beside(self, load: Load) -> Sequence[Path | None]:
         return [self._served, self.peered.arriving(load.identity) if self.peered else None]
 
-    async def _swap(self, weights: dict[str, str] | None, load: Load, kept: Path) -> None:
+    async def _swap(self, weights: _Checked | None, load: Load, kept: Path) -> None:
         if load.identity != self._last:
             return  # a step on the way: the engine goes to the last at once
         self.readiness, before = False, (self._served, self._content)
@@ -211,8 +222,9 @@ class EngineReplica(Loader):
             self._served, self._content = kept, None
             self.current, self.stage, self.readiness = load.identity, "completed", True
             self._load_error = self._engine_error = ""
-            if (digests := weights) is None:
-                digests = await self._in_thread(self._digests, load.identity, kept)
+            checked = weights or _Checked(await self._in_thread(self._record, load.identity))
+            if (digests := checked.digests) is None:
+                digests = await self._in_thread(self._digests, checked.record, kept)
             await self._in_thread(seal, kept, digests)
         except Exception as error:  # an agent that is ended in between leaves all as a kill does
             self._served, self._content = before
@@ -251,21 +263,26 @@ class EngineReplica(Loader):
                 self.target = steps[-1].identity
                 return
 
-    def _digests(self, identity: str, directory: Path) -> dict[str, str]:
+    def _record(self, identity: str) -> SnapshotManifest | None:
+        """Read the publisher's record; None where there is none."""
+        try:
+            data = self._bucket.read(SNAPSHOTS, f"{identity}.json")
+        except MissingObjectError:
+            return None
+        return SnapshotManifest.parse(data, identity=identity)
+
+    def _digests(self, record: SnapshotManifest | None, directory: Path) -> dict[str, str]:
         """Digest every file, and hold it to the publisher's record where there is one."""
         files = sorted(path for path in directory.iterdir() if path.is_file())
         with ThreadPoolExecutor(self._workers, "digest") as pool:
             found = pool.map(sha256_file, files)
             digests = {path.name: digest for path, digest in zip(files, found, strict=True)}
-        try:
-            data = self._bucket.read(SNAPSHOTS, f"{identity}.json")
-        except MissingObjectError:
-            return digests
-        content = SnapshotManifest.parse(data, identity=identity).content
-        for file in (*content.shards, *content.side_files):
-            digest = digests.get(file.file, "no such file")
-            if digest != file.sha256:
-                raise ChecksumMismatchError(f"{identity}/{file.file}", digest, file.sha256)
+        if record is not None:
+            for file in (*record.content.shards, *record.content.side_files):
+                digest = digests.get(file.file, "no such file")
+                if digest != file.sha256:
+                    place = f"{record.identity}/{file.file}"
+                    raise ChecksumMismatchError(place, digest, file.sha256)
         return digests
 
     async def _finish(self, kept: Path) -> None:

@@ -340,6 +340,11 @@ class FailingBucket(SnapshotBucket):
             raise BucketError(f"{file} cannot be read: TimeoutError")
         super().download(identity, file, target)
 
+    def read(self, identity: str, file: str, start: int = 0, end: int | None = None) -> bytes:
+        if file in self.failing:
+            raise BucketError(f"{file} cannot be read: TimeoutError")
+        return super().read(identity, file, start, end)
+
 
 @pytest.mark.parametrize("chain", [[FULL_A], []], ids=["withdrawn", "reset"])
 async def test_what_is_no_longer_to_be_loaded_is_not_pending(
@@ -391,3 +396,21 @@ async def test_what_fails_in_the_middle_of_a_chain_is_named_with_its_end(
     report = await end(replica)
     assert (report.stage, report.target) == ("error", "b")
     assert report.error.startswith("a: MissingObjectError")
+
+
+async def test_a_record_that_cannot_be_read_now_turns_no_engine_back(
+    place: Any, engine: TinyEngine, threads: Executor
+) -> None:
+    """It is read before the engine is told: a pause of the store costs no reload."""
+    place.publisher.full("a")
+    place.publisher.delta("b", "a")
+    bucket = FailingBucket(str(place.publisher.bucket), "b.json")
+    replica = replica_of(place, engine, threads, bucket=bucket)
+    await replica.come_up()
+    await serve_it(replica, FULL_A)
+    await look(replica, FULL_A, DELTA_B)
+    assert (await end(replica)).stage == "pending"
+    bucket.failing.clear()
+    await serve_it(replica, FULL_A, DELTA_B)
+    told = [body["name"] for path, body in engine.calls if path == "/reload"]
+    assert told == ["a", "b"]
