@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -94,7 +95,7 @@ class EngineReplica(Loader):
         self._is_told = False
         self._refused: str | None = None
         self._died_of = ""  # the snapshot in whose reload the engine has died
-        self._told_at = 0.0
+        self._told_at = -inf
         # This file exists while the engine reloads, and stays if that fails or is cut short: half
         # of the engine's weights may then be new, whatever version it reports. It names this start
         # of the machine: until the next, what was written is whole without having been sealed.
@@ -174,6 +175,7 @@ class EngineReplica(Loader):
         except EngineError as error:
             if not self._is_telling():
                 self.readiness, self._engine_error = False, str(error)
+                self._told_at = -inf  # who answers next may be another
             return
         if self._is_telling():  # since it was asked
             return
@@ -186,7 +188,7 @@ class EngineReplica(Loader):
             self._engine_error = ""
             return
         # What it refused once it may take later: it may have been started anew in between.
-        is_new = self.readiness or version is None or version != self._refused
+        is_new = self.readiness or version != self._refused
         if is_new or monotonic() - self._told_at > TELL_AGAIN_SECONDS:
             self.readiness = False
             if not self.is_busy:

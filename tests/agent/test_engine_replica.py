@@ -157,6 +157,32 @@ async def test_an_engine_that_refused_is_told_again_after_a_while(
     assert engine.serves == digests(place.publisher.checkpoint("a"))
 
 
+@pytest.mark.parametrize("tells_version", [True, False])
+async def test_an_engine_without_a_name_that_refuses_is_not_told_at_every_look(
+    place: Any, engine: TinyEngine, threads: Executor, tells_version: bool
+) -> None:
+    kind = None if tells_version else TransformersServe(engine.url)
+    replica = replica_of(place, engine, threads, kind=kind)
+    await replica.come_up()
+    place.publisher.full("a")
+    await serve_it(replica, FULL_A)
+    engine.restart(replica.link)
+    engine.refuses = {"/reload", "/load_model"}
+    again = replica_of(place, engine, threads, kind=kind)
+    await again.come_up()
+    told = len(engine.calls)
+    for _ in range(5):
+        await again.look_at_engine()
+        await end(again)
+    assert not again.report().readiness
+    assert sum(path in engine.refuses for path, _ in engine.calls[told:]) == 1
+    engine.refuses.add("/info")  # gone for a moment: it may be another one then
+    engine.refuses.add("/health")
+    await again.look_at_engine()
+    engine.refuses = set()
+    await serve_it(again, FULL_A)
+
+
 class MortalEngine(TinyEngine):
     """An engine that dies of `deaths` reloads, each answered with `status`. Then it is gone, or as
     soon as it has answered so many `last_words`, refusing to reload meanwhile."""
