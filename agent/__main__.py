@@ -24,7 +24,13 @@ from agent.engines.transformers_serve import TransformersServe
 from agent.engines.vllm import Vllm
 from agent.fleet.addresses import Addresses
 from agent.fleet.log import FleetLog
-from agent.fleet.settings import add_names, address, positive_count, time_span
+from agent.fleet.settings import (
+    add_addresses,
+    add_names,
+    address,
+    positive_count,
+    time_span,
+)
 from agent.fleet.state import NAME
 from agent.loading.bucket import SnapshotBucket
 from agent.server import LOOPBACK, add_address, serve_app
@@ -116,15 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-dir", required=True, type=Path, metavar="DIR", help="room for two checkpoints")
     add("--base-model", type=Path, metavar="DIR", help="served before any snapshot")
     add("--name", default=socket.gethostname(), help="one of its own in the fleet (%(default)s)")
-    add(
-        "--peer",
-        action="append",
-        default=[],
-        type=address,
-        metavar="URL",
-        help="an agent that passes files on, this one as well; repeat, the same list at all",
-    )
-    add("--peers", metavar="HOST:PORT", help="a name in the DNS that all of them answer to")
+    each = "an agent that passes files on, this one as well; repeat, the same list at all"
+    add_addresses(parser, "--peer", each)
     add_address(parser)
     add("--poll-seconds", type=time_span, default=2.0, help="between two looks (%(default)s)")
     add(

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from hotload.publish.doors.coreweave import API_PREFIX as COREWEAVE_PREFIX
 from hotload.publish.fireworks_names import ACCOUNTS_PATH
+from hotload.sampling.reward.user_errors import replace_surrogates
 
 CONTROL_CODES = {
     400: 3,
@@ -49,7 +50,8 @@ class RefusedError(Exception):
 
     def __init__(self, status_code: int, message: str, code: str | None = None) -> None:
         super().__init__(status_code, message, code)
-        self.status_code, self.message = status_code, message
+        # A name within a snapshot may have half a surrogate pair, which no answer can hold.
+        self.status_code, self.message = status_code, replace_surrogates(message)
         self.code = code or CODES.get(status_code, "INTERNAL")
 
     def __str__(self) -> str:

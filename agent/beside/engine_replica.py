@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from math import inf
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 from agent.beside.peered_disk import PeeredDisk
 from agent.beside.peers import Peers
@@ -20,6 +23,7 @@ from agent.engines.reloading import (
     EngineError,
     Reload,
     ReloadingEngine,
+    begun,
 )
 from agent.fleet.report import AgentReport
 from agent.fleet.state import REASON_CHARS
@@ -31,14 +35,25 @@ from hotload.directory.files import sha256_file, sync_directory
 from hotload.errors import ChecksumMismatchError, DeltaError
 from hotload.identity import SnapshotKind
 from hotload.publish.snapshot import SnapshotManifest, content_sha256
+from hotload.sampling.reward.user_errors import replace_surrogates
 
 BASE = "base"  # the version that an engine is given with the base model
 UNNAMED = (None, "default", BASE)  # what an engine reports that was given no snapshot
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 TELL_AGAIN_SECONDS = 30.0  # to an engine that refused, and is not ready
+DYING_SECONDS = 6.0  # for which a server may answer whose engine is dead: vLLM looks every 5 s
+DYING_LOOK_SECONDS = 0.2
 PASSING = (BucketError, EngineAwayError)
 
 logger = logging.getLogger(__name__)
+
+
+class _Checked(NamedTuple):
+    """What a snapshot was held to before the engine is told: the publisher's record, and of a full
+    the digests of its files."""
+
+    record: SnapshotManifest | None
+    digests: dict[str, str] | None = None
 
 
 class EngineReplica(Loader):
@@ -68,8 +83,8 @@ class EngineReplica(Loader):
         super().__init__(name, disk, threads)
         self.link = directory / "current"
         self.readiness = False
-        self.error = "not yet looked at its engine"
         self.trouble = self.remark = ""  # of whoever follows the log with it
+        self._load_error, self._engine_error = "", "not yet looked at its engine"
         self._directory, self._bucket, self._engine = directory, bucket, engine
         self._engine_kind, self._serves = engine_kind, serves
         self._base, self._workers = base, workers
@@ -80,14 +95,16 @@ class EngineReplica(Loader):
         self._is_told = False
         self._refused: str | None = None
         self._died_of = ""  # the snapshot in whose reload the engine has died
-        self._told_at = 0.0
+        self._told_at = -inf
         # This file exists while the engine reloads, and stays if that fails or is cut short: half
         # of the engine's weights may then be new, whatever version it reports. It names this start
         # of the machine: until the next, what was written is whole without having been sealed.
+        # Also while there is nothing that an engine could be told which tells no version.
         self._doubt = directory / "telling"
 
     def report(self) -> AgentReport:
         """Say what is served, and how far what is loading has come."""
+        errors = filter(None, (self._load_error, self._engine_error, self.trouble))
         return AgentReport(
             name=self.name,
             engine=self._engine_kind,
@@ -96,7 +113,7 @@ class EngineReplica(Loader):
             stage=self.stage,
             target=self.target or None,
             content_sha256=self._content,
-            error=(self.error or self.trouble)[:REASON_CHARS],
+            error=replace_surrogates("; ".join(errors))[:REASON_CHARS],
             serves=self._serves,
             remark=self.remark[:REASON_CHARS],
         )
@@ -123,21 +140,26 @@ class EngineReplica(Loader):
 
     def catch_up(self, chain: Sequence[Load]) -> None:
         """Load what is missing of a chain, unless something is loading, or it failed before."""
-        if self._is_busy():
+        if self.is_busy:
             return
-        if not chain:
-            if self._held is not None:
-                self._begin(self._forget)
+        if not chain and self._held is not None:
+            self._begin(self._forget)
             return
         names = [load.identity for load in chain]
         held = self._held.name if self._held else None
         done = names.index(held) + 1 if held in names else 0
         steps, self._past = chain[done:], frozenset(names[:done])
-        if not steps or (self.stage == "error" and self.target == names[-1]):
-            return
-        self._last = names[-1]
-        for load in steps:
-            self.load(load)
+        if not steps:
+            if self.stage == "pending" or not chain:  # it is not to be loaded any more
+                self.stage, self.target, self._load_error = "idle", "", ""
+        elif not (self.stage == "error" and self.target == names[-1]):
+            self._last = names[-1]
+            self._begin(partial(self._load_all, steps))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is loading, or is told to the engine."""
+        return self._task is not None and not self._task.done()
 
     def is_past(self, identity: str) -> bool:
         """Tell whether what is held was made of that snapshot: it is not fetched again."""
@@ -152,7 +174,8 @@ class EngineReplica(Loader):
             version = await self._engine.version()
         except EngineError as error:
             if not self._is_telling():
-                self.readiness, self.error = False, str(error)
+                self.readiness, self._engine_error = False, str(error)
+                self._told_at = -inf  # who answers next may be another
             return
         if self._is_telling():  # since it was asked
             return
@@ -162,13 +185,13 @@ class EngineReplica(Loader):
         if is_right and not self._doubt.exists():
             self.readiness, self._is_told = True, True
             self.current = self._served.name if self._served else None
-            self.error = self.error if self.stage == "error" else ""
+            self._engine_error = ""
             return
         # What it refused once it may take later: it may have been started anew in between.
-        is_new = self.readiness or version is None or version != self._refused
+        is_new = self.readiness or version != self._refused
         if is_new or monotonic() - self._told_at > TELL_AGAIN_SECONDS:
             self.readiness = False
-            if not self._is_busy():
+            if not self.is_busy:
                 self._refused, self._told_at = version, monotonic()
                 self._begin(self._go_back)
 
@@ -178,19 +201,21 @@ class EngineReplica(Loader):
         await self._engine.version()  # one that is away costs no download
         return True
 
-    async def _weights(self, load: Load, arrived: Path) -> dict[str, str] | None:
+    async def _weights(self, load: Load, arrived: Path) -> _Checked:
         """Digest a full before it is served: nothing but the publisher's record tells its bytes.
-        Every tensor of a delta was held to its checksum."""
+        Every tensor of a delta was held to its checksum. The record is read here in any case: a
+        store that fails once the engine was told would turn it back."""
         if load.kind is SnapshotKind.LORA:
             raise DeltaError(load.identity, "an adapter, which no agent loads")
+        record = await self._in_thread(self._record, load.identity)
         if load.kind is SnapshotKind.DELTA:
-            return None
-        return await self._in_thread(self._digests, load.identity, arrived)
+            return _Checked(record)
+        return _Checked(record, await self._in_thread(self._digests, record, arrived))
 
     def _kept_beside(self, load: Load) -> Sequence[Path | None]:
         return [self._served, self.peered.arriving(load.identity) if self.peered else None]
 
-    async def _swap(self, weights: dict[str, str] | None, load: Load, kept: Path) -> None:
+    async def _swap(self, weights: _Checked | None, load: Load, kept: Path) -> None:
         if load.identity != self._last:
             return  # a step on the way: the engine goes to the last at once
         self.readiness, before = False, (self._served, self._content)
@@ -198,24 +223,27 @@ class EngineReplica(Loader):
             await self._tell(kept, load)
             self._served, self._content = kept, None
             self.current, self.stage, self.readiness = load.identity, "completed", True
-            self.error = ""
-            if (digests := weights) is None:
-                digests = await self._in_thread(self._digests, load.identity, kept)
+            self._load_error = self._engine_error = ""
+            checked = weights or _Checked(await self._in_thread(self._record, load.identity))
+            if (digests := checked.digests) is None:
+                digests = await self._in_thread(self._digests, checked.record, kept)
             await self._in_thread(seal, kept, digests)
-        except BaseException as error:
+        except Exception as error:  # an agent that is ended in between leaves all as a kill does
             self._served, self._content = before
-            is_there = await self._go_back()
+            is_back = await self._go_back()
             had_begun = isinstance(error, EngineError) and not isinstance(error, EngineAwayError)
-            if had_begun and not is_there:
+            if had_begun and not is_back and await self._ends():
                 raise EngineDiedError(str(error)) from None
             raise
         self._content = content_sha256(digests)
+        self._died_of = ""
         _, *beside = self._kept_beside(load)
         await self._in_thread(self._disk.forget_others, kept, *beside)
 
     def _fail(self, load: Load, error: Exception) -> None:
         super()._fail(load, error)
-        self._held, self.error = self._served, f"{load.identity}: {type(error).__name__}: {error}"
+        self._held = self._served
+        self._load_error = f"{load.identity}: {type(error).__name__}: {error}"
         may_pass = isinstance(error, PASSING) and not isinstance(error, MissingObjectError)
         if isinstance(error, EngineDiedError):  # once by chance, twice by these weights
             may_pass, self._died_of = self._died_of != load.identity, load.identity
@@ -228,21 +256,35 @@ class EngineReplica(Loader):
 
     # Its own.
 
-    def _digests(self, identity: str, directory: Path) -> dict[str, str]:
+    async def _load_all(self, steps: Sequence[Load]) -> None:
+        """Load one after the other. What fails on the way has failed for the last, or is tried
+        again with it."""
+        for load in steps:
+            await self._load(load)
+            if self.stage in ("pending", "error"):
+                self.target = steps[-1].identity
+                return
+
+    def _record(self, identity: str) -> SnapshotManifest | None:
+        """Read the publisher's record; None where there is none."""
+        try:
+            data = self._bucket.read(SNAPSHOTS, f"{identity}.json")
+        except MissingObjectError:
+            return None
+        return SnapshotManifest.parse(data, identity=identity)
+
+    def _digests(self, record: SnapshotManifest | None, directory: Path) -> dict[str, str]:
         """Digest every file, and hold it to the publisher's record where there is one."""
         files = sorted(path for path in directory.iterdir() if path.is_file())
         with ThreadPoolExecutor(self._workers, "digest") as pool:
             found = pool.map(sha256_file, files)
             digests = {path.name: digest for path, digest in zip(files, found, strict=True)}
-        try:
-            data = self._bucket.read(SNAPSHOTS, f"{identity}.json")
-        except MissingObjectError:
-            return digests
-        content = SnapshotManifest.parse(data, identity=identity).content
-        for file in (*content.shards, *content.side_files):
-            digest = digests.get(file.file, "no such file")
-            if digest != file.sha256:
-                raise ChecksumMismatchError(f"{identity}/{file.file}", digest, file.sha256)
+        if record is not None:
+            for file in (*record.content.shards, *record.content.side_files):
+                digest = digests.get(file.file, "no such file")
+                if digest != file.sha256:
+                    place = f"{record.identity}/{file.file}"
+                    raise ChecksumMismatchError(place, digest, file.sha256)
         return digests
 
     async def _finish(self, kept: Path) -> None:
@@ -263,46 +305,64 @@ class EngineReplica(Loader):
         self._point_at(directory)
         policy = load.reset_prompt_cache
         await self._engine.reload(Reload(self.link, load.identity, load.transition, policy))
-        if self._engine.tells_version and (found := await self._engine.version()) != load.identity:
+        with begun():
+            found = await self._engine.version() if self._engine.tells_version else load.identity
+        if found != load.identity:
             raise EngineError(f"the engine reports {found!r} after it was given {load.identity!r}")
         self._doubt.unlink()
         self._is_told = True
 
     async def _go_back(self) -> bool:
-        """Let the engine serve again what it served; not ready where it does not. False: nobody
-        listens there."""
+        """Let the engine serve again what it served; False where it does not, and is not ready."""
         self.readiness = False
         directory, self._held = self._served or self._base, self._served
         self.current = None
         if directory is None:
             self.link.unlink(missing_ok=True)
-            self.error = "no weights are known to be served, and no base model was named"
-            return True
+            if not self._engine.tells_version:  # it may serve on, and cannot be asked what
+                self._doubt.touch()
+            self._engine_error = "no weights are known to be served, and no base model was named"
+            return False
         name = self._served.name if self._served else BASE
         try:
             await self._tell(directory, Load(name, SnapshotKind.FULL, None))
         except (EngineError, OSError) as error:  # a full disk, too, is tried again
-            self.error = str(error)
-            return not isinstance(error, EngineAwayError)
+            self._engine_error = str(error)
+            return False
         self.current, self.readiness = self._served.name if self._served else None, True
+        self._engine_error = ""
         return True
 
+    async def _ends(self) -> bool:
+        """Tell whether the engine is gone, or will be: one that is dead answers for a moment."""
+        end = monotonic() + DYING_SECONDS
+        while True:
+            try:
+                await self._engine.version()
+            except EngineAwayError:
+                return True
+            except EngineError as error:
+                self._engine_error = str(error)
+            if monotonic() > end:
+                return False
+            await asyncio.sleep(DYING_LOOK_SECONDS)
+
     async def _forget(self) -> None:
-        """Serve base weights, as after a reset of the ledger."""
-        self._served, self._content, self._is_torn = None, None, False
-        self.stage, self.target, self.error = "idle", "", ""
-        await self._go_back()
+        """Serve base weights, as after a reset of the ledger. What was held goes first: an agent
+        that is started again amid the reload finds nothing to turn the link to."""
+        if self._base is not None:
+            self._point_at(self._base)
         await self._in_thread(self._disk.forget_others)
+        self._served, self._content, self._is_torn = None, None, False
+        self.stage, self.target, self._load_error = "idle", "", ""
+        await self._go_back()
 
     def _reload_had_begun(self) -> bool:
         """Tell whether the engine may be reading what the link leads to, all of which is there."""
         return self._doubt.exists() and self._doubt.read_text() == _this_boot() != ""
 
-    def _is_busy(self) -> bool:
-        return self._task is not None and not self._task.done()
-
     def _is_telling(self) -> bool:
-        return self._is_busy() and not self._is_told
+        return self.is_busy and not self._is_told
 
     def _point_at(self, directory: Path) -> None:
         partial = self.link.with_name(f".current.{secrets.token_hex(4)}")

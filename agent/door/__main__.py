@@ -18,7 +18,7 @@ from agent.door.gate_file import read_gate
 from agent.door.sample_gate import KEY_VARIABLE as GATE_KEY_VARIABLE
 from agent.door.sample_gate import SampleGate
 from agent.fleet.addresses import Addresses
-from agent.fleet.settings import add_names, address, time_span
+from agent.fleet.settings import add_addresses, add_names, time_span
 from agent.fleet.validation import BaseModel
 from agent.loading.disk import Transition
 from agent.server import add_address, serve_app
@@ -99,15 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_names(parser)
     add("--model", default=DoorConfig.model_id, metavar="ID", help="of the model (%(default)s)")
-    add(
-        "--agent",
-        action="append",
-        default=[],
-        type=address,
-        metavar="URL",
-        help="an agent's address; repeat",
-    )
-    add("--agents", metavar="HOST:PORT", help="a name in the DNS that all agents answer to")
+    add_addresses(parser, "--agent", "an agent's address; repeat")
     add("--quorum", type=float, default=1.0, help="of agents that a signal needs (%(default)s)")
     add("--canary", type=float, metavar="FRACTION", help="of agents that load first")
     gates = parser.add_mutually_exclusive_group().add_argument

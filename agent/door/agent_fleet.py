@@ -98,7 +98,7 @@ class AgentFleet:
                 if await self._accept(signal):
                     break
             else:
-                raise RefusedError(503, "other signals come in all the time")
+                raise _overtaken()
         await nudge(await self.config.addresses.all())
         return {"identity": signal.identity}
 
@@ -113,11 +113,17 @@ class AgentFleet:
         raise RefusedError(404, "hints are not taken here")
 
     async def forget(self) -> None:
-        """Carry out operation D: every agent goes to the base model, where it knows one."""
+        """Carry out operation D: every agent goes to the base model, where it knows one.
+
+        Raises:
+            RefusedError: 503, the store does not answer.
+        """
         for _ in range(TURNS):
             state, _ = await self.look()
             if await self._write(FleetEvent(event="reset", at=utc_now()), state):
                 break
+        else:
+            raise _overtaken()
         await nudge(await self.config.addresses.all())
 
     async def entries(self) -> list[dict[str, Any]]:
@@ -169,24 +175,26 @@ class AgentFleet:
             return True
         believed = self._quorum_of(seen)
         if (canary := state.canary) is not None:
-            raise RefusedError(400, f"snapshot {canary.identity!r} is being loaded, by canaries")
+            reason = f"snapshot {canary.identity!r} is being loaded, by canaries"
+            if self.config.canary is None:
+                reason += "; a door with --canary judges them, a reset forgets them"
+            raise RefusedError(400, reason)
         if state.refused and self._keeps_judgements:
             for content in await self._contents_of(signal.identity):
                 if (judged := state.refused.get(content)) is not None:
                     refused = f"the same bytes were {_refusal(judged)}"
                     raise RefusedError(400, f"{refused}; a door with --judge-again asks anew")
-        settled = sum(one.has_settled(state) for one in believed)
-        # Of those that lag behind a quorum, nobody waits for what they load.
-        lagging = settled < self._needed(len(seen))
+        late = {one.report.name: one.report.error for one in believed if not one.has_settled(state)}
+        if len(believed) - len(late) >= self._needed(len(seen)):
+            late = {}  # of those that lag behind a quorum, nobody waits for what they load
+        head = state.head_for("")
         members = [
-            Member(
-                one.report.current,
-                None if one.has_settled(state) or not lagging else state.head_for(one.report.name),
-            )
+            Member(one.report.current, head if one.report.name in late else None)
             for one in believed
         ]
-        if (reason := chain_obstacle(state.ledger, signal, members)) is not None:
-            raise RefusedError(400, reason)
+        if (obstacle := chain_obstacle(state.ledger, signal, members)) is not None:
+            waits = "; ".join(f"{name}: {error}" for name, error in late.items() if error)
+            raise RefusedError(400, f"{obstacle}. {waits}"[:REASON_CHARS] if waits else obstacle)
         try:
             kind = await asyncio.to_thread(
                 inspect_snapshot, self._bucket, signal, self.config.base_model
@@ -245,6 +253,7 @@ class AgentFleet:
         believed = [one for one in seen if one.is_believed]
         if len(believed) < self._needed(len(seen)):
             problems = "; ".join(f"{one.url}: {one.problem}" for one in seen if one.problem)
+            problems = problems or f"{self.config.addresses.name} has no address"
             found = f"{len(believed)} of {len(seen)} agents can be relied on"
             raise RefusedError(503, f"{found}, {self._needed(len(seen))} are needed. {problems}")
         return believed
@@ -273,6 +282,10 @@ class AgentFleet:
         ):
             return report.model_copy(update={"stage": "pending", "target": awaited}).replica()
         return report.replica()
+
+
+def _overtaken() -> RefusedError:
+    return RefusedError(503, "other signals come in all the time")
 
 
 def _refusal(word: FleetEvent) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +43,15 @@ class EngineDiedError(EngineAwayError):
     """The inference server failed in a reload, and does not answer since."""
 
 
+@contextmanager
+def begun() -> Iterator[None]:
+    """Take an engine that is gone amid a reload for one that failed in it, and was not away."""
+    try:
+        yield
+    except EngineAwayError as error:
+        raise EngineError(str(error)) from None
+
+
 class ReloadingEngine(Protocol):
     """An inference server, and how it is told to load."""
 
@@ -60,5 +71,6 @@ class ReloadingEngine(Protocol):
         some of each: it has to be told again.
 
         Raises:
+            EngineAwayError: it was not there, and nothing was begun.
             EngineError: it did not.
         """

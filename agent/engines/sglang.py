@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
 from agent.engines.calls import RELOAD_SECONDS, call, version_at
-from agent.engines.reloading import Reload
+from agent.engines.reloading import Reload, begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Sglang:
             "abort_all_requests": False,
         }
         path = "/update_weights_from_disk"
-        await call(self.url, "POST", path, body, timeout_seconds=RELOAD_SECONDS)
-        if is_paused:
-            await call(self.url, "POST", "/continue_generation", {})
+        with begun() if is_paused else nullcontext():
+            await call(self.url, "POST", path, body, timeout_seconds=RELOAD_SECONDS)
+            if is_paused:
+                await call(self.url, "POST", "/continue_generation", {})

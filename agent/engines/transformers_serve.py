@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from agent.engines.calls import RELOAD_SECONDS, call
-from agent.engines.reloading import EngineError, Reload
+from agent.engines.reloading import EngineError, Reload, begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class TransformersServe:
         """Forget every loaded model, then load the link again, where it leads now."""
         await call(self.url, "POST", "/reset")
         body = {"model": str(reload.directory)}
-        events = await call(self.url, "POST", "/load_model", body, timeout_seconds=RELOAD_SECONDS)
+        path = "/load_model"
+        with begun():
+            events = await call(self.url, "POST", path, body, timeout_seconds=RELOAD_SECONDS)
         if '"ready"' not in str(events):
-            raise EngineError(f"POST /load_model: not ready: {str(events)[-300:]}")
+            raise EngineError(f"POST {path}: not ready: {str(events)[-300:]}")

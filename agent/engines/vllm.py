@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from agent.engines.calls import RELOAD_SECONDS, call, version_at
-from agent.engines.reloading import Reload
+from agent.engines.reloading import Reload, begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,14 @@ class Vllm:
         mode = "keep" if reload.transition == "ASYNC" else "wait"
         await self._post(f"/pause?mode={mode}&clear_cache=false")
         arguments = {"weights_path": str(reload.directory)}
-        await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
-        await self._post("/update_weight_version", {"new_version": reload.identity})
-        if reload.flushes:
-            await self._post("/reset_prefix_cache?reset_running_requests=true&reset_external=true")
-            await self._post("/reset_encoder_cache")
-        await self._post("/resume")
+        with begun():
+            await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
+            await self._post("/update_weight_version", {"new_version": reload.identity})
+            if reload.flushes:
+                flags = "reset_running_requests=true&reset_external=true"
+                await self._post(f"/reset_prefix_cache?{flags}")
+                await self._post("/reset_encoder_cache")
+            await self._post("/resume")
 
     async def _post(self, path: str, body: object = None) -> None:
         await call(self.url, "POST", path, body, timeout_seconds=RELOAD_SECONDS)

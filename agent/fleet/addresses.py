@@ -27,7 +27,11 @@ class Addresses:
             check_origin(url)
         if self.name is not None:
             host, _, port = self.name.rpartition(":")
-            if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+            try:
+                is_host = bool(host.encode("idna"))  # which the look-up does, and fails otherwise
+            except UnicodeError:
+                is_host = False
+            if not (is_host and port.isdecimal() and 0 < int(port) < 1 << 16):
                 raise ValueError(f"{self.name}: expected HOST:PORT")
 
     async def all(self) -> list[str]:

@@ -48,7 +48,7 @@ class FleetLog:
         """Add the event that follows a state; False where another came first.
 
         Raises:
-            StoreError: as `Store.create_bytes`.
+            StoreError: as `Store.create_bytes`, and where no number follows.
         """
         path = self._log.path(after.number + 1)
         return await self._store.create_bytes(event.model_dump_json().encode(), path)

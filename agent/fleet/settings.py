@@ -85,6 +85,13 @@ def key_and_value(text: str) -> tuple[str, str]:
     return key, value
 
 
+def add_addresses(parser: ArgumentParser, option: str, each: str) -> None:
+    """Let a command line list agents, each by `option`, or all by its plural and a name."""
+    add = parser.add_argument
+    add(option, action="append", default=[], type=address, metavar="URL", help=each)
+    add(f"{option}s", metavar="HOST:PORT", help="a name in the DNS that all of them answer to")
+
+
 def add_names(parser: ArgumentParser) -> None:
     """Let a command line take the bucket and the names of a service."""
     add = parser.add_argument

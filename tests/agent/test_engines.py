@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ssl
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from agent.engines.reloading import EngineAwayError, EngineError, Reload
 from agent.engines.sglang import Sglang
 from agent.engines.transformers_serve import TransformersServe
 from agent.engines.vllm import Vllm
-from tests.agent.tiny_engine import TinyEngine, digests, tiny_engine
+from tests.agent.tiny_engine import TinyEngine, digests, serve, tiny_engine
 from tests.scripted_server import endless
 
 pytestmark = pytest.mark.server
@@ -161,6 +163,34 @@ def test_what_cannot_be_read_is_told_at_the_start(declared: str) -> None:
 async def test_an_engine_that_is_not_there_is_away() -> None:
     with pytest.raises(EngineAwayError):
         await Vllm("http://127.0.0.1:9").version()
+
+
+class LeavingEngine(TinyEngine):
+    """An engine that answers its first call, and nobody listens any more."""
+
+    server: ThreadingHTTPServer
+
+    def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        self.server.shutdown()
+        self.server.socket.close()
+        return super().answer(method, path, body)
+
+
+@pytest.mark.parametrize("kind", [Vllm, Sglang, TransformersServe])
+async def test_an_engine_that_goes_in_the_middle_of_a_reload_has_failed(
+    kind: type[Vllm | Sglang | TransformersServe], weights: Path
+) -> None:
+    engine = LeavingEngine()
+    engine.server = serve(engine)
+    thread = threading.Thread(target=engine.server.serve_forever, args=[0.02])
+    thread.start()
+    reloaded = kind(f"http://127.0.0.1:{engine.server.server_address[1]}")
+    with pytest.raises(EngineError) as failed:
+        await reloaded.reload(Reload(weights, "run-1"))
+    assert not isinstance(failed.value, EngineAwayError)
+    with pytest.raises(EngineAwayError):  # one that was not there
+        await reloaded.reload(Reload(weights, "run-1"))
+    thread.join()
 
 
 async def test_no_answer_fills_the_memory(engine: TinyEngine) -> None:

@@ -14,6 +14,10 @@ import httpx
 import pytest
 
 from agent.door import seen
+from agent.door.agent_fleet import AgentFleet, DoorConfig
+from agent.failures import RefusedError
+from agent.fleet.addresses import Addresses
+from hotload.clients.store.store import Store
 from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
 from tests.agent.tiny_engine import digests
 from tests.scripted_server import JSON, endless, http
@@ -308,6 +312,47 @@ def test_a_path_in_the_log_leads_an_agent_nowhere(place: Any, field: str) -> Non
     assert (others / "file").exists()
 
 
+def test_a_log_without_a_next_number_is_told(place: Any) -> None:
+    """An entry of the greatest number would hide all that came after it."""
+    log = place.publisher.bucket / "_hotload" / "fleets" / "local" / "rollouts"
+    log.mkdir(parents=True)
+    event = {"event": "signal", "at": "2026-01-01T00:00:00Z", "identity": "a"}
+    (log / "9999999999.json").write_text(json.dumps(event))
+    place.open_door("--agent", "http://127.0.0.1:9")
+    for _ in range(2):
+        answer = place.ask("DELETE", LEDGER)
+        assert answer.status_code == 503
+        assert "9999999999.json: no entry can follow it" in answer.text
+    assert [path.name for path in log.iterdir()] == ["9999999999.json"]
+
+
+HALF = "half-\ud800.safetensors"
+
+
+def spoil_index(place: Any, identity: str) -> None:
+    """Let an index name a file as no file can be called."""
+    index = place.publisher.bucket / identity / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["more.weight"] = HALF
+    index.write_text(json.dumps(found))
+
+
+def test_half_a_character_in_an_index_is_told(two: Any) -> None:
+    two.publisher.full("a")
+    two.load("a")
+    two.publisher.full("x")
+    spoil_index(two, "x")
+    answer = two.signal("x")
+    assert (answer.status_code, "half-?" in answer.text) == (400, True), answer.text
+    two.publisher.delta("b", "a")
+    spoil_index(two, "b")
+    assert two.signal("b", "a").status_code == 200
+    wait_until(lambda: two.states() == [("error", "b")] * 2)
+    assert "half-?" in two.agents[0].report()["error"]
+    two.publisher.full("c", seed=6)
+    two.load("c")
+
+
 def test_of_two_identities_signalled_at_once_one_is_let_in(two: Any) -> None:
     two.publisher.full("a")
     two.publisher.full("b", seed=6)
@@ -587,3 +632,43 @@ def test_what_differs_from_the_publishers_record_is_not_served(two: Any) -> None
         wait_until(lambda: two.states() == [("error", kind)] * 2)  # noqa: B023
         wait_until(lambda: two.served() == ["b", "b"])
         two.check("b")
+
+
+async def test_a_name_without_addresses_is_told(tmp_path: Path) -> None:
+    store = Store(tmp_path.as_uri())
+    addresses = Addresses((), "agents.invalid:8700")
+    fleet = AgentFleet(DoorConfig(bucket=store.url, addresses=addresses), store)
+    with pytest.raises(RefusedError, match=r"0 of 0 agents .* agents\.invalid:8700 has no address"):
+        await fleet.signal({"identity": "a"})
+
+
+def test_who_keeps_the_others_waiting_is_told(place: Any) -> None:
+    """An agent answers, its engine does not: no signal is let in before it does."""
+    place.agent("lonely", **{"engine-url": "http://127.0.0.1:9"})
+    place.open_door()
+    place.publisher.full("a")
+    place.publisher.full("b", seed=6)
+    assert place.signal("a").status_code == 200
+    wait_until(lambda: "connection" in place.agents[0].report()["error"])
+    answer = place.signal("b")
+    assert answer.status_code == 400
+    words = "'a' is being loaded. lonely: a: EngineAwayError: GET /info: All connection"
+    assert words in answer.text
+
+
+def test_a_canary_that_this_door_does_not_judge_is_told(two: Any) -> None:
+    two.open_door("--canary", "0.5", "--gate", "tests.agent.test_fleet:never")
+    two.publisher.full("a")
+    assert two.signal("a").status_code == 200
+    two.open_door()
+    two.publisher.full("b", seed=6)
+    answer = two.signal("b")
+    assert (answer.status_code, "a door with --canary" in answer.text) == (400, True), answer.text
+    assert two.ask("DELETE", LEDGER).status_code == 200
+    wait_until(lambda: two.served() == [None, None])
+    two.load("b")
+
+
+async def never(_: Any) -> None:
+    """Judge nothing."""
+    await asyncio.Event().wait()

@@ -84,6 +84,7 @@ def test_what_is_wrong_with_a_gate_is_told_at_the_start(
         ("door", "--gate", "nothing:here", "cannot be imported"),
         ("agent", "--peer", "127.0.0.1:8700", "expected an http or https address"),
         ("agent", "--peers", "agents", "expected HOST:PORT"),
+        ("door", "--agents", "agents..local:8700", "expected HOST:PORT"),
         ("agent", "--poll-seconds", "nan", "expected seconds above 0"),
         ("agent", "--poll-seconds", "0", "expected seconds above 0"),
         ("agent", "--workers", "0", "expected 1 or more"),

@@ -30,7 +30,15 @@ class LeaseLog:
     limit_bytes: int
 
     def path(self, number: int) -> str:
-        """Name the place of an entry in the store."""
+        """Name the place of an entry in the store.
+
+        Raises:
+            StoreError: the number has more digits. It would not be found again: the entry of the
+                greatest number hides all that come after it.
+        """
+        if number >= 10**self.digits:
+            last = f"{self.directory}/{'9' * self.digits}.json"
+            raise StoreError(last, "no entry can follow it; remove it where it is none of ours")
         return f"{self.directory}/{number:0{self.digits}d}.json"
 
     def number_of(self, name: str) -> int | None:
