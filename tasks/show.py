@@ -39,7 +39,7 @@ from hotload.errors import (
     StoreError,
 )
 from hotload.identity import NamedVersion, read_cycle_name, slug
-from hotload.publish.publication import Published
+from hotload.publish.publication import ServedSnapshot
 from hotload.publish.snapshot import SnapshotPlan
 from hotload.report.cycle_report import CycleReport
 from hotload.report.markdown import render_markdown
@@ -144,7 +144,7 @@ class Progress:
         self._artifact_id = made if isinstance(made, UUID) else None
 
 
-def emit_served(spec: CycleSpec, service: HotLoadClient, snapshot: Published) -> None:
+def emit_served(spec: CycleSpec, service: HotLoadClient, snapshot: ServedSnapshot) -> None:
     """Emit `hotload.snapshot.served`: every replica of `service` serves `snapshot`."""
     _emit(
         "hotload.snapshot.served",
