@@ -69,12 +69,7 @@ COMMAND_LINES = {"command_line.py", "cycle_file.py", "retain.py", "serve.py"}
 def test_flows_define_no_class_and_catch_one_error(path: Path) -> None:
     for part in tree(path).body:
         is_main = isinstance(part, ast.FunctionDef) and part.name == "main"
-        is_command_line = is_main or path.name in {
-            "command_line.py",
-            "cycle_file.py",
-            "retain.py",
-            "serve.py",
-        }
+        is_command_line = is_main or path.name in COMMAND_LINES
         for node in ast.walk(part):
             assert not isinstance(node, ast.ClassDef), f"line {node.lineno}: a class"
             if isinstance(node, ast.ExceptHandler) and not is_command_line:
