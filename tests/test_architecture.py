@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pickle
+import pkgutil
 import re
 import subprocess
 import sys
@@ -198,6 +199,16 @@ def test_import_chains_inside_the_library_are_short() -> None:
 def test_no_folder_of_the_product_is_crowded() -> None:
     folders = Counter(path.parent for path in modules(*PACKAGES))
     assert max(folders.values()) <= MODULES_IN_A_FOLDER, folders.most_common(3)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in modules(*PACKAGES) if path.name == "__init__.py"], ids=named
+)
+def test_a_room_that_lists_its_modules_lists_them_all(path: Path) -> None:
+    room = importlib.import_module(".".join(path.parent.relative_to(ROOT).parts))
+    there = {one.name for one in pkgutil.iter_modules([str(path.parent)])} - {"__main__"}
+    listed = {name for name in room.__all__ if not callable(getattr(room, name, None))}
+    assert not there & listed or there <= listed
 
 
 def test_the_floors_hold() -> None:
