@@ -1,7 +1,8 @@
 """Show: what a person sees of a cycle in Prefect, while it runs and when it has ended.
 
-A bar for long steps, events for automations, the figures of the cycle as an artifact, and what
-slows it down. All of it only informs: whatever fails here is logged.
+A bar for long steps, events for automations, the figures of the cycle as an artifact, what slows it
+down, and a log that tells of a wrong input once. All of it only informs: whatever fails here is
+logged.
 """
 
 import asyncio
