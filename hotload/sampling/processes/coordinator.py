@@ -306,15 +306,4 @@ def open_carrier(
         return open_processes(
             spec, plan, source, store, logger, numbers=numbers, together=together, count=count
         )
-    return open_rollout(
-        spec,
-        plan,
-        source.client,
-        store,
-        source.replica_count,
-        source.watched,
-        logger,
-        identity=source.identity,
-        numbers=numbers,
-        together=together,
-    )
+    return open_rollout(spec, plan, source, store, logger, numbers=numbers, together=together)

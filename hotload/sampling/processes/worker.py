@@ -23,7 +23,7 @@ from hotload.rollout.window import Attempt, Window
 from hotload.sampling.part_carrier import CarriedPart, RolloutState, Together
 from hotload.sampling.processes.messages import pack_message
 from hotload.sampling.processes.work import SamplingWork
-from hotload.sampling.rollout import Rollout, open_rollout
+from hotload.sampling.rollout import Rollout, SampledService, open_rollout
 from hotload.sampling.stamp import Stamp
 
 _Calls = asyncio.Queue[tuple[int, str, tuple[Any, ...]] | None]
@@ -179,10 +179,8 @@ async def _work(work: SamplingWork, source: BinaryIO, send: _Sender) -> None:
         async with open_rollout(
             work.spec,
             work.plan,
-            work.client,
+            SampledService(work.client, work.plan.identity),
             work.store,
-            None,
-            None,
             logger,
             together=_ReportingTogether(work, send),
             breaker=breaker,
