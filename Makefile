@@ -44,7 +44,7 @@ test: install  ## the whole suite; starts its own servers on loopback
 test-fast: install  ## what needs no server and little time: under a minute on two quiet cores
 	$(PY) -m pytest -n 2 -m 'not server and not slow and not heavy'
 
-check: install  ## ruff, format, mypy, the floors of the house
+check: install  ## ruff, format, mypy, which package may import which
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

@@ -81,14 +81,14 @@ async def without_prefect(spec: Any, url: str, root: Path) -> Any:
     from hotload.concurrently import overlap
     from hotload.dataset.rollout_plan import MANIFEST_FILE
     from hotload.sampling.problems import plan_rollouts
-    from hotload.sampling.rollout import open_rollout
+    from hotload.sampling.rollout import SampledService, open_rollout
     from tasks.roll_out import hand_back
 
     client = InferenceClient(Access(base_url=url, api_key="bench", **NAMES))
     store = Store(url=(root / "bucket").as_uri())
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
-        async with open_rollout(spec, plan, client, store, None) as rollout:
+        async with open_rollout(spec, plan, SampledService(client, IDENTITY), store) as rollout:
             await overlap(rollout.carry(number) for number in range(len(plan.parts)))
             manifest = rollout.manifest(is_complete=True)
         return await hand_back.fn(store, manifest, plan.path(MANIFEST_FILE))

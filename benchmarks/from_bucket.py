@@ -33,7 +33,7 @@ from hotload.clients import remote_checkpoint
 from hotload.clients.remote_checkpoint import RemoteCheckpoint
 from hotload.clients.store import Store
 from hotload.clients.store.store import open_filesystem
-from hotload.directory.files import FileDigests
+from hotload.directory.file_digests import FileDigests
 from hotload.directory.relayout import CheckpointView, view_checkpoint
 from hotload.directory.shards import encode_file
 from tests.servers import BUCKET, LoopbackServer

@@ -7,11 +7,9 @@ from typing import Self
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from hotload.clients.access import RESOURCE_ID, Access, check_origin
+from hotload.clients.access import MODEL_ID, RESOURCE_ID, Access, check_model_id, check_origin
 from hotload.publish import fireworks_names
-from hotload.publish.doors.api_dialect import ApiDialectName
-
-MODEL_ID = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
+from hotload.publish.doors.api_dialect import API_DIALECTS, ApiDialectName
 
 
 class InferenceAccount(Block):
@@ -40,8 +38,7 @@ class InferenceAccount(Block):
 
     @model_validator(mode="after")
     def _names_one_model(self) -> Self:
-        if self.dialect == "fireworks" and "/" in self.model_id:
-            raise ValueError(f"model_id {self.model_id!r} is more than a name of this dialect")
+        check_model_id(self.model_id, API_DIALECTS[self.dialect])
         return self
 
     @field_validator("base_url")

@@ -22,7 +22,7 @@ from hotload.sampling.reward.processes import keep_reward_processes
 from hotload.spec import CycleSpec
 from tasks.baseline import baseline_of
 from tasks.conclude import completed, conclude_cycle, ended_before, find_earlier
-from tasks.publication import Publishing
+from tasks.publication import OngoingPublication
 from tasks.show import emit_failure, show_cycle, tell_once
 
 tell_once()
@@ -60,15 +60,15 @@ async def checkpoint_to_rollout(spec: CycleSpec) -> CycleReport | State[CycleRep
     earlier = await find_earlier(store, services.values(), spec)
     if earlier.answers(spec.again):
         return ended_before(earlier)
-    publishing = Publishing.of(spec, services.values(), clients.values())
+    ongoing = OngoingPublication.of(spec, services.values(), clients.values())
     # Filled with the publisher's leases by what publishes. The report is written while they are
     # held: until then, a cycle that is killed needs the replicas as it left them.
     async with AsyncExitStack() as right_to_publish, keep_reward_processes():
         publication, rollouts = await both(
             publish_policy(
-                spec, services, baseline, earlier, publishing, right_to_publish, clients.values()
+                spec, services, baseline, earlier, ongoing, right_to_publish, clients.values()
             ),
-            roll_out_and_score(spec, publishing, earlier, clients, services, store),
+            roll_out_and_score(spec, ongoing, earlier, clients, services, store),
         )
         report = await conclude_cycle(store, spec, publication, rollouts, baseline.trouble, began)
     await show_cycle(store, report)

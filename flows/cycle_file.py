@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from prefect.blocks.core import Block
 from pydantic import BaseModel, ValidationError
@@ -30,6 +30,7 @@ from blocks.checkpoint_store import CheckpointStore
 from blocks.hot_load_service import HotLoadService
 from blocks.rollout_client import RolloutClient
 from hotload.cli.cycle_file import read_cycle_file, read_run_file
+from hotload.declared_file import field_meant, part_model
 from hotload.errors import did_you_mean, shorten
 from hotload.identity import slug
 from hotload.spec import CycleSpec
@@ -170,7 +171,7 @@ def checked(model: type[Model], given: object, place: str) -> Model:
         faults = error.errors(include_url=False, include_context=False)
         lines = [
             f"  {'.'.join(map(str, one['loc'])) or 'all'}: {_found(one, issubclass(model, Block))}"
-            + (_field_meant(model, one["loc"]) if one["type"] == "extra_forbidden" else "")
+            + (field_meant(model, one["loc"]) if one["type"] == "extra_forbidden" else "")
             for one in faults
         ]
         raise ValueError("\n".join([f"{place} is refused", *lines])) from None
@@ -191,20 +192,6 @@ def _found(fault: ErrorDetails, is_block: bool) -> str:
     elif isinstance(given, str) and kind not in OF_TEXT and not is_block:
         found = f"{shorten(given)} (str)"
     return f"found {found}, expected {expected}"
-
-
-def _field_meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
-    """Name the field that a misspelt one is close to, in the part of the model that it is in."""
-    for step in place[:-1]:
-        model = part_model(model, str(step))
-    return did_you_mean(str(place[-1]), model.model_fields)
-
-
-def part_model(model: type[BaseModel], field: str) -> type[BaseModel]:
-    """Find the model that a field of a model has."""
-    annotation = model.model_fields[field].annotation
-    parts = [annotation, *get_args(annotation)]
-    return next(one for one in parts if isinstance(one, type) and issubclass(one, BaseModel))
 
 
 def _placeholders(part: Mapping[object, object], place: str) -> Iterator[str]:

@@ -27,7 +27,7 @@ from hotload.errors import FullSnapshotFailedError, NeedsFullSnapshotError
 from hotload.identity import SnapshotKind, is_identity
 from hotload.options import LedgerReset
 from hotload.publish.lease import Lease
-from hotload.publish.publication import Publication, Published, ServicePublication
+from hotload.publish.publication import Publication, ServedSnapshot, ServicePublication
 from hotload.publish.snapshot import (
     CheckpointContent,
     ShardBatch,
@@ -43,7 +43,7 @@ from tasks.conclude import find_earlier
 from tasks.plan import plan_fallback, plan_snapshot
 from tasks.preflight import preflight_rollouts, preflight_service
 from tasks.probe import probe_replicas, read_probe
-from tasks.publication import Publishing, find_manifest, record_publication
+from tasks.publication import OngoingPublication, find_manifest, record_publication
 from tasks.show import emit_fallback, emit_served
 from tasks.upload import adopt_committed, upload_manifests
 from tasks.validate import (
@@ -93,7 +93,7 @@ async def publish_policy(
     services: Mapping[str, HotLoadClient],
     baseline: Baseline,
     earlier: EarlierRun,
-    publishing: Publishing,
+    ongoing: OngoingPublication,
     right_to_publish: AsyncExitStack,
     clients: Collection[InferenceClient] = (),
 ) -> Publication:
@@ -104,7 +104,7 @@ async def publish_policy(
     is given back, and the record of the publication lets a cycle that is killed go on sampling.
 
     Args:
-        publishing: what has become of each service; sampling begins by it, beside this.
+        ongoing: what has become of each service; sampling begins by it, beside this.
         right_to_publish: holds the publisher's leases; its owner gives them back.
         clients: what is to be sampled with; none where nothing is, whatever is declared for it.
 
@@ -117,7 +117,7 @@ async def publish_policy(
         FullSnapshotFailedError, SnapshotRejectedError: as `full_snapshot`, of the only service.
         ServicesFailedError: too few of several services serve it.
     """
-    if spec.sampling.may_overlap and (found := publishing.find(earlier)):
+    if spec.sampling.may_overlap and (found := ongoing.find(earlier)):
         return found
     reading = find_content(spec, services, baseline, earlier)
     if clients:
@@ -125,7 +125,7 @@ async def publish_policy(
     content = await reading
     leases = await hold_services(right_to_publish, services, baseline.store, spec.name)
     publication = await publish_to_all(
-        spec, services, baseline, content, leases, earlier, publishing, clients
+        spec, services, baseline, content, leases, earlier, ongoing, clients
     )
     await keep_baselines(spec, baseline, content, publication.identities)
     if spec.sampling.may_overlap:
@@ -149,10 +149,10 @@ async def publish_version(spec: CycleSpec) -> Publication | State[Publication]:
     workspace = services[spec.service].access.workspace(Path(spec.work_dir))
     baseline = await baseline_of(spec, workspace, store)
     earlier = await find_earlier(store, services.values(), spec)
-    publishing = Publishing.of(spec, services.values(), clients.values())
+    ongoing = OngoingPublication.of(spec, services.values(), clients.values())
     async with AsyncExitStack() as right_to_publish:
         publication = await publish_policy(
-            spec, services, baseline, earlier, publishing, right_to_publish
+            spec, services, baseline, earlier, ongoing, right_to_publish
         )
         await record_publication(store, spec.name, publication)
     if baseline.trouble is None:
@@ -195,7 +195,7 @@ async def publish_to_all(
     content: CheckpointContent,
     leases: Mapping[str, Lease],
     earlier: EarlierRun,
-    publishing: Publishing,
+    ongoing: OngoingPublication,
     clients: Collection[InferenceClient] = (),
     *,
     may_go_back: bool = False,
@@ -213,7 +213,7 @@ async def publish_to_all(
     baseline.reserved = {name: one.mentioned for name, one in earlier.statuses.items()}
     with taking_turns():
         await overlap(
-            publishing.settle(
+            ongoing.settle(
                 service,
                 partial(
                     publish_to,
@@ -229,7 +229,7 @@ async def publish_to_all(
             )
             for block, service in services.items()
         )
-    return publishing.publication(content)
+    return ongoing.publication(content)
 
 
 async def publish_to(
@@ -311,7 +311,7 @@ async def publish_snapshot(
     plan: SnapshotPlan,
     lease: Lease,
     expected_replica_count: int | None,
-) -> Published:
+) -> ServedSnapshot:
     """Carry the planned snapshot to every replica.
 
     Shards durable, then manifests, then the signal (design, rule 2). Every step finds what an
@@ -346,7 +346,7 @@ async def publish_snapshot(
         "signal": signalled_at - published_at,
         "converge": converged_at - signalled_at,
     }
-    published = Published.of(
+    published = ServedSnapshot.of(
         manifest, plan.reason, carried, convergence, warnings, seconds, began_at=began_at
     )
     emit_served(spec, service, published)
@@ -396,7 +396,7 @@ async def full_snapshot(
     expected_replica_count: int | None,
     workspace: Workspace,
     label: str = "",
-) -> Published:
+) -> ServedSnapshot:
     """Publish a full snapshot under a new identity because of `reason`: the fallback.
 
     The ladder of protocol §18: a full, one more full, and where the spec allows it a ledger reset

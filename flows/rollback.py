@@ -20,16 +20,16 @@ from flows.publish import hold_services, load_services, publish_to_all
 from flows.sampling import load_rollouts
 from hotload.directory.files import remove_tree
 from hotload.identity import cycle_name
-from hotload.publish.publication import Published
+from hotload.publish.publication import ServedSnapshot
 from hotload.spec import CycleSpec
 from tasks.baseline import baseline_of, keep_baseline, restore_snapshot
 from tasks.conclude import find_earlier
-from tasks.publication import Publishing, find_snapshot, record_publication
+from tasks.publication import OngoingPublication, find_snapshot, record_publication
 from tasks.validate import validate_checkpoint
 
 
 @flow(name="roll-back", flow_run_name="{spec.run_id}-to-{name}")
-async def roll_back(spec: CycleSpec, name: str) -> Published:
+async def roll_back(spec: CycleSpec, name: str) -> ServedSnapshot:
     """Publish a stored snapshot again, whatever the services serve now.
 
     Args:
@@ -67,7 +67,7 @@ async def roll_back(spec: CycleSpec, name: str) -> Published:
                 await validate_checkpoint(back, services.values(), baseline.digests),
                 leases,
                 earlier,
-                Publishing.of(back, services.values(), clients.values()),
+                OngoingPublication.of(back, services.values(), clients.values()),
                 may_go_back=True,
             )
             if earlier.publication:  # the trainer's own words, which its cycle is held to
@@ -80,12 +80,12 @@ async def roll_back(spec: CycleSpec, name: str) -> Published:
     return publication.snapshot
 
 
-async def roll_back_declared(cycle_file: Path, name: str) -> Published:
+async def roll_back_declared(cycle_file: Path, name: str) -> ServedSnapshot:
     """Roll back to `name` with the blocks and settings of a cycle file."""
     return await roll_back(await load_cycle_file(cycle_file), name)
 
 
-def show_served(snapshot: Published) -> int:
+def show_served(snapshot: ServedSnapshot) -> int:
     """Print what is served now."""
     print(f"{snapshot.identity} is served by {snapshot.replica_count} replicas: {snapshot.reason}")
     return 0

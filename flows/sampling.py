@@ -22,7 +22,7 @@ from hotload.sampling.processes.coordinator import open_carrier
 from hotload.sampling.rollout import SampledService
 from hotload.spec import CycleSpec
 from tasks.nodes import sample_on_node
-from tasks.publication import Publishing, sources_of
+from tasks.publication import OngoingPublication, sources_of
 from tasks.roll_out import (
     find_files,
     find_rollout,
@@ -42,7 +42,7 @@ async def load_rollouts(spec: CycleSpec) -> dict[str, InferenceClient]:
 
 async def roll_out_and_score(
     spec: CycleSpec,
-    publishing: Publishing,
+    ongoing: OngoingPublication,
     earlier: EarlierRun,
     clients: Mapping[str, InferenceClient],
     services: Mapping[str, HotLoadClient],
@@ -56,7 +56,7 @@ async def roll_out_and_score(
     Raises:
         As `roll_out`.
     """
-    served = await publishing.sampled()
+    served = await ongoing.sampled()
     if done := await find_earlier_rollout(spec, store, earlier):
         return done
     sources = sources_of(spec, served, clients, services.values())

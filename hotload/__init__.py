@@ -5,8 +5,10 @@ __all__ = [
     "checkpoint",
     "cli",
     "clients",
+    "clock",
     "concurrently",
     "dataset",
+    "declared_file",
     "delta",
     "directory",
     "errors",
@@ -21,5 +23,6 @@ __all__ = [
     "rollout",
     "sampling",
     "spec",
+    "trainers",
     "training",
 ]

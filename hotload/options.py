@@ -8,6 +8,7 @@ copied configuration cannot mislead.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -60,6 +61,20 @@ def one_line_descriptions(schema: dict[str, Any]) -> None:
             field["description"] = " ".join(field["description"].split())
 
 
+def refuse_meaningless(
+    names: Iterable[object], fields: Mapping[str, str], prefixes: Mapping[str, str]
+) -> None:
+    """Refuse what means something elsewhere and nothing here, by its name or what that begins with.
+
+    Raises:
+        ValueError: with the reason, as the mappings have it.
+    """
+    for name in map(str, names):
+        by_prefix = (why for prefix, why in prefixes.items() if name.startswith(prefix))
+        if reason := fields.get(name) or next(by_prefix, None):
+            raise ValueError(f"{name} has no meaning here: {reason}")
+
+
 class Declared(BaseModel):
     """A frozen part of a cycle's declaration; unknown fields are refused."""
 
@@ -74,17 +89,7 @@ class Declared(BaseModel):
     @classmethod
     def _refuse_meaningless(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name in data:
-                reason = REFUSED_FIELDS.get(name) or next(
-                    (
-                        why
-                        for prefix, why in REFUSED_PREFIXES.items()
-                        if str(name).startswith(prefix)
-                    ),
-                    None,
-                )
-                if reason:
-                    raise ValueError(f"{name} has no meaning here: {reason}")
+            refuse_meaningless(data, REFUSED_FIELDS, REFUSED_PREFIXES)
         return data
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "retain",
     "roll_out",
     "show",
+    "training",
     "upload",
     "validate",
     "wait",

@@ -19,9 +19,9 @@ from hotload.checkpoint.index_and_spec import SpecDtypeStyle
 from hotload.clients.store import Store
 from hotload.clients.store.records import read_snapshot_manifest
 from hotload.directory.delta_codecs import ENVELOPES
+from hotload.directory.file_digests import FileDigests
 from hotload.directory.files import (
     AnyFile,
-    FileDigests,
     clone_file,
     copy_file,
     link_file,

@@ -16,7 +16,8 @@ from prefect.context import TaskRunContext
 from hotload.clock import monotonic
 from hotload.delta.encode import DeltaStats
 from hotload.directory.delta_codecs import ENVELOPES
-from hotload.directory.files import AnyFile, FileDigests, sha256_file
+from hotload.directory.file_digests import FileDigests
+from hotload.directory.files import AnyFile, sha256_file
 from hotload.directory.relayout import CheckpointView
 from hotload.directory.shards import encode_file, open_shard
 from hotload.errors import (

@@ -51,6 +51,8 @@ from hotload.spec import CycleSpec
 from tasks import RETRIED
 from tasks.baseline import Baseline
 
+Hold = Callable[[SnapshotManifest], Awaitable[Path | None]]
+"""Gives the directory of a snapshot's full bytes; None where they are not here."""
 # A service that took a signal just before a crash may need a moment to show it.
 UNCLEAR_LOOKS = 3
 
@@ -159,7 +161,7 @@ async def _plan(
     content: CheckpointContent,
     *,
     read: ManifestReader,
-    hold: Callable[[SnapshotManifest], Awaitable[Path | None]],
+    hold: Hold,
     served_before: Collection[str],
     may_go_back: bool = False,
     unreadable: Collection[str] = (),
@@ -201,36 +203,52 @@ async def _plan(
     published = {attempt.manifest.identity for attempt in attempts}
     if plan.identity in published or (chain.head and plan.identity == chain.head.identity):
         return _Planned(plan, (), status, lines)
-    side_bytes = sum(one.size_bytes for one in content.side_files)
-    history = await read_history(store, spec.run_id)
-    basis = CostBasis(
-        len(status.replicas), spec.cadence.full_every, spec.prices, history.time_taken()
-    )
-    full = basis.of_full(content.size_bytes + side_bytes)
     instead = partial(full_instead, plan, content, attempts=attempts, lost=lost)
-    if chain.head is None or plan.previous != chain.head.identity:
-        return _Planned(plan, (full,), status, lines)
+    replica_count = len(status.replicas)
+    plan, options = await _weigh(
+        spec, baseline, content, plan, instead, chain.head, replica_count, hold
+    )
+    return _Planned(plan, options, status, lines)
+
+
+async def _weigh(
+    spec: CycleSpec,
+    baseline: Baseline,
+    content: CheckpointContent,
+    plan: SnapshotPlan,
+    instead: Callable[[str], SnapshotPlan],
+    head: SnapshotManifest | None,
+    replica_count: int,
+    hold: Hold,
+) -> tuple[SnapshotPlan, tuple[SnapshotCost, ...]]:
+    """Cost the ways to publish, and keep to the plan, or take a full `instead` of its delta for a
+    reason: an obstacle, or what it would cost."""
+    side_bytes = sum(one.size_bytes for one in content.side_files)
+    history = await read_history(baseline.store, spec.run_id)
+    basis = CostBasis(replica_count, spec.cadence.full_every, spec.prices, history.time_taken())
+    full = basis.of_full(content.size_bytes + side_bytes)
+    if head is None or plan.previous != head.identity:
+        return plan, (full,)
     try:
-        foreseen = await _foresee(baseline, chain.head, hold)
+        foreseen = await _foresee(baseline, head, hold)
     except BaselineLostError as error:
-        return _Planned(instead(str(error)), (full,), status, lines)
+        return instead(str(error)), (full,)
     if foreseen is None:
-        return _Planned(plan, (full,), status, lines)
+        return plan, (full,)
     if foreseen.obstacle is not None:
         get_run_logger().warning("a full snapshot instead of a delta: %s", foreseen.obstacle)
-        return _Planned(instead(foreseen.obstacle), (full,), status, lines)
+        return instead(foreseen.obstacle), (full,)
     delta = basis.of_delta(
         foreseen.delta_bytes + side_bytes,
         full_bytes=full.size_bytes,
-        chain_bytes=history.chain_bytes(chain.head),
+        chain_bytes=history.chain_bytes(head),
     )
     choice = basis.choose(full, delta)
     # A door that keeps to a base of somebody else's name takes no other full (decision 0018).
     if choice.kind is SnapshotKind.FULL and cycle_of(plan.anchor) is not None:
-        plan = instead(choice.reason)
-    else:
-        plan = plan.model_copy(update={"reason": f"{plan.reason}; {choice.reason}"})
-    return _Planned(plan, choice.options, status, lines)
+        return instead(choice.reason), choice.options
+    reason = f"{plan.reason}; {choice.reason}"
+    return plan.model_copy(update={"reason": reason}), choice.options
 
 
 @task(
@@ -319,7 +337,7 @@ async def _read_manifest(
 async def _foresee(
     baseline: Baseline,
     head: SnapshotManifest,
-    hold: Callable[[SnapshotManifest], Awaitable[Path | None]],
+    hold: Hold,
 ) -> Foreseen | None:
     """Foresee a delta on `head`; None where nothing can be said before its base is built."""
     if baseline.foreseen is not None:

@@ -37,7 +37,7 @@ from tasks import RETRIED
 from tasks.show import emit_service_failure
 
 
-class Publishing:
+class OngoingPublication:
     """What has become so far of a cycle's services, while it publishes to them side by side.
 
     Args:
@@ -60,7 +60,7 @@ class Publishing:
         spec: CycleSpec,
         services: Collection[HotLoadClient],
         clients: Collection[InferenceClient],
-    ) -> "Publishing":
+    ) -> "OngoingPublication":
         """Begin with nothing done; each of the `clients` samples one of the services.
 
         Raises:

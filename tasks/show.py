@@ -1,7 +1,8 @@
 """Show: what a person sees of a cycle in Prefect, while it runs and when it has ended.
 
-A bar for long steps, events for automations, the figures of the cycle as an artifact, and what
-slows it down. All of it only informs: whatever fails here is logged.
+A bar for long steps, events for automations, the figures of the cycle as an artifact, what slows it
+down, and a log that tells of a wrong input once. All of it only informs: whatever fails here is
+logged.
 """
 
 import asyncio
@@ -39,7 +40,7 @@ from hotload.errors import (
     StoreError,
 )
 from hotload.identity import NamedVersion, read_cycle_name, slug
-from hotload.publish.publication import Published
+from hotload.publish.publication import ServedSnapshot
 from hotload.publish.snapshot import SnapshotPlan
 from hotload.report.cycle_report import CycleReport
 from hotload.report.markdown import render_markdown
@@ -144,7 +145,7 @@ class Progress:
         self._artifact_id = made if isinstance(made, UUID) else None
 
 
-def emit_served(spec: CycleSpec, service: HotLoadClient, snapshot: Published) -> None:
+def emit_served(spec: CycleSpec, service: HotLoadClient, snapshot: ServedSnapshot) -> None:
     """Emit `hotload.snapshot.served`: every replica of `service` serves `snapshot`."""
     _emit(
         "hotload.snapshot.served",

@@ -17,7 +17,8 @@ from hotload.clients.store.side_files import in_order, put_again
 from hotload.clock import monotonic, utc_now
 from hotload.delta.dialects import Lineage
 from hotload.directory.delta_codecs import write_delta_index
-from hotload.directory.files import FileDigests, refuse_file
+from hotload.directory.file_digests import FileDigests
+from hotload.directory.files import refuse_file
 from hotload.directory.relayout import CheckpointView, file_in
 from hotload.errors import IdentityConflictError, LayoutMismatchError
 from hotload.publish.snapshot import (

@@ -20,7 +20,8 @@ from hotload.clients.remote_checkpoint import RemoteCheckpoint
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store
 from hotload.concurrently import overlap
-from hotload.directory.files import ComposedFile, FileDigests, refuse_file
+from hotload.directory.file_digests import FileDigests
+from hotload.directory.files import ComposedFile, refuse_file
 from hotload.directory.relayout import CheckpointView, view_checkpoint
 from hotload.directory.shards import read_checkpoint
 from hotload.directory.supplied_digests import DIGESTS_FILE, read_supplied_digests

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pickle
+import pkgutil
 import re
 import subprocess
 import sys
@@ -21,7 +22,16 @@ from hotload.errors import Finding, HotLoadError
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hotload", "agent", "emulator", "blocks", "tasks", "flows")
 FOLDERS = (*PACKAGES, "tests", "examples", "benchmarks", "deployments", "docs")
-IMPURE = {"__main__.py", "cli", "clock.py", "clients", "directory", "sampling", "trainers"}
+IMPURE = {
+    "__main__.py",
+    "cli",
+    "clients",
+    "clock.py",
+    "declared_file.py",
+    "directory",
+    "sampling",
+    "trainers",
+}
 MODULES_IN_A_FOLDER = 16
 LONGEST_IMPORT_CHAIN = 9
 
@@ -69,12 +79,7 @@ COMMAND_LINES = {"command_line.py", "cycle_file.py", "retain.py", "serve.py"}
 def test_flows_define_no_class_and_catch_one_error(path: Path) -> None:
     for part in tree(path).body:
         is_main = isinstance(part, ast.FunctionDef) and part.name == "main"
-        is_command_line = is_main or path.name in {
-            "command_line.py",
-            "cycle_file.py",
-            "retain.py",
-            "serve.py",
-        }
+        is_command_line = is_main or path.name in COMMAND_LINES
         for node in ast.walk(part):
             assert not isinstance(node, ast.ClassDef), f"line {node.lineno}: a class"
             if isinstance(node, ast.ExceptHandler) and not is_command_line:
@@ -194,6 +199,16 @@ def test_import_chains_inside_the_library_are_short() -> None:
 def test_no_folder_of_the_product_is_crowded() -> None:
     folders = Counter(path.parent for path in modules(*PACKAGES))
     assert max(folders.values()) <= MODULES_IN_A_FOLDER, folders.most_common(3)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in modules(*PACKAGES) if path.name == "__init__.py"], ids=named
+)
+def test_a_room_that_lists_its_modules_lists_them_all(path: Path) -> None:
+    room = importlib.import_module(".".join(path.parent.relative_to(ROOT).parts))
+    there = {one.name for one in pkgutil.iter_modules([str(path.parent)])} - {"__main__"}
+    listed = {name for name in room.__all__ if not callable(getattr(room, name, None))}
+    assert not there & listed or there <= listed
 
 
 def test_the_floors_hold() -> None:

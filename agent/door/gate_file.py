@@ -8,8 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from agent.door.gate_verdict import PROBLEMS_NEEDED, GateLimits
-from hotload.cli.cycle_file import read_yaml
-from hotload.errors import did_you_mean
+from hotload.declared_file import field_meant, read_yaml
 from hotload.options import Declared, Problems, RewardSpec, Sampling
 from hotload.rollout.engines.known import EngineName
 from hotload.spec import dataset_location
@@ -81,21 +80,8 @@ def read_gate(path: Path) -> GateSpec:
         return GateSpec.model_validate(given)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}{_hint(one['loc'])}"
+            f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}"
+            + (field_meant(GateSpec, one["loc"]) if one["type"] == "extra_forbidden" else "")
             for one in error.errors(include_url=False, include_input=False, include_context=False)
         ]
         raise ValueError(f"{path}: {'; '.join(lines)}") from None
-
-
-def _hint(place: tuple[int | str, ...]) -> str:
-    """Ask for the field that a misspelt one is close to, in the part that it is in."""
-    model: type[Declared] = GateSpec
-    for step in place[:-1]:
-        field = model.model_fields.get(str(step))
-        if field is None or not isinstance(field.annotation, type):
-            return ""
-        if not issubclass(field.annotation, Declared):
-            return ""
-        model = field.annotation
-    name = str(place[-1]) if place else ""
-    return "" if name in model.model_fields else did_you_mean(name, model.model_fields)

@@ -2,6 +2,7 @@
 
 __all__ = [
     "app",
+    "coreweave_door",
     "deployed_models",
     "extensions",
     "gateway",

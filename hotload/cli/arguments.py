@@ -7,7 +7,8 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -192,30 +193,44 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
     commands = parser.add_subparsers(
         dest="command", title="commands", metavar="COMMAND", required=True
     )
+    _add_delta_commands(commands, worker_count)
+    _add_checkpoint_commands(commands)
+    _add_report_command(commands)
+    _add_store_commands(commands)
+    _add_service_commands(commands)
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        parser.exit(USAGE)
+    return parser.parse_args(arguments)
 
-    def command(
-        name: str,
-        tells: str,
-        about: str,
-        paths: Sequence[str],
-        *examples: str,
-        more: str = "",
-        among: Any = commands,
-    ) -> Parser:
-        added: Parser = among.add_parser(
-            name,
-            help=tells,
-            description=_filled(about),
-            epilog="\n  ".join((f"{more}\nexample:", *(f"%(prog)s {one}" for one in examples))),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for path in paths:
-            is_many = path.endswith("…")
-            dest = path.rstrip("…").lower()
-            kind = Path if dest == "out" else _existing
-            added.add_argument(dest, type=kind, metavar=path, nargs="+" if is_many else None)
-        added.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        return added
+
+def _add_command(
+    commands: Any,
+    name: str,
+    tells: str,
+    about: str,
+    paths: Sequence[str],
+    *examples: str,
+    more: str = "",
+) -> Parser:
+    added: Parser = commands.add_parser(
+        name,
+        help=tells,
+        description=_filled(about),
+        epilog="\n  ".join((f"{more}\nexample:", *(f"%(prog)s {one}" for one in examples))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for path in paths:
+        is_many = path.endswith("…")
+        dest = path.rstrip("…").lower()
+        kind = Path if dest == "out" else _existing
+        added.add_argument(dest, type=kind, metavar=path, nargs="+" if is_many else None)
+    added.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return added
+
+
+def _add_delta_commands(commands: Any, worker_count: int) -> None:
+    command = partial(_add_command, commands)
 
     def workers(added: Parser) -> None:
         help_text = "threads that work at a time (all cores, %(default)s)"
@@ -283,6 +298,10 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         "delta-1-2 delta-2-3 delta-3-4 delta-1-4",
     )
     workers(fold)
+
+
+def _add_checkpoint_commands(commands: Any) -> None:
+    command = partial(_add_command, commands)
     command(
         "inspect",
         "kind, lineage, tensors, bytes, what changed per layer",
@@ -311,7 +330,11 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
     )
     help_text = "take config.json from here, the base model"
     doctor.add_argument("--config-from", type=_existing, metavar="BASE", help=help_text)
-    report = command(
+
+
+def _add_report_command(commands: Any) -> None:
+    report = _add_command(
+        commands,
         "report",
         "write the page of a run from what its cycles left in the store",
         _REPORT,
@@ -328,15 +351,9 @@ def read_arguments(arguments: Sequence[str] | None, worker_count: int) -> argpar
         metavar="FILE",
         help="where the page is written, replacing what is there (RUN.html)",
     )
-    _add_store_commands(commands, command)
-    _add_service_commands(commands, command)
-    if not (sys.argv[1:] if arguments is None else arguments):
-        parser.print_help(sys.stderr)
-        parser.exit(USAGE)
-    return parser.parse_args(arguments)
 
 
-def _add_store_commands(commands: Any, command: Callable[..., Parser]) -> None:
+def _add_store_commands(commands: Any) -> None:
     group = commands.add_parser(
         "store",
         help="what lies in a store, digests, pins; list, show, verify, pin, unpin, delete",
@@ -352,7 +369,7 @@ def _add_store_commands(commands: Any, command: Callable[..., Parser]) -> None:
         name: str, tells: str, about: str, *examples: str, takes: str | None, asks: bool
     ) -> Parser:
         more = _CREDENTIALS + (_SERVICES if asks else "")
-        added = command(name, tells, about, (), *examples, more=more, among=verbs)
+        added = _add_command(verbs, name, tells, about, (), *examples, more=more)
         added.set_defaults(command=f"store {name}")
         added.add_argument("url", metavar="URL", help="the store")
         if takes is not None:
@@ -402,7 +419,7 @@ def _add_store_commands(commands: Any, command: Callable[..., Parser]) -> None:
     )
 
 
-def _add_service_commands(commands: Any, command: Callable[..., Parser]) -> None:
+def _add_service_commands(commands: Any) -> None:
     group = commands.add_parser(
         "service",
         help="what its replicas do and what is next, its ledger; status, ledger, reset",
@@ -415,7 +432,7 @@ def _add_service_commands(commands: Any, command: Callable[..., Parser]) -> None
 
     def verb(name: str, tells: str, about: str, *examples: str) -> Parser:
         more = _SERVICES + _CREDENTIALS
-        added = command(name, tells, about, (), *examples, more=more, among=verbs)
+        added = _add_command(verbs, name, tells, about, (), *examples, more=more)
         added.set_defaults(command=f"service {name}")
         named = added.add_mutually_exclusive_group(required=True)
         named.add_argument("--service", metavar="NAMES", help="the service")

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hotload.declared_file import read_yaml
 from hotload.errors import did_you_mean
 
 BLOCK_FIELDS = ("account", "service", "store", "checkpoint_store", "rollouts")
-LIMIT_BYTES = 1 << 20
 
 
 def read_cycle_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -32,26 +30,6 @@ def read_run_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     """
     cycle, training, inline = _read_sections(path, "cycle", "training")
     return cycle, training, inline
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a file that a person wrote, whatever it holds; no error quotes it.
-
-    Raises:
-        ValueError: it is too large, or not YAML; says where.
-        OSError: the file cannot be read.
-    """
-    if path.stat().st_size > LIMIT_BYTES:
-        raise ValueError(f"{path} is larger than {LIMIT_BYTES} bytes")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, RecursionError) as error:
-        # The error's own text quotes the line, and that may hold a secret.
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
-        raise ValueError(f"{path} is not YAML{where}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8") from None
 
 
 def _read_sections(path: Path, *sections: str) -> list[dict[str, Any]]:

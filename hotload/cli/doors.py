@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from hotload.clients.service.client import HotLoadClient
     from hotload.clients.store.store import Store
 
-SERVICE = re.compile(r"(?:([a-z]+):)?([^/@:\s]+)/([^/@\s]+)/([^/@\s]+)(?:@(https?://\S+))?")
+# A model may have a name with slashes in it, so that it takes what is between the two others.
+SERVICE = re.compile(r"(?:([a-z]+):)?([^/@:\s]+)/([^@\s]+)/([^/@\s]+)(?:@(https?://\S+))?")
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def open_declared(path: Path) -> tuple[HotLoadClient, Store | None]:
 
 def _open_service(declared: Mapping[str, Any], where: str) -> HotLoadClient:
     """The client of an account as it is declared; no value is shown that may be a key."""
-    from hotload.clients.access import RESOURCE_ID, Access, check_origin
+    from hotload.clients.access import MODEL_ID, RESOURCE_ID, Access, check_model_id, check_origin
     from hotload.clients.service.doors import open_service
     from hotload.publish.doors.api_dialect import API_DIALECTS
 
@@ -112,14 +113,17 @@ def _open_service(declared: Mapping[str, Any], where: str) -> HotLoadClient:
     if wrong:
         expected = f"texts named {', '.join(sorted(known))}"
         raise UsageError(f"{where}: found {sorted(map(str, wrong))}, expected {expected}")
-    for name in ("account_id", "model_id", "deployment_id"):
-        if not re.match(RESOURCE_ID, declared.get(name, "")):
+    patterns = {"account_id": RESOURCE_ID, "model_id": MODEL_ID, "deployment_id": RESOURCE_ID}
+    for name, pattern in patterns.items():
+        if not re.fullmatch(pattern, declared.get(name, "")):
             found = declared.get(name, "none")
             raise UsageError(f"{where}: found {name} {found!r}, expected letters, digits and . _ -")
-    if declared.get("dialect", "fireworks") not in API_DIALECTS:
+    dialect = declared.get("dialect", "fireworks")
+    if dialect not in API_DIALECTS:
         expected = " or ".join(API_DIALECTS)
-        raise UsageError(f"{where}: found dialect {declared['dialect']!r}, expected {expected}")
+        raise UsageError(f"{where}: found dialect {dialect!r}, expected {expected}")
     try:
+        check_model_id(declared["model_id"], API_DIALECTS[dialect])
         if declared.get("base_url"):
             check_origin(declared["base_url"])
     except ValueError as error:

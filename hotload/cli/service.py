@@ -110,7 +110,7 @@ async def _read_status(
 async def _holder(store: Store, service: str) -> Lease | None:
     """The lease that keeps others from publishing to the service now, as far as this machine can
     see; that of an earlier version of hotload names no service."""
-    from hotload.clients.store.publisher_lease import held_leases
+    from hotload.clients.store.publisher_leases import held_leases
 
     held = {lease.service: lease for lease in await held_leases(store)}
     return next((held[one] for one in (service, RETENTION, "") if one in held), None)
@@ -118,7 +118,7 @@ async def _holder(store: Store, service: str) -> Lease | None:
 
 async def _reset(service: HotLoadClient, store: Store | None) -> None:
     """Reset it while no cycle publishes, where the store is known."""
-    from hotload.clients.store.publisher_lease import check_lease, publisher_lease
+    from hotload.clients.store.publisher_leases import check_lease, publisher_lease
 
     async with AsyncExitStack() as right_to_publish:
         if store is not None:

@@ -143,7 +143,7 @@ async def _read(
 
 
 async def _delete(url: str, identity: str, services: Sequence[str]) -> StoredSnapshot:
-    from hotload.clients.store.publisher_lease import check_lease, every_lease
+    from hotload.clients.store.publisher_leases import check_lease, every_lease
     from hotload.clients.store.retention import remove_snapshots
 
     store = open_store(url)

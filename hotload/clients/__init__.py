@@ -11,6 +11,7 @@ __all__ = [
     "handoff",
     "inference",
     "metrics",
+    "nodes",
     "publish",
     "redaction",
     "remote_checkpoint",

@@ -17,6 +17,7 @@ from hotload.publish.doors.api_dialect import API_DIALECTS, ApiDialect, ApiDiale
 from hotload.publish.workspace import Workspace
 
 RESOURCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+MODEL_ID = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 
 
 @cache
@@ -37,6 +38,16 @@ def check_origin(url: str) -> str:
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("expected an address without credentials, query or fragment")
     return url.rstrip("/")
+
+
+def check_model_id(model_id: str, api: ApiDialect) -> None:
+    """Return if the API takes the model's name.
+
+    Raises:
+        ValueError: it has a slash in it, and the API makes a resource's name of it.
+    """
+    if api.names_are_resources and "/" in model_id:
+        raise ValueError(f"model_id {model_id!r} is more than a name of this dialect")
 
 
 @dataclass(frozen=True, slots=True)

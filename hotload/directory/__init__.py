@@ -2,6 +2,8 @@
 
 __all__ = [
     "arrivals",
+    "delta_codecs",
+    "file_digests",
     "files",
     "finite",
     "inputs",
@@ -11,4 +13,5 @@ __all__ = [
     "relayout",
     "remote",
     "shards",
+    "supplied_digests",
 ]

@@ -9,6 +9,7 @@ __all__ = [
     "fireworks_api",
     "fireworks_names",
     "lease",
+    "lines",
     "preflight",
     "probe",
     "publication",

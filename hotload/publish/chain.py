@@ -196,28 +196,8 @@ def plan_next(
         return full(
             f"full_every {cadence.full_every}: {head.chain_length} deltas since {head.anchor}"
         )
-    for unsent in (one.manifest for one in attempts if not one.signalled):
-        if unsent.previous == head.identity:
-            return unsent.plan
-    identity = snapshot_identity(
-        run_id,
-        policy_version,
-        content_sha256=content.sha256,
-        kind=SnapshotKind.DELTA,
-        previous=head.identity,
-        attempt=next_attempt(attempts),
-        line=line,
-    )
-    return SnapshotPlan(
-        identity=identity,
-        run_id=run_id,
-        policy_version=policy_version,
-        kind=SnapshotKind.DELTA,
-        previous=head.identity,
-        anchor=head.anchor,
-        chain_length=head.chain_length + 1,
-        attempt=next_attempt(attempts),
-        reason=f"every replica serves {head.identity}",
+    return _plan_delta(
+        head, content, run_id=run_id, policy_version=policy_version, line=line, attempts=attempts
     )
 
 
@@ -327,6 +307,43 @@ def may_signal(
     if (state, event) not in TRANSITIONS:
         raise ChainBrokenError(str(manifest.previous), status.describe())
     return True
+
+
+def _plan_delta(
+    head: SnapshotManifest,
+    content: CheckpointContent,
+    *,
+    run_id: str,
+    policy_version: int,
+    line: int,
+    attempts: Sequence[PublishAttempt],
+) -> SnapshotPlan:
+    """Plan a delta on `head`, which every replica serves: one that lies in the store and was not
+    signalled to this service, else a new one."""
+    for unsent in (one.manifest for one in attempts if not one.signalled):
+        if unsent.previous == head.identity:
+            return unsent.plan
+    attempt = next_attempt(attempts)
+    identity = snapshot_identity(
+        run_id,
+        policy_version,
+        content_sha256=content.sha256,
+        kind=SnapshotKind.DELTA,
+        previous=head.identity,
+        attempt=attempt,
+        line=line,
+    )
+    return SnapshotPlan(
+        identity=identity,
+        run_id=run_id,
+        policy_version=policy_version,
+        kind=SnapshotKind.DELTA,
+        previous=head.identity,
+        anchor=head.anchor,
+        chain_length=head.chain_length + 1,
+        attempt=attempt,
+        reason=f"every replica serves {head.identity}",
+    )
 
 
 def _is_due(policy_version: int, cadence: Cadence) -> bool:

@@ -2,8 +2,8 @@
 
 A lease is an object `_hotload/leases/<account>/<service>/<token:010d>.json` in the store, created
 only if absent. Its creator is the publisher to that service until it gives the lease back, stops
-renewing it, or a higher token appears. This module decides; `hotload.clients.store.publisher_lease`
-acts.
+renewing it, or a higher token appears. This module decides;
+`hotload.clients.store.publisher_leases` acts.
 
 What is guaranteed, given a store with conditional puts: a token has one creator; tokens only grow;
 a publisher that was taken over, however long it was paused, learns so when it checks, and it checks

@@ -15,7 +15,7 @@ from hotload.records import Record
 from hotload.spec import RequiredServices
 
 
-class Published(Record):
+class ServedSnapshot(Record):
     """One snapshot that every replica was seen to serve."""
 
     identity: str
@@ -49,7 +49,7 @@ class Published(Record):
         wall_seconds: dict[str, float],
         *,
         began_at: datetime,
-    ) -> Published:
+    ) -> ServedSnapshot:
         """Record a snapshot that the replicas serve."""
         worked = {
             "encode": sum(batch.encode_seconds for batch in carried),
@@ -100,7 +100,7 @@ class ServicePublication(Record):
 
     service: str
     """`<account>/<service>`."""
-    snapshot: Published | None = None
+    snapshot: ServedSnapshot | None = None
     fallback: str | None = None
     failure: str | None = None
 
@@ -142,7 +142,7 @@ class Publication(Record):
     """
 
     content: CheckpointContent
-    snapshot: Published
+    snapshot: ServedSnapshot
     fallback: str | None = None
     services: tuple[ServicePublication, ...] = ()
     """All services of the cycle; none in a record of an earlier version of hotload."""

@@ -13,4 +13,6 @@ __all__ = [
     "run_page",
     "sample_statistics",
     "templating",
+    "training_page",
+    "training_table",
 ]

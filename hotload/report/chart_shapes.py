@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 ROW_PX = 40
 AXIS_PX = 22
+LINES_PX, LAYERS_PX = 170, 190  # heights of the charts over policy versions
 LARGEST = 1e300
 """Values are drawn within ± this, so that no difference of two overflows."""
 DOTTED = 30
@@ -175,7 +176,6 @@ def curves(
     say: Say,
     *,
     low: float | None = None,
-    height: int = 170,
 ) -> Markup:
     """Draw lines over policy versions, broken where a value is missing.
 
@@ -184,7 +184,7 @@ def curves(
         low: where the vertical axis begins, unless a value lies below it; by default with the
             lowest value.
     """
-    top, bottom = 16, height - AXIS_PX
+    top, bottom = 16, LINES_PX - AXIS_PX
     runs = [(line, run) for line in lines for run in _unbroken(line)]
     reached = [end for _, run in runs for _, least, _, most in run for end in (least, most)]
     lowest, highest = min(reached, default=0.0), max(reached, default=0.0)
@@ -208,8 +208,8 @@ def curves(
             bands.append(_path(f"{_polyline(around)}Z", "wash area line"))
         if len(run) == 1 or len(versions) <= DOTTED:
             dots += [_dot(x, y, line.tone) for x, y in middle]
-    body += [_stretched(height, [*bands, *paths]), *dots, _line(0, bottom, 100, bottom, "axis")]
-    return _chart(height, label, [*body, *ticks, *_version_ticks(versions, height)])
+    body += [_stretched(LINES_PX, [*bands, *paths]), *dots, _line(0, bottom, 100, bottom, "axis")]
+    return _chart(LINES_PX, label, [*body, *ticks, *_version_ticks(versions, LINES_PX)])
 
 
 def dots(
@@ -217,11 +217,9 @@ def dots(
     values: Sequence[Dot | None],
     label: str,
     say: Say,
-    *,
-    height: int = 170,
 ) -> Markup:
     """Draw a dot per policy version on a logarithmic axis."""
-    top, bottom = 16, height - AXIS_PX
+    top, bottom = 16, LINES_PX - AXIS_PX
     logs = [math.log10(min(dot.value, LARGEST)) if dot else None for dot in values]
     there = [log for log in logs if log is not None]
     low, high = math.floor(min(there, default=0)), math.ceil(max(there, default=1))
@@ -234,7 +232,7 @@ def dots(
         if dot and log is not None:
             y = bottom - (bottom - top) * (log - low) / (high - low)
             body.append(_dot(_slot(i, len(versions)), y, dot.tone, dot.text))
-    return _chart(height, label, [*body, *ticks, *_version_ticks(versions, height)])
+    return _chart(LINES_PX, label, [*body, *ticks, *_version_ticks(versions, LINES_PX)])
 
 
 def layers(
@@ -242,11 +240,9 @@ def layers(
     seconds_by_tone: Mapping[str, Sequence[float]],
     label: str,
     say: Say,
-    *,
-    height: int = 190,
 ) -> Markup:
     """Draw seconds per version on top of each other, the first colour at the bottom."""
-    top, bottom = 16, height - AXIS_PX
+    top, bottom = 16, LAYERS_PX - AXIS_PX
     sums = [0.0] * len(versions)
     stacked = []
     for tone, values in seconds_by_tone.items():
@@ -261,8 +257,8 @@ def layers(
             path += f"V{bottom - (bottom - top) * value / highest:.1f}H{(i + 1) * width:.1f}"
         paths.append(_path(f"{path}V{bottom}Z", f"{tone} area"))
     body, ticks = _levels(time_ticks(highest, 3)[1:], 0, highest, top, bottom, say)
-    body = [_stretched(height, paths), *body, _line(0, bottom, 100, bottom, "axis")]
-    return _chart(height, label, [*body, *ticks, *_version_ticks(versions, height)])
+    body = [_stretched(LAYERS_PX, paths), *body, _line(0, bottom, 100, bottom, "axis")]
+    return _chart(LAYERS_PX, label, [*body, *ticks, *_version_ticks(versions, LAYERS_PX)])
 
 
 def _unbroken(line: Line) -> Iterable[list[tuple[int, float, float, float]]]:

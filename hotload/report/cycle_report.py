@@ -12,7 +12,7 @@ from pydantic import Field
 
 from hotload.identity import read_cycle_name
 from hotload.publish.cost import money_of
-from hotload.publish.publication import Publication, Published, ServicePublication
+from hotload.publish.publication import Publication, ServedSnapshot, ServicePublication
 from hotload.quantities import number, plural, size
 from hotload.records import Record
 from hotload.rollout.counts import RolloutSummary, join_counts, rule_rows
@@ -27,7 +27,7 @@ class CycleReport(Record):
     policy_version: int = Field(ge=0)
     content_sha256: str
     outcome: Literal["published", "fell back", "not due"]
-    snapshot: Published
+    snapshot: ServedSnapshot
     fallback_reason: str | None = None
     rollouts: RolloutSummary
     seconds: float = Field(ge=0)

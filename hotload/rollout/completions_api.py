@@ -353,27 +353,12 @@ class Answer:
             return malformed("a value is not of the documented type")
 
     def _settle(self) -> Failure | None:
-        if self.finish_reason is None:
-            detail = "the stream ended without a finish reason"
-            return Failure(Action.RETRY, Cause.TRUNCATED, 200, detail)
-        if self.finish_reason not in FINISH_REASONS:
-            detail = f"the answer ended by {shorten(self.finish_reason)}"
-            # The service's own trouble. An end by anything else (`content_filter`, `repetition`, a
-            # word nobody has documented) would come again for the same seed.
-            if self.finish_reason == "abort":
-                return Failure(*self.reading.rules.abort, 200, detail)
-            if self.finish_reason == "error":
-                return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, detail)
-            end = str(self.finish_reason)
-            return Failure(Action.FAIL_SAMPLE, Cause.UNUSABLE_END, 200, detail, end=end)
+        if failure := self._unusable_end():
+            return failure
+        self._join_pieces()
         lacking = Action.FAIL_SAMPLE if self.is_done else Action.RETRY
         values = self.sampling_logprobs
         count = len(values)
-        self.text = "".join(self._texts)
-        self.reasoning = "".join(self._reasoning)
-        for number, pieces in self._arguments.items():
-            self._calls[number]["function"]["arguments"] = "".join(pieces)
-        self.tool_calls = tuple(self._calls[number] for number in sorted(self._calls))
         has_said = self.text or self.reasoning or self.tool_calls
         if self._lacks_logprobs or (count == 0 and (self._raw_ids or has_said)):
             return Failure(lacking, Cause.MISSING_LOGPROBS, 200, "tokens without log-probability")
@@ -412,6 +397,30 @@ class Answer:
             detail = f"{count} tokens, {self._max_tokens} asked for"
             return Failure(Action.FAIL_SAMPLE, Cause.TOO_LONG, 200, detail)
         return None
+
+    def _unusable_end(self) -> Failure | None:
+        """Say how the answer ended, where that was neither by itself nor at its limit."""
+        if self.finish_reason is None:
+            detail = "the stream ended without a finish reason"
+            return Failure(Action.RETRY, Cause.TRUNCATED, 200, detail)
+        if self.finish_reason in FINISH_REASONS:
+            return None
+        detail = f"the answer ended by {shorten(self.finish_reason)}"
+        # The service's own trouble. An end by anything else (`content_filter`, `repetition`, a
+        # word nobody has documented) would come again for the same seed.
+        if self.finish_reason == "abort":
+            return Failure(*self.reading.rules.abort, 200, detail)
+        if self.finish_reason == "error":
+            return Failure(Action.RETRY, Cause.SERVER_ERROR, 200, detail)
+        end = str(self.finish_reason)
+        return Failure(Action.FAIL_SAMPLE, Cause.UNUSABLE_END, 200, detail, end=end)
+
+    def _join_pieces(self) -> None:
+        self.text = "".join(self._texts)
+        self.reasoning = "".join(self._reasoning)
+        for number, pieces in self._arguments.items():
+            self._calls[number]["function"]["arguments"] = "".join(pieces)
+        self.tool_calls = tuple(self._calls[number] for number in sorted(self._calls))
 
     def _ids(self, count: int) -> list[Any] | None:
         """What was told as the ids of `count` tokens: those beside the log-probabilities, or else

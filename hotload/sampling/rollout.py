@@ -46,7 +46,8 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SampledService:
-    """A service that is sampled from: what it serves, on how many replicas, and its share.
+    """A service that is sampled from: what it serves, on how many replicas, if that is known, and
+    its share.
 
     `watched` is asked for newer versions, where the spec allows the next cycle to publish while
     this one samples.
@@ -279,13 +280,10 @@ class Rollout(PartCarrier):
 async def open_rollout(
     spec: CycleSpec,
     plan: RolloutPlan,
-    client: InferenceSource,
+    source: SampledService,
     store: Store,
-    replica_count: int | None,
-    service: HotLoadClient | None = None,
     logger: RunLogger = LOGGER,
     *,
-    identity: str | None = None,
     numbers: Collection[int] | None = None,
     together: Together | None = None,
     breaker: Breaker | None = None,
@@ -294,10 +292,6 @@ async def open_rollout(
     """Open what the chunks of `plan` share, for as long as they run in this event loop.
 
     Args:
-        replica_count: for the window's first size; `None` is not known.
-        service: watched for newer versions, where the spec allows the next cycle to publish while
-            this one samples.
-        identity: what this service serves, if that is not the plan's.
         numbers, together: as `Rollout`.
         breaker, window: are told of every request, instead of those of its own.
 
@@ -308,11 +302,11 @@ async def open_rollout(
     """
     async with (
         open_scorer(spec.reward) as scorer,
-        client.session(
+        source.client.session(
             spec.sampling,
-            identity=identity or plan.identity,
+            identity=source.identity,
             policy_version=plan.policy_version,
-            replica_count=replica_count,
+            replica_count=source.replica_count,
             swap_timeout_seconds=spec.readiness.weight_sync_timeout,
             window=window,
         ) as sampler,
@@ -320,9 +314,9 @@ async def open_rollout(
         sampler.breaker = breaker or sampler.breaker
         rollout = Rollout(plan, sampler, scorer, store, logger, numbers=numbers, together=together)
         watch = None
-        if service is not None:
-            stamp = Stamp(sampler.identity, plan.policy_version)
-            watch = VersionWatch(service, spec, stamp, rollout.take_stamp, logger)
+        if source.watched is not None:
+            stamp = Stamp(source.identity, plan.policy_version)
+            watch = VersionWatch(source.watched, spec, stamp, rollout.take_stamp, logger)
             await watch.first_look()
         async with beside(
             logger,

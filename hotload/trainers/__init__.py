@@ -7,6 +7,7 @@ __all__ = [
     "base_digest",
     "declaration",
     "loading",
+    "refused_fields",
     "router_replay",
     "saved_state",
     "scale_probe",
@@ -16,4 +17,5 @@ __all__ = [
     "trainer",
     "training_step",
     "turn_scores",
+    "vendor_config",
 ]

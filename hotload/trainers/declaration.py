@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from hotload.options import Problems
+from hotload.options import Problems, refuse_meaningless
 from hotload.spec import CycleSpec
 from hotload.trainers.refused_fields import REFUSED_TRAINING_FIELDS, REFUSED_TRAINING_PREFIXES
 from hotload.trainers.trainer import TrainerFacts
@@ -150,13 +150,9 @@ class TrainingSpec(TrainingPart):
     @model_validator(mode="before")
     @classmethod
     def _refuse_hosted(cls, data: Any) -> Any:
-        for name in data if isinstance(data, dict) else ():
-            prefixes = REFUSED_TRAINING_PREFIXES.items()
-            reason = REFUSED_TRAINING_FIELDS.get(name) or next(
-                (why for prefix, why in prefixes if str(name).startswith(prefix)), None
-            )
-            if reason and name not in cls.model_fields:
-                raise ValueError(f"{name} has no meaning here: {reason}")
+        if isinstance(data, dict):
+            unknown = [name for name in data if name not in cls.model_fields]
+            refuse_meaningless(unknown, REFUSED_TRAINING_FIELDS, REFUSED_TRAINING_PREFIXES)
         return data
 
     @model_validator(mode="after")

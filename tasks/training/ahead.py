@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from hotload.clients.handoff.usable_groups import GroupsAhead, StepGroups
 from hotload.clients.store import Store
 from hotload.clients.store.failures import LONG_AGAIN_SECONDS, asked_again
-from hotload.clients.store.publisher_lease import held_leases
+from hotload.clients.store.publisher_leases import held_leases
 from hotload.clients.store.records import read_publication
 from hotload.directory.files import remove_tree
 from hotload.identity import cycle_name, version_of

@@ -16,7 +16,8 @@ from hotload.clients.store import Store
 from hotload.clients.store.step_records import promote, write_step
 from hotload.clock import monotonic, utc_now
 from hotload.dataset.trainer_batch import make_batch, trainable
-from hotload.directory.files import FileDigests, remove_tree
+from hotload.directory.file_digests import FileDigests
+from hotload.directory.files import remove_tree
 from hotload.directory.finite import find_not_finite
 from hotload.directory.relayout import CheckpointView, view_checkpoint
 from hotload.trainers.step_samples import StepSamples

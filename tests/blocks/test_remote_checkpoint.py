@@ -18,7 +18,8 @@ from hotload.clients.remote_checkpoint import RemoteCheckpoint
 from hotload.clients.store import Store
 from hotload.clients.store.buckets import COMPOSED_AT_ONCE
 from hotload.directory.arrivals import find_arrivals
-from hotload.directory.files import AnyFile, ComposedFile, FileDigests, copy_file, sha256_file
+from hotload.directory.file_digests import FileDigests
+from hotload.directory.files import AnyFile, ComposedFile, copy_file, sha256_file
 from hotload.directory.relayout import CheckpointView, view_checkpoint
 from hotload.errors import InvalidCheckpointError, StoreUnavailableError
 from hotload.spec import WatchSpec

@@ -12,7 +12,7 @@ import pytest
 
 from hotload.clients.store import Store, every_lease, publisher_lease
 from hotload.clients.store.lease_log import LeaseLog
-from hotload.clients.store.publisher_lease import lease_log
+from hotload.clients.store.publisher_leases import lease_log
 from hotload.clients.store.records import mark_signalled, write_manifest
 from hotload.clients.store.retention import (
     pin,

@@ -14,7 +14,7 @@ from blocks.hot_load_service import HotLoadService
 from examples.tiny_trainer import TinyTrainer
 from flows.cycle import checkpoint_to_rollout
 from flows.publish import publish_version
-from hotload.clients.store.publisher_lease import publisher_lease
+from hotload.clients.store.publisher_leases import publisher_lease
 from hotload.directory.files import sha256_file
 from hotload.directory.shards import read_checkpoint
 from hotload.errors import (

@@ -26,7 +26,7 @@ from flows.cycle import checkpoint_to_rollout
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest
 from hotload.errors import InvalidProblemsError
 from hotload.identity import SnapshotKind
-from hotload.publish.publication import Published
+from hotload.publish.publication import ServedSnapshot
 from hotload.report.cycle_report import CycleReport
 from hotload.sampling.nodes.notes import SamplingShare
 from hotload.spec import CycleSpec
@@ -121,7 +121,7 @@ def nodes(running: dict[str, Node]) -> dict[str, Node]:
     return running
 
 
-async def publish(fleet: Fleet, version: int, *nodes: str, **changes: Any) -> Published:
+async def publish(fleet: Fleet, version: int, *nodes: str, **changes: Any) -> ServedSnapshot:
     placement = dict.fromkeys(nodes or NODES, ())
     report = await checkpoint_to_rollout(fleet.spec(version, placement=placement, **changes))
     assert report.snapshot.identity in fleet.served()

@@ -134,7 +134,7 @@ class Counting:
         import tasks.encode
         import tasks.validate
         from hotload.clients.store.local_directory import LocalDirectory
-        from hotload.directory.files import FileDigests
+        from hotload.directory.file_digests import FileDigests
 
         self._sums: Counter[str] = Counter()
         self._lock = threading.Lock()

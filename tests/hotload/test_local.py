@@ -20,8 +20,8 @@ import hotload
 from hotload.checkpoint.index_and_spec import build_index, build_spec
 from hotload.checkpoint.rules import check_full
 from hotload.delta.rules import check_delta, delta_obstacle
+from hotload.directory.file_digests import FileDigests
 from hotload.directory.files import (
-    FileDigests,
     clone_file,
     copy_file,
     remove_tree,

@@ -21,7 +21,7 @@ from hotload.dataset.rollout_plan import PartNotes, RolloutManifest, RolloutPart
 from hotload.dataset.sample_extracts import ShownMessage, choose_extracts
 from hotload.identity import SnapshotKind
 from hotload.options import Groups
-from hotload.publish.publication import Publication, Published
+from hotload.publish.publication import Publication, ServedSnapshot
 from hotload.publish.snapshot import CheckpointContent
 from hotload.quantities import duration, number, percent, size
 from hotload.records import Record
@@ -123,7 +123,7 @@ def statistics(*groups: ScoredGroup) -> SampleStatistics:
 
 
 def report(*groups: ScoredGroup, **changes: Any) -> CycleReport:
-    snapshot = Published(
+    snapshot = ServedSnapshot(
         identity=NOW,
         policy_version=3,
         kind=SnapshotKind.DELTA,
@@ -306,7 +306,7 @@ def test_the_page_says(told: str) -> None:
 def test_a_page_of_nothing() -> None:
     empty = report(
         rollouts=summarize(NOW, [], parts_uri="", seconds=0),
-        snapshot=Published(
+        snapshot=ServedSnapshot(
             identity=NOW,
             policy_version=2,
             kind=SnapshotKind.FULL,

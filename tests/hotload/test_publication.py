@@ -2,10 +2,15 @@
 
 import pytest
 
-from hotload.publish.publication import Published, ServicePublication, may_sample, services_needed
+from hotload.publish.publication import (
+    ServedSnapshot,
+    ServicePublication,
+    may_sample,
+    services_needed,
+)
 from hotload.spec import RequiredServices
 
-SERVED = Published(
+SERVED = ServedSnapshot(
     identity="run-000001-0123abcd",
     policy_version=1,
     kind="full",

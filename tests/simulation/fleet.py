@@ -11,7 +11,7 @@ import httpx
 
 from hotload.clients.access import Access
 from hotload.clients.service import HotLoadClient
-from hotload.clients.store.publisher_lease import lease_log
+from hotload.clients.store.publisher_leases import lease_log
 from hotload.publish.fireworks_names import HOT_LOAD_PATH
 from hotload.publish.lease import TTL_SECONDS, Lease
 from hotload.publish.lease import Process as HostProcess

@@ -31,7 +31,7 @@ from hotload.publish.publication import ServicePublication
 from hotload.publish.readiness import Convergence
 from hotload.publish.snapshot import SnapshotManifest
 from tasks.baseline import Baseline
-from tasks.publication import Publishing
+from tasks.publication import OngoingPublication
 from tests.simulation.engine import Replaced
 from tests.simulation.loop import PROCESS
 from tests.simulation.many import be_quiet
@@ -371,7 +371,7 @@ def _one_is_enough(replaced: Replaced) -> None:
 @mutant("and the replicas of evaluation", seed=29)
 def _others_left_out(replaced: Replaced) -> None:
     """Where any service is enough, the last is left out."""
-    settle = Publishing.settle
+    settle = OngoingPublication.settle
 
     async def leave(self: Any, service: Any, step: Any) -> None:
         name = service.access.service
@@ -379,7 +379,7 @@ def _others_left_out(replaced: Replaced) -> None:
             return await settle(self, service, step)
         return self._note(ServicePublication(service=name, failure="left out"))
 
-    replaced.put(Publishing, "settle", leave)
+    replaced.put(OngoingPublication, "settle", leave)
 
 
 @mutant(

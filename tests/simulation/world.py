@@ -39,12 +39,12 @@ from hotload.clients.store.records import write_report
 from hotload.errors import HotLoadError
 from hotload.publish.lease import LEASES
 from hotload.publish.lease import Process as HostProcess
-from hotload.publish.publication import Publication, Published
+from hotload.publish.publication import Publication, ServedSnapshot
 from hotload.publish.retention import Retention
 from hotload.report.cycle_report import CycleReport
 from hotload.rollout.counts import RolloutSummary
 from hotload.spec import CycleSpec, RetentionSpec
-from tasks.publication import Publishing
+from tasks.publication import OngoingPublication
 from tests.simulation.doors import SimulatedBucket, SimulatedStore, forget_objects
 from tests.simulation.engine import Replaced, put_steps, replacing
 from tests.simulation.fleet import BLOCKS, Fleet
@@ -262,7 +262,7 @@ class World:
         ended = answer.data if isinstance(answer, State) else answer
         if isinstance(ended, Retention):
             return Outcome("done", name)
-        snapshot: Published = getattr(ended, "snapshot", ended)
+        snapshot: ServedSnapshot = getattr(ended, "snapshot", ended)
         if isinstance(ended, CycleReport):
             # These two look at what an earlier run has waited for, without another wait.
             if name not in ("AlreadyServed", "Superseded") and ended.is_published:
@@ -374,9 +374,9 @@ def _this_process() -> HostProcess:
     return HostProcess(host=process.host, pid=process.number, started="0")
 
 
-async def _no_rollouts(_: CycleSpec, publishing: Publishing, *__: Any) -> RolloutSummary:
+async def _no_rollouts(_: CycleSpec, ongoing: OngoingPublication, *__: Any) -> RolloutSummary:
     """Publishing alone: no rollouts."""
-    first = (await publishing.sampled())[0].snapshot
+    first = (await ongoing.sampled())[0].snapshot
     assert first is not None
     return RolloutSummary(identity=first.identity, group_count=0, sample_count=0)
 

@@ -15,7 +15,7 @@ from hotload.clients.store import Store
 from hotload.concurrently import overlap
 from hotload.dataset.rollout_plan import MANIFEST_FILE, RolloutManifest
 from hotload.sampling.problems import plan_rollouts
-from hotload.sampling.rollout import Rollout, open_rollout
+from hotload.sampling.rollout import Rollout, SampledService, open_rollout
 from hotload.spec import CycleSpec
 from tasks.roll_out import roll_out_chunk
 from tests.blocks.scripted_inference import IDENTITY, client, saying
@@ -56,7 +56,9 @@ class Bench:
         with disable_run_logger():
             async with (
                 ScriptedServer(reply).running() as server,
-                open_rollout(spec, plan, client(server.port), self.store, None) as rollout,
+                open_rollout(
+                    spec, plan, SampledService(client(server.port), IDENTITY), self.store
+                ) as rollout,
             ):
                 yield rollout, server
 

@@ -16,7 +16,8 @@ import httpx
 from hotload.clients.access import Access
 from hotload.clients.service import HotLoadClient
 from hotload.clients.store import Store, publisher_lease
-from hotload.directory.files import FileDigests, sha256_file
+from hotload.directory.file_digests import FileDigests
+from hotload.directory.files import sha256_file
 from hotload.directory.relayout import CheckpointView, view_checkpoint
 from hotload.directory.shards import read_checkpoint
 from hotload.identity import SnapshotKind

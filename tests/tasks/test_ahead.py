@@ -12,7 +12,7 @@ import pytest
 from hotload.clients.store import Store
 from hotload.clients.store.records import write_publication
 from hotload.identity import SnapshotKind
-from hotload.publish.publication import Publication, Published
+from hotload.publish.publication import Publication, ServedSnapshot
 from hotload.publish.snapshot import CheckpointContent
 from hotload.rollout.problem_rows import parse_problems
 from hotload.rollout.trajectory import Problem
@@ -169,7 +169,7 @@ async def test_a_version_that_is_published_needs_no_export_and_meets_no_other(
     """Its export was removed when the next one was published; its cycle samples still."""
     run = two_open(tmp_path)
     run.spec.checkpoint_of(2).mkdir(parents=True)
-    served = Published(
+    served = ServedSnapshot(
         identity="run-000001-0123abcd",
         policy_version=1,
         kind=SnapshotKind.FULL,

@@ -6,7 +6,7 @@ import pytest
 
 from hotload.clients.access import Access
 from hotload.clients.service import HotLoadClient
-from hotload.clients.store.publisher_lease import lease_log, publisher_lease
+from hotload.clients.store.publisher_leases import lease_log, publisher_lease
 from hotload.errors import (
     ChainBrokenError,
     LeaseLostError,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hotload.clients.store.records import read_snapshot_manifest
-from hotload.directory.files import FileDigests, sha256_file
+from hotload.directory.file_digests import FileDigests
+from hotload.directory.files import sha256_file
 from hotload.errors import BaselineLostError, StoreError, StoreUnavailableError
 from hotload.identity import SnapshotKind
 from hotload.publish.chain import plan_full

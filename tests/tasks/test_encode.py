@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hotload.directory.files import AnyFile, FileDigests, sha256_file
+from hotload.directory.file_digests import FileDigests
+from hotload.directory.files import AnyFile, sha256_file
 from hotload.directory.shards import apply_file
 from hotload.errors import InvalidCheckpointError
 from hotload.publish.snapshot import ShardBatch, SnapshotPlan

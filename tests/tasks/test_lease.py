@@ -14,7 +14,7 @@ import pytest
 
 from hotload.clients.handoff.directory import claims_log
 from hotload.clients.store import Store
-from hotload.clients.store.publisher_lease import (
+from hotload.clients.store.publisher_leases import (
     check_lease,
     every_lease,
     is_running,

@@ -23,7 +23,7 @@ from hotload.errors import (
 )
 from hotload.rollout.counts import RolloutSummary
 from hotload.sampling.problems import plan_rollouts
-from hotload.sampling.rollout import open_rollout
+from hotload.sampling.rollout import SampledService, open_rollout
 from hotload.spec import CycleSpec
 from tasks.roll_out import find_rollout, hand_back, roll_out_chunk
 from tests.blocks.scripted_inference import DONE, GOOD, IDENTITY, client, event, token
@@ -63,7 +63,9 @@ async def roll_out(
 ) -> tuple[RolloutPlan, RolloutManifest]:
     plan = await plan_rollouts(spec, IDENTITY)
     with disable_run_logger():
-        async with open_rollout(spec, plan, client(script.port), store, 3) as rollout:
+        async with open_rollout(
+            spec, plan, SampledService(client(script.port), IDENTITY, 3), store
+        ) as rollout:
             await overlap(roll_out_chunk.fn(rollout, number) for number in range(len(plan.parts)))
             return plan, rollout.manifest(is_complete=True)
 
@@ -150,7 +152,9 @@ async def test_a_failed_write_costs_no_sample(
 
         async with (
             served(in_the_way_now) as script,
-            open_rollout(spec, plan, client(script.port), store, None) as rollout,
+            open_rollout(
+                spec, plan, SampledService(client(script.port), IDENTITY), store
+            ) as rollout,
         ):
             with pytest.raises(StoreError):
                 await roll_out_chunk.fn(rollout, 0)
@@ -166,7 +170,9 @@ async def test_a_disk_that_fills_up_leaves_no_half_file_and_costs_no_sample(
     with disable_run_logger():
         async with (
             served(http(b"", 400), http(GOOD)) as script,
-            open_rollout(spec, plan, client(script.port), store, None) as rollout,
+            open_rollout(
+                spec, plan, SampledService(client(script.port), IDENTITY), store
+            ) as rollout,
         ):
             assert rollout.state() == "0 groups ended, 5 planned; 0 samples under way, window 1"
             with disk_full_after(1000), pytest.raises(StoreError, match="File too large"):
@@ -215,7 +221,9 @@ async def test_a_store_that_does_not_answer_holds_sampling_back(
     with disable_run_logger():
         async with (
             served(http(long_prompt())) as script,
-            open_rollout(spec, plan, client(script.port), away, None) as rollout,
+            open_rollout(
+                spec, plan, SampledService(client(script.port), IDENTITY), away
+            ) as rollout,
         ):
             with pytest.raises(StoreUnavailableError):
                 await roll_out_chunk.fn(rollout, 0)

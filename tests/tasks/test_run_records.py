@@ -20,7 +20,7 @@ from hotload.clients.store.run_records import (
     write_history,
 )
 from hotload.identity import SnapshotKind
-from hotload.publish.publication import Published
+from hotload.publish.publication import ServedSnapshot
 from hotload.publish.snapshot import SnapshotManifest
 from hotload.report.cycle_report import CycleReport
 from hotload.report.run_history import RunHistory, RunVersion
@@ -38,7 +38,7 @@ def report(version: int, run: str = "run") -> CycleReport:
         policy_version=version,
         content_sha256="0" * 64,
         outcome="published",
-        snapshot=Published(
+        snapshot=ServedSnapshot(
             identity=identity,
             policy_version=version,
             kind=SnapshotKind.FULL,

@@ -82,7 +82,11 @@ class Machines:
         """Go on in the cycle itself."""
         self.together.begin_again()
         async with open_rollout(
-            self._spec, self.plan, client(self._port), self.store, None, together=self.together
+            self._spec,
+            self.plan,
+            SampledService(client(self._port), IDENTITY),
+            self.store,
+            together=self.together,
         ) as rollout:
             await carry_all(rollout)
 

@@ -162,6 +162,29 @@ async def test_a_plain_door_is_named_by_every_command_and_has_no_ledger(
 
 
 @pytest.mark.parametrize(
+    ("dialect", "code", "told"),
+    [("plain", 3, "compare base_url"), ("fireworks", 2, "more than a name of this dialect")],
+)
+def test_a_model_may_be_more_than_a_name_where_a_block_lets_it(
+    dialect: str,
+    code: int,
+    told: str,
+    tmp_path: Path,
+    run: Command,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nobody = "http://127.0.0.1:1"
+    names = {"account_id": "acme", "model_id": "Qwen/Qwen3-8B", "deployment_id": "rollouts"}
+    file = tmp_path / "cycle.yaml"
+    account = {**names, "dialect": dialect, "base_url": nobody}
+    file.write_text(yaml.safe_dump({"cycle": {}, "blocks": {"account": account}}))
+    named = f"{dialect}:{'/'.join(names.values())}@{nobody}"
+    for arguments in (["--cycle", str(file)], ["--service", named]):
+        found = _main(["service", "status", *arguments])
+        assert (found, told in capsys.readouterr().err) == (code, True)
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["status"], "one of the arguments --service --cycle is required"),

@@ -8,7 +8,7 @@ import pytest
 from hotload.checkpoint.names import CONFIG_FILE, INDEX_FILE, SPEC_FILE
 from hotload.clients.store import Store
 from hotload.clients.store.records import read_snapshot_manifest
-from hotload.directory.files import FileDigests
+from hotload.directory.file_digests import FileDigests
 from hotload.errors import (
     BaselineLostError,
     InvalidCheckpointError,

@@ -17,7 +17,7 @@ from hotload.errors import ReadinessTimeoutError, ServiceRefusedError
 from hotload.options import ReadinessPolicy, Sampling
 from hotload.rollout.admission import Admission
 from hotload.sampling.problems import plan_rollouts
-from hotload.sampling.rollout import LOGGER, Rollout, open_rollout
+from hotload.sampling.rollout import LOGGER, Rollout, SampledService, open_rollout
 from hotload.sampling.row_gate import Gate
 from hotload.sampling.stamp import Stamp
 from hotload.sampling.watch_versions import VersionWatch, put_stamp
@@ -126,7 +126,8 @@ async def opened(
         async with ScriptedServer().running() as server:
             server.replies.append(answer)
             service = HotLoadClient(Access(base_url=server.address, api_key=KEY, **NAMES))
-            async with open_rollout(spec, plan, client(1), store, None, service) as rollout:
+            source = SampledService(client(1), IDENTITY, watched=service)
+            async with open_rollout(spec, plan, source, store) as rollout:
                 yield rollout
 
 

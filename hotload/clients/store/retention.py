@@ -12,7 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-from hotload.clients.store.publisher_lease import held_leases
+from hotload.clients.store.publisher_leases import held_leases
 from hotload.clients.store.records import (
     METRICS,
     PUBLICATIONS,

@@ -28,8 +28,8 @@ LOSSES = 3
 
 
 @dataclass
-class _ToldPart:
-    """The files of a part, as the process that samples it told of them last."""
+class _ReportedPart:
+    """The files of a part, as the process that samples it last reported them."""
 
     part: PartPlan
     parts: Sequence[RolloutPart] = ()
@@ -124,7 +124,7 @@ class RolloutProcesses(PartCarrier):
         logger: RunLogger,
         together: Together,
     ) -> None:
-        self._parts = {part.number: _ToldPart(part) for one in works for part in one.plan.parts}
+        self._parts = {part.number: _ReportedPart(part) for one in works for part in one.plan.parts}
         super().__init__(plan, self._parts, Breaker(), together)
         self.logger = logger
         self._places = [_Place(self, number, work) for number, work in enumerate(works)]
@@ -166,12 +166,12 @@ class RolloutProcesses(PartCarrier):
         await overlap(place.ask("keep_unanswered") for place in self._places)
 
     def take_stamp(self, stamp: Stamp) -> None:
-        """Hand on what is sampled from now on is stamped with."""
+        """Hand on what samples are stamped with from now on."""
         for place in self._places:
             place.tell("take_stamp", stamp, stamp=stamp)
 
     def take(self, place: _Place, kind: str, values: tuple[Any, ...]) -> None:
-        """Take what a process tells unasked."""
+        """Take what a process reports unasked."""
         match kind, values:
             case "files", (number, *files):
                 self._parts[number].take(*files)
@@ -219,7 +219,7 @@ class RolloutProcesses(PartCarrier):
             await self._together.tell()
 
     def progress(self) -> RolloutState:
-        """Count how far all processes were when they last told."""
+        """Count how far all processes were when they last reported."""
         return sum((place.state for place in self._places), RolloutState())
 
     def trace(self) -> Sequence[TracePoint]:
@@ -306,15 +306,4 @@ def open_carrier(
         return open_processes(
             spec, plan, source, store, logger, numbers=numbers, together=together, count=count
         )
-    return open_rollout(
-        spec,
-        plan,
-        source.client,
-        store,
-        source.replica_count,
-        source.watched,
-        logger,
-        identity=source.identity,
-        numbers=numbers,
-        together=together,
-    )
+    return open_rollout(spec, plan, source, store, logger, numbers=numbers, together=together)

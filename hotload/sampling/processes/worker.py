@@ -2,8 +2,8 @@
 `python -m hotload.sampling.processes.worker`.
 
 It opens the rollout of its parts as a cycle's own process does. What is judged over all processes
-it tells its coordinator: files, for the manifest; rows and requests, for the breaker; what a person
-is to see. It ends when its coordinator does, in the middle of whatever it samples.
+it reports to its coordinator: files, for the manifest; rows and requests, for the breaker; what a
+person is to see. It ends when its coordinator does, in the middle of whatever it samples.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from hotload.rollout.window import Attempt, Window
 from hotload.sampling.part_carrier import CarriedPart, RolloutState, Together
 from hotload.sampling.processes.messages import pack_message
 from hotload.sampling.processes.work import SamplingWork
-from hotload.sampling.rollout import Rollout, open_rollout
+from hotload.sampling.rollout import Rollout, SampledService, open_rollout
 from hotload.sampling.stamp import Stamp
 
 _Calls = asyncio.Queue[tuple[int, str, tuple[Any, ...]] | None]
@@ -51,8 +51,8 @@ class _Sender:
         self("error", number, error)
 
 
-class _ToldCoordinator(Together):
-    """Tells the coordinator what there is of these parts; it writes the manifest."""
+class _ReportingTogether(Together):
+    """Reports to the coordinator, which writes the manifest, what there is of these parts."""
 
     def __init__(self, work: SamplingWork, send: _Sender) -> None:
         super().__init__(work.plan, work.store)
@@ -71,7 +71,7 @@ class _ToldCoordinator(Together):
 
 
 class _Notes:
-    """Tells the coordinator what has ended: all of one moment in one message."""
+    """Reports to the coordinator what has ended: all of one moment in one message."""
 
     def __init__(self, send: _Sender) -> None:
         self._send = send
@@ -87,8 +87,8 @@ class _Notes:
         self._send("notes", notes)
 
 
-class _ToldBreaker(Breaker):
-    """Notes what ended; the coordinator opens it."""
+class _ReportingBreaker(Breaker):
+    """Reports what ended; the coordinator opens it."""
 
     def __init__(self, notes: _Notes, *, is_open: bool) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class _ToldBreaker(Breaker):
         self._notes.add("request", failure, met_swap)
 
 
-class _ToldWindow(Window):
-    """Notes how attempts ended; the coordinator says how many slots there are."""
+class _ReportingWindow(Window):
+    """Reports how attempts ended; the coordinator says how many slots there are."""
 
     def __init__(self, notes: _Notes, spec: Concurrency, slots: int) -> None:
         self.slots, self._notes = slots, notes
@@ -124,7 +124,7 @@ class _ToldWindow(Window):
         self._notes.add("exhaustion")
 
 
-class _Told(logging.Handler):
+class _ReportingHandler(logging.Handler):
     """Hands what is logged here to the coordinator, whose log a person reads."""
 
     def __init__(self, send: _Sender) -> None:
@@ -139,7 +139,7 @@ class _Answers:
     """Answers the calls of the coordinator, each by the method of its name."""
 
     def __init__(
-        self, work: SamplingWork, rollout: Rollout, breaker: Breaker, window: _ToldWindow
+        self, work: SamplingWork, rollout: Rollout, breaker: Breaker, window: _ReportingWindow
     ) -> None:
         self._numbers = [part.number for part in work.plan.parts]
         self._rollout, self._breaker, self._window = rollout, breaker, window
@@ -173,18 +173,16 @@ async def _work(work: SamplingWork, source: BinaryIO, send: _Sender) -> None:
     reading = (source, calls, asyncio.get_running_loop())
     threading.Thread(target=_read_calls, args=reading, daemon=True).start()
     notes = _Notes(send)
-    breaker = _ToldBreaker(notes, is_open=work.is_breaker_open)
-    window = _ToldWindow(notes, work.spec.sampling.concurrency, work.slots)
+    breaker = _ReportingBreaker(notes, is_open=work.is_breaker_open)
+    window = _ReportingWindow(notes, work.spec.sampling.concurrency, work.slots)
     try:
         async with open_rollout(
             work.spec,
             work.plan,
-            work.client,
+            SampledService(work.client, work.plan.identity),
             work.store,
-            None,
-            None,
             logger,
-            together=_ToldCoordinator(work, send),
+            together=_ReportingTogether(work, send),
             breaker=breaker,
             window=window,
         ) as rollout:
@@ -229,7 +227,7 @@ def main() -> None:
     source, send = os.fdopen(os.dup(0), "rb"), _Sender(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    logging.basicConfig(handlers=[_Told(send)])
+    logging.basicConfig(handlers=[_ReportingHandler(send)])
     logger.setLevel(logging.INFO)
     asyncio.run(_work(pickle.load(source), source, send))
 
