@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,13 @@ def kill_when_written(child: subprocess.Popen[bytes], directory: Path, size: int
 
 
 def written(directory: Path, known: set[Path]) -> int:
+    """Bytes of what is new, and one for each directory; what is renamed meanwhile counts later."""
     total = 0
-    for path in {*directory.rglob("*")} - known:
-        try:
-            total += path.stat().st_size if path.is_file() else 1
-        except FileNotFoundError:  # renamed in the meantime
-            continue
+    for place, directories, files in os.walk(directory):  # passes over a directory that is gone
+        total += len(directories)
+        for path in {Path(place, name) for name in files} - known:
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
     return total
 
 
