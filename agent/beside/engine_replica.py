@@ -198,8 +198,19 @@ class EngineReplica(Loader):
     # What the loader asks.
 
     async def _may_begin(self, load: Load) -> bool:
-        await self._engine.version()  # one that is away costs no download
-        return True
+        """Return once the engine answers; one that is away, or goes, costs no download."""
+        end = monotonic() + DYING_SECONDS
+        while True:
+            try:
+                await self._engine.version()
+            except EngineAwayError:
+                raise
+            except EngineError:
+                if monotonic() > end:
+                    raise
+                await asyncio.sleep(DYING_LOOK_SECONDS)
+            else:
+                return True
 
     async def _weights(self, load: Load, arrived: Path) -> _Checked:
         """Digest a full before it is served: nothing but the publisher's record tells its bytes.

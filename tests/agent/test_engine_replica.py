@@ -253,6 +253,28 @@ async def test_an_engine_that_dies_in_a_reload_gets_a_second_try(
     assert engine.serves == digests(served)
 
 
+@pytest.mark.parametrize("is_gone", [False, True], ids=["it answers again", "it is gone"])
+async def test_an_engine_that_fails_a_question_before_a_load_costs_no_full(
+    place: Any, threads: Executor, is_gone: bool
+) -> None:
+    engine = MortalEngine(0)
+    engine.start(place.publisher.base)
+    replica = replica_of(place, engine, threads)
+    await replica.come_up()
+    place.publisher.full("a")
+    engine.refuses, engine.refusals_left = {"/info"}, 1
+    if is_gone:
+        engine.words_left = 1  # this answer is its last
+    replica.catch_up([FULL_A])
+    report = await end(replica)
+    assert (report.stage, report.target) == ("pending" if is_gone else "completed", "a")
+    if is_gone:
+        engine.start(place.publisher.base)
+        await serve_it(replica, FULL_A)
+    engine.stop()
+    assert engine.serves == digests(place.publisher.checkpoint("a"))
+
+
 async def test_an_engine_that_dies_of_its_first_snapshot_gets_a_second_try(
     place: Any, threads: Executor
 ) -> None:
