@@ -79,7 +79,7 @@ def main() -> int:
             threads,
             engine,
             engine_kind=arguments.engine,
-            serves=arguments.serves or arguments.engine_url,
+            serves=arguments.serves or (arguments.engine_url if engine.has_address else ""),
             base=arguments.base_model,
             peers=peers,
             workers=arguments.workers,
@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine", required=True, choices=[*ENGINES, "command"], help="the server beside it")
     at = f"http://{LOOPBACK}:8000"
     add("--engine-url", default=at, type=address, metavar="URL", help="its address (%(default)s)")
-    add("--serves", type=address, metavar="URL", help="where clients ask it (--engine-url)")
+    serves = "where clients ask it (--engine-url, unless only commands are declared)"
+    add("--serves", type=address, metavar="URL", help=serves)
     add("--reload", metavar="HOW", help="--engine command: a command, or `POST /path {JSON}`")
     add("--version", metavar="HOW", help="--engine command: likewise, `GET /path field`")
     add("--model-dir", required=True, type=Path, metavar="DIR", help="room for two checkpoints")

@@ -215,10 +215,12 @@ class AgentFleet:
         )
         if not await self._write(event, state):
             return False
-        try:
-            await self._log.prune({one.report.current for one in believed})
-        except StoreError as error:
-            logger.warning("the log stays long: %s", error)
+        # What one in trouble will go back to, nobody can tell: until it is well, all of it stays.
+        if all(one.is_believed and one.report.readiness for one in seen):
+            try:
+                await self._log.prune({one.report.current for one in seen})
+            except StoreError as error:
+                logger.warning("the log stays long: %s", error)
         return True
 
     @property

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -52,12 +53,8 @@ async def ask_all(urls: Sequence[str]) -> list[SeenAgent]:
     async with _client() as client:
         seen = await asyncio.gather(*(_ask(client, url) for url in urls))
     names = Counter(one.report.name for one in seen if one.is_believed)
-    return [
-        replace(one, problem=f"another agent is called {one.report.name}, too")
-        if one.is_believed and names[one.report.name] > 1
-        else one
-        for one in seen
-    ]
+    servers = Counter(_server(one) for one in seen if one.is_believed)
+    return [replace(one, problem=one.problem or _double(one, names, servers)) for one in seen]
 
 
 def doubt(
@@ -82,16 +79,33 @@ def _doubt(
     told: Mapping[str | None, set[str]],
 ) -> str:
     report, current = seen.report, seen.report.current
-    if not seen.is_believed or current is None:
+    if not seen.is_believed:
+        return ""
+    if report.remark and state.number:  # its names, or its bucket, are not those of this door
+        return f"looks elsewhere: {report.remark}"
+    if current is None:
         return ""
     if state.ledger.get(current) is None:
-        return f"serves {current}, which was not signalled here"
+        return f"serves {current}, which is not in the log of this fleet"
     if report.content_sha256 is None:  # told as soon as it has digested what it serves
         return ""
     if expected := content_of.get(current):
         is_it = report.content_sha256 == expected
         return "" if is_it else f"serves other bytes than {current} stands for"
     return "" if len(told[current]) == 1 else f"agents serve different bytes as {current}"
+
+
+def _server(seen: SeenAgent) -> tuple[str | None, str]:
+    """Name the server beside an agent: its address, which may be a loopback's, and the machine."""
+    return urlsplit(seen.url).hostname, seen.report.serves
+
+
+def _double(seen: SeenAgent, names: Counter[str], servers: Counter[tuple[str | None, str]]) -> str:
+    if names[seen.report.name] > 1:
+        return f"another agent is called {seen.report.name}, too"
+    if seen.report.serves and servers[_server(seen)] > 1:
+        return f"another agent stands beside the same server, {seen.report.serves}"
+    return ""
 
 
 async def nudge(urls: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shlex
 from asyncio.subprocess import PIPE, STDOUT
 from contextlib import suppress
@@ -26,10 +27,12 @@ from agent.engines.calls import (
 )
 from agent.engines.reloading import EngineError, Reload
 from hotload.clients.redaction import redact
+from hotload.errors import did_you_mean
 from hotload.publish.fireworks_api import hint_body
 from hotload.sampling.reward.user_errors import secret_values
 
 METHODS = ("GET", "POST", "PUT")
+PLACEHOLDERS = ("directory", "identity", "transition", "reset_prompt_cache")
 END_SECONDS = 1.0  # for a command that was killed to be gone
 PIECE_BYTES = 64 << 10
 
@@ -52,6 +55,11 @@ class DeclaredServer:
         """Whether its owner has said how it is asked."""
         return self.version_by is not None
 
+    @property
+    def has_address(self) -> bool:
+        """Whether one of both is a call."""
+        return any(_parse(one)[0] for one in (self.reload_by, self.version_by) if one)
+
     async def version(self) -> str | None:
         """Ask as declared; None where nothing is."""
         if self.version_by is None:
@@ -64,12 +72,7 @@ class DeclaredServer:
 
     async def reload(self, reload: Reload) -> None:
         """Carry out what is declared; it returns when the server answers with the new weights."""
-        values = {
-            "directory": reload.directory,
-            "identity": reload.identity,
-            "transition": reload.transition,
-            "reset_prompt_cache": reload.reset_prompt_cache,
-        }
+        values = {name: getattr(reload, name) for name in PLACEHOLDERS}
         await self._carry_out(self.reload_by, values, RELOAD_SECONDS)
 
     async def _carry_out(self, declared: str, values: dict[str, Any], seconds: float) -> Any:
@@ -83,8 +86,13 @@ class DeclaredServer:
 
 def _parse(declared: str) -> tuple[str, str, Any]:
     """Method, path, and the body or the field's name; of a command no method, and all of it."""
+    for name in re.findall(r"\{(\w+)\}", declared):
+        if name not in PLACEHOLDERS and (meant := did_you_mean(name, PLACEHOLDERS)):
+            raise ValueError(f"{declared}: found {{{name}}}{meant}")
     method, _, rest = declared.strip().partition(" ")
     if method not in METHODS:
+        if method.isupper() and rest.lstrip().startswith("/"):
+            raise ValueError(f"{declared}: found {method}, expected {', '.join(METHODS)}")
         if not shlex.split(declared):
             raise ValueError("expected a command, or a method and a path")
         return "", declared, ""

@@ -59,6 +59,10 @@ class ReloadingEngine(Protocol):
     def tells_version(self) -> bool:
         """Whether it can be asked what it serves."""
 
+    @property
+    def has_address(self) -> bool:
+        """Whether it is asked at the address it was given, and not by commands alone."""
+
     async def version(self) -> str | None:
         """Ask for the name of what it serves; None where it was never given one, or cannot tell.
 

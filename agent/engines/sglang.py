@@ -16,6 +16,7 @@ class Sglang:
 
     url: str
     tells_version: ClassVar[bool] = True
+    has_address: ClassVar[bool] = True
 
     async def version(self) -> str | None:
         """Ask `/model_info`."""

@@ -16,6 +16,7 @@ class TransformersServe:
 
     url: str
     tells_version: ClassVar[bool] = False
+    has_address: ClassVar[bool] = True
 
     async def version(self) -> str | None:
         """Ask `/health`, which says nothing of weights."""

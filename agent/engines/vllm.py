@@ -20,6 +20,7 @@ class Vllm:
 
     url: str
     tells_version: ClassVar[bool] = True
+    has_address: ClassVar[bool] = True
 
     async def version(self) -> str | None:
         """Ask `/weight_info`."""

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from agent.fleet.state import FleetEvent, FleetState
 from hotload.clients.store.lease_log import LeaseLog
 from hotload.clients.store.store import Store
+from hotload.errors import StoreError
 
 FLEETS = "_hotload/fleets"
 EVENT_LIMIT_BYTES = 1 << 20
@@ -34,7 +35,11 @@ class FleetLog:
             if number not in events:
                 path = self._log.path(number)
                 data = await self._store.read_bytes(path, limit_bytes=EVENT_LIMIT_BYTES)
-                events[number] = FleetEvent.parse_stored(data, path)
+                try:
+                    events[number] = FleetEvent.parse_stored(data, path)
+                except StoreError as error:
+                    reason = f"{error.reason}; remove it where it is none of ours"
+                    raise StoreError(path, reason) from None
         self._events = events
         return FleetState.of((events[number] for number in numbers), max(numbers, default=0))
 

@@ -154,10 +154,26 @@ async def test_a_command_gets_directory_and_name(tmp_path: Path) -> None:
     assert (failing.tells_version, await failing.version()) == (False, None)
 
 
-@pytest.mark.parametrize("declared", ["POST reload", "  ", "POST /reload {broken"])
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "POST reload",
+        "  ",
+        "POST /reload {broken",
+        "PATCH /reload",
+        'POST /reload {"path": "{directroy}"}',
+        "reload {identiy}",
+    ],
+)
 def test_what_cannot_be_read_is_told_at_the_start(declared: str) -> None:
-    with pytest.raises(ValueError, match=r"expected|Expecting"):
+    with pytest.raises(ValueError, match=r"expected|Expecting|did you mean"):
         DeclaredServer("", declared)
+
+
+def test_braces_of_a_command_s_own_are_left_alone() -> None:
+    declared = DeclaredServer("", "reload {directory}", "awk '{print}' /run/version")
+    assert not declared.has_address
+    assert DeclaredServer("http://127.0.0.1:8000", "reload", "GET /info version").has_address
 
 
 async def test_an_engine_that_is_not_there_is_away() -> None:

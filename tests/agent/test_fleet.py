@@ -216,6 +216,57 @@ def test_an_engine_that_never_loads_again_is_not_ready(two: Any) -> None:
     two.check("c")
 
 
+def test_who_goes_back_after_a_long_trouble_is_known(two: Any) -> None:
+    """Until it is well again, nobody can tell what it will go back to: the log keeps it."""
+    left, _ = two.agents
+    two.publisher.full("a")
+    two.load("a")
+    left.engine.refuses = {"/reload"}
+    for seed, identity in enumerate(("b", "c", "d"), 5):
+        two.publisher.full(identity, seed=seed)
+        answer = two.signal(identity)
+        assert answer.status_code == 200, answer.text
+        expected = [("error", identity), ("completed", identity)]
+        wait_until(lambda: two.states() == expected)  # noqa: B023 - it is asked at once
+    asked = len(left.engine.calls)
+    left.engine.refuses = {"/reload", "/info"}
+    wait_until(lambda: len(left.engine.calls) > asked + 1)
+    left.engine.refuses = set()
+    wait_until(lambda: two.served() == ["a", "d"])
+    for seed, identity in enumerate(("e", "f"), 8):
+        two.publisher.full(identity, seed=seed)
+        two.load(identity)
+        two.check(identity)
+    log = two.publisher.bucket / "_hotload" / "fleets" / "local" / "rollouts"
+    assert len(list(log.iterdir())) == 2  # all were well: e, which they served, and f
+
+
+def test_an_agent_that_looks_elsewhere_is_not_believed(two: Any) -> None:
+    """A misspelt `--deployment`: it waits for signals that nobody sends."""
+    two.agent("lost", deployment="rollout")
+    two.open_door()
+    wait_until(lambda: two.served() == [None] * 3)
+    two.publisher.full("a")
+    assert two.signal("a").status_code == 200
+    wait_until(lambda: two.served() == ["a", "a", "not ready"])
+    two.publisher.full("b", seed=6)
+    answer = two.signal("b")
+    assert (answer.status_code, "looks elsewhere: no log at" in answer.text) == (503, True)
+    assert "/rollout:" in answer.text
+
+
+def test_two_agents_beside_one_server_are_not_believed(two: Any) -> None:
+    """A forgotten `--engine-url`: what one of them loads is lost when the other loads."""
+    left, _ = two.agents
+    two.agent("twin", serves=left.engine.url)
+    two.open_door()
+    wait_until(lambda: two.served() == ["not ready", None, "not ready"])
+    two.publisher.full("a")
+    answer = two.signal("a")
+    assert answer.status_code == 503
+    assert f"another agent stands beside the same server, {left.engine.url}" in answer.text
+
+
 def test_an_engine_that_reports_another_version_is_not_believed(two: Any) -> None:
     left, _ = two.agents
     two.publisher.full("a")
@@ -309,6 +360,7 @@ def test_a_path_in_the_log_leads_an_agent_nowhere(place: Any, field: str) -> Non
     one = place.agent("one")
     one.process.wait()
     wait_until(lambda: "0000000001.json: not a fleet event" in one.report()["error"])
+    assert one.report()["error"].endswith("remove it where it is none of ours")
     assert (others / "file").exists()
 
 
