@@ -70,7 +70,7 @@ class AgentFleet:
                     await self._learn(identity)
         except StoreError as error:
             raise RefusedError(503, f"the store: {error}") from None
-        return state, doubt(seen, state, self._contents)
+        return state, doubt(seen, state, self._contents, utc_now())
 
     async def _learn(self, identity: str) -> None:
         try:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from urllib.parse import urlsplit
 
 import httpx
@@ -21,6 +22,7 @@ from hotload.clients.access import tls_context
 from hotload.errors import StoreError
 
 ANSWER_SECONDS = 5.0
+HEARD_SECONDS = 60.0  # in which every agent has looked at a log that was just begun
 UNKNOWN = AgentReport(name="unknown", engine="", readiness=False)
 
 
@@ -58,7 +60,10 @@ async def ask_all(urls: Sequence[str]) -> list[SeenAgent]:
 
 
 def doubt(
-    agents: Sequence[SeenAgent], state: FleetState, content_of: Mapping[str, str | None]
+    agents: Sequence[SeenAgent],
+    state: FleetState,
+    content_of: Mapping[str, str | None],
+    now: datetime,
 ) -> list[SeenAgent]:
     """Hold the agents' words to the ledger, to the digest of what an identity stands for, and where
     nobody recorded one, to each other's: of those that differ, none is believed."""
@@ -66,8 +71,9 @@ def doubt(
     for one in agents:
         if one.is_believed and one.report.content_sha256:
             told.setdefault(one.report.current, set()).add(one.report.content_sha256)
+    is_heard_of = state.began is not None and (now - state.began).total_seconds() > HEARD_SECONDS
     return [
-        replace(one, problem=problem) if (problem := _doubt(one, state, content_of, told)) else one
+        replace(one, problem=one.problem or _doubt(one, state, content_of, told, is_heard_of))
         for one in agents
     ]
 
@@ -77,11 +83,12 @@ def _doubt(
     state: FleetState,
     content_of: Mapping[str, str | None],
     told: Mapping[str | None, set[str]],
+    is_heard_of: bool,
 ) -> str:
     report, current = seen.report, seen.report.current
     if not seen.is_believed:
         return ""
-    if report.remark and state.number:  # its names, or its bucket, are not those of this door
+    if report.remark and is_heard_of:  # its bucket, or its names, are not those of this door
         return f"looks elsewhere: {report.remark}"
     if current is None:
         return ""

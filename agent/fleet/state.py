@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, Field, model_validator
@@ -58,11 +59,13 @@ class FleetEvent(Record):
 class FleetState:
     """Where the events have led: every signal, the last one that stands, and how the last went.
 
-    `canary` is the signal that waits for its gate, `withdrawn` the withdrawal of one that did not
-    pass it and was followed by no other. `refused` has the withdrawals by content.
+    `began` is when its log begins; `canary` is the signal that waits for its gate, `withdrawn` the
+    withdrawal of one that did not pass it and was followed by no other. `refused` has the
+    withdrawals by content.
     """
 
     number: int
+    began: datetime | None = None
     ledger: Ledger = field(default_factory=lambda: Ledger(adapter_slots=0))
     canary: FleetEvent | None = None
     withdrawn: FleetEvent | None = None
@@ -74,6 +77,7 @@ class FleetState:
         """Read events in their order; `number` is that of the last."""
         state = cls(number)
         for event in events:
+            state.began = state.began or event.at
             state._take(event)
         return state
 

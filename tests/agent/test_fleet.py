@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import os
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from agent.door import seen
 from agent.door.agent_fleet import AgentFleet, DoorConfig
 from agent.failures import RefusedError
 from agent.fleet.addresses import Addresses
+from agent.fleet.report import AgentReport
+from agent.fleet.state import FleetEvent, FleetState
 from hotload.clients.store.store import Store
 from tests.agent.conftest import HOT_LOAD, LEDGER, NAMES
 from tests.agent.tiny_engine import digests
@@ -241,18 +244,16 @@ def test_who_goes_back_after_a_long_trouble_is_known(two: Any) -> None:
     assert len(list(log.iterdir())) == 2  # all were well: e, which they served, and f
 
 
-def test_an_agent_that_looks_elsewhere_is_not_believed(two: Any) -> None:
+def test_an_agent_that_looks_elsewhere_is_not_believed() -> None:
     """A misspelt `--deployment`: it waits for signals that nobody sends."""
-    two.agent("lost", deployment="rollout")
-    two.open_door()
-    wait_until(lambda: two.served() == [None] * 3)
-    two.publisher.full("a")
-    assert two.signal("a").status_code == 200
-    wait_until(lambda: two.served() == ["a", "a", "not ready"])
-    two.publisher.full("b", seed=6)
-    answer = two.signal("b")
-    assert (answer.status_code, "looks elsewhere: no log at" in answer.text) == (503, True)
-    assert "/rollout:" in answer.text
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    state = FleetState.of([FleetEvent(event="signal", at=began, identity="a")], 1)
+    remark = "no log at file:///b/_hotload/fleets/local/rollout: nothing was signalled there yet"
+    lost = AgentReport(name="lost", engine="vllm", readiness=True, remark=remark)
+    agents = [seen.SeenAgent("http://127.0.0.1:1", lost)]
+    (new,) = seen.doubt(agents, state, {}, began + timedelta(seconds=1))
+    (old,) = seen.doubt(agents, state, {}, began + timedelta(seconds=90))
+    assert (new.problem, old.problem) == ("", f"looks elsewhere: {remark}")
 
 
 def test_two_agents_beside_one_server_are_not_believed(two: Any) -> None:
@@ -519,7 +520,7 @@ LIES = {
 async def test_an_agent_that_lies_is_not_ready(two: Any, lie: str) -> None:
     two.publisher.full("a")
     two.load("a")
-    report = two.agents[0].report() | {"name": "liar"} | LIES[lie]
+    report = two.agents[0].report() | {"name": "liar", "serves": ""} | LIES[lie]
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

@@ -244,7 +244,9 @@ def test_a_canary_that_was_away_is_judged_again(three: Any) -> None:
 def test_agents_that_name_one_server_are_not_compared(place: Any) -> None:
     for name in ("one", "two"):
         place.agent(name, engine=SamplingEngine(), serves="http://127.0.0.1:9")
-    open_gate(place)
+    # On two machines: of two on one, the door would believe neither.
+    elsewhere = place.agents.pop().process.address.replace("127.0.0.1", "localhost")
+    open_gate(place, "--agent", elsewhere)
     try_snapshot(place, "a", nudged(place.publisher.weights[None], 1))
     assert "http://127.0.0.1:9 is said to answer for canaries and others" in reason_of(place, "a")
     assert parse_status(place.ask("GET", HOT_LOAD).json()).refused == {}
