@@ -28,7 +28,7 @@ def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     )
     try:
         yield process
-    except BaseException as failure:
+    except BaseException as failure:  # pytest.fail raises no Exception
         process.kill()
         _, told = process.communicate()
         failure.add_note(f"python -m {' '.join(arguments)} had said:\n{told}")

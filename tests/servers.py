@@ -9,6 +9,7 @@ pytest starts, because Prefect and gcsfs read it when they are imported.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,8 +55,12 @@ class LoopbackServer:
         self.log = directory / f"{name}.log"
         self._name, self._command = name, command
         self._reserved = socket.socket()  # bound, never listening: until the start, refused
-        self._reserved.bind(("127.0.0.1", 0))
-        self.port: int = self._reserved.getsockname()[1]
+        self.port = 0
+        while not self.port:  # below what the system hands out: nobody gets it while it starts
+            port = 20_000 + secrets.randbelow(12_000)
+            with suppress(OSError):
+                self._reserved.bind(("127.0.0.1", port))
+                self.port = port
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -23,7 +23,7 @@ from agent.engines.reloading import (
     EngineError,
     Reload,
     ReloadingEngine,
-    begun,
+    reload_under_way,
 )
 from agent.fleet.report import AgentReport
 from agent.fleet.state import REASON_CHARS
@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 
 class _Checked(NamedTuple):
-    """What a snapshot was held to before the engine is told: the publisher's record, and of a full
-    the digests of its files."""
+    """What was read before the engine is told to load: the publisher's record, and the digests of
+    a full snapshot's files."""
 
     record: SnapshotManifest | None
     digests: dict[str, str] | None = None
@@ -99,7 +99,7 @@ class EngineReplica(Loader):
         # This file exists while the engine reloads, and stays if that fails or is cut short: half
         # of the engine's weights may then be new, whatever version it reports. It names this start
         # of the machine: until the next, what was written is whole without having been sealed.
-        # Also while there is nothing that an engine could be told which tells no version.
+        # It also stays where an engine that reports no version has nothing to go back to.
         self._doubt = directory / "telling"
 
     def report(self) -> AgentReport:
@@ -158,7 +158,7 @@ class EngineReplica(Loader):
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is loading, or is told to the engine."""
+        """Whether a snapshot is being loaded, or the engine is being told to load one."""
         return self._task is not None and not self._task.done()
 
     def is_past(self, identity: str) -> bool:
@@ -214,8 +214,8 @@ class EngineReplica(Loader):
 
     async def _weights(self, load: Load, arrived: Path) -> _Checked:
         """Digest a full before it is served: nothing but the publisher's record tells its bytes.
-        Every tensor of a delta was held to its checksum. The record is read here in any case: a
-        store that fails once the engine was told would turn it back."""
+        Every tensor of a delta was held to its checksum. The record is read here in any case: if
+        the store failed after the engine had loaded, the engine would have to go back."""
         if load.kind is SnapshotKind.LORA:
             raise DeltaError(load.identity, "an adapter, which no agent loads")
         record = await self._in_thread(self._record, load.identity)
@@ -277,7 +277,7 @@ class EngineReplica(Loader):
                 return
 
     def _record(self, identity: str) -> SnapshotManifest | None:
-        """Read the publisher's record; None where there is none."""
+        """Read the publisher's record; None if the publisher left none."""
         try:
             data = self._bucket.read(SNAPSHOTS, f"{identity}.json")
         except MissingObjectError:
@@ -316,7 +316,7 @@ class EngineReplica(Loader):
         self._point_at(directory)
         policy = load.reset_prompt_cache
         await self._engine.reload(Reload(self.link, load.identity, load.transition, policy))
-        with begun():
+        with reload_under_way():
             found = await self._engine.version() if self._engine.tells_version else load.identity
         if found != load.identity:
             raise EngineError(f"the engine reports {found!r} after it was given {load.identity!r}")

@@ -56,7 +56,9 @@ async def ask_all(urls: Sequence[str]) -> list[SeenAgent]:
         seen = await asyncio.gather(*(_ask(client, url) for url in urls))
     names = Counter(one.report.name for one in seen if one.is_believed)
     servers = Counter(_server(one) for one in seen if one.is_believed)
-    return [replace(one, problem=one.problem or _double(one, names, servers)) for one in seen]
+    return [
+        replace(one, problem=one.problem or _claimed_twice(one, names, servers)) for one in seen
+    ]
 
 
 def doubt(
@@ -71,9 +73,9 @@ def doubt(
     for one in agents:
         if one.is_believed and one.report.content_sha256:
             told.setdefault(one.report.current, set()).add(one.report.content_sha256)
-    is_heard_of = state.began is not None and (now - state.began).total_seconds() > HEARD_SECONDS
+    is_log_old = state.began is not None and (now - state.began).total_seconds() > HEARD_SECONDS
     return [
-        replace(one, problem=one.problem or _doubt(one, state, content_of, told, is_heard_of))
+        replace(one, problem=one.problem or _doubt(one, state, content_of, told, is_log_old))
         for one in agents
     ]
 
@@ -83,12 +85,12 @@ def _doubt(
     state: FleetState,
     content_of: Mapping[str, str | None],
     told: Mapping[str | None, set[str]],
-    is_heard_of: bool,
+    is_log_old: bool,
 ) -> str:
     report, current = seen.report, seen.report.current
     if not seen.is_believed:
         return ""
-    if report.remark and is_heard_of:  # its bucket, or its names, are not those of this door
+    if report.remark and is_log_old:  # its bucket, or its names, are not those of this door
         return f"looks elsewhere: {report.remark}"
     if current is None:
         return ""
@@ -103,15 +105,18 @@ def _doubt(
 
 
 def _server(seen: SeenAgent) -> tuple[str | None, str]:
-    """Name the server beside an agent: its address, which may be a loopback's, and the machine."""
+    """Identify the server beside an agent: its machine, and its address, which may be loopback."""
     return urlsplit(seen.url).hostname, seen.report.serves
 
 
-def _double(seen: SeenAgent, names: Counter[str], servers: Counter[tuple[str | None, str]]) -> str:
+def _claimed_twice(
+    seen: SeenAgent, names: Counter[str], servers: Counter[tuple[str | None, str]]
+) -> str:
     if names[seen.report.name] > 1:
         return f"another agent is called {seen.report.name}, too"
     if seen.report.serves and servers[_server(seen)] > 1:
-        return f"another agent stands beside the same server, {seen.report.serves}"
+        same = f"another agent stands beside the same server, {seen.report.serves}"
+        return f"{same}; where they are two, --serves tells them apart"
     return ""
 
 

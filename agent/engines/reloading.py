@@ -44,7 +44,7 @@ class EngineDiedError(EngineAwayError):
 
 
 @contextmanager
-def begun() -> Iterator[None]:
+def reload_under_way() -> Iterator[None]:
     """Take an engine that is gone amid a reload for one that failed in it, and was not away."""
     try:
         yield

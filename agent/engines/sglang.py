@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from agent.engines.calls import RELOAD_SECONDS, call, version_at
-from agent.engines.reloading import Reload, begun
+from agent.engines.reloading import Reload, reload_under_way
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Sglang:
             "abort_all_requests": False,
         }
         path = "/update_weights_from_disk"
-        with begun() if is_paused else nullcontext():
+        with reload_under_way() if is_paused else nullcontext():
             await call(self.url, "POST", path, body, timeout_seconds=RELOAD_SECONDS)
             if is_paused:
                 await call(self.url, "POST", "/continue_generation", {})

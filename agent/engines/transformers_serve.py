@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from agent.engines.calls import RELOAD_SECONDS, call
-from agent.engines.reloading import EngineError, Reload, begun
+from agent.engines.reloading import EngineError, Reload, reload_under_way
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class TransformersServe:
         await call(self.url, "POST", "/reset")
         body = {"model": str(reload.directory)}
         path = "/load_model"
-        with begun():
+        with reload_under_way():
             events = await call(self.url, "POST", path, body, timeout_seconds=RELOAD_SECONDS)
         if '"ready"' not in str(events):
             raise EngineError(f"POST {path}: not ready: {str(events)[-300:]}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from agent.engines.calls import RELOAD_SECONDS, call, version_at
-from agent.engines.reloading import Reload, begun
+from agent.engines.reloading import Reload, reload_under_way
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Vllm:
         mode = "keep" if reload.transition == "ASYNC" else "wait"
         await self._post(f"/pause?mode={mode}&clear_cache=false")
         arguments = {"weights_path": str(reload.directory)}
-        with begun():
+        with reload_under_way():
             await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
             await self._post("/update_weight_version", {"new_version": reload.identity})
             if reload.flushes:
