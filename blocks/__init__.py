@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import httpx
 from prefect.client.orchestration import get_client
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_KEY,
@@ -22,6 +23,7 @@ __all__ = [
     "account",
     "checkpoint_store",
     "hot_load_service",
+    "leave_server",
     "quit_without_server",
     "require_server",
     "rollout_client",
@@ -37,6 +39,7 @@ SERVER = "Prefect server"
 SERVER_FAILURES = (httpx.HTTPError,)
 """What Prefect's own client raises where its server is gone, or answers with an error for long."""
 AGAIN = "once it answers, start the command again: what is done is not repeated"
+LAST_LINES_SECONDS = 10.0
 TEXT_CHARS = 200
 
 
@@ -93,6 +96,27 @@ def quit_without_server(error: Exception) -> NoReturn:
     sys.stderr.write(f"error: {line}\n")
     sys.stderr.flush()
     os._exit(1)
+
+
+def leave_server(exit_code: int) -> int:
+    """Hand the Prefect server the last events and lines of the log; returns `exit_code`.
+
+    Where it does not take them within ten seconds, or Ctrl-C comes first, this process ends here:
+    at an ordinary end Prefect waits for as long as the server needs.
+    """
+    try:
+        # Prefect's queues are of one family: this empties the one of events, too.
+        ended = APILogWorker.drain_all(timeout=LAST_LINES_SECONDS)
+        assert isinstance(ended, tuple)  # a coroutine within an event loop, and here is none
+        is_empty = not ended[1]
+    except KeyboardInterrupt:
+        is_empty = False
+    if is_empty:
+        return exit_code
+    sys.stdout.flush()
+    sys.stderr.write(f"{SERVER}: it does not answer, and lacks the last lines of the log\n")
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _without_password(url: str) -> str:

@@ -14,7 +14,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.settings import get_current_settings
 
-from blocks import SERVER_FAILURES, quit_without_server
+from blocks import SERVER_FAILURES, leave_server, quit_without_server
 from hotload.errors import HotLoadError
 from tasks.show import FLOW_LOGGER, TASK_LOGGER, tell_once
 
@@ -45,7 +45,7 @@ def run_command(work: Coroutine[Any, Any, T], show: Callable[[T], int]) -> int:
         return 2
     except (KeyboardInterrupt, TerminationSignal) as signal:
         print("stopped; start it again to go on", file=sys.stderr)
-        return 143 if isinstance(signal, TerminationSignal) else 130
+        return leave_server(143 if isinstance(signal, TerminationSignal) else 130)
 
 
 def read_input(read: Callable[[], T]) -> T:

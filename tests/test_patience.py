@@ -15,7 +15,10 @@ CALLS_OUT = {
     *("httpx.request", "httpx.stream", "urlopen", "opener.open"),
 }
 SENDS = {"send_signal", "kill", "killpg", "pthread_kill", "raise_signal"}
+ALWAYS_HEARD = {"signal.SIGKILL", "signal.SIGABRT"}
 WAITS = {"wait", "join", "communicate", "timeout", "run", "wait_procs", "Barrier"}
+BUSY_SECONDS = 60
+"""What a busy machine may need where no Prefect server takes part; with one, PATIENCE_SECONDS."""
 HANGS_SECONDS = 120
 
 
@@ -30,7 +33,7 @@ def named(path: Path) -> str:
 def _is_short(value: ast.expr | None) -> bool:
     """Whether it is a number of seconds that a busy machine may need; less is meant to pass."""
     number = value.value if isinstance(value, ast.Constant) else None
-    return isinstance(number, int | float) and 1 <= number < PATIENCE_SECONDS
+    return isinstance(number, int | float) and 1 <= number < BUSY_SECONDS
 
 
 def _is_looking(parents: list[ast.AST]) -> bool:
@@ -71,7 +74,7 @@ def faults(node: ast.AST, parents: list[ast.AST]) -> Iterator[str]:
 def deaf(node: ast.AST, parents: list[ast.AST]) -> Iterator[str]:
     """Signals that are sent although whoever started the tests may have let them be ignored."""
     if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in SENDS:
-        may_be_ignored = node.args and ast.unparse(node.args[-1]) != "signal.SIGKILL"
+        may_be_ignored = node.args and ast.unparse(node.args[-1]) not in ALWAYS_HEARD
         tests = [one for one in parents if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
         heard = [ast.unparse(one) for test in tests for one in test.decorator_list]
         # What is awaited runs after a decorator has ended: there, a block starts the child.
@@ -100,7 +103,7 @@ def test_signals_are_heard_wherever_the_tests_are_started(path: Path) -> None:
 
 def test_the_default_time_limit_ends_only_what_hangs() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert settings["tool"]["pytest"]["ini_options"]["timeout"] >= HANGS_SECONDS
+    assert settings["tool"]["pytest"]["ini_options"]["timeout"] > 2 * PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize(

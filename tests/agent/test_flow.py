@@ -14,7 +14,7 @@ from hotload.publish.publication import Publication
 from tests.agent.tiny_engine import digests
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 
 async def publish(fleet: Any, version: int) -> Publication:

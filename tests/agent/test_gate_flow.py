@@ -24,7 +24,7 @@ from tests.agent.tiny_engine import digests
 from tests.emulator.conftest import tensors, write_checkpoint
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 NAMES = ("a", "b", "c", "d")
 
 

@@ -24,10 +24,9 @@ from hotload.publish.snapshot import ShardBatch
 from hotload.publish.workspace import Workspace
 from hotload.spec import CycleSpec
 from tests.flows.fleet import NAMES, Fleet
+from tests.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 60.0
-END_SECONDS = 60.0
 LOOK_SECONDS = 0.001
 BEGUN = re.compile(r"Flow run '[^']+' - Beginning flow run '[^']+' for flow '[^']+'")
 ENDED = re.compile(r"Flow run '[^']+' - Finished in state")  # the last one is the cycle's own
@@ -61,7 +60,7 @@ class FlowProcess:
         self._ended_at = math.inf
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
-        assert self._begun.wait(START_SECONDS), "the flow did not begin"
+        assert self._begun.wait(PATIENCE_SECONDS), "the flow did not begin"
         self._begun_at = time.monotonic()
 
     def ends_within(self, seconds: float) -> bool:
@@ -91,7 +90,7 @@ class FlowProcess:
 
     def finish(self) -> float:
         """Seconds the flow took, once it has ended well; else AssertionError with its log."""
-        assert self.ends_within(END_SECONDS), self._told()
+        assert self.ends_within(PATIENCE_SECONDS), self._told()
         self._reading.join()
         assert self._process.returncode == 0, self._told()
         return self._ended_at - self._begun_at
@@ -103,7 +102,9 @@ class FlowProcess:
         """
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
-        self._reading.join(END_SECONDS)  # the pipe closes when the last process of the group ends
+        self._reading.join(
+            PATIENCE_SECONDS
+        )  # the pipe closes when the last process of the group ends
         assert not self._reading.is_alive(), "a child of the killed cycle lives on"
         return self.last_step()
 
@@ -111,6 +112,11 @@ class FlowProcess:
         """The step that was logged last as finished, in words."""
         found = [match for line in self.log if (match := FINISHED.search(line))]
         return f"after {found[-1][1]}" if found else "before the first step ended"
+
+    @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self._process.pid
 
     def stop(self) -> None:
         """End whatever is left of the group."""

@@ -191,7 +191,7 @@ async def series(prefect_api: str, tmp_path: Path) -> AsyncIterator[Series]:
                 started.process.stop()
 
 
-@pytest.mark.timeout(120 + 30 * KILLS)
+@pytest.mark.timeout(400 + 30 * KILLS)
 async def test_killed_at_random_moments(series: Series) -> None:
     rng = random.Random(SEED)
     series.full_every = FULL_EVERY
@@ -225,7 +225,7 @@ async def test_killed_at_random_moments(series: Series) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 async def test_killed_at_chosen_moments(series: Series) -> None:
     """What a random moment hardly hits: half-done steps, and the instants around the signal."""
     fleet, bucket = series.fleet, series.fleet.bucket

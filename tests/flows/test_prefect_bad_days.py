@@ -6,6 +6,8 @@ Each test is driven by what happens: the replicas load only when the emulator's 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ from tests.blocks.proxy import proxying
 from tests.flows.fleet import API_KEY, NAMES, Fleet, running_fleet
 from tests.flows.killed_cycle import CycleProcess
 from tests.servers import LoopbackServer
-from tests.waiting import PATIENCE_SECONDS
+from tests.signals import signals_are_heard
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.server, pytest.mark.slow]
 _started: list[CycleProcess] = []
@@ -94,6 +97,27 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(
     assert cycle.ends_within(RETRYING_SECONDS), cycle.log
     cycle.finish()
     assert last_state(fleet, server) == "Completed"
+
+
+@signals_are_heard()
+def test_a_server_that_stands_still_keeps_nobody_who_wants_to_leave(
+    fleet: Fleet, server: LoopbackServer
+) -> None:
+    cycle = started(fleet, server)
+    assert server.pid is not None
+    os.killpg(server.pid, signal.SIGSTOP)
+    try:
+        os.kill(cycle.pid, signal.SIGINT)
+        wait_until(lambda: fleet.leases()[-1]["released"])  # it has heard the first
+        os.kill(cycle.pid, signal.SIGINT)
+        assert cycle.ends_within(RETRYING_SECONDS), cycle.log
+    finally:
+        os.killpg(server.pid, signal.SIGCONT)
+    assert cycle.exit_code == 130
+    assert cycle.log[-2:] == [
+        "stopped; start it again to go on",
+        "Prefect server: it does not answer, and lacks the last lines of the log",
+    ]
 
 
 @pytest.mark.heavy

@@ -29,7 +29,7 @@ SEED = int(os.environ.get("HOTLOAD_KILL_SEED", "7"))
 PROBLEMS = 12
 
 pytestmark = [
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
     # Prefect leaves its own connections to its API to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -169,7 +169,7 @@ async def test_a_killed_cycle_samples_on_although_another_has_published(
     }
 
 
-@pytest.mark.timeout(120 + 30 * KILLS)
+@pytest.mark.timeout(400 + 30 * KILLS)
 async def test_killed_at_random_moments_the_union_is_that_of_a_clean_run(
     slow_fleet: Fleet, prefect_api: str, tmp_path: Path, checkpoints: list[Path]
 ) -> None:

@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE_SECONDS, wait_until
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     # Prefect leaves its own connections to its API to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
