@@ -92,10 +92,7 @@ def quit_without_server(error: Exception) -> NoReturn:
     """
     text = " ".join(str(error).split())[:TEXT_CHARS]
     line = f"{SERVER}: it went away or cannot answer ({type(error).__name__}: {text}); {AGAIN}"
-    sys.stdout.flush()
-    sys.stderr.write(f"error: {line}\n")
-    sys.stderr.flush()
-    os._exit(1)
+    _end_process(f"error: {line}", 1)
 
 
 def leave_server(exit_code: int) -> int:
@@ -107,14 +104,19 @@ def leave_server(exit_code: int) -> int:
     try:
         # Prefect's queues are of one family: this empties the one of events, too.
         ended = APILogWorker.drain_all(timeout=LAST_LINES_SECONDS)
-        assert isinstance(ended, tuple)  # a coroutine within an event loop, and here is none
+        assert isinstance(ended, tuple)  # only inside an event loop is it a coroutine
         is_empty = not ended[1]
     except KeyboardInterrupt:
         is_empty = False
-    if is_empty:
-        return exit_code
+    if not is_empty:
+        _end_process(f"{SERVER}: it has not taken the last lines of the log", exit_code)
+    return exit_code
+
+
+def _end_process(line: str, exit_code: int) -> NoReturn:
+    """End this process at once, with a last line for whoever started it."""
     sys.stdout.flush()
-    sys.stderr.write(f"{SERVER}: it does not answer, and lacks the last lines of the log\n")
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
     os._exit(exit_code)
 

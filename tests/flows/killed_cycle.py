@@ -102,9 +102,8 @@ class FlowProcess:
         """
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
-        self._reading.join(
-            PATIENCE_SECONDS
-        )  # the pipe closes when the last process of the group ends
+        # The pipe closes when the last process of the group ends.
+        self._reading.join(PATIENCE_SECONDS)
         assert not self._reading.is_alive(), "a child of the killed cycle lives on"
         return self.last_step()
 

@@ -116,7 +116,7 @@ def test_a_server_that_stands_still_keeps_nobody_who_wants_to_leave(
     assert cycle.exit_code == 130
     assert cycle.log[-2:] == [
         "stopped; start it again to go on",
-        "Prefect server: it does not answer, and lacks the last lines of the log",
+        "Prefect server: it has not taken the last lines of the log",
     ]
 
 
